@@ -1,0 +1,228 @@
+"""Which backend serves a call, and why: the one place where that is decided.
+
+A backend of an op is a module with ``unsupported(call) -> str | None``: None, or the sentence that says why not and what to
+do instead. A backend asked for by name runs or raises that sentence; ``auto`` takes the first rule of ``RULES`` that holds.
+"""
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+BACKENDS = ("auto", "reference", "torch", "native", "triton")
+
+# One row per kernel: adding a kernel is one file in the op's folder and one row here.
+IMPLEMENTATIONS = {
+    ("lstm_cell", "reference"): "fastseq.ops.lstm_cell.reference",
+    ("lstm_cell", "torch"): "fastseq.ops.lstm_cell.vendor",
+    ("lstm_cell", "native"): "fastseq.ops.lstm_cell.native",
+    ("lstm", "reference"): "fastseq.ops.lstm.reference",
+    ("lstm", "torch"): "fastseq.ops.lstm.vendor",
+    ("lstm", "native"): "fastseq.ops.lstm.native",
+    ("attention", "reference"): "fastseq.ops.attention.reference",
+    ("attention", "torch"): "fastseq.ops.attention.vendor",
+}
+OPS = ("lstm_cell", "lstm", "attention")
+
+
+class LSTMCellCall(NamedTuple):
+    """What decides who serves one ``lstm_cell`` call."""
+
+    device: str
+    dtype: torch.dtype
+    hidden_size: int
+    requires_grad: bool = False
+    compiling: bool = False
+
+
+class LSTMCall(NamedTuple):
+    """What decides who serves one ``lstm`` call. ``batch`` and ``steps`` are None while a graph is traced: they stay dynamic."""
+
+    device: str
+    dtype: torch.dtype
+    input_size: int
+    hidden_size: int
+    proj_size: int = 0
+    packed: bool = False
+    lengths: bool = False
+    reverse: bool = False
+    return_cell_states: bool = False
+    requires_grad: bool = False
+    autocast: bool = False
+    batch: int | None = None
+    steps: int | None = None
+    compiling: bool = False
+
+
+class AttentionCall(NamedTuple):
+    """What decides who serves one ``attention`` call; ``score`` is "dot" or "additive" (the others reduce to these)."""
+
+    score: str
+    device: str
+    dtype: torch.dtype
+    need_weights: bool = False
+    requires_grad: bool = False
+    compiling: bool = False
+
+
+class Rule(NamedTuple):
+    """A row of the table behind ``auto``: where ``when`` holds, ``backend`` is the fastest known; ``why`` is the evidence."""
+
+    op: str
+    backend: str
+    when: Callable[[Any], bool]
+    why: str
+
+
+RULES = (
+    Rule("lstm", "native", lambda c: c.return_cell_states, "the vendor's kernels keep the cell states to themselves"),
+    Rule("lstm", "native", lambda c: c.compiling, "one opaque op: the graph stays whole, T and B stay dynamic"),
+    Rule(
+        "lstm", "torch", lambda c: True, "the vendor's kernel (oneDNN, cuDNN): no own kernel was measured faster here"
+    ),
+    Rule("lstm", "reference", lambda c: True, "nothing else serves this call"),
+    Rule("lstm_cell", "torch", lambda c: True, "no own kernel was measured faster here"),
+    Rule("attention", "torch", lambda c: True, "no own kernel was measured faster here"),
+    Rule("attention", "reference", lambda c: True, "nothing else serves this call"),
+)
+
+
+class Choice(NamedTuple):
+    """One decision, as recorded by :func:`fastseq.explain`."""
+
+    op: str
+    call: Any
+    backend: str
+    why: str
+    objections: dict[str, str]
+
+
+_loaded: dict[tuple[str, str], Any] = {}
+_records: list[list[Choice]] = []
+
+
+def _checked(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin}: unknown backend {name!r}; choose one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+_default = _checked(os.environ.get("FASTSEQ_BACKEND", "auto"), "FASTSEQ_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use backend ``name`` in this block for every op and module that was not given a backend of its own.
+
+    Process-wide, like torch's own backend flags. The environment variable ``FASTSEQ_BACKEND`` sets the same for a whole run.
+
+    Args:
+        name: "auto", "reference", "torch", "native" or "triton".
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+    global _default
+    previous, _default = _default, _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _default = previous
+
+
+def load() -> None:
+    """Import every implementation, once, when fastseq is imported: TorchDynamo cannot trace an import inside a graph."""
+    for key, path in IMPLEMENTATIONS.items():
+        _loaded[key] = importlib.import_module(path)
+
+
+def implementation(op: str, backend: str) -> Any:
+    """The module that implements ``op`` on ``backend``; KeyError where there is none."""
+    return _loaded[op, backend]
+
+
+def objection(op: str, backend: str, call: Any) -> str | None:
+    """None if ``backend`` can serve ``call``, else the sentence that says why not and what to do."""
+    if (op, backend) not in IMPLEMENTATIONS:
+        others = ", ".join(f"{name!r}" for known, name in IMPLEMENTATIONS if known == op)
+        return f"{op}: this version of fastseq has no {backend} kernel; use backend='auto' or one of {others}."
+    return implementation(op, backend).unsupported(call)
+
+
+def check_name(name: str | None) -> str:
+    """Return ``name`` ("auto" for None), or raise ValueError listing the valid backends."""
+    return _checked("auto" if name is None else name, "backend")
+
+
+def select(op: str, backend: str | None, call: Any) -> str:
+    """Name the backend that serves ``call``.
+
+    Args:
+        op: "lstm_cell", "lstm" or "attention".
+        backend: a name, or None / "auto" for what ``use_backend`` or ``FASTSEQ_BACKEND`` say, else for the fastest.
+        call: LSTMCellCall, LSTMCall or AttentionCall.
+
+    Raises:
+        ValueError: unknown backend name.
+        RuntimeError: the backend asked for cannot serve this call; the message says why and what to do.
+    """
+    requested = check_name(backend)
+    if requested == "auto":
+        requested = _default
+    if requested != "auto":
+        sentence = objection(op, requested, call)
+        if sentence is not None:
+            raise RuntimeError(sentence)
+        chosen, why = requested, "asked for by name"
+    else:
+        chosen, why = _first_rule(op, call)
+    if _records:
+        objections = {name: objection(op, name, call) for name in BACKENDS[1:]}
+        _records[-1].append(Choice(op, call, chosen, why, {k: v for k, v in objections.items() if v is not None}))
+    return chosen
+
+
+def _first_rule(op: str, call: Any) -> tuple[str, str]:
+    for rule in RULES:
+        if rule.op == op and rule.when(call) and objection(op, rule.backend, call) is None:
+            return rule.backend, rule.why
+    raise RuntimeError(f"{op}: no backend serves {call}; see `fastseq info`")
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Choice]]:
+    """Collect every decision taken in this block."""
+    choices: list[Choice] = []
+    _records.append(choices)
+    try:
+        yield choices
+    finally:
+        _records.remove(choices)
+
+
+def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> str:
+    """Run ``module(*args, **kwargs)`` once and say which backend served each call, and why the others did not.
+
+    The module really runs (in its current mode, without gradients recorded by this function's caller being changed), so the
+    answer holds for just this input, these dtypes and this thread's settings.
+
+    Returns:
+        A text with one paragraph per distinct call; print it.
+    """
+    with record() as choices:
+        module(*args, **kwargs)
+    seen: dict[tuple, int] = {}
+    for choice in choices:
+        key = (choice.op, choice.call, choice.backend, choice.why, tuple(choice.objections.items()))
+        seen[key] = seen.get(key, 0) + 1
+    lines = []
+    for (op, call, chosen, why, objections), count in seen.items():
+        facts = ", ".join(f"{k}={v}" for k, v in call._asdict().items() if v not in (None, False, 0))
+        lines.append(f"{op} ({count}x: {facts})\n  -> {chosen}: {why}")
+        lines += [f"     {name}: {sentence}" for name, sentence in objections]
+    return (
+        "\n".join(lines) or f"{type(module).__name__} called no fastseq op; fastseq.accelerate(module) swaps its LSTMs"
+    )
