@@ -1,0 +1,325 @@
+"""Drop-in LSTM and LSTMCell: the parameters, arguments and results of ``torch.nn``, computed by the backend that serves best."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastseq.backend import LSTMCall, LSTMCellCall, check_name, select
+from fastseq.ops.lstm.api import check_lengths
+from fastseq.ops.lstm.function import apply as apply_lstm
+from fastseq.ops.lstm.vendor import stack as vendor_stack
+from fastseq.ops.lstm_cell.function import apply as apply_lstm_cell
+
+_vf_lstm_cell = torch._VF.lstm_cell
+
+
+class LSTM(nn.RNNBase):
+    """A drop-in replacement for ``torch.nn.LSTM``: same arguments, parameters, initialisation, results and gradients.
+
+    Derives from ``nn.RNNBase`` and not from ``nn.LSTM``, which ``torch.compile`` refuses. Weights may be tied, replaced or
+    re-parametrised between calls: they are looked up by name in every forward.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype:
+            as in ``torch.nn.LSTM``.
+        backend: "auto", "reference", "torch", "native" or "triton"; see :func:`fastseq.explain`.
+
+    Raises:
+        ValueError, TypeError: as ``torch.nn.LSTM`` does; and ValueError for an unknown backend.
+    """
+
+    def __init__(self, *args, backend: str = "auto", **kwargs):
+        super().__init__("LSTM", *args, **kwargs)
+        self.backend = check_name(backend)
+
+    # The checks of nn.LSTM, with its messages.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("backend", "auto")
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        return_cell_states: bool = False,
+    ):
+        """Run all layers over the sequence.
+
+        Args:
+            input: (T, B, I); (B, T, I) with ``batch_first``; (T, I) unbatched; or a PackedSequence, sorted or not.
+            hx: h_0 (L*D, B, P) and c_0 (L*D, B, H), zeros by default; without the batch dimension for unbatched input.
+            lengths: (B,) integers in 0..T on any device, in any order: what packing the input would give, without packing.
+                Outputs past the length are 0, final states are those of the last valid step; a row of length 0 gives its
+                initial state back. On CUDA the values are clamped to 0..T instead of checked.
+            return_cell_states: also return the last layer's cell state after every step, laid out like the output.
+
+        Returns:
+            output (..., D*P), (h_n, c_n) and, if asked for, cell_states (..., D*H).
+
+        Raises:
+            RuntimeError, ValueError: as ``torch.nn.LSTM``; ValueError for bad ``lengths``; RuntimeError when the backend asked
+                for cannot serve this call.
+        """
+        packed = isinstance(input, PackedSequence)
+        if packed:
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            hx = self._packed_state(data, batch_sizes, hx, sorted_indices)
+            batched = True
+        else:
+            data, hx, batched = self._padded_state(input, hx)
+            batch_sizes = None
+        if lengths is not None:
+            if packed or not batched:
+                kind = "a PackedSequence, which knows its lengths" if packed else "unbatched input"
+                raise ValueError(f"lengths does not go with {kind}; give a batched, padded tensor")
+            steps, batch = (data.size(1), data.size(0)) if self.batch_first else (data.size(0), data.size(1))
+            lengths = check_lengths(lengths, steps, batch, data.device)
+
+        output, h_n, c_n, cell_states = self._run(data, hx, batch_sizes, lengths, return_cell_states)
+
+        if packed:
+            output = input._replace(data=output)
+            cell_states = input._replace(data=cell_states) if return_cell_states else None
+            h_n, c_n = self.permute_hidden((h_n, c_n), unsorted_indices)
+        elif not batched:
+            batch_dim = 0 if self.batch_first else 1
+            output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
+            cell_states = cell_states.squeeze(batch_dim) if return_cell_states else None
+        return (output, (h_n, c_n), cell_states) if return_cell_states else (output, (h_n, c_n))
+
+    def _zeros(self, data: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        h = torch.zeros(rows, batch, self.proj_size or self.hidden_size, dtype=data.dtype, device=data.device)
+        c = torch.zeros(rows, batch, self.hidden_size, dtype=data.dtype, device=data.device)
+        return h, c
+
+    def _packed_state(self, data: Tensor, batch_sizes: Tensor, hx, sorted_indices: Tensor | None):
+        """Check packed (N, I) data and bring hx into the order of the packed sequences."""
+        batch = int(batch_sizes[0])
+        if hx is None:
+            hx = self._zeros(data, batch)
+        else:
+            _check_pair(hx)
+            if hx[0].dim() != 3 or hx[1].dim() != 3:
+                raise IndexError(
+                    f"For packed input, hx and cx should be 3-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                )
+            hx = self.permute_hidden(hx, sorted_indices)
+        if data.dtype != self._dtype() and not torch.is_autocast_enabled(data.device.type):
+            raise RuntimeError(
+                f"RNN input dtype ({data.dtype}) does not match weight dtype ({self._dtype()}); convert one of them"
+            )
+        if data.dim() != 2 or data.size(-1) != self.input_size:
+            raise RuntimeError(f"packed input must have shape (N, {self.input_size}), got {tuple(data.shape)}")
+        self.check_hidden_size(
+            hx[0], self.get_expected_hidden_size(data, batch_sizes), "Expected hidden[0] size {}, got {}"
+        )
+        self.check_hidden_size(
+            hx[1], self.get_expected_cell_size(data, batch_sizes), "Expected hidden[1] size {}, got {}"
+        )
+        self._check_placement(data, hx)
+        return hx
+
+    def _padded_state(self, input: Tensor, hx):
+        """Check a padded input; -> 3-D input, hx, whether it came with a batch dimension."""
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+        if hx is None:
+            hx = self._zeros(input, input.size(batch_dim))
+        else:
+            expected, kind = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
+            if hx[0].dim() != expected or hx[1].dim() != expected:
+                raise RuntimeError(
+                    f"For {kind} input, hx and cx should also be {expected}-D "
+                    f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                )
+            _check_pair(hx)
+            hx = tuple(hx) if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        self.check_forward_args(input, hx, None)
+        if input.size(1 - batch_dim) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        self._check_placement(input, hx)
+        return input, hx, batched
+
+    def _dtype(self) -> torch.dtype:
+        return getattr(self, self._flat_weights_names[0]).dtype
+
+    def _check_placement(self, data: Tensor, hx) -> None:
+        """One device for all; one dtype for input and states, unless autocast is to cast them."""
+        weight = getattr(self, self._flat_weights_names[0])
+        for name, tensor in (("parameter", weight), ("hidden", hx[0]), ("cell", hx[1])):
+            if tensor.device != data.device:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not at the same device, "
+                    f"found input tensor at {data.device} and {name} tensor at {tensor.device}"
+                )
+            if tensor.dtype != data.dtype and not torch.is_autocast_enabled(data.device.type):
+                raise RuntimeError(
+                    f"LSTM: the {name} tensor is {tensor.dtype}, the input {data.dtype}; convert one of them"
+                )
+
+    def _run(self, data: Tensor, hx, batch_sizes, lengths, return_cell_states: bool):
+        """-> output, h_n, c_n, cell_states (None unless asked for), in the layout of the data."""
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        call = self._describe(data, hx, weights, batch_sizes, lengths, return_cell_states)
+        backend = select("lstm", self.backend, call)
+        if backend == "torch":
+            options = dict(bias=self.bias, num_layers=self.num_layers, dropout=self.dropout, training=self.training)
+            options |= dict(bidirectional=self.bidirectional, batch_first=self.batch_first)
+            return *vendor_stack(data, hx, weights, batch_sizes=batch_sizes, lengths=lengths, **options), None
+        if call.autocast:
+            dtype = torch.get_autocast_dtype(data.device.type)
+            data, hx, weights = data.to(dtype), tuple(h.to(dtype) for h in hx), [w.to(dtype) for w in weights]
+        time_major = batch_sizes is not None or not self.batch_first
+        data = data if time_major else data.transpose(0, 1)
+        with torch.autocast(data.device.type, enabled=False):
+            output, h_n, c_n, cell_states = self._layers(
+                backend, data, hx, weights, lengths, batch_sizes, return_cell_states
+            )
+        if not time_major:
+            output = output.transpose(0, 1)
+            cell_states = cell_states.transpose(0, 1) if return_cell_states else None
+        return output, h_n, c_n, cell_states
+
+    def _layers(self, backend: str, input: Tensor, hx, weights, lengths, batch_sizes, return_cell_states: bool):
+        """Layer by layer, direction by direction; input is time-major or packed."""
+        directions = 2 if self.bidirectional else 1
+        per_layer = len(weights) // (self.num_layers * directions)
+        h_n, c_n, cell_states = [], [], None
+        for layer in range(self.num_layers):
+            last = layer == self.num_layers - 1
+            results = []
+            for direction in range(directions):
+                k = layer * directions + direction
+                own = weights[k * per_layer : (k + 1) * per_layer]
+                weight_ih, weight_hh, bias_ih, bias_hh = own[:4] if self.bias else (*own[:2], None, None)
+                weight_hr = own[-1] if self.proj_size else None
+                tensors = (input, hx[0][k], hx[1][k], weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+                results.append(
+                    apply_lstm(backend, tensors, lengths, batch_sizes, direction == 1, return_cell_states and last)
+                )
+            outputs, h, c, cells = zip(*results, strict=True)
+            input = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
+            h_n += h
+            c_n += c
+            if return_cell_states and last:
+                cell_states = cells[0] if directions == 1 else torch.cat(cells, dim=-1)
+            if self.dropout and not last:
+                input = F.dropout(input, self.dropout, self.training)
+        return input, torch.stack(h_n), torch.stack(c_n), cell_states
+
+    def _describe(self, data: Tensor, hx, weights, batch_sizes, lengths, return_cell_states: bool) -> LSTMCall:
+        compiling = torch.compiler.is_compiling()
+        packed = batch_sizes is not None
+        autocast = torch.is_autocast_enabled(data.device.type) and data.dtype != torch.float64
+        steps = batch_sizes.size(0) if packed else data.size(1 if self.batch_first else 0)
+        return LSTMCall(
+            device=data.device.type,
+            dtype=torch.get_autocast_dtype(data.device.type) if autocast else data.dtype,
+            input_size=self.input_size,
+            hidden_size=self.hidden_size,
+            proj_size=self.proj_size,
+            packed=packed,
+            lengths=lengths is not None,
+            return_cell_states=return_cell_states,
+            requires_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (data, *hx, *weights)),
+            autocast=autocast,
+            batch=None if compiling else hx[0].size(1),
+            steps=None if compiling else steps,
+            compiling=compiling,
+        )
+
+
+def _check_pair(hx) -> None:
+    if len(hx) != 2:
+        raise RuntimeError(f"lstm expects two hidden states, h_0 and c_0, got {len(hx)}")
+
+
+class LSTMCell(nn.RNNCellBase):
+    """A drop-in replacement for ``torch.nn.LSTMCell``: same arguments, parameters, initialisation, results and gradients.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as in ``torch.nn.LSTMCell``.
+        backend: "auto", "reference", "torch", "native" or "triton".
+
+    Raises:
+        ValueError: unknown backend.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None, *, backend: str = "auto"
+    ):
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        self.backend = check_name(backend)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """One step: input (B, I) or (I,), hx = h (B, H), c (B, H), zeros by default -> the next h and c.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as ``torch.nn.LSTMCell``.
+        """
+        if input.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if hx is not None:
+            if isinstance(hx, Tensor):
+                raise TypeError("LSTMCell: hx must be a tuple of two tensors (h, c), not one tensor")
+            for k, state in enumerate(hx):
+                if state.dim() not in (1, 2):
+                    raise ValueError(f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
+        batched = input.dim() == 2
+        if not batched:
+            input = input.unsqueeze(0)
+        if hx is None:
+            zeros = torch.zeros(input.size(0), self.hidden_size, dtype=input.dtype, device=input.device)
+            hx = (zeros, zeros)
+        elif not batched:
+            hx = tuple(state.unsqueeze(0) for state in hx)
+        h, c = self._step(input, *hx)
+        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+
+    def _step(self, input: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        self._check(input, h, c)
+        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        call = LSTMCellCall(
+            device=input.device.type,
+            dtype=c.dtype,
+            hidden_size=self.hidden_size,
+            requires_grad=torch.is_grad_enabled()
+            and any(t is not None and t.requires_grad for t in (input, h, c, *weights)),
+            compiling=torch.compiler.is_compiling(),
+        )
+        backend = select("lstm_cell", self.backend, call)
+        if backend == "torch":
+            return _vf_lstm_cell(input, (h, c), *weights)
+        gates = F.linear(input, self.weight_ih, self.bias_ih) + F.linear(h, self.weight_hh, self.bias_hh)
+        return apply_lstm_cell(backend, gates.to(c.dtype), c)  # under autocast the gates are narrower than the state
+
+    def _check(self, input: Tensor, h: Tensor, c: Tensor) -> None:
+        if input.size(1) != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
+        for k, state in enumerate((h, c)):
+            if state.dim() != 2 or state.size(0) != input.size(0):
+                raise RuntimeError(
+                    f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {state.size(0)}"
+                )
+            if state.size(1) != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
+                )
