@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastseq.backend import LSTMCall, LSTMCellCall, check_name, select
 from fastseq.ops.lstm.api import check_lengths
 from fastseq.ops.lstm.function import apply as apply_lstm
+from fastseq.ops.lstm.layout import zero_padding
 from fastseq.ops.lstm.vendor import stack as vendor_stack
 from fastseq.ops.lstm_cell.function import apply as apply_lstm_cell
 
@@ -186,6 +187,8 @@ class LSTM(nn.RNNBase):
             data, hx, weights = data.to(dtype), tuple(h.to(dtype) for h in hx), [w.to(dtype) for w in weights]
         time_major = batch_sizes is not None or not self.batch_first
         data = data if time_major else data.transpose(0, 1)
+        if lengths is not None:
+            data = zero_padding(data, lengths)
         with torch.autocast(data.device.type, enabled=False):
             output, h_n, c_n, cell_states = self._layers(
                 backend, data, hx, weights, lengths, batch_sizes, return_cell_states

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastseq.backend import LSTMCall, select
 from fastseq.ops.lstm.function import apply
+from fastseq.ops.lstm.layout import zero_padding
 
 
 def lstm(
@@ -53,6 +54,7 @@ def lstm(
         if batch_sizes is not None:
             raise ValueError("lstm: give lengths (padded input) or batch_sizes (packed input), not both")
         lengths = check_lengths(lengths, input.size(0), input.size(1), input.device)
+        tensors = (zero_padding(input, lengths), *tensors[1:])
     tensors = autocast_tensors(tensors, input.device.type)
     call = describe(tensors, lengths, batch_sizes, reverse=reverse, return_cell_states=return_cell_states)
     with torch.autocast(input.device.type, enabled=False):

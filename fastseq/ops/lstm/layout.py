@@ -19,6 +19,11 @@ def valid_steps(lengths: Tensor, steps: int) -> Tensor:
     return torch.arange(steps, device=lengths.device).unsqueeze(1) < lengths
 
 
+def zero_padding(padded: Tensor, lengths: Tensor) -> Tensor:
+    """(T, B, X) with zeros past the lengths, whatever stood there (NaN, too): padding must reach no weight gradient."""
+    return torch.where(valid_steps(lengths, padded.size(0)).unsqueeze(-1), padded, 0)
+
+
 def pad(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Packed (N, X) -> padded (T, B, X) with zeros past the end, and lengths (B,) on the device of ``data``. Differentiable."""
     valid = valid_steps(lengths_of(batch_sizes), batch_sizes.size(0)).to(data.device)

@@ -120,7 +120,7 @@ def _through_time(
         valid = torch.ones_like(dh[:, :1], dtype=torch.bool) if lengths is None else (t < lengths).unsqueeze(1)
         dh_t = dh if grad_output is None else dh + grad_output[t]
         dc_t = dc if grad_cell_states is None else dc + grad_cell_states[t]
-        grad_projected[t] = torch.where(valid, dh_t, 0)
+        grad_projected[t] = dh_t  # past the length it meets a cell state of 0
         dm = dh_t if weight_hr is None else dh_t @ weight_hr  # at o * tanh(c)
         i, f, g, o = activations[t].chunk(4, dim=1)
         tanh_c = cell_states[t].tanh()

@@ -1,0 +1,48 @@
+// Checks of operator arguments. Every refusal is a sentence: operator, argument, what was expected, what was given.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace fastseq {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+template <class Sizes>
+std::string to_string(const Sizes& sizes) {
+  std::ostringstream text;
+  text << '(';
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  text << (sizes.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline bool has_shape(const Tensor& t, const Shape& shape) {
+  if (t.dim() != static_cast<int64_t>(shape.size())) return false;
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (t.size(i) != shape[i]) return false;
+  }
+  return true;
+}
+
+inline void check_rank(const char* op, const char* name, const Tensor& t, int64_t rank, const char* layout) {
+  STD_TORCH_CHECK(t.dim() == rank, op, ": ", name, " must have the shape ", layout, ", got ", to_string(t.sizes()));
+}
+
+// The tensor has this shape and dtype, is contiguous and on the CPU.
+inline void check_cpu(const char* op, const char* name, const Tensor& t, const Shape& shape, ScalarType dtype) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be a CPU tensor; move it with .cpu()");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must have the dtype ", dtype, ", got ", t.scalar_type());
+  STD_TORCH_CHECK(has_shape(t, shape), op, ": ", name, " must have the shape ", to_string(shape), ", got ",
+                  to_string(t.sizes()));
+  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous; call .contiguous() on it");
+}
+
+}  // namespace fastseq

@@ -1,0 +1,57 @@
+#include "isa.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+namespace fastseq {
+namespace {
+
+constexpr Isa kAll[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512};
+
+Isa detect() {
+#if FASTSEQ_X86
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::kBaseline;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? Isa::kAvx512 : Isa::kAvx2;
+#else
+  return Isa::kBaseline;
+#endif
+}
+
+// Null when the variable asks for nothing known.
+const Isa* requested() {
+  const char* name = std::getenv("FASTSEQ_CPU_ISA");
+  if (!name) return nullptr;
+  for (const Isa& isa : kAll) {
+    if (std::strcmp(name, isa_name(isa)) == 0) return &isa;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+bool requested_isa_is_known() {
+  const char* name = std::getenv("FASTSEQ_CPU_ISA");
+  return !name || !*name || requested();
+}
+
+Isa machine_isa() {
+  static const Isa isa = requested() ? std::min(*requested(), detect()) : detect();
+  return isa;
+}
+
+}  // namespace fastseq

@@ -1,0 +1,27 @@
+// One kernel source, one instantiation per instruction set, chosen at run time.
+//
+// A kernel is a template over the width of its vectors in bytes, always inlined into one wrapper function per
+// instruction set; the wrapper's target attribute decides what the compiler may use.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FASTSEQ_X86 1
+#define FASTSEQ_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#define FASTSEQ_TARGET_AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
+#else
+#define FASTSEQ_X86 0
+#endif
+
+namespace fastseq {
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+// The widest instruction set of this machine that kernels are built for, or the one that $FASTSEQ_CPU_ISA lowers it to.
+Isa machine_isa();
+
+const char* isa_name(Isa isa);
+
+// Whether $FASTSEQ_CPU_ISA is unset, empty or a known name.
+bool requested_isa_is_known();
+
+}  // namespace fastseq

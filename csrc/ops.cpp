@@ -1,0 +1,55 @@
+// Every operator schema, once, and the Python module whose import registers them.
+//
+// acc stands for float32 where the tensors are float32, bfloat16 or float16, and for float64 where they are float64.
+// Rows of a sequence tensor are (T, B), or (N,) when batch_sizes (T,) of a PackedSequence is given; lengths (B,).
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/isa.h"
+
+STABLE_TORCH_LIBRARY(fastseq, m) {
+  // gates (B, 4H) pre-activations, order i f g o; c, c_n, h (B, H); activations (B, 4H) acc.
+  m.def("lstm_cell_forward(Tensor gates, Tensor c) -> (Tensor h, Tensor c_n, Tensor activations)");
+  m.def(
+      "lstm_cell_backward(Tensor activations, Tensor c, Tensor c_n, Tensor? grad_h, Tensor? grad_c_n) "
+      "-> (Tensor grad_gates, Tensor grad_c)");
+  // gates (rows, 4H): x W_ih^T + b_ih + b_hh; h0, c0 (B, H); weight_hh (4H, H); lengths, batch_sizes int64 on the CPU.
+  // output (rows, H); activations (rows, 4H) acc; cell_states (rows, H) acc; what is not needed has the shape (0,).
+  m.def(
+      "lstm_forward(Tensor gates, Tensor h0, Tensor c0, Tensor weight_hh, Tensor? lengths, Tensor? batch_sizes, "
+      "bool reverse, bool need_activations, bool need_cell_states) "
+      "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor activations, Tensor cell_states)");
+  m.def(
+      "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cell_states, "
+      "Tensor activations, Tensor cell_states, Tensor c0, Tensor weight_hh, Tensor? lengths, Tensor? batch_sizes, "
+      "bool reverse) -> (Tensor grad_gates, Tensor grad_h0, Tensor grad_c0)");
+}
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "Clang " __clang_version__;
+#else
+constexpr const char* kCompiler = "GCC " __VERSION__;
+#endif
+
+PyModuleDef module_definition = {
+    PyModuleDef_HEAD_INIT, "_C", "The compiled operators.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  if (!fastseq::requested_isa_is_known()) {
+    PyErr_SetString(PyExc_ImportError, "FASTSEQ_CPU_ISA must be baseline, avx2, avx512 or unset");
+    return nullptr;
+  }
+  PyObject* module = PyModule_Create(&module_definition);
+  if (!module || PyModule_AddStringConstant(module, "compiler", kCompiler) < 0 ||
+      PyModule_AddStringConstant(module, "flags", FASTSEQ_BUILD_FLAGS) < 0 ||
+      PyModule_AddStringConstant(module, "torch", FASTSEQ_BUILD_TORCH) < 0 ||
+      PyModule_AddStringConstant(module, "cpu", fastseq::isa_name(fastseq::machine_isa())) < 0) {
+    Py_XDECREF(module);
+    return nullptr;
+  }
+  return module;
+}

@@ -1,0 +1,62 @@
+"""The compiled operators: loaded once, when fastseq is imported; a failure is kept and told when it matters."""
+
+import importlib
+
+import torch  # noqa: F401  the library needs torch's own libraries in the process
+
+BUILD_HINT = (
+    "To build it, install g++ and run: FASTSEQ_NATIVE=1 pip install --no-build-isolation --force-reinstall --no-deps ."
+)
+
+_module = None
+_error: ImportError | OSError | None = None
+
+
+def load() -> None:
+    """Import ``fastseq._C``, which registers ``torch.ops.fastseq.*``. Keeps the exception where that fails."""
+    global _module, _error
+    if _module is not None:
+        return
+    try:
+        _module = importlib.import_module("fastseq._C")
+        _error = None
+    except (ImportError, OSError) as error:
+        _error = error
+
+
+def available() -> bool:
+    """Whether ``torch.ops.fastseq.*`` can be called."""
+    return _module is not None
+
+
+def why_not() -> str:
+    """Why the library is missing and how to build it, as sentences; empty where it is loaded."""
+    if available():
+        return ""
+    if _missing():
+        return f"the compiled library fastseq._C is not part of this installation. {BUILD_HINT}"
+    return f"the compiled library fastseq._C failed to load ({_error}). {BUILD_HINT}"
+
+
+def build_info() -> dict[str, str | tuple[str, ...]]:
+    """How the library was built and what it uses here; empty where it is missing.
+
+    compiler, flags, torch (the version built against), cpu (the instruction set in use on this machine),
+    cuda_architectures (none yet).
+    """
+    if _module is None:
+        return {}
+    return {
+        "compiler": _module.compiler,
+        "flags": _module.flags,
+        "torch": _module.torch,
+        "cpu": _module.cpu,
+        "cuda_architectures": (),
+    }
+
+
+def _missing() -> bool:
+    return isinstance(_error, ModuleNotFoundError) and _error.name == "fastseq._C"
+
+
+load()
