@@ -1,0 +1,34 @@
+"""fastseq: LSTM sequence-to-sequence models, made fast without changing them. ``nn.LSTM`` becomes ``fastseq.LSTM``."""
+
+from fastseq import _native, backend, ops
+from fastseq.backend import explain, use_backend
+from fastseq.info import info
+from fastseq.nn import (
+    LSTM,
+    Attention,
+    LSTMCell,
+    Seq2Seq,
+    Seq2SeqConfig,
+    accelerate,
+    build_seq2seq_model,
+    restore,
+)
+
+__version__ = "0.1.0"
+
+backend.load()
+
+__all__ = [
+    "LSTM",
+    "Attention",
+    "LSTMCell",
+    "Seq2Seq",
+    "Seq2SeqConfig",
+    "accelerate",
+    "build_seq2seq_model",
+    "explain",
+    "info",
+    "ops",
+    "restore",
+    "use_backend",
+]

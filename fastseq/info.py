@@ -1,0 +1,68 @@
+"""``fastseq info``: versions, what was compiled, and which backend serves which op, with the reason for every no."""
+
+import argparse
+import importlib.metadata
+import platform
+
+import torch
+
+from fastseq import _native
+from fastseq.backend import BACKENDS, OPS, AttentionCall, LSTMCall, LSTMCellCall, objection
+
+
+def _example_calls(device: str, dtype: torch.dtype) -> dict[str, object]:
+    return {
+        "lstm_cell": LSTMCellCall(device, dtype, hidden_size=256),
+        "lstm": LSTMCall(device, dtype, input_size=256, hidden_size=256, batch=32, steps=50),
+        "attention": AttentionCall("additive", device, dtype),
+    }
+
+
+def info() -> str:
+    """Versions, compiled architectures, and an op-by-backend table with a sentence for each "no". Returns a text; print it."""
+    lines = [f"{name:<22}{value}" for name, value in _versions().items()]
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        lines += ["", f"backends on {device} (float32, H=256)", *_table(_example_calls(device, torch.float32))]
+    return "\n".join(lines)
+
+
+def _versions() -> dict[str, str]:
+    facts = {
+        "fastseq": _version_of("fastseq"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version_of("triton"),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "cuda device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+    if _native.available():
+        facts |= {f"native: {key}": str(value) for key, value in _native.build_info().items()}
+    else:
+        facts["native"] = f"missing: {_native.why_not()}"
+    return facts
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _table(calls: dict[str, object]) -> list[str]:
+    names = BACKENDS[1:]
+    rows, reasons = [], []
+    for op in OPS:
+        sentences = {name: objection(op, name, calls[op]) for name in names}
+        rows.append(f"  {op:<12}" + "".join(f"{'yes' if sentences[name] is None else 'no':<12}" for name in names))
+        reasons += [f"  no {name} for {sentence}" for name, sentence in sentences.items() if sentence is not None]
+    return [f"  {'':<12}" + "".join(f"{name:<12}" for name in names), *rows, *reasons]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of ``fastseq info``."""
+    parser = argparse.ArgumentParser(prog="fastseq info", description=__doc__)
+    parser.parse_args(argv)
+    print(info())
+    return 0

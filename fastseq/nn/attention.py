@@ -1,0 +1,177 @@
+"""Attention with parameters: the projections around :func:`fastseq.ops.attention`."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastseq.backend import check_name
+from fastseq.ops.attention import attention
+from fastseq.ops.attention.api import SCORES
+
+
+class Attention(nn.Module):
+    """Attend from decoder states to encoder outputs.
+
+    ==================  =======================================  ==================================================
+    score               s(q, k)                                  parameters
+    ==================  =======================================  ==================================================
+    "dot"               scale * q . k                            none; needs query_size == key_size
+    "general"           scale * q . (W k)                        key_proj.weight W (Q, K)
+    "additive"          scale * v . tanh(U q + b + W k)          query_proj.weight U (A, Q), query_proj.bias b (A,),
+                                                                 key_proj.weight W (A, K), v (A,)
+    "normed_additive"   the same with g v / ||v|| for v          the same and gain g ()
+    ==================  =======================================  ==================================================
+
+    dot and general: Luong et al. 2015; additive: Bahdanau et al. 2015; the norm: Salimans & Kingma 2016.
+    Initialisation: the projections as ``nn.Linear``, v uniform in +-1/sqrt(A); for "normed_additive" g = sqrt(1/A)
+    and b = 0, as in GNMT (Wu et al. 2016).
+
+    Args:
+        query_size: Q, the size of a query.
+        key_size: K, the size of a key.
+        score: see the table.
+        attention_size: A, default Q; additive scores only.
+        scale: a constant factor of the scores, default 1.0.
+        bias: learn b, default True; additive scores only.
+        backend: "auto", "reference", "torch", "native" or "triton".
+
+    Raises:
+        ValueError: unknown score or backend; an option that the score has no use for; sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        query_size: int,
+        key_size: int,
+        *,
+        score: str = "additive",
+        attention_size: int | None = None,
+        scale: float | None = None,
+        bias: bool | None = None,
+        backend: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        _check(query_size, key_size, score, attention_size, bias)
+        self.query_size, self.key_size, self.score, self.scale = query_size, key_size, score, scale
+        self.backend = check_name(backend)
+        kind = {"device": device, "dtype": dtype}
+        if score == "general":
+            self.key_proj = nn.Linear(key_size, query_size, bias=False, **kind)
+        elif score in ("additive", "normed_additive"):
+            size = query_size if attention_size is None else attention_size
+            self.query_proj = nn.Linear(query_size, size, bias=bias is None or bias, **kind)
+            self.key_proj = nn.Linear(key_size, size, bias=False, **kind)
+            self.v = nn.Parameter(torch.empty(size, **kind))
+            if score == "normed_additive":
+                self.gain = nn.Parameter(torch.empty((), **kind))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as described above."""
+        for projection in self.children():
+            projection.reset_parameters()
+        if self.score in ("additive", "normed_additive"):
+            bound = 1 / math.sqrt(self.v.numel())
+            nn.init.uniform_(self.v, -bound, bound)
+        if self.score == "normed_additive":
+            nn.init.constant_(self.gain, bound)
+            if self.query_proj.bias is not None:
+                nn.init.zeros_(self.query_proj.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend once.
+
+        Args:
+            query: (B, T, Q), or (B, Q) for a single step.
+            keys: (B, S, K).
+            values: (B, S, D); default: the keys.
+            lengths: (B,) integers: attend to the first ``lengths[b]`` positions. See :func:`fastseq.ops.attention`.
+            mask: bool, True = attend: (B, S) or (B, T, S). Not together with ``lengths``.
+            need_weights: also return the weights.
+
+        Returns:
+            context (B, T, D), weights (B, T, S) or None; without the T for a single step.
+
+        Raises:
+            ValueError, RuntimeError: see :func:`fastseq.ops.attention`.
+        """
+        values = keys if values is None else values
+        return self.attend(
+            query, self.project_keys(keys), values, lengths=lengths, mask=mask, need_weights=need_weights
+        )
+
+    def project_keys(self, keys: Tensor) -> Tensor:
+        """What depends on the keys alone, once per sentence: keys (B, S, K) -> projected keys (B, S, A)."""
+        if keys.dim() != 3 or keys.size(-1) != self.key_size:
+            raise RuntimeError(f"Attention: keys must have shape (B, S, {self.key_size}), got {tuple(keys.shape)}")
+        return keys if self.score == "dot" else self.key_proj(keys)
+
+    def attend(
+        self,
+        query: Tensor,
+        projected_keys: Tensor,
+        values: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``forward``, with keys that :meth:`project_keys` returned."""
+        if query.dim() not in (2, 3) or query.size(-1) != self.query_size:
+            raise RuntimeError(
+                f"Attention: query must have shape (B, T, {self.query_size}) or (B, {self.query_size}), "
+                f"got {tuple(query.shape)}"
+            )
+        score, weight, gain = "dot", None, None
+        if self.score in ("additive", "normed_additive"):
+            score, weight, gain = self.score, self.v, getattr(self, "gain", None)
+            query = self.query_proj(query)
+        return attention(
+            query,
+            projected_keys,
+            values,
+            score=score,
+            weight=weight,
+            gain=gain,
+            scale=self.scale,
+            lengths=lengths,
+            mask=mask,
+            need_weights=need_weights,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.query_size}, {self.key_size}, score={self.score!r}"]
+        parts += [f"attention_size={self.v.numel()}"] if hasattr(self, "v") else []
+        parts += [f"scale={self.scale}"] if self.scale is not None else []
+        parts += [f"backend={self.backend!r}"] if self.backend != "auto" else []
+        return ", ".join(parts)
+
+
+def _check(query_size: int, key_size: int, score: str, attention_size: int | None, bias: bool | None) -> None:
+    if score not in SCORES:
+        raise ValueError(f"Attention: unknown score {score!r}; choose one of {', '.join(map(repr, SCORES))}")
+    for name, size in (("query_size", query_size), ("key_size", key_size), ("attention_size", attention_size)):
+        if size is not None and size < 1:
+            raise ValueError(f"Attention: {name} must be at least 1, got {size}")
+    if score == "dot" and query_size != key_size:
+        raise ValueError(
+            "Attention: score 'dot' multiplies query and key, so their sizes must be equal, "
+            f"got {query_size} and {key_size}; choose 'general' or 'additive' for different sizes"
+        )
+    if score in ("dot", "general"):
+        for name, value in (("attention_size", attention_size), ("bias", bias)):
+            if value is not None:
+                raise ValueError(f"Attention: score {score!r} has no use for {name}; leave it out or choose 'additive'")

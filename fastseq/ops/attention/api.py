@@ -1,0 +1,205 @@
+"""The public attention op."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastseq.backend import AttentionCall, select
+from fastseq.ops.attention.function import apply
+from fastseq.ops.attention.reference import wide_dtype
+
+SCORES = ("dot", "general", "additive", "normed_additive")
+
+
+def attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor | None = None,
+    *,
+    score: str = "dot",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    need_weights: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Score each key against the query, softmax over the keys, return the weighted sum of the values.
+
+    =================  =======================================  ===================================================
+    score              s(q, k)                                  source
+    =================  =======================================  ===================================================
+    "dot"              scale * q . k                            Luong et al. 2015
+    "general"          scale * (q W) . k                        Luong et al. 2015
+    "additive"         scale * v . tanh(q + k + b)              Bahdanau et al. 2015, with q and k projected before
+    "normed_additive"  scale * (g v / ||v||) . tanh(q + k + b)  the same, with the norm of Salimans & Kingma 2016
+    =================  =======================================  ===================================================
+
+    Scores, softmax and sums are computed in float32 at least. Under autocast all inputs are cast to its dtype, as for
+    a matmul. A query step that may attend to nothing (length 0, or a mask row of False) gets weights 0, context 0 and
+    gradient 0. Keys and values at positions that no step of their sentence attends to may hold anything, NaN and inf
+    too: it reaches no output and no gradient. Where a (B, T, S) mask hides a position from some steps only, that
+    position must be finite.
+
+    Args:
+        query: (B, T, A), or (B, A) for a single step. For "general" (B, T, Q) or (B, Q).
+        keys: (B, S, A).
+        values: (B, S, D); default: the keys.
+        score: see the table.
+        weight: W (Q, A) for "general"; v (A,) for the additive scores; none for "dot".
+        bias: b (A,), additive scores only.
+        gain: g, a tensor of one element, required by "normed_additive" and by no other score.
+        scale: default 1.0 (scaled dot products of Vaswani et al. 2017: ``A ** -0.5``).
+        lengths: (B,) integers on any device: sentence b attends to its first ``lengths[b]`` positions. Values on the
+            CPU are checked; on an accelerator, and while a graph is traced, they are not read: there they act as if
+            clamped to [0, S].
+        mask: bool, True = attend: (B, S), or (B, T, S) for a query of T steps. Not together with ``lengths``.
+        need_weights: also return the weights; without it a backend need not hold them.
+        backend: "auto" (None), "reference", "torch", "native" or "triton".
+
+    Returns:
+        context (B, T, D), and weights (B, T, S) or None, both in the dtype of the query; without the T for a query
+        (B, A).
+
+    Raises:
+        ValueError: unknown score or backend; an input that the score has no use for, or lacks; both lengths and mask;
+            lengths outside [0, S].
+        RuntimeError: shapes, dtypes or devices that do not fit; a backend asked for by name that cannot serve this
+            call.
+    """
+    _check_score(score, weight, bias, gain)
+    values = keys if values is None else values
+    query, keys, values, weight, bias, gain = _autocast(query, keys, values, weight, bias, gain)
+    one_step = query.dim() == 2
+    if one_step:
+        query = query.unsqueeze(1)
+    _check_tensors(query, keys, values, weight, bias, gain, score, one_step)
+    lengths, mask = _check_padding(lengths, mask, query, keys, one_step)
+    if score == "general":
+        query = query @ weight
+        score, weight = "dot", None
+    elif score == "normed_additive":
+        acc = wide_dtype(weight.dtype)
+        weight = (gain.to(acc) * F.normalize(weight.to(acc), dim=0)).to(weight.dtype)
+        score = "additive"
+    inputs = (query, keys, values, weight, bias)
+    call = AttentionCall(
+        score=score,
+        device=query.device.type,
+        dtype=query.dtype,
+        need_weights=need_weights,
+        requires_grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs),
+        compiling=torch.compiler.is_compiling(),
+    )
+    chosen = select("attention", backend, call)
+    context, weights = apply(
+        chosen, score, 1.0 if scale is None else float(scale), need_weights, *inputs, lengths, mask
+    )
+    if one_step:
+        return context.squeeze(1), None if weights is None else weights.squeeze(1)
+    return context, weights
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in tensors
+    )
+
+
+def _check_score(score: str, weight: Tensor | None, bias: Tensor | None, gain: Tensor | None) -> None:
+    if score not in SCORES:
+        raise ValueError(f"attention: unknown score {score!r}; choose one of {', '.join(map(repr, SCORES))}")
+    takes = {
+        "dot": (),
+        "general": ("weight",),
+        "additive": ("weight", "bias"),
+        "normed_additive": ("weight", "bias", "gain"),
+    }[score]
+    for name, tensor in (("weight", weight), ("bias", bias), ("gain", gain)):
+        if tensor is not None and name not in takes:
+            raise ValueError(f"attention: score {score!r} has no use for {name}; leave it out or choose another score")
+        if tensor is None and name in takes and name != "bias":
+            raise ValueError(f"attention: score {score!r} needs {name}")
+
+
+def _check_tensors(query, keys, values, weight, bias, gain, score: str, one_step: bool) -> None:
+    for name, tensor in (("keys", keys), ("values", values), ("weight", weight), ("bias", bias), ("gain", gain)):
+        if tensor is not None and tensor.dtype != query.dtype:
+            raise RuntimeError(
+                f"attention: query is {query.dtype} but {name} is {tensor.dtype}; convert one, or use autocast"
+            )
+        if tensor is not None and tensor.device != query.device:
+            raise RuntimeError(
+                f"attention: query is on {query.device} but {name} is on {tensor.device}; move them to one device"
+            )
+    if not query.is_floating_point():
+        raise RuntimeError(f"attention: query must be floating point, got {query.dtype}")
+    shown = tuple(query.squeeze(1).shape) if one_step else tuple(query.shape)
+    if query.dim() != 3 or keys.dim() != 3 or values.dim() != 3:
+        raise RuntimeError(
+            "attention: expected query (B, T, A) or (B, A), keys (B, S, A) and values (B, S, D), "
+            f"got {shown}, {tuple(keys.shape)} and {tuple(values.shape)}"
+        )
+    if query.size(0) != keys.size(0) or keys.shape[:2] != values.shape[:2]:
+        raise RuntimeError(
+            "attention: query, keys and values must agree on B, keys and values on S, "
+            f"got query {shown}, keys {tuple(keys.shape)} and values {tuple(values.shape)}"
+        )
+    a = keys.size(2)
+    if score == "general":
+        if weight.shape != (query.size(2), a):
+            raise RuntimeError(
+                f"attention: weight must be {(query.size(2), a)} = (Q, A) for score 'general', "
+                f"got {tuple(weight.shape)}"
+            )
+    elif query.size(2) != a:
+        raise RuntimeError(
+            f"attention: query and keys must have one size A for score {score!r}, got {query.size(2)} and {a}"
+        )
+    if score in ("additive", "normed_additive"):
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.shape != (a,):
+                raise RuntimeError(
+                    f"attention: {name} must be {(a,)} = (A,) for score {score!r}, got {tuple(tensor.shape)}"
+                )
+    if gain is not None and gain.numel() != 1:
+        raise RuntimeError(f"attention: gain must hold one element, got {tuple(gain.shape)}")
+
+
+def _check_padding(
+    lengths: Tensor | None, mask: Tensor | None, query: Tensor, keys: Tensor, one_step: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """-> lengths (B,) or mask (B, 1 or T, S) on the device of the keys."""
+    batch, steps, size = query.size(0), query.size(1), keys.size(1)
+    if lengths is not None and mask is not None:
+        raise ValueError("attention: lengths and mask were both given; pass one (a mask can express the lengths too)")
+    if lengths is not None:
+        if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+            raise RuntimeError(
+                f"attention: lengths must be ({batch},) integers, got {tuple(lengths.shape)} {lengths.dtype}"
+            )
+        if lengths.device.type == "cpu" and batch > 0 and not torch.compiler.is_compiling():
+            low, high = (int(x) for x in torch.aminmax(lengths))
+            if low < 0 or high > size:
+                raise ValueError(f"attention: lengths must lie in [0, {size}], the number of keys; got {low} to {high}")
+        return lengths.to(keys.device), None
+    if mask is None:
+        return None, None
+    if mask.dtype != torch.bool:
+        raise RuntimeError(f"attention: mask must be bool (True = attend), got {mask.dtype}; write e.g. mask != 0")
+    if mask.device != keys.device:
+        raise RuntimeError(
+            f"attention: keys are on {keys.device} but mask is on {mask.device}; move them to one device"
+        )
+    if mask.shape == (batch, size):
+        return None, mask.unsqueeze(1)
+    if mask.shape != (batch, steps, size) or one_step:
+        expected = f"({batch}, {size})" if one_step else f"({batch}, {size}) or ({batch}, {steps}, {size})"
+        raise RuntimeError(f"attention: mask must be {expected}, got {tuple(mask.shape)}")
+    return None, mask

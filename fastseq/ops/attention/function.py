@@ -1,0 +1,83 @@
+"""Autograd of attention: one Function, shared by all backends."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from fastseq.backend import implementation
+from fastseq.ops.attention import reference
+
+
+class AttentionFunction(torch.autograd.Function):
+    """Arguments as of ``apply`` -> context (B, T, D), weights (B, T, S) or None."""
+
+    @staticmethod
+    def forward(ctx, backend, score, scale, need_weights, query, keys, values, weight, bias, lengths, mask):
+        inputs = (query, keys, values, weight, bias, lengths, mask)
+        context, weights, saved = implementation("attention", backend).forward(*inputs, score, scale, need_weights)
+        ctx.options = (backend, score, scale, need_weights)
+        ctx.save_for_backward(*inputs, *saved)
+        return context, weights
+
+    @staticmethod
+    def backward(ctx, grad_context, grad_weights):
+        backend, score, scale, need_weights = ctx.options
+        inputs, saved = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        needs = tuple(ctx.needs_input_grad[4:9])
+        with _without_autocast(grad_context.device.type):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+                grads = _differentiable_backward(grad_context, grad_weights, inputs, score, scale, need_weights, needs)
+            else:
+                run = implementation("attention", backend).backward
+                grads = run(grad_context, grad_weights, *inputs, saved, score, scale, needs)
+        return None, None, None, None, *grads, None, None
+
+
+def _differentiable_backward(grad_context, grad_weights, inputs, score, scale, need_weights, needs):
+    # Views: one input may be made from another (values from keys), and the gradient must stop at this call's inputs.
+    views = [x.view_as(x) if need else x for x, need in zip(inputs[:5], needs, strict=True)]
+    query, keys, values, weight, bias = views
+    allowed = reference.allowed_positions(*inputs[5:], keys.size(1))
+    keys, values = reference.without_padding(keys, allowed), reference.without_padding(values, allowed)
+    context, weights, _ = reference.forward(query, keys, values, weight, bias, *inputs[5:], score, scale, need_weights)
+    outputs, grad_outputs = [context], [grad_context]
+    if need_weights:
+        outputs.append(weights)
+        grad_outputs.append(grad_weights)
+    wanted = [x for x, need in zip(views, needs, strict=True) if need]
+    grads = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True))
+    return tuple(next(grads) if need else None for need in needs)
+
+
+def apply(
+    backend: str,
+    score: str,
+    scale: float,
+    need_weights: bool,
+    query: Tensor,  # (B, T, A)
+    keys: Tensor,  # (B, S, A)
+    values: Tensor,  # (B, S, D)
+    weight: Tensor | None,  # (A,)
+    bias: Tensor | None,  # (A,)
+    lengths: Tensor | None,  # (B,)
+    mask: Tensor | None,  # (B, 1 or T, S)
+) -> tuple[Tensor, Tensor | None]:
+    """Run on the named backend, recording a backward only where one can be asked for."""
+    with _without_autocast(query.device.type):
+        if backend == "torch":
+            return implementation("attention", "torch").run(query, keys, values, lengths, mask, scale), None
+        keys = (
+            keys.view_as(keys) if keys is query else keys
+        )  # TorchDynamo refuses one tensor as two arguments of a Function
+        values = values.view_as(values) if values is keys or values is query else values
+        inputs = (query, keys, values, weight, bias, lengths, mask)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:5]):
+            return AttentionFunction.apply(backend, score, scale, need_weights, *inputs)
+        context, weights, _ = implementation("attention", backend).forward(*inputs, score, scale, need_weights)
+        return context, weights
+
+
+def _without_autocast(device: str):
+    """Backends choose their own precision; autocast has done its part when api.py cast the inputs."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
