@@ -1,0 +1,149 @@
+"""Which backend serves what, by name, by block, by environment variable; and what fastseq says about it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fastseq
+from fastseq import LSTM, _native, backend
+from fastseq.backend import LSTMCall, select
+
+CALL = LSTMCall("cpu", torch.float32, 4, 5)
+X = torch.randn(3, 2, 4)
+needs_native = pytest.mark.skipif(not _native.available(), reason="the compiled operators are not part of this install")
+
+
+def run(code: str, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
+
+
+def served(**kwargs) -> str:
+    with backend.record() as choices:
+        LSTM(4, 5, **kwargs)(X)
+    (choice,) = choices
+    return choice.backend
+
+
+def test_argument_beats_block_beats_default():
+    assert served() == "torch"
+    with fastseq.use_backend("reference"):
+        assert served() == "reference"
+        assert served(backend="torch") == "torch"
+        with fastseq.use_backend("torch"):
+            assert served() == "torch"
+        assert served() == "reference"
+    assert served() == "torch"
+
+
+def test_block_ends_with_an_exception():
+    with pytest.raises(KeyError), fastseq.use_backend("reference"):
+        raise KeyError
+    assert served() == "torch"
+
+
+def test_environment_variable():
+    code = "import fastseq, torch; print(fastseq.explain(fastseq.LSTM(4, 5), torch.randn(3, 2, 4)))"
+    assert "-> reference: asked for by name" in run(code, FASTSEQ_BACKEND="reference").stdout
+    refused = run(code, FASTSEQ_BACKEND="cudnn")
+    assert refused.returncode != 0
+    assert "FASTSEQ_BACKEND: unknown backend 'cudnn'; choose one of 'auto'" in refused.stderr
+
+
+def test_unknown_names_list_the_valid_ones():
+    for attempt in (lambda: select("lstm", "cuda", CALL), lambda: fastseq.use_backend("cuda").__enter__()):
+        with pytest.raises(ValueError, match="'auto', 'reference', 'torch', 'native', 'triton'"):
+            attempt()
+
+
+def test_a_named_backend_never_falls_back():
+    with pytest.raises(RuntimeError, match="no triton kernel; use backend='auto'"):
+        LSTM(4, 5, backend="triton")(X)
+    with pytest.raises(RuntimeError, match="cannot return the cell states"):
+        LSTM(4, 5, backend="torch")(X, return_cell_states=True)
+
+
+@needs_native
+def test_native_says_what_it_cannot_do():
+    with pytest.raises(RuntimeError, match="no projection"):
+        LSTM(4, 5, proj_size=2, backend="native")(X)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(return_cell_states=True), dict(compiling=True, lengths=True), dict(proj_size=2, return_cell_states=True), dict(dtype=torch.float16)],
+    ids=str,
+)  # fmt: skip
+def test_auto_always_finds_a_backend_that_serves(changes):
+    call = CALL._replace(**changes)
+    chosen = select("lstm", "auto", call)
+    assert backend.objection("lstm", chosen, call) is None
+
+
+def test_auto_never_picks_an_unavailable_kernel(monkeypatch):
+    monkeypatch.setattr(_native, "available", lambda: False)
+    monkeypatch.setattr(_native, "why_not", lambda: "it was not built.")
+    assert select("lstm", "auto", CALL._replace(return_cell_states=True)) == "reference"
+    with pytest.raises(RuntimeError, match="it was not built"):
+        select("lstm", "native", CALL)
+    assert "it was not built" in fastseq.info()
+
+
+def test_every_rule_names_a_known_kernel_and_its_evidence():
+    for rule in backend.RULES:
+        assert (rule.op, rule.backend) in backend.IMPLEMENTATIONS
+        assert rule.why
+
+
+def test_explain_names_backend_reason_and_objections():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.cell = LSTM(4, 5), fastseq.LSTMCell(5, 5, backend="reference")
+
+        def forward(self, x):
+            return self.cell(self.lstm(x)[0][-1])
+
+    text = fastseq.explain(Two(), X)
+    assert "lstm (1x:" in text
+    assert "lstm_cell (1x:" in text
+    assert "-> reference: asked for by name" in text
+    assert "triton: lstm: this version of fastseq has no triton kernel" in text
+    assert "accelerate" in fastseq.explain(nn.Linear(4, 4), X)
+
+
+def test_info_has_a_row_for_every_op_and_a_sentence_for_every_no():
+    text = fastseq.info()
+    table = text[text.index("backends on cpu") :].splitlines()
+    for op in backend.OPS:
+        (row,) = (line.split() for line in table if line.split()[:1] == [op])
+        assert len(row) == len(backend.BACKENDS)
+        for name, cell in zip(backend.BACKENDS[1:], row[1:], strict=True):
+            assert cell in ("yes", "no")
+            assert (f"no {name} for {op}:" in text) == (cell == "no")
+
+
+def test_import_with_triton_blocked_and_with_the_native_library_missing():
+    code = (
+        "import sys; sys.modules['triton'] = None; sys.modules['fastseq._C'] = None\n"
+        "import torch, fastseq\n"
+        "assert not fastseq._native.available()\n"
+        "m = fastseq.LSTM(4, 5, 2, bidirectional=True); y, _ = m(torch.randn(3, 2, 4), lengths=torch.tensor([1, 3]))\n"
+        "y.sum().backward(); m(torch.randn(3, 2, 4), return_cell_states=True)\n"
+        "fastseq.LSTMCell(4, 5)(torch.randn(2, 4)); fastseq.Attention(4, 4)(torch.randn(2, 3, 4), torch.randn(2, 5, 4))\n"
+        "print(fastseq.info())"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert "native                missing: " in result.stdout
+
+
+def test_import_brings_torch_only():
+    code = (
+        "import sys, torch; before = {m.split('.')[0] for m in sys.modules}\n"
+        "import fastseq; print(*sorted({m.split('.')[0] for m in sys.modules} - before))"
+    )
+    assert run(code).stdout.split() == ["fastseq"]

@@ -1,0 +1,123 @@
+"""torch.compile in one graph, torch.export with dynamic sizes, and opcheck on every registered op."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastseq import LSTM, Attention, LSTMCell, _native
+
+needs_native = pytest.mark.skipif(not _native.available(), reason="the compiled operators are not part of this install")
+
+
+class Tagger(nn.Module):
+    """An LSTM and attention over its own outputs."""
+
+    def __init__(self, backend: str = "auto", score: str = "additive"):
+        super().__init__()
+        self.lstm = LSTM(4, 6, 2, bidirectional=True, batch_first=True, backend=backend)
+        self.attention = Attention(12, 12, score=score)
+
+    def forward(self, x, lengths=None):
+        output, _ = self.lstm(x, lengths=lengths)
+        return self.attention(output, output, lengths=lengths)[0]
+
+
+def batch(B, T, with_lengths):
+    x = torch.randn(B, T, 4, requires_grad=True)
+    return x, torch.randint(0, T + 1, (B,)) if with_lengths else None
+
+
+@needs_native
+@pytest.mark.parametrize("with_lengths", [False, True], ids=["full", "lengths"])
+def test_compile_is_one_graph_for_all_sizes(with_lengths):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = Tagger()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for B, T in ((3, 5), (2, 7), (4, 9)):
+        x, lengths = batch(B, T, with_lengths)
+        actual, expected = compiled(x, lengths), model(x, lengths)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+        grads = [torch.autograd.grad(y.square().sum(), (x, *model.parameters())) for y in (actual, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "another size compiled another graph"
+
+
+@needs_native
+def test_compile_with_inductor():
+    torch._dynamo.reset()
+    model = Tagger()
+    x, lengths = batch(3, 5, True)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(model, fullgraph=True)(x, lengths), model(x, lengths), rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_compile_with_the_other_backends(backend):
+    torch._dynamo.reset()
+    model = Tagger(backend)
+    x, _ = batch(3, 4, False)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-5)
+
+
+def test_the_torch_backend_says_that_lengths_cannot_be_traced():
+    torch._dynamo.reset()
+    x, lengths = batch(3, 4, True)
+    with pytest.raises(RuntimeError, match="cannot be traced with lengths"):
+        torch.compile(Tagger("torch"), backend="eager")(x, lengths)
+
+
+def test_compile_cell():
+    torch._dynamo.reset()
+    cell = LSTMCell(4, 5)
+    compiled = torch.compile(cell, fullgraph=True, backend="aot_eager")
+    x, hx = torch.randn(2, 4), (torch.randn(2, 5), torch.randn(2, 5))
+    torch.testing.assert_close(compiled(x, hx), cell(x, hx), rtol=0, atol=1e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("with_lengths", [False, True], ids=["full", "lengths"])
+def test_export_with_dynamic_sizes(with_lengths):
+    B, T = torch.export.Dim("B", min=2, max=64), torch.export.Dim("T", min=2, max=512)
+    model = Tagger()
+    args, shapes = [torch.randn(3, 5, 4)], [{0: B, 1: T}]
+    if with_lengths:
+        args, shapes = [*args, torch.tensor([1, 5, 0])], [*shapes, {0: B}]
+    exported = torch.export.export(model, tuple(args), dynamic_shapes=tuple(shapes)).module()
+    for size in ((2, 9), (6, 3)):
+        x, lengths = batch(*size, with_lengths)
+        given = (x, lengths) if with_lengths else (x,)
+        torch.testing.assert_close(exported(*given), model(*given), rtol=0, atol=1e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("form", ["full", "lengths", "packed"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_opcheck_lstm(form, reverse):
+    T, B, H = 4, 3, 5
+    lengths = torch.tensor([4, 0, 2]) if form == "lengths" else None
+    batch_sizes = torch.tensor([3, 2, 2, 1]) if form == "packed" else None
+    rows = (8,) if form == "packed" else (T, B)
+    gates, h0, c0, weight = torch.randn(*rows, 4 * H), torch.randn(B, H), torch.randn(B, H), torch.randn(4 * H, H)
+    for need in ((True, True), (False, False), (False, True)):
+        torch.library.opcheck(
+            torch.ops.fastseq.lstm_forward, (gates, h0, c0, weight, lengths, batch_sizes, reverse, *need)
+        )
+    output, h_n, c_n, activations, cells = torch.ops.fastseq.lstm_forward(
+        gates, h0, c0, weight, lengths, batch_sizes, reverse, True, True
+    )
+    for grads in ((output, h_n, c_n, cells), (output, None, None, None), (None, h_n, None, None)):
+        args = (*grads, activations, cells, c0, weight, lengths, batch_sizes, reverse)
+        torch.library.opcheck(torch.ops.fastseq.lstm_backward, args)
+
+
+@needs_native
+def test_opcheck_lstm_cell():
+    gates, c = torch.randn(3, 20), torch.randn(3, 5)
+    torch.library.opcheck(torch.ops.fastseq.lstm_cell_forward, (gates, c))
+    h, c_n, activations = torch.ops.fastseq.lstm_cell_forward(gates, c)
+    for grads in ((h, c_n), (h, None), (None, c_n)):
+        torch.library.opcheck(torch.ops.fastseq.lstm_cell_backward, (activations, c, c_n, *grads))

@@ -1,0 +1,85 @@
+"""Arrows point one way: cli -> training -> generation -> nn -> ops/<op>/api -> function -> backends -> _native."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fastseq
+
+ROOT = Path(fastseq.__file__).parent
+FILES = sorted(path for path in ROOT.rglob("*.py"))
+OUTSIDE = {"bench", "parity"}  # these may use testing.py
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path) for path in FILES}
+
+
+def imports(path: Path) -> set[str]:
+    """Names of the modules a file imports, wherever in the file; ``from a import b`` gives a.b where that is a module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {
+                f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in MODULES else node.module
+                for alias in node.names
+            }
+    return found
+
+
+def rank(name: str) -> int | None:
+    """Height of a module of this package; None for what any layer may import."""
+    parts = name.split(".")
+    if parts[1:2] in (["cli"], ["__main__"]):
+        return 7
+    if parts[1:2] in (["training"], ["bench"], ["parity"], ["info"]):
+        return 6
+    if parts[1:2] == ["generation"]:
+        return 5
+    if parts[1:2] == ["nn"]:
+        return 4
+    if parts[1:2] == ["ops"]:
+        return {"api": 3, "function": 2}.get(parts[-1], 1) if len(parts) == 4 else 3
+    return None
+
+
+def test_the_package_has_files():
+    assert len(FILES) > 20
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    own = module_name(path)
+    height = rank(own)
+    for name in imports(path):
+        if name == "triton" or name.startswith("triton."):
+            assert path.name == "triton.py", f"{own} imports triton; only triton.py files may"
+        if not name.startswith("fastseq."):
+            continue
+        if name.startswith("fastseq.testing"):
+            assert own.split(".")[1] in OUTSIDE, f"{own} imports testing.py"
+        other = rank(name)
+        if height is not None and other is not None:
+            lazy = own == "fastseq.nn.seq2seq" and name.startswith("fastseq.generation")  # model.generate, at call time
+            assert other <= height or lazy, f"{own} imports {name}, which lies above it"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("ops/*/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_backends_do_not_know_each_other(path):
+    backends = {"reference", "vendor", "native", "triton"}
+    if path.stem not in backends:
+        return
+    for name in imports(path):
+        last = name.split(".")[-1]
+        assert not (name.startswith("fastseq.ops") and last in backends), f"{path.name} imports {name}"
+    if path.stem == "reference":
+        ours = {name for name in imports(path) if name.split(".")[0] != "torch"}
+        assert ours <= {"fastseq.ops.lstm.layout"}, f"{path} may import torch only"
