@@ -26,9 +26,7 @@ FLAGS = [
     "-Wall",
     "-Wno-psabi",
 ]
-# The oldest torch and Python that the built library loads in.
-TORCH_TARGET = "0x020b000000000000"
-PYTHON_TARGET = "0x030b0000"
+TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that the built library loads in
 
 
 def switch(name: str) -> str:
@@ -70,8 +68,12 @@ def native_build() -> dict:
         ) from error
 
     os.environ["CXX"] = find_compiler()
-    defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DPy_LIMITED_API={PYTHON_TARGET}"]
-    record = [f'-DFASTSEQ_BUILD_FLAGS="{" ".join(FLAGS)}"', f'-DFASTSEQ_BUILD_TORCH="{torch.__version__}"']
+    defines = [
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        f'-DFASTSEQ_BUILD_FLAGS="{" ".join(FLAGS)}"',
+        f'-DFASTSEQ_BUILD_TORCH="{torch.__version__}"',
+        f"-fmacro-prefix-map={ROOT}/=",  # paths in error messages are relative to the project, wherever it was built
+    ]
 
     class Build(BuildExtension):
         def build_extensions(self):
@@ -87,9 +89,8 @@ def native_build() -> dict:
         "fastseq._C",
         sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp")),
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
-        # Paths in error messages are relative to the project, wherever it was built.
-        extra_compile_args=FLAGS + defines + record + [f"-fmacro-prefix-map={ROOT}/="],
-        py_limited_api=True,
+        extra_compile_args=FLAGS + defines,
+        py_limited_api=True,  # abi3: torch adds Py_LIMITED_API
     )
     return {
         "ext_modules": [extension],

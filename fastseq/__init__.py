@@ -1,6 +1,6 @@
 """fastseq: LSTM sequence-to-sequence models, made fast without changing them. ``nn.LSTM`` becomes ``fastseq.LSTM``."""
 
-from fastseq import _native, backend, ops
+from fastseq import backend, ops
 from fastseq.backend import explain, use_backend
 from fastseq.info import info
 from fastseq.nn import (

@@ -1,7 +1,8 @@
 """Which backend serves a call, and why: the one place where that is decided.
 
-A backend of an op is a module with ``unsupported(call) -> str | None``: None, or the sentence that says why not and what to
-do instead. A backend asked for by name runs or raises that sentence; ``auto`` takes the first rule of ``RULES`` that holds.
+A backend of an op is a module with ``unsupported(call) -> str | None``: None, or the sentence that says why not and
+what to do instead. A backend asked for by name runs or raises that sentence; ``auto`` takes the first rule of ``RULES``
+that holds.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ class LSTMCellCall(NamedTuple):
 
 
 class LSTMCall(NamedTuple):
-    """What decides who serves one ``lstm`` call. ``batch`` and ``steps`` are None while a graph is traced: they stay dynamic."""
+    """What decides who serves one ``lstm`` call. While a graph is traced ``batch`` and ``steps`` are None: dynamic."""
 
     device: str
     dtype: torch.dtype
@@ -69,7 +70,7 @@ class AttentionCall(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A row of the table behind ``auto``: where ``when`` holds, ``backend`` is the fastest known; ``why`` is the evidence."""
+    """A row of the table behind ``auto``: where ``when`` holds, ``backend`` is the fastest; ``why`` is the evidence."""
 
     op: str
     backend: str
@@ -85,8 +86,18 @@ RULES = (
     ),
     Rule("lstm", "reference", lambda c: True, "nothing else serves this call"),
     Rule("lstm_cell", "torch", lambda c: True, "no own kernel was measured faster here"),
-    Rule("attention", "torch", lambda c: True, "no own kernel was measured faster here"),
-    Rule("attention", "reference", lambda c: True, "nothing else serves this call"),
+    Rule(
+        "attention",
+        "torch",
+        lambda c: c.score == "dot" and not c.requires_grad and not c.need_weights,
+        "SDPA without gradients: 0.95 against 0.83 ms at (B, T, S, A) = (64, 20, 20, 256), float32, 1 thread",
+    ),
+    Rule(
+        "attention",
+        "reference",
+        lambda c: True,
+        "with gradients it beats SDPA: 3.2 against 11.5 ms at (B, T, S, A) = (64, 1, 50, 512), float32, 1 thread",
+    ),
 )
 
 
@@ -117,7 +128,8 @@ _default = _checked(os.environ.get("FASTSEQ_BACKEND", "auto"), "FASTSEQ_BACKEND"
 def use_backend(name: str) -> Iterator[None]:
     """Use backend ``name`` in this block for every op and module that was not given a backend of its own.
 
-    Process-wide, like torch's own backend flags. The environment variable ``FASTSEQ_BACKEND`` sets the same for a whole run.
+    Process-wide, like torch's own backend flags. The environment variable ``FASTSEQ_BACKEND`` sets the same for a whole
+    run.
 
     Args:
         name: "auto", "reference", "torch", "native" or "triton".
@@ -134,7 +146,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def load() -> None:
-    """Import every implementation, once, when fastseq is imported: TorchDynamo cannot trace an import inside a graph."""
+    """Import every implementation, once, at import of fastseq: TorchDynamo cannot trace an import."""
     for key, path in IMPLEMENTATIONS.items():
         _loaded[key] = importlib.import_module(path)
 
@@ -206,8 +218,8 @@ def record() -> Iterator[list[Choice]]:
 def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> str:
     """Run ``module(*args, **kwargs)`` once and say which backend served each call, and why the others did not.
 
-    The module really runs (in its current mode, without gradients recorded by this function's caller being changed), so the
-    answer holds for just this input, these dtypes and this thread's settings.
+    The module really runs (in its current mode, without gradients recorded by this function's caller being changed), so
+    the answer holds for just this input, these dtypes and this thread's settings.
 
     Returns:
         A text with one paragraph per distinct call; print it.

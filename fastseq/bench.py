@@ -1,4 +1,4 @@
-"""``fastseq bench``: fastseq's backends against ``nn.LSTM``, interleaved in one process, after a parity check of the same call."""
+"""``fastseq bench``: fastseq's backends against ``nn.LSTM``, interleaved in one process, after a parity check."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ from fastseq.testing import assert_all_accurate
 
 @dataclass(frozen=True)
 class Case:
-    """One call to time. ``kind``: "padded", "packed" (lengths uniform in T/5..T), "cell_states" or "cell" (one step)."""
+    """One call to time. ``kind``: "padded", "packed" (lengths uniform in T/5..T) or "cell" (one step)."""
 
     name: str
     steps: int

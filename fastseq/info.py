@@ -19,7 +19,7 @@ def _example_calls(device: str, dtype: torch.dtype) -> dict[str, object]:
 
 
 def info() -> str:
-    """Versions, compiled architectures, and an op-by-backend table with a sentence for each "no". Returns a text; print it."""
+    """A text to print: versions, compiled architectures, and an op-by-backend table with a sentence for each "no"."""
     lines = [f"{name:<22}{value}" for name, value in _versions().items()]
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
@@ -33,7 +33,7 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version_of("triton"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "cuda device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     if _native.available():

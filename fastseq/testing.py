@@ -19,7 +19,8 @@ def max_error(actual: Tensor, oracle: Tensor) -> float:
 def bound(oracle: Tensor, torch_error: float, dtype: torch.dtype, factor: float = 2.0) -> float:
     """``factor * torch_error + eps(dtype) * max|oracle|``: what a kernel of this dtype may be off by.
 
-    In float64 the oracle is no wider than the result, and its own roundings count: sums of a few hundred terms through a few
+    In float64 the oracle is no wider than the result, and its own roundings count: sums of a few hundred terms through
+        a few
     dozen operations, taken as 64 roundings.
     """
     largest = _largest(oracle)
@@ -55,8 +56,8 @@ def assert_all_accurate(
 ) -> None:
     """:func:`assert_accurate` for a group of results of one computation.
 
-    In a result of a few elements torch's own error is a matter of luck: it may be 0. There the largest error of the group,
-    relative to the size of the result it occurs in, stands for all results under ``SMALL`` elements.
+    In a result of a few elements torch's own error is a matter of luck: it may be 0. There the largest error of the
+    group, relative to the size of the result it occurs in, stands for all results under ``SMALL`` elements.
     """
     relative = max(
         (max_error(baseline[n], oracle[n]) / _largest(oracle[n]) for n in oracle if _largest(oracle[n])), default=0.0

@@ -7,4 +7,3 @@ import torch
 @pytest.fixture(autouse=True)
 def _repeatable():
     torch.manual_seed(0)
-    yield

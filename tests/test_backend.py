@@ -74,9 +74,14 @@ def test_native_says_what_it_cannot_do():
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(return_cell_states=True), dict(compiling=True, lengths=True), dict(proj_size=2, return_cell_states=True), dict(dtype=torch.float16)],
+    [
+        dict(return_cell_states=True),
+        dict(compiling=True, lengths=True),
+        dict(proj_size=2, return_cell_states=True),
+        dict(dtype=torch.float16),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_auto_always_finds_a_backend_that_serves(changes):
     call = CALL._replace(**changes)
     chosen = select("lstm", "auto", call)
@@ -133,7 +138,8 @@ def test_import_with_triton_blocked_and_with_the_native_library_missing():
         "assert not fastseq._native.available()\n"
         "m = fastseq.LSTM(4, 5, 2, bidirectional=True); y, _ = m(torch.randn(3, 2, 4), lengths=torch.tensor([1, 3]))\n"
         "y.sum().backward(); m(torch.randn(3, 2, 4), return_cell_states=True)\n"
-        "fastseq.LSTMCell(4, 5)(torch.randn(2, 4)); fastseq.Attention(4, 4)(torch.randn(2, 3, 4), torch.randn(2, 5, 4))\n"
+        "fastseq.LSTMCell(4, 5)(torch.randn(2, 4))\n"
+        "fastseq.Attention(4, 4)(torch.randn(2, 3, 4), torch.randn(2, 5, 4))\n"
         "print(fastseq.info())"
     )
     result = run(code)

@@ -92,8 +92,9 @@ def test_cell_refuses_what_nn_lstm_cell_refuses(args, backend):
 
 @pytest.mark.parametrize(
     ("args", "kwargs"),
-    [((0, 5), {}), ((4, 0), {}), ((4, 5, 0), {}), ((4, 5), {"proj_size": 5}), ((4, 5), {"proj_size": -1}), ((4, 5), {"dropout": 2}),
-     ((4, 5), {"bias": 1}), ((4, 5), {"batch_first": "yes"}), ((4.0, 5), {}), ((4, 5), {"no_such_option": 1})],
+    [((0, 5), {}), ((4, 0), {}), ((4, 5, 0), {}), ((4, 5), {"proj_size": 5}), ((4, 5), {"proj_size": -1}),
+     ((4, 5), {"dropout": 2}), ((4, 5), {"bias": 1}), ((4, 5), {"batch_first": "yes"}), ((4.0, 5), {}),
+     ((4, 5), {"no_such_option": 1})],
     ids=str,
 )  # fmt: skip
 def test_constructor_refuses_what_nn_lstm_refuses(args, kwargs):
@@ -105,9 +106,16 @@ def test_constructor_refuses_what_nn_lstm_refuses(args, kwargs):
 
 @pytest.mark.parametrize(
     ("lengths", "sentence"),
-    [([3], r"shape \(2,\)"), ([[3, 2]], r"shape \(2,\)"), ([4, 1], r"0\.\.3"), ([-1, 1], r"0\.\.3"), ([2.0, 1.0], "integers"), ([True, True], "integers")],
+    [
+        ([3], r"shape \(2,\)"),
+        ([[3, 2]], r"shape \(2,\)"),
+        ([4, 1], r"0\.\.3"),
+        ([-1, 1], r"0\.\.3"),
+        ([2.0, 1.0], "integers"),
+        ([True, True], "integers"),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_lengths(lengths, sentence):
     with pytest.raises(ValueError, match=sentence):
         LSTM(4, 5)(X, lengths=torch.tensor(lengths))
@@ -133,8 +141,8 @@ def test_unknown_backend_lists_the_valid_ones(make):
         make("cudnn")
 
 
-def weights(I=4, H=5, **changes):
-    return {"weight_ih": torch.randn(4 * H, I), "weight_hh": torch.randn(4 * H, H), **changes}
+def weights(**changes):
+    return {"weight_ih": torch.randn(20, 4), "weight_hh": torch.randn(20, 5), **changes}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ MODULES = {module_name(path) for path in FILES}
 
 
 def imports(path: Path) -> set[str]:
-    """Names of the modules a file imports, wherever in the file; ``from a import b`` gives a.b where that is a module."""
+    """Names of the modules a file imports, anywhere in it; ``from a import b`` gives a.b where that is a module."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -47,7 +47,8 @@ def rank(name: str) -> int | None:
     if parts[1:2] == ["nn"]:
         return 4
     if parts[1:2] == ["ops"]:
-        return {"api": 3, "function": 2}.get(parts[-1], 1) if len(parts) == 4 else 3
+        ranks = {"api": 3, "function": 2, "autocast": 1}
+        return ranks.get(parts[-1], 1 if len(parts) == 4 else 3)
     return None
 
 

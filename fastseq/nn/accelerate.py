@@ -45,7 +45,8 @@ def accelerate(model: nn.Module, backend: str = "auto") -> Report:
         backend: what the swapped modules use; see :class:`fastseq.LSTM`.
 
     Returns:
-        A report that prints as a table: module path, swapped or not, why. Subclasses of ``nn.LSTM`` are left alone, since
+        A report that prints as a table: module path, swapped or not, why. Subclasses of ``nn.LSTM`` are left alone,
+            since
         they may have a forward of their own, and reported.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Drop-in LSTM and LSTMCell: the parameters, arguments and results of ``torch.nn``, computed by the backend that serves best."""
+"""Drop-in LSTM and LSTMCell: parameters, arguments and results of ``torch.nn``, computed by the best backend."""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq.backend import LSTMCall, LSTMCellCall, check_name, select
+from fastseq.ops.autocast import cast_inputs, without_autocast
 from fastseq.ops.lstm.api import check_lengths
 from fastseq.ops.lstm.function import apply as apply_lstm
 from fastseq.ops.lstm.layout import zero_padding
@@ -18,8 +19,8 @@ _vf_lstm_cell = torch._VF.lstm_cell
 class LSTM(nn.RNNBase):
     """A drop-in replacement for ``torch.nn.LSTM``: same arguments, parameters, initialisation, results and gradients.
 
-    Derives from ``nn.RNNBase`` and not from ``nn.LSTM``, which ``torch.compile`` refuses. Weights may be tied, replaced or
-    re-parametrised between calls: they are looked up by name in every forward.
+    Derives from ``nn.RNNBase`` and not from ``nn.LSTM``, which ``torch.compile`` refuses. Weights may be tied, replaced
+    or re-parametrised between calls: they are looked up by name in every forward.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype:
@@ -30,8 +31,23 @@ class LSTM(nn.RNNBase):
         ValueError, TypeError: as ``torch.nn.LSTM`` does; and ValueError for an unknown backend.
     """
 
-    def __init__(self, *args, backend: str = "auto", **kwargs):
-        super().__init__("LSTM", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device=None,
+        dtype=None,
+        *,
+        backend: str = "auto",
+    ):
+        sizes = (input_size, hidden_size, num_layers)
+        super().__init__("LSTM", *sizes, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
         self.backend = check_name(backend)
 
     # The checks of nn.LSTM, with its messages.
@@ -59,17 +75,17 @@ class LSTM(nn.RNNBase):
         Args:
             input: (T, B, I); (B, T, I) with ``batch_first``; (T, I) unbatched; or a PackedSequence, sorted or not.
             hx: h_0 (L*D, B, P) and c_0 (L*D, B, H), zeros by default; without the batch dimension for unbatched input.
-            lengths: (B,) integers in 0..T on any device, in any order: what packing the input would give, without packing.
-                Outputs past the length are 0, final states are those of the last valid step; a row of length 0 gives its
-                initial state back. On CUDA the values are clamped to 0..T instead of checked.
+            lengths: (B,) integers in 0..T on any device, in any order: what packing the input would give, without
+                packing. Outputs past the length are 0, final states are those of the last valid step; a row of length 0
+                gives its initial state back. On CUDA the values are clamped to 0..T instead of checked.
             return_cell_states: also return the last layer's cell state after every step, laid out like the output.
 
         Returns:
             output (..., D*P), (h_n, c_n) and, if asked for, cell_states (..., D*H).
 
         Raises:
-            RuntimeError, ValueError: as ``torch.nn.LSTM``; ValueError for bad ``lengths``; RuntimeError when the backend asked
-                for cannot serve this call.
+            RuntimeError, ValueError: as ``torch.nn.LSTM``; ValueError for bad ``lengths``; RuntimeError when the
+                backend asked for cannot serve this call.
         """
         packed = isinstance(input, PackedSequence)
         if packed:
@@ -182,14 +198,13 @@ class LSTM(nn.RNNBase):
             options = dict(bias=self.bias, num_layers=self.num_layers, dropout=self.dropout, training=self.training)
             options |= dict(bidirectional=self.bidirectional, batch_first=self.batch_first)
             return *vendor_stack(data, hx, weights, batch_sizes=batch_sizes, lengths=lengths, **options), None
-        if call.autocast:
-            dtype = torch.get_autocast_dtype(data.device.type)
-            data, hx, weights = data.to(dtype), tuple(h.to(dtype) for h in hx), [w.to(dtype) for w in weights]
+        data, *rest = cast_inputs(data, *hx, *weights)
+        hx, weights = rest[:2], rest[2:]
         time_major = batch_sizes is not None or not self.batch_first
         data = data if time_major else data.transpose(0, 1)
         if lengths is not None:
             data = zero_padding(data, lengths)
-        with torch.autocast(data.device.type, enabled=False):
+        with without_autocast(data.device.type):
             output, h_n, c_n, cell_states = self._layers(
                 backend, data, hx, weights, lengths, batch_sizes, return_cell_states
             )
@@ -253,7 +268,7 @@ def _check_pair(hx) -> None:
 
 
 class LSTMCell(nn.RNNCellBase):
-    """A drop-in replacement for ``torch.nn.LSTMCell``: same arguments, parameters, initialisation, results and gradients.
+    """A drop-in replacement for ``torch.nn.LSTMCell``: same arguments, parameters, initialisation and results.
 
     Args:
         input_size, hidden_size, bias, device, dtype: as in ``torch.nn.LSTMCell``.

@@ -7,6 +7,7 @@ from torch import Tensor
 from fastseq.backend import AttentionCall, select
 from fastseq.ops.attention.function import apply
 from fastseq.ops.attention.reference import wide_dtype
+from fastseq.ops.autocast import cast_inputs
 
 SCORES = ("dot", "general", "additive", "normed_additive")
 
@@ -71,7 +72,7 @@ def attention(
     """
     _check_score(score, weight, bias, gain)
     values = keys if values is None else values
-    query, keys, values, weight, bias, gain = _autocast(query, keys, values, weight, bias, gain)
+    query, keys, values, weight, bias, gain = cast_inputs(query, keys, values, weight, bias, gain)
     one_step = query.dim() == 2
     if one_step:
         query = query.unsqueeze(1)
@@ -100,16 +101,6 @@ def attention(
     if one_step:
         return context.squeeze(1), None if weights is None else weights.squeeze(1)
     return context, weights
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in tensors
-    )
 
 
 def _check_score(score: str, weight: Tensor | None, bias: Tensor | None, gain: Tensor | None) -> None:

@@ -1,12 +1,11 @@
 """Autograd of attention: one Function, shared by all backends."""
 
-import contextlib
-
 import torch
 from torch import Tensor
 
 from fastseq.backend import implementation
 from fastseq.ops.attention import reference
+from fastseq.ops.autocast import without_autocast
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -25,7 +24,7 @@ class AttentionFunction(torch.autograd.Function):
         backend, score, scale, need_weights = ctx.options
         inputs, saved = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
         needs = tuple(ctx.needs_input_grad[4:9])
-        with _without_autocast(grad_context.device.type):
+        with without_autocast(grad_context.device.type):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
                 grads = _differentiable_backward(grad_context, grad_weights, inputs, score, scale, need_weights, needs)
             else:
@@ -64,20 +63,15 @@ def apply(
     mask: Tensor | None,  # (B, 1 or T, S)
 ) -> tuple[Tensor, Tensor | None]:
     """Run on the named backend, recording a backward only where one can be asked for."""
-    with _without_autocast(query.device.type):
+    with without_autocast(query.device.type):
+        inputs = (query, keys, values, weight, bias, lengths, mask)
         if backend == "torch":
-            return implementation("attention", "torch").run(query, keys, values, lengths, mask, scale), None
-        keys = (
-            keys.view_as(keys) if keys is query else keys
-        )  # TorchDynamo refuses one tensor as two arguments of a Function
+            return implementation("attention", "torch").run(*inputs, score, scale, need_weights)
+        # TorchDynamo refuses one tensor as two arguments of a Function.
+        keys = keys.view_as(keys) if keys is query else keys
         values = values.view_as(values) if values is keys or values is query else values
         inputs = (query, keys, values, weight, bias, lengths, mask)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:5]):
             return AttentionFunction.apply(backend, score, scale, need_weights, *inputs)
         context, weights, _ = implementation("attention", backend).forward(*inputs, score, scale, need_weights)
         return context, weights
-
-
-def _without_autocast(device: str):
-    """Backends choose their own precision; autocast has done its part when api.py cast the inputs."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()

@@ -30,9 +30,7 @@ def forward(
     q, k = query.to(acc) * scale if score == "dot" else query.to(acc), keys.to(acc)
     scores = q @ k.mT if score == "dot" else _hidden(q, k, bias) @ (weight.to(acc) * scale)
     if allowed is not None:
-        scores = scores.where(
-            allowed, torch.finfo(acc).min
-        )  # finite: a row with nothing to attend to stays free of NaN
+        scores = scores.where(allowed, torch.finfo(acc).min)  # finite: an empty row stays free of NaN
     p = scores.softmax(-1)
     if allowed is not None:
         p = p.where(allowed, 0)
@@ -93,9 +91,8 @@ def _weighted_sum(p: Tensor, x: Tensor, allowed: Tensor | None) -> Tensor:
     """p (B, T, S) @ x (B, S, D), where 0 * NaN is 0 in the padding."""
     if allowed is None:
         return p @ x
-    if (
-        type(p) is Tensor and p.device.type == "cpu" and not torch.compiler.is_compiling()
-    ):  # looking costs less than copying x
+    if type(p) is Tensor and p.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Looking for NaN costs less than copying x without its padding.
         total = p @ x
         if not total.isnan().any():
             return total

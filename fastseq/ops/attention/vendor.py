@@ -1,4 +1,8 @@
-"""Dot attention by torch's scaled_dot_product_attention: the vendor's fused kernels, differentiated by torch."""
+"""Attention as torch itself computes it, differentiated by torch.
+
+Dot scores without weights go through scaled_dot_product_attention, the vendor's fused kernels; everything else, op by
+op.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,16 +10,6 @@ from torch import Tensor
 
 
 def unsupported(call) -> str | None:
-    if call.score != "dot":
-        return (
-            f"attention: the torch backend has no {call.score} score, since scaled_dot_product_attention knows dot "
-            "products only; use backend='auto' or 'reference', or one of the scores 'dot' and 'general'."
-        )
-    if call.need_weights:
-        return (
-            "attention: the torch backend never holds the weights, since scaled_dot_product_attention returns the "
-            "context only; use need_weights=False, or backend='auto' or 'reference'."
-        )
     return None
 
 
@@ -23,27 +17,37 @@ def run(
     query: Tensor,  # (B, T, A)
     keys: Tensor,  # (B, S, A)
     values: Tensor,  # (B, S, D)
+    weight: Tensor | None,  # (A,) v of the additive score
+    bias: Tensor | None,  # (A,) added inside its tanh
     lengths: Tensor | None,  # (B,)
     mask: Tensor | None,  # (B, 1 or T, S) bool, True = attend
+    score: str,
     scale: float,
-) -> Tensor:
-    """-> context (B, T, D). Differentiable as often as torch's kernels are: its CPU flash kernel once only."""
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """-> context (B, T, D), weights (B, T, S) or None. Differentiable as often as torch's kernels: SDPA on CPU once."""
     if lengths is not None:
         mask = (torch.arange(keys.size(1), device=lengths.device) < lengths.unsqueeze(1)).unsqueeze(1)
-    if mask is None:
-        return _attend(query, keys, values, None, scale)
-    looking = type(keys) is Tensor and keys.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looking and not torch.is_grad_enabled():
-        context = _attend(query, keys, values, mask, scale)
-        if (
-            not context.isnan().any()
-        ):  # NaN and inf in the padding show here; looking costs less than copying keys, values
-            return context
-    padding = ~mask.any(1).unsqueeze(-1)
-    return _attend(query, keys.masked_fill(padding, 0), values.masked_fill(padding, 0), mask, scale)
+    if mask is not None:
+        padding = ~mask.any(1).unsqueeze(-1)  # may hold anything, NaN too
+        keys, values = keys.masked_fill(padding, 0), values.masked_fill(padding, 0)
+    if score == "dot" and not need_weights:
+        heads = (x.unsqueeze(1) for x in (query, keys, values))  # one head each: (B, 1, T or S, A or D)
+        mask = None if mask is None else mask.unsqueeze(1)
+        return F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale).squeeze(1), None
+    context, weights = _op_by_op(query, keys, values, weight, bias, mask, score, scale)
+    return context, weights if need_weights else None
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    heads = (x.unsqueeze(1) for x in (query, keys, values))  # one head each: (B, 1, T or S, A or D)
-    mask = None if mask is None else mask.unsqueeze(1)
-    return F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale).squeeze(1)
+def _op_by_op(query, keys, values, weight, bias, mask, score: str, scale: float) -> tuple[Tensor, Tensor]:
+    if score == "dot":
+        scores = scale * (query @ keys.mT)
+    else:
+        query = query if bias is None else query + bias
+        scores = scale * ((query.unsqueeze(2) + keys.unsqueeze(1)).tanh() @ weight)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite: an empty row stays free of NaN
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+    if mask is not None:
+        weights = weights.masked_fill(~mask, 0)
+    return weights @ values, weights

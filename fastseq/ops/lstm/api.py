@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastseq.backend import LSTMCall, select
+from fastseq.ops.autocast import cast_inputs, without_autocast
 from fastseq.ops.lstm.function import apply
 from fastseq.ops.lstm.layout import zero_padding
 
@@ -23,26 +24,27 @@ def lstm(
     return_cell_states: bool = False,
     backend: str | None = None,
 ):
-    """One layer and one direction of ``torch.nn.LSTM`` over a whole sequence (Hochreiter & Schmidhuber 1997, Gers et al. 2000).
+    """One layer and direction of ``torch.nn.LSTM`` over a sequence (Hochreiter & Schmidhuber 1997, Gers et al. 2000).
 
     Per step: ``i, f, g, o = x W_ih^T + b_ih + h W_hh^T + b_hh``, ``c = sigmoid(f) c + sigmoid(i) tanh(g)``,
-    ``h = sigmoid(o) tanh(c)``, and with ``weight_hr`` ``h = h W_hr^T`` (Sak et al. 2014). Differentiable twice in every tensor.
+    ``h = sigmoid(o) tanh(c)``, and with ``weight_hr`` ``h = h W_hr^T`` (Sak et al. 2014). Differentiable twice in every
+    tensor.
 
     Args:
         input: (T, B, I), or packed (N, I) if ``batch_sizes`` is given.
         hx: h0 (B, P) and c0 (B, H); P = H without ``weight_hr``.
         weight_ih: (4H, I). weight_hh: (4H, P). bias_ih, bias_hh: (4H,), both or neither. weight_hr: (P, H).
-        lengths: (B,) integers in 0..T on any device. Outputs past the length are 0, final states are those of the last valid
-            step, ``reverse`` starts there; a row of length 0 returns its initial state. On CUDA the values are clamped to 0..T
-            instead of checked, since checking would wait for the device.
+        lengths: (B,) integers in 0..T on any device. Outputs past the length are 0, final states are those of the last
+            valid step, ``reverse`` starts there; a row of length 0 returns its initial state. On CUDA the values are
+            clamped to 0..T instead of checked, since checking would wait for the device.
         batch_sizes: (T,) int64 on the CPU, as in ``PackedSequence``; B = batch_sizes[0].
         reverse: run from the last step to the first.
         return_cell_states: also return the cell state after every step.
         backend: "auto" (None), "reference", "torch", "native" or "triton".
 
     Returns:
-        output (T, B, P) or (N, P), (h_n (B, P), c_n (B, H)) and, if asked for, cell states (T, B, H) or (N, H); past the
-        length they are 0.
+        output (T, B, P) or (N, P), (h_n (B, P), c_n (B, H)) and, if asked for, cell states (T, B, H) or (N, H); past
+        the length they are 0.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit; or the backend asked for cannot serve this call.
@@ -55,9 +57,9 @@ def lstm(
             raise ValueError("lstm: give lengths (padded input) or batch_sizes (packed input), not both")
         lengths = check_lengths(lengths, input.size(0), input.size(1), input.device)
         tensors = (zero_padding(input, lengths), *tensors[1:])
-    tensors = autocast_tensors(tensors, input.device.type)
+    tensors = cast_inputs(*tensors)
     call = describe(tensors, lengths, batch_sizes, reverse=reverse, return_cell_states=return_cell_states)
-    with torch.autocast(input.device.type, enabled=False):
+    with without_autocast(input.device.type):
         output, h_n, c_n, cell_states = apply(
             select("lstm", backend, call), tensors, lengths, batch_sizes, reverse, return_cell_states
         )
@@ -65,7 +67,7 @@ def lstm(
 
 
 def check_lengths(lengths: Tensor, steps: int, batch: int, device: torch.device) -> Tensor:
-    """Lengths as int64 (B,) on ``device``: checked on the CPU, clamped to 0..T elsewhere and while a graph is traced."""
+    """Lengths as int64 (B,) on ``device``: checked on the CPU; clamped to 0..T elsewhere, and while tracing."""
     lengths = torch.as_tensor(lengths)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be integers, got {lengths.dtype}")
@@ -80,14 +82,6 @@ def check_lengths(lengths: Tensor, steps: int, batch: int, device: torch.device)
             f"lengths must lie in 0..{steps} (the number of time steps), got {int(lengths.min())}..{int(lengths.max())}"
         )
     return lengths.to(device, torch.int64)
-
-
-def autocast_tensors(tensors, device: str):
-    """Under autocast, cast what is floating point to the autocast dtype, as ``nn.LSTM`` does on its fused paths."""
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)
 
 
 def describe(tensors, lengths, batch_sizes, **options) -> LSTMCall:
@@ -115,7 +109,8 @@ def _check_shapes(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_
     rank = 3 if batch_sizes is None else 2
     if input.dim() != rank:
         raise RuntimeError(
-            f"lstm: input must have {rank} dimensions, {'(T, B, I)' if rank == 3 else '(N, I) when packed'}, got {tuple(input.shape)}"
+            f"lstm: input must have {rank} dimensions, {'(T, B, I)' if rank == 3 else '(N, I) when packed'}, "
+            f"got {tuple(input.shape)}"
         )
     if input.size(0) == 0:
         raise RuntimeError("lstm: expected at least one time step, got none")

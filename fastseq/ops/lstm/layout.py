@@ -1,6 +1,7 @@
 """Two layouts of a batch of sequences, and the index arithmetic between them.
 
-Padded: (T, B, ...), with ``lengths`` (B,). Packed, as in ``PackedSequence.data``: (N, ...), N valid steps, time-major, with
+Padded: (T, B, ...), with ``lengths`` (B,). Packed, as in ``PackedSequence.data``: (N, ...), N valid steps, time-major,
+    with
 ``batch_sizes`` (T,) int64 on the CPU: the rows of step t are the first ``batch_sizes[t]`` sequences, longest first.
 """
 
@@ -25,7 +26,7 @@ def zero_padding(padded: Tensor, lengths: Tensor) -> Tensor:
 
 
 def pad(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed (N, X) -> padded (T, B, X) with zeros past the end, and lengths (B,) on the device of ``data``. Differentiable."""
+    """Packed (N, X) -> padded (T, B, X), zeros past the end, and lengths (B,) on its device. Differentiable."""
     valid = valid_steps(lengths_of(batch_sizes), batch_sizes.size(0)).to(data.device)
     padded = data.new_zeros(*valid.shape, data.size(-1))
     return padded.masked_scatter(valid.unsqueeze(-1), data), valid.sum(0)

@@ -6,7 +6,6 @@ weight_hr (P, H) or None, and then P = H. Gate order i, f, g, o. Everything is c
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from fastseq.ops.lstm import layout
 

@@ -1,7 +1,7 @@
 """The LSTM as torch's vendor kernels compute it (oneDNN on CPU, cuDNN on CUDA), differentiated by torch.
 
-``torch._VF.lstm`` is what ``torch.nn.LSTM`` itself calls; it is bound here at import, so that replacing ``torch.nn.LSTM`` at
-run time cannot make fastseq call itself.
+``torch._VF.lstm`` is what ``torch.nn.LSTM`` itself calls; it is bound here at import, so that replacing
+``torch.nn.LSTM`` at run time cannot make fastseq call itself.
 """
 
 import torch
@@ -43,8 +43,10 @@ def stack(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions in one call of the vendor's kernel.
 
-    input: (T, B, I), (B, T, I) with ``batch_first``, or packed (N, I) with ``batch_sizes`` (T,). hx: h0 (L*D, B, P), c0 (L*D, B, H).
-    weights: as in ``nn.LSTM._flat_weights``. lengths (B,): the batch is packed on the way, which copies them to the host.
+    input: (T, B, I), (B, T, I) with ``batch_first``, or packed (N, I) with ``batch_sizes`` (T,). hx: h0 (L*D, B, P), c0
+        (L*D, B, H).
+    weights: as in ``nn.LSTM._flat_weights``. lengths (B,): the batch is packed on the way, which copies them to the
+        host.
     Returns output in the layout of the input, h_n, c_n.
     """
     options = (bias, num_layers, dropout, training, bidirectional)

@@ -14,7 +14,8 @@ def lstm_cell(gates: Tensor, c: Tensor, *, backend: str | None = None) -> tuple[
 
     Args:
         gates: (..., 4H), ``x W_ih^T + b_ih + h W_hh^T + b_hh``, in the order i, f, g, o.
-        c: (..., H), the cell state before the step. If its dtype differs from that of ``gates`` (autocast), the wider one is used.
+        c: (..., H), the cell state before the step. If its dtype differs from that of ``gates`` (autocast), the wider
+            one is used.
         backend: "auto" (None), "reference", "torch", "native" or "triton".
 
     Returns:

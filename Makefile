@@ -1,0 +1,49 @@
+# make demo   train and evaluate on real data      make test   run the tests
+# make lint   check the style                      make clean  remove what make built (not data/ and runs/)
+#
+# Variables: PYTHON, TORCH (a pip requirement; add an index with --index-url), DATA, RUN, PYTEST_ARGS.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+DATA ?= data/cmudict
+RUN ?= runs/cmudict
+PYTEST_ARGS ?= -q -n logical --maxprocesses 8
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LINT_READY := $(VENV)/.lint-ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/fastseq data cmudict $(DATA)
+	$(BIN)/fastseq train --config configs/cmudict.yaml
+	$(BIN)/fastseq evaluate $(RUN)
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(LINT_READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+# The environment; rebuilt when the compiled sources or the metadata change.
+$(READY): setup.py pyproject.toml $(CXX_SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip "setuptools>=77" ninja
+	$(PIP) $(TORCH)
+	$(PIP) --no-build-isolation --editable '.[train,test]'
+	$(BIN)/python -c "from fastseq import _native; print('fastseq:', _native.why_not() or 'compiled operators ready')"
+	touch $@
+
+$(LINT_READY): $(READY)
+	$(PIP) "ruff>=0.9" "clang-format>=18"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastseq/_C*.so .pytest_cache .ruff_cache .hypothesis
+	find fastseq tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,74 @@
+"""Inputs for the attention tests, and the float64 formula that loops over what may be attended to."""
+
+import torch
+
+B, T, S, A, D = 3, 4, 5, 6, 7
+SCORES = ("dot", "general", "additive", "normed_additive")
+PADDINGS = ("none", "lengths", "mask", "step_mask")
+
+
+def make_inputs(score, *, b=B, t=T, s=S, a=A, d=D, dtype=torch.float64, spread=1.0):
+    """query, keys, values and the score's own tensors, all leaves that require gradients."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape):
+        return (spread * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+
+    tensors = {"query": draw(b, t, a + 1 if score == "general" else a), "keys": draw(b, s, a), "values": draw(b, s, d)}
+    if score == "general":
+        tensors["weight"] = draw(a + 1, a)
+    if "additive" in score:
+        tensors |= {"weight": draw(a), "bias": draw(a)}
+    if score == "normed_additive":
+        tensors["gain"] = draw()
+    return tensors
+
+
+def make_padding(kind, *, b=B, t=T, s=S):
+    """The op's argument; the first sentence has nothing to attend to (a step mask: at its second step only)."""
+    if kind == "none":
+        return {}
+    lengths = torch.tensor([0, s, max(1, s - 2)][:b] if b > 1 else [s - 2])
+    if kind == "lengths":
+        return {"lengths": lengths}
+    mask = torch.arange(s) >= (s - lengths.unsqueeze(1))  # padding on the left: no lengths could say it
+    if kind == "mask":
+        return {"mask": mask}
+    step_mask = torch.rand(b, t, s, generator=torch.Generator().manual_seed(1)) < 0.6
+    step_mask[0, min(1, t - 1)] = False
+    step_mask[-1, :, 0] = False  # a position that no step attends to
+    return {"mask": step_mask}
+
+
+def allowed_positions(padding, b=B, t=T, s=S):
+    if "lengths" in padding:
+        return (torch.arange(s) < padding["lengths"][:, None])[:, None].expand(b, t, s)
+    mask = padding.get("mask", torch.ones(b, s, dtype=torch.bool))
+    return mask if mask.dim() == 3 else mask[:, None].expand(b, t, s)
+
+
+def formula(query, keys, values, *, score, allowed, weight=None, bias=None, gain=None, scale=1.0):
+    """Row by row, over the attended positions alone: (context, weights)."""
+    context = query.new_zeros(*query.shape[:2], values.size(2))
+    weights = query.new_zeros(allowed.shape)
+    for b, t in allowed.any(-1).nonzero().tolist():
+        where = allowed[b, t].nonzero().squeeze(1)
+        k, q = keys[b, where], query[b, t]
+        if score in ("dot", "general"):
+            s = k @ (q if score == "dot" else q @ weight)
+        else:
+            v = weight if gain is None else gain * weight / weight.square().sum().sqrt()
+            s = torch.tanh(q + k + (0 if bias is None else bias)) @ v
+        p = torch.softmax(scale * s, 0)
+        weights = weights.index_put((torch.tensor(b), torch.tensor(t), where), p)
+        context = context.index_put((torch.tensor(b), torch.tensor(t)), p @ values[b, where])
+    return context, weights
+
+
+def gradients(outputs, tensors):
+    """Gradients of a loss in which every output element has its own factor."""
+    generator = torch.Generator().manual_seed(3)
+    loss = sum(
+        (out.double() * torch.randn(out.shape, generator=generator, dtype=torch.float64)).sum() for out in outputs
+    )
+    return torch.autograd.grad(loss, list(tensors.values()))

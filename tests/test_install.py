@@ -1,0 +1,177 @@
+"""Installing without a compiler, and importing where a part is missing: fresh directories, fresh processes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastseq import _native
+
+ROOT = Path(__file__).parent.parent
+HIDE_LIBRARY = """
+import sys
+class Hide:
+    def find_spec(self, name, *_):
+        if name == "fastseq._C":
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Hide())
+"""
+TRAIN_ONE_STEP = """
+import torch
+import fastseq
+torch.manual_seed(0)
+x = torch.randn(4, 2, 3)
+for backend in ("auto", "reference", "torch"):
+    y, _ = fastseq.LSTM(3, 5, backend=backend)(x)
+    y.sum().backward()
+"""
+
+
+def run(code, site=None, **environment):
+    """Run code in a fresh process outside the source tree; returns its standard output.
+
+    site: the directory of another installation to import fastseq from, instead of the one under test.
+    """
+    command = [sys.executable, "-c", code]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FASTSEQ_")} | environment
+    if site is not None:
+        command.insert(1, "-S")  # no .pth files: an editable install would lend its compiled library
+        env["PYTHONPATH"] = os.pathsep.join((str(site), str(Path(torch.__file__).parent.parent)))
+    process = subprocess.run(command, env=env, text=True, capture_output=True, cwd="/")
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
+
+
+def source_tree(target):
+    """A copy of what a clone holds, without anything built."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for name in ("fastseq", "csrc"):
+        shutil.copytree(ROOT / name, target / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def pip_install(tmp_path, **environment):
+    """Install a copy of the sources into a directory of its own: (directory, the finished process)."""
+    source, target = source_tree(tmp_path / "source"), tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--verbose", "--no-deps", "--no-build-isolation"]
+    process = subprocess.run(
+        [*command, "--disable-pip-version-check", "--target", str(target), str(source)],
+        env=os.environ | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    return target, process
+
+
+@pytest.fixture
+def no_compiler(tmp_path):
+    """An environment in which no program at all is on the PATH."""
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    return {"PATH": str(empty), "CXX": ""}
+
+
+def test_install_without_the_compiled_operators(tmp_path):
+    target, process = pip_install(tmp_path, FASTSEQ_NATIVE="0")
+    assert process.returncode == 0, process.stdout
+    assert "fastseq: installing without the compiled operators: FASTSEQ_NATIVE=0." in process.stdout
+    assert not list(target.glob("fastseq/_C*"))
+    code = (
+        "import fastseq; from fastseq import _native; print(fastseq.__file__, _native.available(), _native.why_not())"
+    )
+    where, available, why = run(code + TRAIN_ONE_STEP, site=target).split(maxsplit=2)
+    assert Path(where).is_relative_to(target)
+    assert available == "False"
+    assert "fastseq._C is not part of this installation" in why
+
+
+def test_install_with_no_compiler_on_the_path(tmp_path, no_compiler):
+    target, process = pip_install(tmp_path, FASTSEQ_NATIVE="", **no_compiler)
+    assert process.returncode == 0, process.stdout
+    assert "without the compiled operators: no C++ compiler was found (install g++ or clang++" in process.stdout
+    assert not list(target.glob("fastseq/_C*"))
+    run(TRAIN_ONE_STEP, site=target)
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"FASTSEQ_NATIVE": "yes"}, "FASTSEQ_NATIVE must be 0, 1 or unset, got 'yes'"),
+        ({"FASTSEQ_CUDA": "1"}, "there are no CUDA kernels in this version yet"),
+        ({"FASTSEQ_NATIVE": "1", "CXX": "no-such-compiler"}, "FASTSEQ_NATIVE=1, but no C++ compiler was found"),
+    ],
+    ids=["unknown value", "CUDA", "forced without compiler"],
+)
+def test_setup_refuses_with_a_sentence(tmp_path, environment, sentence):
+    process = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=source_tree(tmp_path / "source"),
+        env=os.environ | environment,
+        text=True,
+        capture_output=True,
+    )
+    assert process.returncode != 0
+    assert sentence in process.stderr
+
+
+def test_a_failing_compiler_is_an_error(tmp_path):
+    compiler = tmp_path / "bad-compiler"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-dumpversion*|*-dumpfullversion*) echo 12.2.0;; *) exit 1;; esac\n')
+    compiler.chmod(0o755)
+    _, process = pip_install(tmp_path, CXX=str(compiler), FASTSEQ_NATIVE="", MAX_JOBS="1")
+    assert process.returncode != 0
+    assert "Set FASTSEQ_NATIVE=0 to install without them." in process.stdout
+
+
+def test_import_without_the_library():
+    report = "from fastseq import _native; print(_native.why_not()); print(_native.build_info())"
+    why, build_info = run(HIDE_LIBRARY + report + TRAIN_ONE_STEP).splitlines()
+    assert "FASTSEQ_NATIVE=1 pip install" in why
+    assert build_info == "{}"
+
+
+def test_a_library_that_does_not_load_keeps_its_error():
+    broken = "import sys; sys.modules['fastseq._C'] = None\n"
+    assert "fastseq._C" in run(broken + "from fastseq import _native; print(_native.why_not())" + TRAIN_ONE_STEP)
+
+
+def test_import_with_triton_blocked():
+    run("import sys; sys.modules['triton'] = None\n" + TRAIN_ONE_STEP)
+
+
+def test_import_brings_torch_only():
+    code = "import sys, torch; before = set(sys.modules); import fastseq; print(*(set(sys.modules) - before))"
+    brought = {name.split(".")[0] for name in run(code).split()}
+    extras = {
+        "lightning",
+        "pytorch_lightning",
+        "matplotlib",
+        "tokenizers",
+        "sacrebleu",
+        "jsonargparse",
+        "triton",
+        "numpy",
+    }
+    assert not brought & extras
+
+
+@pytest.mark.skipif(not _native.available(), reason="the compiled operators are not part of this install")
+def test_build_info():
+    info = _native.build_info()
+    assert info["compiler"].startswith(("GCC", "Clang"))
+    assert info["cpu"] in ("baseline", "avx2", "avx512")
+    assert "-O3" in info["flags"]
+    assert info["cuda_architectures"] == ()
+
+
+@pytest.mark.skipif(not _native.available(), reason="the compiled operators are not part of this install")
+def test_an_unknown_instruction_set_is_refused():
+    why = run("from fastseq import _native; print(_native.why_not())", FASTSEQ_CPU_ISA="sse9")
+    assert "FASTSEQ_CPU_ISA must be baseline, avx2, avx512 or unset" in why
