@@ -1,0 +1,126 @@
+"""Batches by number of tokens, the same ones on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastseq.training.data import Sequences
+from fastseq.training.errors import UserError
+from fastseq.training.tokenizer import BOS, EOS, PAD
+
+
+class Batch(NamedTuple):
+    """One process's share of the examples of one update."""
+
+    source: Tensor  # (B, S) int64, closed by eos, padded
+    source_lengths: Tensor | None  # (B,) int64; None where all are S, which spares the model the packing
+    target_in: Tensor  # (B, T) int64, opened by bos
+    labels: Tensor  # (B, T) int64, closed by eos, padded
+    update_tokens: int  # labels without padding in the whole update: all processes and accumulated batches together
+
+
+def cut_by_tokens(lengths: list[int], max_tokens: int) -> list[tuple[int, int]]:
+    """Cut a list of lengths into slices (start, stop) of at most `max_tokens` tokens when padded to the longest.
+
+    A sequence that is longer than `max_tokens` gets a slice of its own.
+    """
+    slices = []
+    start, longest = 0, 0
+    for stop, length in enumerate(lengths):
+        longest = max(longest, length)
+        if stop > start and (stop + 1 - start) * longest > max_tokens:
+            slices.append((start, stop))
+            start, longest = stop, length
+    return [*slices, (start, len(lengths))] if lengths else []
+
+
+def make_batch(source: Sequences, target: Sequences, rows: Tensor, update_tokens: int) -> Batch:
+    """Pad the examples `rows` (B,). Without rows the batch holds one example without labels, which has no loss."""
+    if len(rows) == 0:
+        token = torch.ones(1, 1, dtype=torch.int64)
+        return Batch(token * EOS, None, token * BOS, token * PAD, update_tokens)
+    tokens, lengths = source.padded(rows)
+    full = int(lengths.min()) == tokens.shape[1]
+    labels, _ = target.padded(rows)
+    target_in = torch.cat([labels.new_full((len(rows), 1), BOS), labels[:, :-1]], dim=1)
+    return Batch(tokens, None if full else lengths, target_in, labels, update_tokens)
+
+
+class TokenBatches:
+    """The batches of one process, epoch by epoch; Lightning takes it as a data loader.
+
+    All processes plan the same updates of at most `max_tokens * world_size * accumulate` tokens (padding included,
+    counted on the longer side), and each takes every (world_size * accumulate)-th example of an update. So `accumulate`
+    batches on each of `world_size` processes hold together exactly what one process would take with `max_tokens` larger
+    by that factor. Every process has the same number of batches; a share exceeds `max_tokens` by at most one example.
+
+    Examples are ordered by source length, then by target length, so that little is padded. With `shuffle` they are in
+    random order where both are equal, and updates come in random order; this depends on `seed` and the epoch alone, and
+    every epoch has the same number of batches.
+    """
+
+    def __init__(
+        self,
+        source: Sequences,
+        target: Sequences,
+        *,
+        max_tokens: int,
+        world_size: int = 1,
+        rank: int = 0,
+        accumulate: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.source, self.target = source, target
+        self.world_size, self.rank, self.accumulate = world_size, rank, accumulate
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        # (N,) orders by source length, then target length
+        self._key = source.lengths * (int(target.lengths.max()) + 1) + target.lengths
+        longer = torch.maximum(source.lengths, target.lengths)[self._key.argsort()]
+        self._slices = cut_by_tokens(longer.tolist(), max_tokens * world_size * accumulate)
+        self._done = 0  # batches of this epoch that were handed out
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration follow the order of `epoch`, from its first batch."""
+        self.epoch, self._done = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and number of batches handed out; Lightning puts it into checkpoints."""
+        return {"epoch": self.epoch, "done": self._done, "batches": len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next iteration continue where `state` was taken; raises UserError if epochs are cut otherwise now."""
+        if state["batches"] != len(self):
+            raise UserError(
+                f"the checkpoint is from within an epoch of {state['batches']} batches, now an epoch has {len(self)}; "
+                "resume with the same training file and the same number of processes"
+            )
+        self.epoch, self._done = state["epoch"], state["done"]
+
+    def __len__(self) -> int:
+        return len(self._slices) * self.accumulate
+
+    def updates(self) -> list[Tensor]:
+        """The examples of every update of this epoch, all processes together."""
+        if not self.shuffle:
+            order = self._key.argsort(stable=True)
+            return [order[start:stop] for start, stop in self._slices]
+        random = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        order = torch.randperm(len(self._key), generator=random)
+        order = order[self._key[order].argsort(stable=True)]
+        turns = torch.randperm(len(self._slices), generator=random).tolist()
+        return [order[slice(*self._slices[turn])] for turn in turns]
+
+    def __iter__(self) -> Iterator[Batch]:
+        shares = self.world_size * self.accumulate
+        updates = self.updates()
+        for number in range(self._done, len(self)):
+            rows = updates[number // self.accumulate]
+            share = number % self.accumulate * self.world_size + self.rank
+            self._done = (number + 1) % len(self)
+            update_tokens = int(self.target.lengths[rows].sum())
+            yield make_batch(self.source, self.target, rows[share::shares], update_tokens)

@@ -1,0 +1,69 @@
+"""Predictions for many sources at once: sorted by length, decoded in batches, returned in the given order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from tqdm import tqdm
+
+from fastseq.generation import GenerateOutput
+from fastseq.nn.seq2seq import Seq2Seq
+from fastseq.training.batching import cut_by_tokens
+from fastseq.training.data import Sequences
+from fastseq.training.tokenizer import TextTokenizer
+
+
+class Hypothesis(NamedTuple):
+    """One prediction for one source."""
+
+    text: str
+    ids: list[int]  # eos included if it was reached
+    score: float  # log-probability, divided by the length penalty
+    attention: Tensor | None  # (len(ids), source length with eos), when asked for
+
+
+def decode(
+    model: Seq2Seq,
+    sources: Sequences,
+    tokenizer: TextTokenizer,
+    *,
+    num_beams: int = 1,
+    n_best: int = 1,
+    attention: bool = False,
+    max_tokens: int = 4096,
+    progress: bool = False,
+) -> list[list[Hypothesis]]:
+    """The `n_best` hypotheses of every source, best first.
+
+    A batch has at most `max_tokens` source tokens, padding included, times beams.
+    """
+    device = next(model.parameters()).device
+    ascending = sources.lengths.sort(stable=True)
+    slices = cut_by_tokens(ascending.values.tolist(), max(1, max_tokens // num_beams))
+    results: list[list[Hypothesis]] = [[] for _ in range(len(sources))]
+    for start, stop in tqdm(slices, desc="decoding", leave=False, disable=not progress):
+        rows = ascending.indices[start:stop]
+        tokens, lengths = sources.padded(rows)
+        output = model.generate(
+            tokens.to(device),
+            lengths.to(device),
+            num_beams=num_beams,
+            num_return_sequences=n_best,
+            output_attentions=attention,
+        )
+        hypotheses = _hypotheses(output, lengths.repeat_interleave(n_best), tokenizer)
+        for i, row in enumerate(rows.tolist()):
+            results[row] = hypotheses[i * n_best : (i + 1) * n_best]
+    return results
+
+
+def _hypotheses(output: GenerateOutput, source_lengths: Tensor, tokenizer: TextTokenizer) -> list[Hypothesis]:
+    rows = [ids[:n] for ids, n in zip(output.sequences.tolist(), output.lengths.tolist(), strict=True)]
+    scores = output.sequences_scores.tolist()
+    attentions: list[Tensor | None] = [None] * len(rows)
+    if output.cross_attentions is not None:
+        weights = output.cross_attentions.float().cpu()  # (B * n_best, longest, S)
+        sizes = zip(map(len, rows), source_lengths.tolist(), strict=True)
+        attentions = [w[:n, :s] for w, (n, s) in zip(weights, sizes, strict=True)]
+    return [Hypothesis(*fields) for fields in zip(tokenizer.decode(rows), rows, scores, attentions, strict=True)]

@@ -1,0 +1,123 @@
+"""`fastseq generate`: lines in, predictions out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import IO, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from fastseq.training.data import decoded_lines, encode
+from fastseq.training.decode import decode
+from fastseq.training.errors import UserError
+from fastseq.training.evaluate import pick_device, picture
+from fastseq.training.folder import RunFolder
+from fastseq.training.options import underscored
+
+
+def generate_parser() -> ArgumentParser:
+    """The options of `fastseq generate`."""
+    parser = ArgumentParser(
+        prog="fastseq generate",
+        description="Read source lines, write predictions: one line for each, or --n-best lines with their scores "
+        "(prediction<TAB>score). An empty line stays empty.",
+        epilog="Example: echo hello | fastseq generate runs/mine --num-beams 5 --n-best 3",
+    )
+    parser.add_argument("run", type=str, help="run folder made by `fastseq train`")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--input", type=str, default="-", help="file of source lines, - for standard input")
+    parser.add_argument("--output", type=str, default="-", help="file to write, - for standard output")
+    parser.add_argument("--num_beams", type=int, default=1, help="beam size, 1 for greedy decoding")
+    parser.add_argument("--n_best", type=int, default=1, help="predictions for each line, at most --num_beams")
+    parser.add_argument("--plot_attention", type=str | None, help="folder for a heat map of each line (NUMBER.png)")
+    parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="which weights")
+    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto: cuda where there is one")
+    parser.add_argument("--batch_lines", type=int, default=256, help="lines read, decoded and written together")
+    return parser
+
+
+def check(options: Namespace) -> None:
+    """Raise UserError for options that contradict each other."""
+    if not 1 <= options.n_best <= options.num_beams:
+        raise UserError(
+            f"--n-best {options.n_best} needs a beam of at least that size, got --num-beams {options.num_beams}; "
+            f"add --num-beams {max(options.n_best, 1)}"
+        )
+
+
+def opened(path: str, mode: str, standard: IO) -> AbstractContextManager[IO]:
+    """The file at `path`, or `standard` for "-"; raises UserError when the file cannot be opened."""
+    if path == "-":
+        return nullcontext(standard)
+    try:
+        return Path(path).open(mode, encoding=None if "b" in mode else "utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be opened: {error.strerror}; give a file or - for standard input/output"
+        ) from error
+
+
+def in_groups(lines: Iterable[tuple[int, str]], size: int) -> Iterator[list[tuple[int, str]]]:
+    """Successive lists of at most `size` lines."""
+    lines = iter(lines)
+    while group := list(islice(lines, size)):
+        yield group
+
+
+class Generator:
+    """A loaded run that turns lines into output lines."""
+
+    def __init__(self, options: Namespace) -> None:
+        folder = RunFolder(options.run)
+        self.options = options
+        self.model = folder.load_model(options.checkpoint).to(pick_device(options.device))
+        self.tokenizers = folder.load_tokenizers()
+        self.pictures = Path(options.plot_attention) if options.plot_attention else None
+        if self.pictures is not None:
+            if self.model.config.attention == "none":
+                raise UserError("--plot-attention has nothing to draw: the model has attention none; leave it out")
+            self.pictures.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, group: list[tuple[int, str]]) -> Iterator[str]:
+        """The output lines for numbered source lines."""
+        filled = [(number, line) for number, line in group if line.strip()]
+        sources, note = encode(self.tokenizers[0], [line for _, line in filled], f"lines {group[0][0]}-{group[-1][0]}")
+        if note:
+            print(note, file=sys.stderr)
+        options = self.options
+        found = decode(
+            self.model,
+            sources,
+            self.tokenizers[1],
+            num_beams=options.num_beams,
+            n_best=options.n_best,
+            attention=self.pictures is not None,
+        )
+        hypotheses = {number: best for (number, _), best in zip(filled, found, strict=True)}
+        if self.pictures is not None:
+            for row, (number, _) in enumerate(filled):
+                picture(hypotheses[number][0], sources, row, self.tokenizers, self.pictures / f"{number:04d}.png")
+        for number, _ in group:
+            for hypothesis in hypotheses.get(number, []):
+                yield hypothesis.text if options.n_best == 1 else f"{hypothesis.text}\t{hypothesis.score:.4f}"
+            if number not in hypotheses:
+                yield from [""] * options.n_best
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `fastseq generate`; `argv` without the command's own name."""
+    options = generate_parser().parse_args(underscored(sys.argv[1:] if argv is None else argv))
+    check(options)
+    generator = Generator(options)
+    with (
+        opened(options.input, "rb", sys.stdin.buffer) as source,
+        opened(options.output, "w", sys.stdout) as destination,
+    ):
+        for group in in_groups(decoded_lines(source, options.input), options.batch_lines):
+            for line in generator(group):
+                print(line, file=destination)
+            destination.flush()

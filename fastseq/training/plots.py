@@ -1,0 +1,64 @@
+"""Pictures of a run: learning curves and attention."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv; an empty list when there is no such file yet."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _curve(rows: list[dict[str, str]], column: str) -> tuple[list[int], list[float]]:
+    points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def plot_curves(metrics: Path, png: Path) -> None:
+    """Draw the losses (left) and the error rates of greedy decoding (right) over the updates."""
+    rows = read_metrics(metrics)
+    figure = _figure(10, 4)
+    panels = {
+        "loss per target token": ("train_loss", "valid_loss"),
+        "percent": ("valid_sequence_error_rate", "valid_token_error_rate"),
+    }
+    for axes, (label, columns) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for column in columns:
+            steps, values = _curve(rows, column)
+            axes.plot(steps, values, label=column.replace("_", " "), marker="" if column == "train_loss" else ".")
+        axes.set(xlabel="update", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(png, dpi=120)
+
+
+def plot_attention(weights: Tensor, source: Sequence[str], target: Sequence[str], png: Path) -> None:
+    """Draw attention weights (T, S) as a heat map: target tokens downwards, source tokens to the right."""
+    figure = _figure(*(min(1.5 + 0.35 * len(tokens), 40.0) for tokens in (source, target)))
+    axes = figure.subplots()
+    image = axes.imshow(weights.numpy(), cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
+    axes.set_xticks(range(len(source)), _visible(source), rotation=90 if max(map(len, source)) > 2 else 0)
+    axes.set_yticks(range(len(target)), _visible(target))
+    axes.set(xlabel="source", ylabel="prediction")
+    figure.colorbar(image, label="attention weight")
+    figure.savefig(png, dpi=120)
+
+
+def _visible(tokens: Sequence[str]) -> list[str]:
+    return [token.replace(" ", "␣").replace("$", r"\$") for token in tokens]

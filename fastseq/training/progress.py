@@ -1,0 +1,86 @@
+"""What a person sees while a run trains: one line an epoch, and Lightning's progress bar on a terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+@rank_zero_only
+def say(sentence: str) -> None:
+    """Print one line, once however many processes there are."""
+    print(sentence, flush=True)
+
+
+class Bar(TQDMProgressBar):
+    """Lightning's bar, with epochs counted from 1 and without the version number, which run folders do not have."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
+        """Name the epoch."""
+        super().on_train_epoch_start(trainer, *arguments)
+        self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1}")
+
+    def get_metrics(self, trainer: L.Trainer, task: L.LightningModule) -> dict[str, int | str | float]:
+        """What stands behind the bar."""
+        metrics = super().get_metrics(trainer, task)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+class UpdateRows(L.Callback):
+    """Logs training loss and learning rate of every `every`-th update, before that update's checkpoint is written."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._learning_rate = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the learning rate that the update is going to use."""
+        self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the update that this batch completed, if any."""
+        complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not complete or trainer.global_step % self.every != 0:
+            return
+        values = {
+            "epoch": trainer.current_epoch,
+            "train_loss": float(trainer.callback_metrics["train_loss"]),
+            "learning_rate": self._learning_rate,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step - 1)
+
+
+class EpochLines(L.Callback):
+    """Prints one line with losses, error rates and time after each epoch."""
+
+    def __init__(self) -> None:
+        self._start = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        """Start the clock of an epoch that is resumed in its middle."""
+        self._start = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        """Print the line; validation has run."""
+        values = trainer.callback_metrics
+        shown = {
+            "train loss": ("train_loss", ".3f"),
+            "valid loss": ("valid_loss", ".3f"),
+            "sequence errors %": ("valid_sequence_error_rate", ".1f"),
+            "token errors %": ("valid_token_error_rate", ".1f"),
+        }
+        parts = [f"{label} {float(values[name]):{form}}" for label, (name, form) in shown.items() if name in values]
+        seconds = time.perf_counter() - self._start
+        trainer.print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {', '.join(parts)}, {seconds:.0f} s")

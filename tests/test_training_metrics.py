@@ -1,0 +1,64 @@
+"""Metrics against values worked out by hand."""
+
+import pytest
+
+from fastseq.training import metrics
+from fastseq.training.tokenizer import TextTokenizer
+
+
+@pytest.fixture(scope="module")
+def words():
+    return TextTokenizer.train("whitespace", ["a"], 10)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [("", "", 0), ("", "abc", 3), ("abc", "", 3), ("kitten", "sitting", 3), ("abc", "bca", 2), ("flaw", "lawn", 2)],
+    ids=["empty", "insert", "delete", "kitten", "rotate", "flaw"],
+)
+def test_edit_distance(a, b, distance):
+    assert metrics.edit_distance(a, b) == metrics.edit_distance(b, a) == distance
+
+
+def test_closest_reference_by_edits_then_order():
+    assert metrics.closest("ab", ["xyz", "abc", "a"]) == (1, 3)
+    assert metrics.closest("ab", ["a", "abc"]) == (1, 1)
+
+
+def test_error_rates_by_hand(words):
+    predictions = ["a b c", "a  x", "q", "d"]
+    references = [["a b", "a b c"], ["a b c d", "a b"], ["r s"], ["d"]]
+    values = metrics.score(predictions, references, words)
+    # edits 0, 1, 2, 0 against references of 3, 2, 2, 1 tokens
+    assert values == {
+        "sequence_error_rate": 50.0,
+        "token_error_rate": pytest.approx(100 * 3 / 8),
+        "exact_match": 50.0,
+    }
+
+
+def test_empty_prediction_counts_its_missing_tokens(words):
+    values = metrics.score([""], [["a b"]], words)
+    assert (values["sequence_error_rate"], values["token_error_rate"]) == (100.0, 100.0)
+
+
+def test_characters_are_the_units_of_a_character_tokenizer():
+    characters = TextTokenizer.train("char", ["ab c"], 10)
+    assert metrics.score(["ab c"], [["ab d"]], characters)["token_error_rate"] == 25.0
+
+
+def test_bleu_and_chrf_with_different_numbers_of_references(words):
+    same = metrics.score(["the cat sat on it"], [["a dog", "the cat sat on it"]], words, text=True)
+    assert same["bleu"] == pytest.approx(100.0)
+    assert same["chrf"] == pytest.approx(100.0)
+    # 4-gram precisions 4/5, 3/4, 2/3, 1/2 and no brevity penalty: their geometric mean
+    other = metrics.score(["the cat sat on mats"], [["the cat sat on it"]], words, text=True)
+    assert other["bleu"] == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    mixed = metrics.score(["x y z w", "the cat sat on it"], [["x y z w"], ["a", "the cat sat on it"]], words, text=True)
+    assert mixed["bleu"] == pytest.approx(100.0)
+
+
+def test_direction_and_table():
+    assert metrics.higher_is_better("valid_bleu")
+    assert not metrics.higher_is_better("valid_token_error_rate")
+    assert metrics.table({"bleu": 12.345, "loss": 1.0}) == "BLEU               12.35\nloss per token      1.00"
