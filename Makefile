@@ -20,8 +20,8 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 demo: $(READY)
 	$(BIN)/fastseq data cmudict $(DATA)
-	$(BIN)/fastseq train --config configs/cmudict.yaml
-	$(BIN)/fastseq evaluate $(RUN)
+	$(BIN)/fastseq train --config cmudict --train $(DATA)/train.tsv --valid $(DATA)/valid.tsv --run_dir $(RUN) --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/fastseq evaluate $(RUN) --data $(DATA)/test.tsv
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fastseq.backend import BACKENDS, record
 from fastseq.nn.rnn import LSTM, LSTMCell
@@ -21,7 +21,11 @@ from fastseq.testing import assert_all_accurate
 
 @dataclass(frozen=True)
 class Case:
-    """One call to time. ``kind``: "padded", "packed" (lengths uniform in T/5..T) or "cell" (one step)."""
+    """One call to time.
+
+    ``kind``: "padded", "packed" (lengths uniform in T/5..T), "lengths" (the same, given as ``lengths=``, where nn.LSTM
+    packs and pads) or "cell" (one step).
+    """
 
     name: str
     steps: int
@@ -40,6 +44,9 @@ CASES = (
     *(Case(f"lstm {size} bf16", *size, dtype=torch.bfloat16) for size in SIZES[::2]),
     *(Case(f"lstm {size} 2-layer bidirectional", *size, layers=2, bidirectional=True) for size in SIZES[::2]),
     *(Case(f"packed {size}", *size, kind="packed") for size in SIZES[2:]),
+    *(Case(f"lengths {size}", *size, kind="lengths") for size in SIZES[2:]),
+    Case("lstm (50, 32, 256, 256) f16", 50, 32, 256, 256, dtype=torch.float16),
+    Case("lstm (50, 32, 256, 256) f64", 50, 32, 256, 256, dtype=torch.float64),
     Case("cell (1, 256, 256)", 1, 1, 256, 256, kind="cell"),
     Case("cell (32, 256, 256)", 1, 32, 256, 256, kind="cell"),
 )
@@ -54,45 +61,61 @@ def _module(case: Case, backend: str | None) -> nn.Module:
         return cls(case.input_size, case.hidden_size, dtype=case.dtype, **extra)
     cls = nn.LSTM if backend is None else LSTM
     options = {"num_layers": case.layers, "bidirectional": case.bidirectional, "dtype": case.dtype}
-    return cls(case.input_size, case.hidden_size, **options, **extra)
+    module = cls(case.input_size, case.hidden_size, **options, **extra)
+    return PackAndPad(module) if backend is None and case.kind == "lengths" else module
 
 
-def _input(case: Case):
+class PackAndPad(nn.Module):
+    """What nn.LSTM needs around it to take lengths."""
+
+    def __init__(self, lstm: nn.LSTM):
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, x, *, lengths):
+        packed, states = self.lstm(pack_padded_sequence(x, lengths, enforce_sorted=False))
+        return pad_packed_sequence(packed, total_length=x.size(0))[0], states
+
+
+def _input(case: Case) -> tuple[object, dict]:
+    """The argument and the keyword arguments of the call; both modules get the same."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(case.steps, case.batch, case.input_size, generator=generator).to(case.dtype)
     if case.kind == "cell":
-        return x[0].requires_grad_()
-    x.requires_grad_()
-    if case.kind != "packed":
-        return x
+        return x[0].requires_grad_(), {}
+    if case.kind == "padded":
+        return x.requires_grad_(), {}
     lengths = torch.randint(max(1, case.steps // 5), case.steps + 1, (case.batch,), generator=generator)
-    packed = pack_padded_sequence(x.detach(), lengths, enforce_sorted=False)
-    return packed._replace(data=packed.data.requires_grad_())
+    if case.kind == "lengths":
+        return x.requires_grad_(), {"lengths": lengths}
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    return packed._replace(data=packed.data.requires_grad_()), {}
 
 
-def _outputs(module: nn.Module, x) -> dict[str, torch.Tensor]:
-    result = module(x)
+def _outputs(module: nn.Module, x, options: dict) -> dict[str, torch.Tensor]:
+    result = module(x, **options)
     output, states = (result[0], result[1]) if isinstance(result[1], tuple) else (result[0], result)
-    return {"output": output.data if isinstance(output, PackedSequence) else output, "h_n": states[0], "c_n": states[1]}
+    output = output.data if isinstance(output, PackedSequence) else output
+    return {"output": output, "h_n": states[0], "c_n": states[1]}
 
 
-def _step(module: nn.Module, x, train: bool) -> Callable[[], None]:
+def _step(module: nn.Module, x, options: dict, train: bool) -> Callable[[], None]:
     def infer():
         with torch.no_grad():
-            module(x)
+            module(x, **options)
 
     def train_step():
-        torch.autograd.backward([t.sum() for t in _outputs(module, x).values()])
+        torch.autograd.backward([t.sum() for t in _outputs(module, x, options).values()])
         module.zero_grad()
 
     return train_step if train else infer
 
 
-def _check_parity(case: Case, module: nn.Module, baseline: nn.Module, x) -> None:
+def _check_parity(case: Case, module: nn.Module, baseline: nn.Module, x, options: dict) -> None:
     oracle = _module(case, None).double()
     with torch.no_grad():
         wide = x._replace(data=x.data.double()) if case.kind == "packed" else x.double()
-        assert_all_accurate(_outputs(module, x), _outputs(oracle, wide), _outputs(baseline, x), factor=2)
+        assert_all_accurate(*(_outputs(m, given, options) for m, given in ((module, x), (oracle, wide), (baseline, x))))
 
 
 def _time_interleaved(runs: dict[str, Callable[[], None]], seconds: float) -> dict[str, list[float]]:
@@ -111,19 +134,19 @@ def _time_interleaved(runs: dict[str, Callable[[], None]], seconds: float) -> di
 
 def measure(case: Case, backends: tuple[str, ...], train: bool, seconds: float) -> list[dict]:
     """Rows of one case: nn.LSTM first, then each backend that serves it, with ratio = nn.LSTM's median / its own."""
-    x = _input(case)
+    x, options = _input(case)
     peer = _module(case, None)
-    runs = {"nn": _step(peer, x, train)}
+    runs = {"nn": _step(peer, x, options, train)}
     chosen = {}
     for name in backends:
         module = _module(case, name)
         try:
             with record() as choices:
-                _check_parity(case, module, peer, x)
+                _check_parity(case, module, peer, x, options)
         except RuntimeError as refusal:
             print(f"{case.name}: {refusal}", file=sys.stderr)
             continue
-        runs[name] = _step(module, x, train)
+        runs[name] = _step(module, x, options, train)
         chosen[name] = choices[0].backend
     times = _time_interleaved(runs, seconds)
     median = {name: statistics.median(values) for name, values in times.items()}
@@ -180,7 +203,7 @@ def markdown(facts: dict, rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     """Command line of ``fastseq bench``."""
     parser = argparse.ArgumentParser(prog="fastseq bench", description=__doc__)
     parser.add_argument(
@@ -213,4 +236,3 @@ def main(argv: list[str] | None = None) -> int:
         args.output.with_suffix(".json").write_text(
             json.dumps({"environment": facts, "cases": cases, "rows": rows}, indent=1)
         )
-    return 0

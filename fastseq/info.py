@@ -60,9 +60,8 @@ def _table(calls: dict[str, object]) -> list[str]:
     return [f"  {'':<12}" + "".join(f"{name:<12}" for name in names), *rows, *reasons]
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     """Command line of ``fastseq info``."""
     parser = argparse.ArgumentParser(prog="fastseq info", description=__doc__)
     parser.parse_args(argv)
     print(info())
-    return 0
