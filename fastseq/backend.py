@@ -106,14 +106,14 @@ RULES = (
     Rule(
         "lstm",
         "native",
-        lambda c: _plain_cpu(c) and (c.packed or c.lengths) and c.dtype == _F32 and c.batch > 1,
+        lambda c: _plain_cpu(c) and (c.packed or c.lengths) and c.dtype == _F32 and c.batch != 1,
         "variable lengths: torch runs op by op, native skips the padding and is 1.2 to 2.3 times as fast",
     ),
     Rule(
         "lstm",
         "native",
         lambda c: (
-            _plain_cpu(c) and (c.packed or c.lengths) and c.dtype == _BF16 and c.batch > 1 and c.hidden_size <= 256
+            _plain_cpu(c) and (c.packed or c.lengths) and c.dtype == _BF16 and c.batch != 1 and c.hidden_size <= 256
         ),
         "variable lengths: torch runs op by op, native skips the padding and is 1.3 to 3.0 times as fast",
     ),
@@ -266,8 +266,7 @@ def record() -> Iterator[list[Choice]]:
 def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> str:
     """Run ``module(*args, **kwargs)`` once and say which backend served each call, and why the others did not.
 
-    The module really runs (in its current mode, without gradients recorded by this function's caller being changed), so
-    the answer holds for just this input, these dtypes and this thread's settings.
+    The answer holds for just these inputs, in the module's current mode, with gradients on or off as they are now.
 
     Returns:
         A text with one paragraph per distinct call; print it.

@@ -52,7 +52,7 @@ CASES = (
 )
 
 
-def _module(case: Case, backend: str | None) -> nn.Module:
+def make_module(case: Case, backend: str | None) -> nn.Module:
     """nn's module for None, else fastseq's with that backend; the same weights for all."""
     torch.manual_seed(0)
     extra = {} if backend is None else {"backend": backend}
@@ -77,7 +77,7 @@ class PackAndPad(nn.Module):
         return pad_packed_sequence(packed, total_length=x.size(0))[0], states
 
 
-def _input(case: Case) -> tuple[object, dict]:
+def make_input(case: Case) -> tuple[object, dict]:
     """The argument and the keyword arguments of the call; both modules get the same."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(case.steps, case.batch, case.input_size, generator=generator).to(case.dtype)
@@ -99,7 +99,9 @@ def _outputs(module: nn.Module, x, options: dict) -> dict[str, torch.Tensor]:
     return {"output": output, "h_n": states[0], "c_n": states[1]}
 
 
-def _step(module: nn.Module, x, options: dict, train: bool) -> Callable[[], None]:
+def make_step(module: nn.Module, x, options: dict, train: bool) -> Callable[[], None]:
+    """What is timed: a forward without gradients, or a forward and a backward through all outputs."""
+
     def infer():
         with torch.no_grad():
             module(x, **options)
@@ -111,8 +113,9 @@ def _step(module: nn.Module, x, options: dict, train: bool) -> Callable[[], None
     return train_step if train else infer
 
 
-def _check_parity(case: Case, module: nn.Module, baseline: nn.Module, x, options: dict) -> None:
-    oracle = _module(case, None).double()
+def check_parity(case: Case, module: nn.Module, baseline: nn.Module, x, options: dict) -> None:
+    """AssertionError unless ``module`` is as accurate as ``baseline``, both measured against float64."""
+    oracle = make_module(case, None).double()
     with torch.no_grad():
         wide = x._replace(data=x.data.double()) if case.kind == "packed" else x.double()
         assert_all_accurate(*(_outputs(m, given, options) for m, given in ((module, x), (oracle, wide), (baseline, x))))
@@ -134,19 +137,19 @@ def _time_interleaved(runs: dict[str, Callable[[], None]], seconds: float) -> di
 
 def measure(case: Case, backends: tuple[str, ...], train: bool, seconds: float) -> list[dict]:
     """Rows of one case: nn.LSTM first, then each backend that serves it, with ratio = nn.LSTM's median / its own."""
-    x, options = _input(case)
-    peer = _module(case, None)
-    runs = {"nn": _step(peer, x, options, train)}
+    x, options = make_input(case)
+    peer = make_module(case, None)
+    runs = {"nn": make_step(peer, x, options, train)}
     chosen = {}
     for name in backends:
-        module = _module(case, name)
+        module = make_module(case, name)
         try:
             with record() as choices:
-                _check_parity(case, module, peer, x, options)
+                check_parity(case, module, peer, x, options)
         except RuntimeError as refusal:
             print(f"{case.name}: {refusal}", file=sys.stderr)
             continue
-        runs[name] = _step(module, x, options, train)
+        runs[name] = make_step(module, x, options, train)
         chosen[name] = choices[0].backend
     times = _time_interleaved(runs, seconds)
     median = {name: statistics.median(values) for name, values in times.items()}

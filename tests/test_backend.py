@@ -92,6 +92,8 @@ def test_auto_never_picks_an_unavailable_kernel(monkeypatch):
     monkeypatch.setattr(_native, "available", lambda: False)
     monkeypatch.setattr(_native, "why_not", lambda: "it was not built.")
     assert select("lstm", "auto", CALL._replace(return_cell_states=True)) == "reference"
+    traced = CALL._replace(compiling=True, lengths=True)  # batch and steps are None: dynamic
+    assert select("lstm", "auto", traced) == "reference"
     with pytest.raises(RuntimeError, match="it was not built"):
         select("lstm", "native", CALL)
     assert "it was not built" in fastseq.info()

@@ -1,6 +1,7 @@
 """What people do with ``nn.LSTM`` besides calling it: everything here must work the same with ``fastseq.LSTM``."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -383,3 +384,46 @@ def test_packed_from_pack_sequence_without_indices(backend):
     theirs, ours = pair(3, 4, 2, bidirectional=True, backend=backend)
     packed = pack_sequence([torch.randn(n, 3) for n in (4, 4, 1)])
     assert_same(ours(packed), theirs(packed), rtol=0, atol=1e-6)
+
+
+LIVE_BASE = dict(input_size=4, hidden_size=6, num_layers=2)
+LIVE = {
+    "input_size": 5,
+    "hidden_size": 7,
+    "num_layers": 3,
+    "bias": False,
+    "batch_first": True,
+    "dropout": 0.5,
+    "bidirectional": True,
+    "proj_size": 3,
+    "device": "meta",
+    "dtype": torch.float64,
+    "backend": "triton",
+}
+
+
+def behaviour(**options):
+    """What an option could change: parameters, the output, or an error."""
+    torch.manual_seed(0)
+    module = LSTM(**LIVE_BASE | options)
+    parameters = [(name, p.shape, p.dtype, p.device) for name, p in module.named_parameters()]
+    if {"device", "dtype", "input_size"} & set(options):
+        return parameters
+    try:
+        return parameters, module(torch.ones(3, 2, 4))[0].tolist()
+    except RuntimeError as error:
+        return parameters, str(error)
+
+
+def test_every_option_of_the_constructor_is_alive():
+    assert list(LIVE) == list(inspect.signature(LSTM.__init__).parameters)[1:]
+    for name, value in LIVE.items():
+        assert behaviour(**{name: value}) != behaviour(), name
+
+
+def test_every_option_of_forward_is_alive():
+    module, x = LSTM(4, 5), torch.randn(3, 2, 4)
+    (output, _), cells = module(x), module(x, return_cell_states=True)
+    assert len(cells) == 3
+    assert not torch.equal(module(x, lengths=torch.tensor([1, 3]))[0], output)
+    assert not torch.equal(module(x, (torch.ones(1, 2, 5), torch.ones(1, 2, 5)))[0], output)
