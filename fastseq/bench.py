@@ -139,18 +139,18 @@ def measure(case: Case, backends: tuple[str, ...], train: bool, seconds: float) 
     """Rows of one case: nn.LSTM first, then each backend that serves it, with ratio = nn.LSTM's median / its own."""
     x, options = make_input(case)
     peer = make_module(case, None)
-    runs = {"nn": make_step(peer, x, options, train)}
-    chosen = {}
+    runs, served_by = {"nn": make_step(peer, x, options, train)}, {"nn": "nn"}
     for name in backends:
         module = make_module(case, name)
         try:
-            with record() as choices:
-                check_parity(case, module, peer, x, options)
+            check_parity(case, module, peer, x, options)
         except RuntimeError as refusal:
             print(f"{case.name}: {refusal}", file=sys.stderr)
             continue
         runs[name] = make_step(module, x, options, train)
-        chosen[name] = choices[0].backend
+        with record() as choices:
+            runs[name]()
+        served_by[name] = choices[0].backend
     times = _time_interleaved(runs, seconds)
     median = {name: statistics.median(values) for name, values in times.items()}
     return [
@@ -158,7 +158,7 @@ def measure(case: Case, backends: tuple[str, ...], train: bool, seconds: float) 
             "case": case.name,
             "mode": "training" if train else "inference",
             "backend": name,
-            "served_by": chosen.get(name, "nn"),
+            "served_by": served_by[name],
             "median_ms": median[name],
             "p20_ms": statistics.quantiles(values, n=5)[0],
             "p80_ms": statistics.quantiles(values, n=5)[-1],

@@ -39,6 +39,27 @@ def test_argument_beats_block_beats_default():
     assert served() == "torch"
 
 
+@needs_native
+def test_auto_follows_the_measurements():
+    def chosen(op, call):
+        return select(op, "auto", call)
+
+    padded = CALL._replace(batch=32, steps=50)
+    assert chosen("lstm", padded) == "torch"
+    for changes in (dict(packed=True), dict(lengths=True)):
+        assert chosen("lstm", padded._replace(**changes)) == "native"
+        assert chosen("lstm", padded._replace(**changes, batch=1)) == "torch"
+        assert chosen("lstm", padded._replace(**changes, autocast=True, dtype=torch.bfloat16)) == "torch"
+        assert chosen("lstm", padded._replace(**changes, device="cuda")) == "torch"
+    assert chosen("lstm", padded._replace(dtype=torch.float16)) == "native"
+    assert chosen("lstm", padded._replace(dtype=torch.float64)) == "torch"
+    assert chosen("lstm", padded._replace(dtype=torch.float64, requires_grad=True)) == "native"
+    with backend.record() as choices:
+        fastseq.LSTMCell(4, 5)(X[0])
+        fastseq.ops.lstm_cell(torch.randn(2, 20), torch.randn(2, 5))
+    assert [choice.backend for choice in choices] == ["torch", "native"]
+
+
 def test_block_ends_with_an_exception():
     with pytest.raises(KeyError), fastseq.use_backend("reference"):
         raise KeyError

@@ -319,6 +319,7 @@ class LSTMCell(nn.RNNCellBase):
             device=input.device.type,
             dtype=c.dtype,
             hidden_size=self.hidden_size,
+            with_gemms=True,
             requires_grad=torch.is_grad_enabled()
             and any(t is not None and t.requires_grad for t in (input, h, c, *weights)),
             compiling=torch.compiler.is_compiling(),
