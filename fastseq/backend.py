@@ -8,6 +8,7 @@ that holds.
 import contextlib
 import importlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -137,14 +138,14 @@ RULES = (
     Rule(
         "attention",
         "torch",
-        lambda c: c.score == "dot" and not c.requires_grad and not c.need_weights,
-        "SDPA without gradients: 0.95 against 0.83 ms at (B, T, S, A) = (64, 20, 20, 256), float32, 1 thread",
+        lambda c: c.device != "cpu" and c.score == "dot" and not c.requires_grad and not c.need_weights,
+        "the vendor's fused kernel (SDPA); not measured by this project yet",
     ),
     Rule(
         "attention",
         "reference",
         lambda c: True,
-        "with gradients it beats SDPA: 3.2 against 11.5 ms at (B, T, S, A) = (64, 1, 50, 512), float32, 1 thread",
+        "on CPU it trains 1.4 to 3.6 times as fast as SDPA with lengths, and infers at its speed or faster",
     ),
 )
 
@@ -160,7 +161,7 @@ class Choice(NamedTuple):
 
 
 _loaded: dict[tuple[str, str], Any] = {}
-_records: list[list[Choice]] = []
+_records: list[tuple[int, list[Choice]]] = []  # who listens: a thread, and what it heard
 
 
 def _checked(name: str, origin: str) -> str:
@@ -169,7 +170,7 @@ def _checked(name: str, origin: str) -> str:
     return name
 
 
-_default = _checked(os.environ.get("FASTSEQ_BACKEND", "auto"), "FASTSEQ_BACKEND")
+_default = _checked(os.environ.get("FASTSEQ_BACKEND") or "auto", "FASTSEQ_BACKEND")
 
 
 @contextlib.contextmanager
@@ -240,9 +241,16 @@ def select(op: str, backend: str | None, call: Any) -> str:
     else:
         chosen, why = _first_rule(op, call)
     if _records:
-        objections = {name: objection(op, name, call) for name in BACKENDS[1:]}
-        _records[-1].append(Choice(op, call, chosen, why, {k: v for k, v in objections.items() if v is not None}))
+        _tell(op, call, chosen, why)
     return chosen
+
+
+def _tell(op: str, call: Any, chosen: str, why: str) -> None:
+    objections = {name: objection(op, name, call) for name in BACKENDS[1:]}
+    choice = Choice(op, call, chosen, why, {k: v for k, v in objections.items() if v is not None})
+    for thread, choices in _records:
+        if thread == threading.get_ident():
+            choices.append(choice)
 
 
 def _first_rule(op: str, call: Any) -> tuple[str, str]:
@@ -254,13 +262,13 @@ def _first_rule(op: str, call: Any) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Choice]]:
-    """Collect every decision taken in this block."""
-    choices: list[Choice] = []
-    _records.append(choices)
+    """Collect every decision that this thread takes in this block."""
+    entry = threading.get_ident(), []
+    _records.append(entry)
     try:
-        yield choices
+        yield entry[1]
     finally:
-        _records.remove(choices)
+        _records[:] = [other for other in _records if other is not entry]
 
 
 def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -132,3 +133,35 @@ def test_swapped_models_copy_and_pickle():
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), model(x))
         assert type(twin.encoder) is LSTM
+
+
+def test_restore_leaves_fastseq_modules_of_the_user_alone():
+    model = nn.ModuleList([LSTM(4, 5, backend="reference"), nn.LSTM(4, 5)])
+    fastseq.accelerate(model)
+    report = fastseq.restore(model)
+    assert [(r.path, r.swapped) for r in report] == [("0", False), ("1", True)]
+    assert model[0].backend == "reference"
+    seq2seq = fastseq.build_seq2seq_model(20, 8, 8)
+    fastseq.restore(seq2seq)
+    seq2seq(torch.ones(2, 3, dtype=torch.long), torch.tensor([3, 1]), torch.ones(2, 4, dtype=torch.long))
+
+
+def test_parametrised_modules_are_reported():
+    model = nn.ModuleList([nn.LSTM(4, 5), nn.LSTM(4, 5)])
+    nn.utils.parametrizations.weight_norm(model[0], "weight_hh_l0")
+    rows = fastseq.accelerate(model)
+    assert [row.swapped for row in rows if row.path in ("0", "1")] == [False, True]
+    assert "accelerate the model first" in rows[0].why
+    nn.utils.parametrizations.weight_norm(model[1], "weight_hh_l0")
+    (row,) = fastseq.restore(model)
+    assert not row.swapped
+    assert "remove the parametrisation" in row.why
+
+
+def test_scripted_modules_are_reported():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.ModuleList([torch.jit.script(nn.LSTM(4, 5))])
+    (row,) = fastseq.accelerate(model)
+    assert not row.swapped
+    assert "scripted" in row.why

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -37,6 +38,22 @@ def test_argument_beats_block_beats_default():
             assert served() == "torch"
         assert served() == "reference"
     assert served() == "torch"
+
+
+def test_records_nest_and_belong_to_a_thread():
+    lstm = LSTM(4, 5)
+    with backend.record() as outer:
+        with backend.record() as inner:
+            pass
+        thread = threading.Thread(target=lstm, args=(X,))
+        thread.start()
+        thread.join()
+        lstm(X)
+    assert (len(inner), len(outer)) == (0, 1)
+
+
+def test_an_empty_environment_variable_means_auto():
+    assert run("import fastseq", FASTSEQ_BACKEND="").returncode == 0
 
 
 @needs_native

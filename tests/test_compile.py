@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastseq import LSTM, Attention, LSTMCell, _native
 
@@ -68,6 +69,15 @@ def test_the_torch_backend_says_that_lengths_cannot_be_traced():
     x, lengths = batch(3, 4, True)
     with pytest.raises(RuntimeError, match="cannot be traced with lengths"):
         torch.compile(Tagger("torch"), backend="eager")(x, lengths)
+
+
+@needs_native
+def test_compile_with_a_packed_sequence():
+    torch._dynamo.reset()
+    module, packed = LSTM(4, 5), pack_padded_sequence(torch.randn(5, 3, 4), [5, 4, 1])
+    expected, actual = module(packed)[0], torch.compile(module, backend="aot_eager")(packed)[0]
+    torch.testing.assert_close(actual.data, expected.data, rtol=0, atol=1e-6)
+    assert torch.equal(pad_packed_sequence(actual)[1], torch.tensor([5, 4, 1]))
 
 
 def test_compile_cell():

@@ -386,6 +386,81 @@ def test_packed_from_pack_sequence_without_indices(backend):
     assert_same(ours(packed), theirs(packed), rtol=0, atol=1e-6)
 
 
+@backends
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_output_may_be_changed_in_place(backend, form):
+    """nn.LSTM trains through an in-place change of its output, packed or float64, and so must every backend."""
+    theirs, ours = pair(4, 5, backend=backend, dtype=torch.float64)
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    grads = []
+    for module in (theirs, ours):
+        output, _ = module(pack_padded_sequence(x, [5, 4, 1]) if form == "packed" else x)
+        data = output.data if form == "packed" else output
+        data.mul_(2)
+        data.sum().backward()
+        grads.append([p.grad for p in module.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+@backends
+def test_weights_of_another_dtype_by_functional_call(backend):
+    module = LSTM(4, 5, backend=backend)
+    weights = {name: p.detach().bfloat16() for name, p in module.named_parameters()}
+    output, _ = torch.func.functional_call(module, weights, (torch.randn(3, 2, 4).bfloat16(),))
+    assert output.dtype == torch.bfloat16
+
+
+def test_meta_device():
+    x = torch.randn(3, 2, 4, device="meta")
+    for options in ({}, {"lengths": torch.tensor([3, 1])}):
+        output, (h, _) = LSTM(4, 5, device="meta")(x, **options)
+        assert (output.shape, output.device.type, h.shape) == ((3, 2, 5), "meta", (1, 2, 5))
+
+
+def test_default_device_does_not_leak_into_index_arithmetic():
+    module, packed = LSTM(4, 5, backend="reference"), pack_padded_sequence(torch.randn(3, 2, 4), [3, 1])
+    expected = module(packed)
+    with torch.device("meta"):
+        actual = module(packed)
+        actual[0].data.sum().backward()
+    assert_same(actual, expected)
+
+
+@own_backends
+def test_forward_mode_raises_instead_of_dropping_tangents(backend):
+    module = LSTM(4, 5, backend=backend).requires_grad_(False)
+    x = torch.randn(3, 2, 4)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError):
+        module(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@own_backends
+def test_double_backward_without_incoming_gradients(backend):
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    x = torch.randn(3, 2, 4, requires_grad=True)
+    loss = Stop.apply(LSTM(4, 5, backend=backend)(x)[0])
+    assert torch.autograd.grad(loss, x, create_graph=True, allow_unused=True) == (None,)
+
+
+@own_backends
+def test_backward_inside_autocast_keeps_the_precision_of_the_forward(backend):
+    module, x = LSTM(4, 5, backend=backend), torch.randn(3, 2, 4)
+    grads = []
+    for autocast in (False, True):
+        loss = module(x)[0].square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            grads.append(torch.autograd.grad(loss, list(module.parameters())))
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
 LIVE_BASE = dict(input_size=4, hidden_size=6, num_layers=2)
 LIVE = {
     "input_size": 5,

@@ -76,6 +76,10 @@ CELL_REFUSED = {
     "hx unbatched": (X[0], state(5)),
     "hx one tensor": (X[0], torch.zeros(2, 5)),
     "hx rank 3": (X[0], state(1, 2, 5)),
+    "hx three tensors": (X[0], (torch.zeros(2, 5),) * 3),
+    "hx a tuple of one": (X[0], (torch.zeros(2, 5),)),
+    "cx on another device": (X[0], (torch.zeros(2, 5), torch.zeros(2, 5, device="meta"))),
+    "integers": (X[0].long(),),
     "unbatched input, batched hx": (X[0, 0], state(1, 5)),
 }
 
@@ -157,6 +161,9 @@ def weights(**changes):
         ({"weight_hr": torch.randn(2, 5)}, r"h0 must have shape \(2, 2\)"),
         ({"input": X[0]}, r"3 dimensions, \(T, B, I\)"),
         ({"input": X[:0]}, "at least one time step"),
+        ({"input": X.long()}, "floating point"),
+        ({"hx": (torch.zeros(2, 5),) * 3}, "hx must be two tensors"),
+        ({"hx": (torch.zeros(2, 5), torch.zeros(()))}, r"c0 must have shape \(B, H\)"),
     ],
     ids=lambda v: str(v)[:30] if isinstance(v, str) else "",
 )
@@ -164,6 +171,23 @@ def test_op_says_what_is_wrong(changes, sentence):
     arguments = {"input": X, "hx": state(2, 5), **weights(), **changes}
     with pytest.raises(RuntimeError, match=sentence):
         ops.lstm(**arguments)
+
+
+@pytest.mark.parametrize("sizes", [[2, 2], [1, 2], [3, 0], []], ids=str)
+def test_batch_sizes_that_do_not_fit_the_rows(sizes):
+    data, sizes = torch.randn(3, 4), torch.tensor(sizes, dtype=torch.int64)
+    batch = int(sizes[0]) if len(sizes) else 1
+    with pytest.raises(RuntimeError, match="batch_sizes"):
+        ops.lstm(data, state(batch, 5), **weights(), batch_sizes=sizes, backend="reference")
+    if len(sizes):
+        with pytest.raises(RuntimeError, match="batch_sizes"):
+            LSTM(4, 5, backend="reference")(PackedSequence(data, sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32], ids=str)
+def test_batch_sizes_of_another_dtype(dtype):
+    with pytest.raises(RuntimeError, match="int64"):
+        ops.lstm(torch.randn(3, 4), state(2, 5), **weights(), batch_sizes=torch.tensor([2, 1]).to(dtype))
 
 
 def test_op_refuses_lengths_with_batch_sizes():

@@ -47,7 +47,7 @@ def rank(name: str) -> int | None:
     if parts[1:2] == ["nn"]:
         return 4
     if parts[1:2] == ["ops"]:
-        ranks = {"api": 3, "function": 2, "autocast": 1}
+        ranks = {"api": 3, "function": 2, "modes": 1}
         return ranks.get(parts[-1], 1 if len(parts) == 4 else 3)
     return None
 

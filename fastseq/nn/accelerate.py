@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fastseq.backend import check_name
 from fastseq.nn.rnn import LSTM, LSTMCell
@@ -26,7 +27,7 @@ class Report(list):
 
     def __str__(self) -> str:
         if not self:
-            return "no nn.LSTM or nn.LSTMCell in this model: nothing to swap"
+            return "no LSTM or LSTMCell in this model: nothing to swap"
         header = Row("module", "class", "swapped", "why")
         cells = [header] + [Row(r.path or "(the model)", r.kind, "yes" if r.swapped else "no", r.why) for r in self]
         widths = [max(len(row[k]) for row in cells) for k in range(3)]
@@ -45,9 +46,8 @@ def accelerate(model: nn.Module, backend: str = "auto") -> Report:
         backend: what the swapped modules use; see :class:`fastseq.LSTM`.
 
     Returns:
-        A report that prints as a table: module path, swapped or not, why. Subclasses of ``nn.LSTM`` are left alone,
-            since
-        they may have a forward of their own, and reported.
+        A report that prints as a table: module path, swapped or not, why. Subclasses of ``nn.LSTM``, which may have a
+        forward of their own, are left alone and reported, and so are parametrised and scripted LSTMs.
 
     Raises:
         ValueError: unknown backend.
@@ -55,35 +55,58 @@ def accelerate(model: nn.Module, backend: str = "auto") -> Report:
     check_name(backend)
     report = Report()
     for path, module in model.named_modules():
-        kind = type(module)
-        name = f"{kind.__module__}.{kind.__qualname__}".replace("torch.nn.modules.rnn", "nn")
-        if kind in _SWAPS and "forward" in vars(module):
-            report.append(
-                Row(path, name, False, "this object's forward was replaced; swapping the class would not reach it")
-            )
-        elif kind in _SWAPS:
-            module.__class__ = _SWAPS[kind]
+        why = _why_not_swap(module)
+        if why is None:
+            swapped = _SWAPS[type(module)]
+            report.append(Row(path, _name(module), True, f"now fastseq.{swapped.__name__}, backend={backend!r}"))
+            module.__class__ = swapped
             module.backend = backend
-            report.append(Row(path, name, True, f"now fastseq.{_SWAPS[kind].__name__}, backend={backend!r}"))
-        elif kind in _BACK:
-            report.append(Row(path, name, False, "is a fastseq module already"))
-        elif isinstance(module, tuple(_SWAPS)):
-            why = "a subclass of torch's with code of its own: replace it by hand if its forward is nn.LSTM's"
-            report.append(Row(path, name, False, why))
+            module._accelerated = True
+        elif why:
+            report.append(Row(path, _name(module), False, why))
     return report
 
 
 def restore(model: nn.Module) -> Report:
-    """Turn every fastseq LSTM and LSTMCell of ``model`` back into torch's, in place; the inverse of :func:`accelerate`.
+    """Turn what :func:`accelerate` swapped back into torch's modules, in place; fastseq modules of your own stay.
 
     Returns:
         A report that prints as a table.
     """
     report = Report()
     for path, module in model.named_modules():
-        kind = type(module)
-        if kind in _BACK:
-            del module.backend
-            module.__class__ = _BACK[kind]
-            report.append(Row(path, f"fastseq.{kind.__name__}", True, f"now nn.{_BACK[kind].__name__}"))
+        if not isinstance(module, tuple(_BACK)):
+            continue
+        name = _name(module)
+        if not getattr(module, "_accelerated", False):
+            report.append(Row(path, name, False, "was made as a fastseq module"))
+        elif type(module) not in _BACK:
+            report.append(Row(path, name, False, "was parametrised since: remove the parametrisation first"))
+        else:
+            del module.backend, module._accelerated
+            module.__class__ = _BACK[type(module)]
+            report.append(Row(path, name, True, f"now {_name(module)}"))
     return report
+
+
+def _name(module: nn.Module) -> str:
+    kind = type(module)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return name.replace("torch.nn.modules.rnn", "nn").replace("fastseq.nn.rnn", "fastseq")
+
+
+def _why_not_swap(module: nn.Module) -> str | None:
+    """None to swap, a sentence to report, "" for a module that is no LSTM at all."""
+    kind = type(module)
+    if kind in _SWAPS:
+        replaced = "forward" in vars(module)
+        return "this object's forward was replaced; swapping the class would not reach it" if replaced else None
+    if isinstance(module, tuple(_BACK)):
+        return "is a fastseq module already"
+    if isinstance(module, tuple(_SWAPS)):
+        if parametrize.is_parametrized(module):
+            return "is parametrised: accelerate the model first, then parametrise it"
+        return "a subclass of torch's with code of its own: replace it by hand if its forward is nn.LSTM's"
+    if getattr(module, "original_name", kind.__name__) in ("LSTM", "LSTMCell"):
+        return "not torch.nn's own class (scripted, quantised or another library's)"
+    return ""

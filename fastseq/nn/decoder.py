@@ -11,6 +11,7 @@ from fastseq.nn.encoder import EncoderOutput, embedding
 from fastseq.nn.rnn import LSTM
 from fastseq.nn.seq2seq_config import Seq2SeqConfig
 from fastseq.ops.lstm_cell import lstm_cell
+from fastseq.ops.modes import autocast_enabled
 
 
 class DecoderState(NamedTuple):
@@ -150,7 +151,7 @@ class Decoder(nn.Module):
             weight_ih, weight_hh, bias_ih, bias_hh = (getattr(self.lstm, name) for name in names)
             size = self.embedding.embedding_dim if k == 0 else 0
             tensors = (weight_ih[:, :size], weight_ih[:, size:], weight_hh, bias_ih + bias_hh)
-            if torch.is_autocast_enabled(device):  # once here, not at every step
+            if autocast_enabled(device):  # once here, not at every step
                 tensors = (x.to(torch.get_autocast_dtype(device)) for x in tensors)
             layers.append(_Layer(*tensors))
         return layers

@@ -5,13 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq.backend import LSTMCall, LSTMCellCall, check_name, select
-from fastseq.ops.autocast import cast_inputs, without_autocast
-from fastseq.ops.lstm.api import check_lengths
+from fastseq.backend import LSTMCellCall, check_name, select
+from fastseq.ops.lstm.api import check_batch_sizes, check_lengths, describe
 from fastseq.ops.lstm.function import apply as apply_lstm
 from fastseq.ops.lstm.layout import zero_padding
 from fastseq.ops.lstm.vendor import stack as vendor_stack
 from fastseq.ops.lstm_cell.function import apply as apply_lstm_cell
+from fastseq.ops.modes import autocast_enabled, cast_inputs, without_autocast
 
 _vf_lstm_cell = torch._VF.lstm_cell
 
@@ -50,17 +50,32 @@ class LSTM(nn.RNNBase):
         super().__init__("LSTM", *sizes, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
         self.backend = check_name(backend)
 
+    backend = "auto"  # for modules that were pickled without one
+
     # The checks of nn.LSTM, with its messages.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args
     permute_hidden = nn.LSTM.permute_hidden
 
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """As ``nn.RNNBase``, for the weights as they are now: functional calls replace them by others."""
+        if input.dtype != self._dtype() and not autocast_enabled(input.device.type):
+            raise ValueError(
+                f"LSTM: the input is {input.dtype}, the weights are {self._dtype()}; "
+                f"convert the input, input.to({self._dtype()}), or the model, model.to({input.dtype})"
+            )
+        if not input.is_floating_point():
+            raise RuntimeError(f"LSTM: input must be floating point, got {input.dtype}")
+        expected = 2 if batch_sizes is not None else 3
+        if input.dim() != expected:
+            raise RuntimeError(f"LSTM: input must have {expected} dimensions, got {input.dim()}")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"LSTM: expected input.size(-1) to be input_size {self.input_size}, got {input.size(-1)}"
+            )
+
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("backend", "auto")
 
     def forward(
         self,
@@ -105,8 +120,9 @@ class LSTM(nn.RNNBase):
         output, h_n, c_n, cell_states = self._run(data, hx, batch_sizes, lengths, return_cell_states)
 
         if packed:
-            output = input._replace(data=output)
-            cell_states = input._replace(data=cell_states) if return_cell_states else None
+            order = (batch_sizes, sorted_indices, unsorted_indices)
+            output = PackedSequence(output, *order)
+            cell_states = PackedSequence(cell_states, *order) if return_cell_states else None
             h_n, c_n = self.permute_hidden((h_n, c_n), unsorted_indices)
         elif not batched:
             batch_dim = 0 if self.batch_first else 1
@@ -122,9 +138,11 @@ class LSTM(nn.RNNBase):
 
     def _packed_state(self, data: Tensor, batch_sizes: Tensor, hx, sorted_indices: Tensor | None):
         """Check packed (N, I) data and bring hx into the order of the packed sequences."""
-        batch = int(batch_sizes[0])
+        if batch_sizes.numel() == 0:
+            raise IndexError("LSTM: the PackedSequence is empty; give at least one time step")
+        check_batch_sizes(batch_sizes, data.size(0))
         if hx is None:
-            hx = self._zeros(data, batch)
+            hx = self._zeros(data, int(batch_sizes[0]))
         else:
             _check_pair(hx)
             if hx[0].dim() != 3 or hx[1].dim() != 3:
@@ -132,12 +150,11 @@ class LSTM(nn.RNNBase):
                     f"For packed input, hx and cx should be 3-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
                 )
             hx = self.permute_hidden(hx, sorted_indices)
-        if data.dtype != self._dtype() and not torch.is_autocast_enabled(data.device.type):
+        if data.dtype != self._dtype() and not autocast_enabled(data.device.type):
             raise RuntimeError(
                 f"RNN input dtype ({data.dtype}) does not match weight dtype ({self._dtype()}); convert one of them"
             )
-        if data.dim() != 2 or data.size(-1) != self.input_size:
-            raise RuntimeError(f"packed input must have shape (N, {self.input_size}), got {tuple(data.shape)}")
+        self.check_input(data, batch_sizes)
         self.check_hidden_size(
             hx[0], self.get_expected_hidden_size(data, batch_sizes), "Expected hidden[0] size {}, got {}"
         )
@@ -184,7 +201,7 @@ class LSTM(nn.RNNBase):
                     f"Input and {name} tensors are not at the same device, "
                     f"found input tensor at {data.device} and {name} tensor at {tensor.device}"
                 )
-            if tensor.dtype != data.dtype and not torch.is_autocast_enabled(data.device.type):
+            if tensor.dtype != data.dtype and not autocast_enabled(data.device.type):
                 raise RuntimeError(
                     f"LSTM: the {name} tensor is {tensor.dtype}, the input {data.dtype}; convert one of them"
                 )
@@ -192,7 +209,17 @@ class LSTM(nn.RNNBase):
     def _run(self, data: Tensor, hx, batch_sizes, lengths, return_cell_states: bool):
         """-> output, h_n, c_n, cell_states (None unless asked for), in the layout of the data."""
         weights = [getattr(self, name) for name in self._flat_weights_names]
-        call = self._describe(data, hx, weights, batch_sizes, lengths, return_cell_states)
+        call = describe(
+            data,
+            hx,
+            weights,
+            batch_sizes,
+            batch_dim=0 if self.batch_first else 1,
+            autocast=autocast_enabled(data.device.type) and data.dtype != torch.float64,
+            proj_size=self.proj_size,
+            lengths=lengths is not None,
+            return_cell_states=return_cell_states,
+        )
         backend = select("lstm", self.backend, call)
         if backend == "torch":
             options = dict(bias=self.bias, num_layers=self.num_layers, dropout=self.dropout, training=self.training)
@@ -240,27 +267,6 @@ class LSTM(nn.RNNBase):
                 input = F.dropout(input, self.dropout, self.training)
         return input, torch.stack(h_n), torch.stack(c_n), cell_states
 
-    def _describe(self, data: Tensor, hx, weights, batch_sizes, lengths, return_cell_states: bool) -> LSTMCall:
-        compiling = torch.compiler.is_compiling()
-        packed = batch_sizes is not None
-        autocast = torch.is_autocast_enabled(data.device.type) and data.dtype != torch.float64
-        steps = batch_sizes.size(0) if packed else data.size(1 if self.batch_first else 0)
-        return LSTMCall(
-            device=data.device.type,
-            dtype=torch.get_autocast_dtype(data.device.type) if autocast else data.dtype,
-            input_size=self.input_size,
-            hidden_size=self.hidden_size,
-            proj_size=self.proj_size,
-            packed=packed,
-            lengths=lengths is not None,
-            return_cell_states=return_cell_states,
-            requires_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (data, *hx, *weights)),
-            autocast=autocast,
-            batch=None if compiling else hx[0].size(1),
-            steps=None if compiling else steps,
-            compiling=compiling,
-        )
-
 
 def _check_pair(hx) -> None:
     if len(hx) != 2:
@@ -277,6 +283,8 @@ class LSTMCell(nn.RNNCellBase):
     Raises:
         ValueError: unknown backend.
     """
+
+    backend = "auto"  # for modules that were pickled without one
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None, *, backend: str = "auto"
@@ -298,6 +306,7 @@ class LSTMCell(nn.RNNCellBase):
         if hx is not None:
             if isinstance(hx, Tensor):
                 raise TypeError("LSTMCell: hx must be a tuple of two tensors (h, c), not one tensor")
+            _check_pair(hx)
             for k, state in enumerate(hx):
                 if state.dim() not in (1, 2):
                     raise ValueError(f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
@@ -333,7 +342,13 @@ class LSTMCell(nn.RNNCellBase):
     def _check(self, input: Tensor, h: Tensor, c: Tensor) -> None:
         if input.size(1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
+        if not input.is_floating_point():
+            raise RuntimeError(f"LSTMCell: input must be floating point, got {input.dtype}")
         for k, state in enumerate((h, c)):
+            if state.device != input.device:
+                raise RuntimeError(
+                    f"LSTMCell: hidden{k} is on {state.device}, the input on {input.device}; move them to one device"
+                )
             if state.dim() != 2 or state.size(0) != input.size(0):
                 raise RuntimeError(
                     f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {state.size(0)}"

@@ -7,7 +7,7 @@ from torch import Tensor
 from fastseq.backend import AttentionCall, select
 from fastseq.ops.attention.function import apply
 from fastseq.ops.attention.reference import wide_dtype
-from fastseq.ops.autocast import cast_inputs
+from fastseq.ops.modes import cast_inputs
 
 SCORES = ("dot", "general", "additive", "normed_additive")
 

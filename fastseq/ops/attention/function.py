@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastseq.backend import implementation
 from fastseq.ops.attention import reference
-from fastseq.ops.autocast import without_autocast
+from fastseq.ops.modes import needs_function, without_autocast
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -71,7 +71,7 @@ def apply(
         keys = keys.view_as(keys) if keys is query else keys
         values = values.view_as(values) if values is keys or values is query else values
         inputs = (query, keys, values, weight, bias, lengths, mask)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:5]):
+        if needs_function(*inputs[:5]):
             return AttentionFunction.apply(backend, score, scale, need_weights, *inputs)
         context, weights, _ = implementation("attention", backend).forward(*inputs, score, scale, need_weights)
         return context, weights

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from fastseq.backend import LSTMCall, select
-from fastseq.ops.autocast import cast_inputs, without_autocast
 from fastseq.ops.lstm.function import apply
 from fastseq.ops.lstm.layout import zero_padding
+from fastseq.ops.modes import autocast_enabled, cast_inputs, without_autocast
 
 
 def lstm(
@@ -50,7 +50,11 @@ def lstm(
         RuntimeError: shapes, dtypes or devices do not fit; or the backend asked for cannot serve this call.
         ValueError: unknown backend name; lengths and batch_sizes both given; lengths out of range.
     """
+    if len(hx) != 2:
+        raise RuntimeError(f"lstm: hx must be two tensors, h0 and c0, got {len(hx)}")
     tensors = (input, *hx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    if batch_sizes is not None:
+        check_batch_sizes(batch_sizes, input.size(0))
     _check_shapes(*tensors, batch_sizes)
     if lengths is not None:
         if batch_sizes is not None:
@@ -58,7 +62,16 @@ def lstm(
         lengths = check_lengths(lengths, input.size(0), input.size(1), input.device)
         tensors = (zero_padding(input, lengths), *tensors[1:])
     tensors = cast_inputs(*tensors)
-    call = describe(tensors, lengths, batch_sizes, reverse=reverse, return_cell_states=return_cell_states)
+    call = describe(
+        tensors[0],
+        tensors[1:3],
+        tensors[3:],
+        batch_sizes,
+        proj_size=0 if weight_hr is None else weight_hr.size(0),
+        lengths=lengths is not None,
+        reverse=reverse,
+        return_cell_states=return_cell_states,
+    )
     with without_autocast(input.device.type):
         output, h_n, c_n, cell_states = apply(
             select("lstm", backend, call), tensors, lengths, batch_sizes, reverse, return_cell_states
@@ -84,22 +97,40 @@ def check_lengths(lengths: Tensor, steps: int, batch: int, device: torch.device)
     return lengths.to(device, torch.int64)
 
 
-def describe(tensors, lengths, batch_sizes, **options) -> LSTMCall:
-    """The LSTMCall of these arguments."""
-    input, _, c0, *_, weight_hr = tensors
+def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
+    """RuntimeError unless these are batch sizes of a PackedSequence of ``rows`` rows; values go unseen in a trace."""
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
+        raise RuntimeError(
+            "lstm: batch_sizes must be one int64 per time step on the CPU, as in PackedSequence, "
+            f"got {tuple(batch_sizes.shape)} {batch_sizes.dtype} on {batch_sizes.device}"
+        )
+    if batch_sizes.numel() == 0:
+        raise RuntimeError("lstm: expected at least one time step, got empty batch_sizes")
+    if torch.compiler.is_compiling():
+        return
+    if int(batch_sizes.sum()) != rows or int(batch_sizes[-1]) < 1 or bool((batch_sizes.diff() > 0).any()):
+        raise RuntimeError(
+            f"lstm: batch_sizes must be positive, not increase, and sum to the {rows} rows of the packed input, "
+            f"got {batch_sizes.tolist()}"
+        )
+
+
+def describe(input, hx, weights, batch_sizes, *, batch_dim: int = 1, autocast: bool = False, **options) -> LSTMCall:
+    """The LSTMCall of these arguments: ``hx`` (..., B, H) each; ``batch_dim`` of a padded input."""
     compiling = torch.compiler.is_compiling()
     packed = batch_sizes is not None
+    steps = batch_sizes.size(0) if packed else input.size(1 - batch_dim)
     return LSTMCall(
         device=input.device.type,
-        dtype=input.dtype,
+        dtype=torch.get_autocast_dtype(input.device.type) if autocast else input.dtype,
         input_size=input.size(-1),
-        hidden_size=c0.size(-1),
-        proj_size=0 if weight_hr is None else weight_hr.size(0),
+        hidden_size=hx[1].size(-1),
         packed=packed,
-        lengths=lengths is not None,
-        requires_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
-        batch=None if compiling else c0.size(-2),
-        steps=None if compiling else batch_sizes.size(0) if packed else input.size(0),
+        autocast=autocast,
+        requires_grad=torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (input, *hx, *weights)),
+        batch=None if compiling else hx[1].size(-2),
+        steps=None if compiling else steps,
         compiling=compiling,
         **options,
     )
@@ -112,8 +143,12 @@ def _check_shapes(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_
             f"lstm: input must have {rank} dimensions, {'(T, B, I)' if rank == 3 else '(N, I) when packed'}, "
             f"got {tuple(input.shape)}"
         )
+    if not input.is_floating_point():
+        raise RuntimeError(f"lstm: input must be floating point, got {input.dtype}")
     if input.size(0) == 0:
         raise RuntimeError("lstm: expected at least one time step, got none")
+    if c0.dim() != 2:
+        raise RuntimeError(f"lstm: c0 must have shape (B, H), got {tuple(c0.shape)}")
     batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
     hidden = c0.size(-1)
     projected = hidden if weight_hr is None else weight_hr.size(0)
@@ -126,7 +161,7 @@ def _check_shapes(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_
         "bias_hh": (bias_hh, (4 * hidden,)),
         "weight_hr": (weight_hr, (projected, hidden)),
     }
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = autocast_enabled(input.device.type)
     for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastseq.backend import implementation
 from fastseq.ops.lstm import reference
+from fastseq.ops.modes import needs_function, without_autocast
 
 
 class LSTMFunction(torch.autograd.Function):
@@ -20,22 +21,21 @@ class LSTMFunction(torch.autograd.Function):
         )
         ctx.backend, ctx.reverse, ctx.need_cell_states = backend, reverse, need_cell_states
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(lengths, batch_sizes, *tensors, output, *saved)
+        ctx.save_for_backward(lengths, batch_sizes, *tensors, *saved)  # not the output: users change it in place
         return (output, h_n, c_n, cell_states) if need_cell_states else (output, h_n, c_n)
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cell_states=None):
         lengths, batch_sizes, *rest = ctx.saved_tensors
-        tensors, output, saved = rest[:8], rest[8], tuple(rest[9:])
+        tensors, saved = rest[:8], tuple(rest[8:])
         grads = (grad_output, grad_h_n, grad_c_n, grad_cell_states)
         needs = ctx.needs_input_grad[5:]
-        if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
-            result = _differentiable_backward(grads, tensors, lengths, batch_sizes, ctx.reverse, needs)
-        else:
-            grads = tuple(g if g is None else g.contiguous() for g in grads)
-            result = implementation("lstm", ctx.backend).backward(
-                *grads, *tensors, output, saved, lengths, batch_sizes, ctx.reverse, needs
-            )
+        with without_autocast(tensors[0].device.type):
+            if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
+                result = _differentiable_backward(grads, tensors, lengths, batch_sizes, ctx.reverse, needs)
+            else:
+                run = implementation("lstm", ctx.backend).backward
+                result = run(*grads, *tensors, saved, lengths, batch_sizes, ctx.reverse, needs)
         return None, None, None, None, None, *result
 
 
@@ -44,6 +44,8 @@ def _differentiable_backward(grads, tensors, lengths, batch_sizes, reverse: bool
     tensors = [t if t is None else t.view_as(t) for t in tensors]  # aliases: one input may be, or depend on, another
     *outputs, _ = reference.forward(*tensors, lengths, batch_sizes, reverse, True, True)
     pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+    if not pairs:
+        return (None,) * len(needs)
     outputs, grad_outputs = zip(*pairs, strict=True)
     wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
     found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, allow_unused=True))
@@ -59,7 +61,7 @@ def apply(
     """
     if backend == "torch":
         return *implementation("lstm", "torch").run(*tensors, lengths, batch_sizes, reverse), None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if needs_function(*tensors):
         outputs = LSTMFunction.apply(backend, reverse, need_cell_states, lengths, batch_sizes, *tensors)
         return outputs if need_cell_states else (*outputs, None)
     *outputs, _ = implementation("lstm", backend).forward(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def lengths_of(batch_sizes: Tensor) -> Tensor:
     """batch_sizes (T,) -> lengths (B,), non-increasing."""
-    sequence = torch.arange(int(batch_sizes[0]))
+    sequence = torch.arange(int(batch_sizes[0]), device=batch_sizes.device)
     return (sequence < batch_sizes.unsqueeze(1)).sum(0)
 
 
@@ -68,7 +68,7 @@ def previous_states(
 def _previous_packed(output: Tensor, h0: Tensor, batch_sizes: Tensor, reverse: bool) -> Tensor:
     offsets = batch_sizes.cumsum(0) - batch_sizes  # (T,) first row of each step
     step = torch.repeat_interleave(batch_sizes, output_size=output.size(0))  # (N,)
-    sequence = torch.arange(output.size(0)) - offsets[step]  # (N,)
+    sequence = torch.arange(output.size(0), device=batch_sizes.device) - offsets[step]  # (N,)
     source_step = step + 1 if reverse else step - 1
     inside = (source_step >= 0) & (source_step < batch_sizes.size(0))
     source_step = source_step.clamp(0, batch_sizes.size(0) - 1)

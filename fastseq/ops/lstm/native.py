@@ -55,7 +55,6 @@ def backward(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     weight_hr: None,
-    output: Tensor,
     saved: tuple[Tensor, ...],
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
@@ -83,6 +82,8 @@ def backward(
     grad_weight_ih = rows.T @ input.flatten(0, -2) if need_weight_ih else None
     grad_weight_hh = None
     if need_weight_hh:
+        o, tanh_c = activations[..., 3 * c0.size(1) :], cell_states.tanh()
+        output = (o * tanh_c).to(weight_hh.dtype)  # again, because users change what they were given in place
         h_prev = previous_states(output, h0, lengths, batch_sizes, reverse)
         grad_weight_hh = rows.T @ h_prev.flatten(0, -2)
     grad_bias = rows.sum(0) if need_bias_ih or need_bias_hh else None

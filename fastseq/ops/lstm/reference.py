@@ -59,20 +59,22 @@ def forward(
     if batch_sizes is not None:
         output, cell_states, activations = (layout.pack(x, batch_sizes) for x in (output, cell_states, activations))
     wanted_states = cell_states.to(dtype) if need_cell_states else None
-    return output.to(dtype), h.to(dtype), c.to(dtype), wanted_states, (activations, cell_states, output)
+    return output.to(dtype), h.to(dtype), c.to(dtype), wanted_states, (activations, cell_states)
 
 
 def backward(
     grad_output, grad_h_n, grad_c_n, grad_cell_states, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,
-    output, saved, lengths, batch_sizes, reverse, needs,
+    saved, lengths, batch_sizes, reverse, needs,
 ):  # fmt: skip
     """Backpropagation through time. Gradients may come in as None; those not in ``needs`` (8 bools) go out as None."""
-    activations, cell_states, output = saved
+    activations, cell_states = saved
     inputs = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
     acc = cell_states.dtype
     input, h0, c0, weight_ih, weight_hh, weight_hr = (
         t if t is None else t.to(acc) for t in (input, h0, c0, weight_ih, weight_hh, weight_hr)
     )
+    hidden = activations[..., -c0.size(1) :] * cell_states.tanh()  # o tanh(c)
+    output = hidden if weight_hr is None else F.linear(hidden, weight_hr)
     c_prev = layout.previous_states(cell_states, c0, lengths, batch_sizes, reverse)
     h_prev = layout.previous_states(output, h0, lengths, batch_sizes, reverse)
     steps = (activations, cell_states, c_prev, grad_output, grad_cell_states)
@@ -88,8 +90,7 @@ def backward(
     grad_bias = flat.sum(0)
     grad_weight_hr = None
     if weight_hr is not None:
-        o = activations[..., -c0.size(1) :]
-        grad_weight_hr = grad_projected.flatten(0, -2).t() @ (o * cell_states.tanh()).flatten(0, -2)
+        grad_weight_hr = grad_projected.flatten(0, -2).t() @ hidden.flatten(0, -2)
     grads = (
         grad_gates @ weight_ih, grad_h0, grad_c0, flat.t() @ input.flatten(0, -2), flat.t() @ h_prev.flatten(0, -2),
         grad_bias, grad_bias, grad_weight_hr,

@@ -19,6 +19,8 @@ def unsupported(call) -> str | None:
             "lstm: the torch backend cannot return the cell states of every step (the vendor's kernels keep them); "
             "use backend='native' or 'reference', or return_cell_states=False."
         )
+    if call.lengths and call.device == "meta":
+        return "lstm: the torch backend packs, and tensors on meta have no lengths to pack by; use backend='reference'."
     if call.compiling and call.lengths:
         return (
             "lstm: the torch backend cannot be traced with lengths (it packs, and packing depends on their values); "
@@ -52,7 +54,7 @@ def stack(
     options = (bias, num_layers, dropout, training, bidirectional)
     if batch_sizes is not None:
         return _vf_lstm(input, batch_sizes, hx, weights, *options)
-    if lengths is None:
+    if lengths is None or lengths.numel() == 0:
         return _vf_lstm(input, hx, weights, *options, batch_first)
     # Packing refuses empty sequences: they run one step on zeros, and then get zeros and their initial state back.
     empty = lengths == 0

@@ -30,6 +30,8 @@ def lstm_cell(gates: Tensor, c: Tensor, *, backend: str | None = None) -> tuple[
             f"lstm_cell: gates must have shape (..., 4H) for a cell state of shape (..., H), "
             f"got gates {tuple(gates.shape)} and c {tuple(c.shape)}"
         )
+    if not (gates.is_floating_point() and c.is_floating_point()):
+        raise RuntimeError(f"lstm_cell: gates and c must be floating point, got {gates.dtype} and {c.dtype}")
     if gates.device != c.device:
         raise RuntimeError(f"lstm_cell: gates are on {gates.device}, c is on {c.device}; move them to one device")
     dtype = torch.promote_types(gates.dtype, c.dtype)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastseq.backend import implementation
 from fastseq.ops.lstm_cell import reference
+from fastseq.ops.modes import needs_function, without_autocast
 
 
 class LSTMCellFunction(torch.autograd.Function):
@@ -21,9 +22,10 @@ class LSTMCellFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_h, grad_c_n):
         gates, c, *saved = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
-            return None, *_differentiable_backward(grad_h, grad_c_n, gates, c)
-        return None, *implementation("lstm_cell", ctx.backend).backward(grad_h, grad_c_n, gates, c, tuple(saved))
+        with without_autocast(c.device.type):
+            if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
+                return None, *_differentiable_backward(grad_h, grad_c_n, gates, c)
+            return None, *implementation("lstm_cell", ctx.backend).backward(grad_h, grad_c_n, gates, c, tuple(saved))
 
 
 def _differentiable_backward(grad_h, grad_c_n, gates: Tensor, c: Tensor):
@@ -31,6 +33,8 @@ def _differentiable_backward(grad_h, grad_c_n, gates: Tensor, c: Tensor):
     gates, c = gates.view_as(gates), c.view_as(c)  # aliases: one input may be, or depend on, the other
     h, c_n, _ = reference.forward(gates, c)
     pairs = [(out, grad) for out, grad in ((h, grad_h), (c_n, grad_c_n)) if grad is not None]
+    if not pairs:
+        return None, None
     outputs, grad_outputs = zip(*pairs, strict=True)
     wanted = [t for t in (gates, c) if t.requires_grad]
     found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, allow_unused=True))
@@ -41,7 +45,7 @@ def apply(backend: str, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Run on the named backend, recording a backward only where one can be asked for."""
     if backend == "torch":
         return implementation("lstm_cell", "torch").run(gates, c)
-    if torch.is_grad_enabled() and (gates.requires_grad or c.requires_grad):
+    if needs_function(gates, c):
         return LSTMCellFunction.apply(backend, gates, c)
     h, c_n, _ = implementation("lstm_cell", backend).forward(gates, c)
     return h, c_n
