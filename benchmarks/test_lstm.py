@@ -18,5 +18,5 @@ def test_lstm(benchmark, case, mode, backend):
     x, options = make_input(case)
     peer = make_module(case, None)
     module = peer if backend == "nn" else make_module(case, backend)
-    check_parity(case, module, peer, x, options)
+    check_parity(case, module, peer, x, options, mode == "training")
     benchmark(make_step(module, x, options, mode == "training"))

@@ -83,45 +83,51 @@ class Rule(NamedTuple):
 _F32, _F64, _BF16, _F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
-def _plain_cpu(call: LSTMCall) -> bool:
-    """On a CPU; not under autocast, where the vendor's kernels decide the dtypes of the results."""
-    return call.device == "cpu" and not call.autocast
+def _worth_native(call: LSTMCall, rows: int = 64) -> bool:
+    """Eager, on a CPU, not under autocast (there the vendor's kernels decide the dtypes), and T * B large enough.
+
+    In shorter calls packing the recurrent weights costs more than it brings.
+    """
+    return call.device == "cpu" and not (call.autocast or call.compiling) and call.steps * call.batch >= rows
 
 
-# Ratios: nn.LSTM's median over fastseq's, interleaved in one process (`fastseq bench`), Zen 5, 1 and 2 threads.
+def _variable(call: LSTMCall) -> bool:
+    """A batch of sequences of different lengths: torch runs these op by op, native skips the padding."""
+    return (call.packed or call.lengths) and call.batch > 1
+
+
+# Ratios are nn.LSTM's median over fastseq's (`fastseq bench`, Zen 5, 1 and 2 threads; benchmarks/results).
 RULES = (
     Rule("lstm", "native", lambda c: c.return_cell_states, "the vendor's kernels keep the cell states to themselves"),
     Rule("lstm", "native", lambda c: c.compiling, "one opaque op: the graph stays whole, T and B stay dynamic"),
     Rule(
         "lstm",
         "native",
-        lambda c: _plain_cpu(c) and c.dtype == _F16,
-        "torch has no float16 kernel on CPU and runs op by op: native is 1.1 to 2.0 times as fast",
+        lambda c: _worth_native(c) and c.dtype == _F16,
+        "torch has no float16 kernel on CPU and runs op by op: native is 1.5 to 2.0 times as fast",
     ),
     Rule(
         "lstm",
         "native",
-        lambda c: _plain_cpu(c) and c.dtype == _F64 and c.requires_grad,
-        "torch has no float64 kernel on CPU and runs op by op: native trains 1.05 to 3.8 times as fast",
+        lambda c: _worth_native(c) and c.dtype == _F64 and c.requires_grad,
+        "torch has no float64 kernel on CPU and runs op by op: native trains 1.04 to 3.8 times as fast",
     ),
     Rule(
         "lstm",
         "native",
-        lambda c: _plain_cpu(c) and (c.packed or c.lengths) and c.dtype == _F32 and c.batch != 1,
-        "variable lengths: torch runs op by op, native skips the padding and is 1.2 to 2.3 times as fast",
+        lambda c: _worth_native(c) and _variable(c) and c.dtype == _F32,
+        "variable lengths, where torch runs op by op: native is 1.04 to 2.4 times as fast",
     ),
     Rule(
         "lstm",
         "native",
-        lambda c: (
-            _plain_cpu(c) and (c.packed or c.lengths) and c.dtype == _BF16 and c.batch != 1 and c.hidden_size <= 256
-        ),
-        "variable lengths: torch runs op by op, native skips the padding and is 1.3 to 3.0 times as fast",
+        lambda c: _worth_native(c) and _variable(c) and c.dtype == _BF16 and c.hidden_size <= 256,
+        "variable lengths, where torch runs op by op: native is 1.2 to 3.0 times as fast",
     ),
     Rule(
         "lstm",
         "native",
-        lambda c: _plain_cpu(c) and c.batch == 1 and c.dtype == _BF16 and c.requires_grad,
+        lambda c: _worth_native(c, rows=50) and c.batch == 1 and c.dtype == _BF16 and c.requires_grad,
         "one sequence in bfloat16: native trains 1.25 to 2.0 times as fast",
     ),
     Rule(

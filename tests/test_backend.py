@@ -13,7 +13,7 @@ import fastseq
 from fastseq import LSTM, _native, backend
 from fastseq.backend import LSTMCall, select
 
-CALL = LSTMCall("cpu", torch.float32, 4, 5)
+CALL = LSTMCall("cpu", torch.float32, 4, 5, batch=2, steps=3)
 X = torch.randn(3, 2, 4)
 needs_native = pytest.mark.skipif(not _native.available(), reason="the compiled operators are not part of this install")
 
@@ -68,7 +68,9 @@ def test_auto_follows_the_measurements():
         assert chosen("lstm", padded._replace(**changes, batch=1)) == "torch"
         assert chosen("lstm", padded._replace(**changes, autocast=True, dtype=torch.bfloat16)) == "torch"
         assert chosen("lstm", padded._replace(**changes, device="cuda")) == "torch"
+        assert chosen("lstm", padded._replace(**changes, steps=1)) == "torch"
     assert chosen("lstm", padded._replace(dtype=torch.float16)) == "native"
+    assert chosen("lstm", padded._replace(dtype=torch.float16, steps=1)) == "torch"
     assert chosen("lstm", padded._replace(dtype=torch.float64)) == "torch"
     assert chosen("lstm", padded._replace(dtype=torch.float64, requires_grad=True)) == "native"
     with backend.record() as choices:
@@ -114,7 +116,7 @@ def test_native_says_what_it_cannot_do():
     "changes",
     [
         dict(return_cell_states=True),
-        dict(compiling=True, lengths=True),
+        dict(compiling=True, lengths=True, batch=None, steps=None),
         dict(proj_size=2, return_cell_states=True),
         dict(dtype=torch.float16),
     ],
@@ -130,7 +132,7 @@ def test_auto_never_picks_an_unavailable_kernel(monkeypatch):
     monkeypatch.setattr(_native, "available", lambda: False)
     monkeypatch.setattr(_native, "why_not", lambda: "it was not built.")
     assert select("lstm", "auto", CALL._replace(return_cell_states=True)) == "reference"
-    traced = CALL._replace(compiling=True, lengths=True)  # batch and steps are None: dynamic
+    traced = CALL._replace(compiling=True, lengths=True, batch=None, steps=None)  # batch and steps are None: dynamic
     assert select("lstm", "auto", traced) == "reference"
     with pytest.raises(RuntimeError, match="it was not built"):
         select("lstm", "native", CALL)
