@@ -44,6 +44,20 @@ def test_compile_is_one_graph_for_all_sizes(with_lengths):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "another size compiled another graph"
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"] if _native.available() else ["reference"])
+def test_compiled_gradients_through_all_cell_states(backend):
+    torch._dynamo.reset()
+    module, x = LSTM(4, 5, backend=backend), torch.randn(3, 2, 4, requires_grad=True)
+
+    def run(x):
+        output, (h, c), cells = module(x, return_cell_states=True)
+        return output.sin().sum() + h.sum() + c.square().sum() + cells.square().sum()
+
+    leaves = (x, *module.parameters())
+    grads = [torch.autograd.grad(f(x), leaves) for f in (torch.compile(run, fullgraph=True, backend="aot_eager"), run)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 @needs_native
 def test_compile_with_inductor():
     torch._dynamo.reset()

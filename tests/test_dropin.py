@@ -328,6 +328,17 @@ def test_garbage_past_the_length_reaches_nothing(backend):
 
 
 @own_backends
+def test_cell_states_may_be_changed_in_place(backend):
+    module, grads = LSTM(4, 5, backend=backend), []
+    for change in (False, True):
+        output, _, cells = module(torch.ones(3, 2, 4), return_cell_states=True)
+        if change:
+            cells.zero_()
+        grads.append(torch.autograd.grad(output.sum(), list(module.parameters())))
+    torch.testing.assert_close(*grads)
+
+
+@own_backends
 @pytest.mark.parametrize("form", ["padded", "batch_first", "packed", "unbatched"])
 def test_cell_states_of_every_step(backend, form):
     module = LSTM(3, 4, 2, bidirectional=True, batch_first=form == "batch_first", backend=backend)

@@ -36,10 +36,7 @@ class AttentionFunction(torch.autograd.Function):
 def _differentiable_backward(grad_context, grad_weights, inputs, score, scale, need_weights, needs):
     # Views: one input may be made from another (values from keys), and the gradient must stop at this call's inputs.
     views = [x.view_as(x) if need else x for x, need in zip(inputs[:5], needs, strict=True)]
-    query, keys, values, weight, bias = views
-    allowed = reference.allowed_positions(*inputs[5:], keys.size(1))
-    keys, values = reference.without_padding(keys, allowed), reference.without_padding(values, allowed)
-    context, weights, _ = reference.forward(query, keys, values, weight, bias, *inputs[5:], score, scale, need_weights)
+    context, weights = _differentiable_forward(*views, *inputs[5:], score, scale, need_weights)
     outputs, grad_outputs = [context], [grad_context]
     if need_weights:
         outputs.append(weights)
@@ -47,6 +44,15 @@ def _differentiable_backward(grad_context, grad_weights, inputs, score, scale, n
     wanted = [x for x, need in zip(views, needs, strict=True) if need]
     grads = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True))
     return tuple(next(grads) if need else None for need in needs)
+
+
+def _differentiable_forward(query, keys, values, weight, bias, lengths, mask, score, scale, need_weights):
+    """The reference for torch to differentiate, whatever the padding holds."""
+    allowed = reference.allowed_positions(lengths, mask, keys.size(1))
+    keys, values = reference.without_padding(keys, allowed), reference.without_padding(values, allowed)
+    inputs = (query, keys, values, weight, bias, lengths, mask)
+    context, weights, _ = reference.forward(*inputs, score, scale, need_weights)
+    return context, weights
 
 
 def apply(
@@ -67,6 +73,8 @@ def apply(
         inputs = (query, keys, values, weight, bias, lengths, mask)
         if backend == "torch":
             return implementation("attention", "torch").run(*inputs, score, scale, need_weights)
+        if backend == "reference" and torch.compiler.is_compiling():  # plain torch, which the compiler differentiates
+            return _differentiable_forward(*inputs, score, scale, need_weights)
         # TorchDynamo refuses one tensor as two arguments of a Function.
         keys = keys.view_as(keys) if keys is query else keys
         values = values.view_as(values) if values is keys or values is query else values

@@ -39,7 +39,8 @@ def forward(
         need_backward or need_cell_states,
     )
     saved = (activations, cell_states) if need_backward else ()
-    return output, h_n, c_n, cell_states.to(input.dtype) if need_cell_states else None, saved
+    wanted_states = cell_states.to(input.dtype, copy=True) if need_cell_states else None  # saved ones stay the op's own
+    return output, h_n, c_n, wanted_states, saved
 
 
 def backward(

@@ -39,7 +39,7 @@ def forward(
         input, lengths = layout.pad(input, batch_sizes)
     steps = input.size(0)
     gates_x = F.linear(input, weight_ih, bias_ih)  # (T, B, 4H)
-    rows = [None] * steps
+    rows = []
     for t in reversed(range(steps)) if reverse else range(steps):
         i, f, g, o = (gates_x[t] + F.linear(h, weight_hh, bias_hh)).chunk(4, dim=1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
@@ -54,11 +54,12 @@ def forward(
             valid = (t < lengths).unsqueeze(1)
             h, c = torch.where(valid, h_t, h), torch.where(valid, c_t, c)
             row = tuple(torch.where(valid, x, 0) for x in row)
-        rows[t] = row
+        rows.append(row)
+    rows = rows[::-1] if reverse else rows
     output, cell_states, activations = (torch.stack(x) for x in zip(*rows, strict=True))
     if batch_sizes is not None:
         output, cell_states, activations = (layout.pack(x, batch_sizes) for x in (output, cell_states, activations))
-    wanted_states = cell_states.to(dtype) if need_cell_states else None
+    wanted_states = cell_states.to(dtype, copy=True) if need_cell_states else None  # saved ones stay the op's own
     return output.to(dtype), h.to(dtype), c.to(dtype), wanted_states, (activations, cell_states)
 
 
