@@ -20,8 +20,7 @@ def bound(oracle: Tensor, torch_error: float, dtype: torch.dtype, factor: float 
     """``factor * torch_error + eps(dtype) * max|oracle|``: what a kernel of this dtype may be off by.
 
     In float64 the oracle is no wider than the result, and its own roundings count: sums of a few hundred terms through
-        a few
-    dozen operations, taken as 64 roundings.
+    a few dozen operations, taken as 64 roundings.
     """
     largest = _largest(oracle)
     if dtype == torch.float64:

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread unless a test asks for more, one seed, and the grids of shapes that hurt."""
+"""Shared by all tests: every test starts from the same seed."""
 
 import pytest
 import torch

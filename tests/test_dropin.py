@@ -8,13 +8,14 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import serving_lstm
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import fastseq
-from fastseq import LSTM, LSTMCell, _native
+from fastseq import LSTM, LSTMCell
 
-BACKENDS = ["auto", "reference", "torch"] + (["native"] if _native.available() else [])
+BACKENDS = ["auto", *serving_lstm()]
 OWN = [name for name in BACKENDS if name not in ("auto", "torch")]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 own_backends = pytest.mark.parametrize("backend", OWN)

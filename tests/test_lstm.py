@@ -5,15 +5,16 @@ from dataclasses import dataclass, fields
 
 import pytest
 import torch
+from backends import serving_lstm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastseq import LSTM, _native
+from fastseq import LSTM
 from fastseq.testing import assert_all_accurate
 
-BACKENDS = ["reference", "torch"] + (["native"] if _native.available() else [])
+BACKENDS = serving_lstm()
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def check(case: Case, backend: str, seed: int = 0, draws: int = 3) -> None:
 
 
 def serves(backend: str, case: Case) -> bool:
-    return backend != "native" or case.proj_size == 0
+    return backend in serving_lstm(proj_size=case.proj_size)
 
 
 GRID = [(case, backend) for case in pairwise() for backend in BACKENDS if serves(backend, case)]

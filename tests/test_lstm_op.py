@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from backends import serving_lstm
 
-from fastseq import _native, ops
+from fastseq import ops
 
-BACKENDS = ["reference", "torch"] + (["native"] if _native.available() else [])
+BACKENDS = serving_lstm()
 FORMS = {
     "full": {},
     "lengths": {"lengths": torch.tensor([4, 0, 2])},
@@ -33,7 +34,8 @@ def call(tensors, form: str, **options):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("extra", ["plain", "cell_states", "projection"])
 def test_gradients_of_first_and_second_order(backend, form, reverse, extra):
-    if (backend, extra) in (("torch", "cell_states"), ("native", "projection")):
+    options = {"proj_size": 2 if extra == "projection" else 0, "return_cell_states": extra == "cell_states"}
+    if backend not in serving_lstm(**options):
         pytest.skip(f"the {backend} backend refuses {extra}, which test_backend.py checks")
     tensors = arguments(form, projection=2 if extra == "projection" else 0)
 

@@ -92,7 +92,7 @@ class LSTM(nn.RNNBase):
             hx: h_0 (L*D, B, P) and c_0 (L*D, B, H), zeros by default; without the batch dimension for unbatched input.
             lengths: (B,) integers in 0..T on any device, in any order: what packing the input would give, without
                 packing. Outputs past the length are 0, final states are those of the last valid step; a row of length 0
-                gives its initial state back. On CUDA the values are clamped to 0..T instead of checked.
+                gives its initial state back. On CUDA, and in a traced graph, they are clamped to 0..T, not checked.
             return_cell_states: also return the last layer's cell state after every step, laid out like the output.
 
         Returns:

@@ -98,6 +98,8 @@ class Seq2Seq(nn.Module):
                 f"Seq2Seq: src must hold features (B, S, {self.config.source_features}), "
                 f"got {tuple(src.shape)} {src.dtype}"
             )
+        if src.size(1) == 0:
+            raise ValueError(f"Seq2Seq: src must have at least one position (S >= 1), got {tuple(src.shape)}")
         memory, h, c = self.encoder(src, src_lengths)
         h, c = self.bridge(h, c)
         if src_lengths is None:

@@ -35,8 +35,8 @@ def lstm(
         hx: h0 (B, P) and c0 (B, H); P = H without ``weight_hr``.
         weight_ih: (4H, I). weight_hh: (4H, P). bias_ih, bias_hh: (4H,), both or neither. weight_hr: (P, H).
         lengths: (B,) integers in 0..T on any device. Outputs past the length are 0, final states are those of the last
-            valid step, ``reverse`` starts there; a row of length 0 returns its initial state. On CUDA the values are
-            clamped to 0..T instead of checked, since checking would wait for the device.
+            valid step, ``reverse`` starts there; a row of length 0 returns its initial state. On CUDA, and in a
+            traced graph, the values are clamped to 0..T instead of checked, since checking would wait for the device.
         batch_sizes: (T,) int64 on the CPU, as in ``PackedSequence``; B = batch_sizes[0].
         reverse: run from the last step to the first.
         return_cell_states: also return the cell state after every step.

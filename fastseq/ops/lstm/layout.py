@@ -1,8 +1,7 @@
 """Two layouts of a batch of sequences, and the index arithmetic between them.
 
 Padded: (T, B, ...), with ``lengths`` (B,). Packed, as in ``PackedSequence.data``: (N, ...), N valid steps, time-major,
-    with
-``batch_sizes`` (T,) int64 on the CPU: the rows of step t are the first ``batch_sizes[t]`` sequences, longest first.
+with ``batch_sizes`` (T,) int64 on the CPU: rows of step t are the first ``batch_sizes[t]`` sequences, longest first.
 """
 
 import torch
