@@ -96,7 +96,8 @@ def _variable(call: LSTMCall) -> bool:
     return (call.packed or call.lengths) and call.batch > 1
 
 
-# Ratios are nn.LSTM's median over fastseq's (`fastseq bench`, Zen 5, 1 and 2 threads; benchmarks/results).
+# Ratios are nn.LSTM's median over fastseq's, by the engine of `fastseq bench` on Zen 5, 1 and 2 threads: the cases in
+# benchmarks/results, and more shapes and dtypes of the same kinds.
 RULES = (
     Rule("lstm", "native", lambda c: c.return_cell_states, "the vendor's kernels keep the cell states to themselves"),
     Rule("lstm", "native", lambda c: c.compiling, "one opaque op: the graph stays whole, T and B stay dynamic"),

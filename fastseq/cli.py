@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from typing import NamedTuple
 
@@ -89,7 +90,7 @@ def dispatch(commands: dict[str, Command], prog: str, description: str, argv: li
 def main(argv: list[str] | None = None) -> None:
     """Run `fastseq`. Bad input ends with a sentence on standard error and exit code 2.
 
-    FASTSEQ_DEBUG=1 shows the traceback instead.
+    FASTSEQ_DEBUG=1 shows the traceback instead. Ctrl-C ends with 130, a closed standard output with 141.
     """
     from fastseq.training.errors import UserError
 
@@ -98,12 +99,17 @@ def main(argv: list[str] | None = None) -> None:
         dispatch(COMMANDS, "fastseq", "Fast LSTM sequence-to-sequence models.", argv)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left; nothing more to say
-    except (UserError, MissingExtra) as error:
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except (UserError, MissingExtra, OSError) as error:
         if os.environ.get("FASTSEQ_DEBUG") == "1":
             raise
         raise SystemExit(_fail(argv[0], error)) from None
 
 
-def _fail(command: str, error: Exception) -> int:
+def _fail(command: str, error: Exception | str) -> int:
+    if isinstance(error, OSError) and error.strerror:
+        error = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     print(f"fastseq {command}: {error}", file=sys.stderr)
     return 2

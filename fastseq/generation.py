@@ -95,7 +95,8 @@ def generate(
 
     Names and meanings are those of Hugging Face ``generate``, except that ``top_k`` is off unless given. The model is
     in eval mode during the call and gets every training flag back afterwards, also after an exception; no gradient is
-    recorded. An answer does not depend on the other sentences of the batch. The tokens pad and bos are never generated.
+    recorded. An answer does not depend on the other sentences of the batch, except that all samples are drawn from one
+    stream of random numbers. The tokens pad and bos are never generated; unk may be.
 
     Args:
         src: (B, S) tokens or (B, S, F) features, as the model's ``encode`` takes them.
@@ -273,7 +274,8 @@ def _repeats(history: Tensor, size: int, vocab_size: int) -> Tensor:
 def _sample(log_probs: Tensor, options: _Options) -> Tensor:
     """(N,) tokens drawn from (N, V) log-probabilities after temperature, top-k and top-p."""
     vocab_size = log_probs.shape[1]
-    log_probs = log_probs / options.temperature
+    temperature = max(options.temperature, torch.finfo(log_probs.dtype).tiny)  # its reciprocal is finite
+    log_probs = (log_probs - log_probs.amax(1, keepdim=True)) / temperature
     if not options.top_k and options.top_p == 1:
         return log_probs.softmax(1).multinomial(1, generator=options.generator)[:, 0]
     log_probs, tokens = log_probs.topk(min(options.top_k or vocab_size, vocab_size))  # most likely first

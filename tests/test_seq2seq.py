@@ -278,6 +278,7 @@ BAD_CALLS = {
     "lengths": (dict(src_lengths=torch.tensor([1, 4])), "lengths must lie in 0..3"),
     "number of lengths": (dict(src_lengths=torch.tensor([1])), r"lengths must have shape \(2,\)"),
     "batch": (dict(tgt_in=TOKENS[:1]), r"the batch size of src.*got tgt_in \(1, 3\) for src \(2, 3\)"),
+    "no source": (dict(src=TOKENS[:, :0]), r"at least one position \(S >= 1\), got \(2, 0\)"),
     "no steps": (dict(tgt_in=TOKENS[:, :0]), "at least one step"),
     "ratio": (dict(teacher_forcing_ratio=1.5), r"teacher_forcing_ratio must lie in \[0, 1\], got 1.5"),
 }

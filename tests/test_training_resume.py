@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from toy_runs import SMALL, TOY, refused, rows, train
 
 from fastseq.cli import main
+from fastseq.training.checkpoint import BestAndLast
 from fastseq.training.task import Seq2SeqTask
 
 
@@ -91,6 +93,76 @@ class TestResume:
         train(tmp_path / "run", "--trainer.max_epochs", "1")
         assert "in the run that is resumed" in refused(capsys, "train", "--resume", tmp_path / "run", *option)
 
+    def test_options_of_an_earlier_resume_are_kept(self, tmp_path, monkeypatch, capsys):
+        """After Ctrl-C in a run resumed with more epochs, the printed command works."""
+        run = tmp_path / "run"
+        train(run, "--trainer.max_epochs", "1")
+        with monkeypatch.context() as patch:
+            self.at_batch(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+            with pytest.raises(SystemExit) as stop:
+                main(["train", "--resume", str(run), "--trainer.max_epochs", "3"])
+        assert stop.value.code == 143
+        command = capsys.readouterr().out.partition("continue with: fastseq ")[2].split()
+        main(command)
+        assert [row["epoch"] for row in rows(run) if row["valid_loss"]] == ["0", "1", "2"]
+        assert not list(run.glob("*.partial"))
+
+    def test_more_epochs_stretch_the_schedule(self, tmp_path):
+        """The first resumed update has the learning rate of the longer run, not the 0 at the end of the shorter one."""
+        train(tmp_path / "short", "--trainer.max_epochs", "2")
+        train(tmp_path / "long", "--trainer.max_epochs", "3")
+        main(["train", "--resume", str(tmp_path / "short"), "--trainer.max_epochs", "3"])
+        short, long = (
+            [row["learning_rate"] for row in rows(tmp_path / name) if row["learning_rate"]]
+            for name in ("short", "long")
+        )
+        assert short[8:] == long[8:]
+        assert float(short[8]) > 1e-4
+
+    def test_a_finished_run_says_so(self, tmp_path, capsys):
+        run = tmp_path / "run"
+        train(run, "--trainer.max_epochs", "9", "--trainer.patience", "1", "--optim.lr", "0")
+        before = (run / "checkpoints" / "last.ckpt").read_bytes()
+        main(["train", "--resume", str(run)])
+        assert "is finished: it was stopped early by --trainer.patience 1" in capsys.readouterr().out
+        main(["train", "--resume", str(run), "--trainer.max_epochs", "2"])
+        assert "is finished: all 2 epochs are trained" in capsys.readouterr().out
+        assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+        main(["train", "--resume", str(run), "--trainer.patience", "3"])
+        assert [row["epoch"] for row in rows(run) if row["valid_loss"]] == ["0", "1", "2", "3"]
+
+    def test_another_monitor_starts_a_new_best(self, tmp_path, capsys):
+        train(tmp_path / "run", "--trainer.max_epochs", "1")
+        monitor = ("--trainer.monitor", "valid_token_error_rate", "--trainer.max_epochs", "2")
+        main(["train", "--resume", str(tmp_path / "run"), *monitor])
+        assert torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == 1
+        assert "best epoch 2 of 2: validation token error rate %" in capsys.readouterr().out
+
+    def test_the_printed_training_loss_is_the_mean_of_the_epoch(self, tmp_path, monkeypatch, capsys):
+        with monkeypatch.context() as patch:
+            self.at_batch(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(SystemExit):
+                train(tmp_path / "run", *self.EPOCHS)
+        main(["train", "--resume", str(tmp_path / "run")])
+        losses = [float(row["train_loss"]) for row in rows(tmp_path / "run") if row["train_loss"]]
+        printed = capsys.readouterr().out
+        for epoch in range(3):
+            mean = sum(losses[4 * epoch : 4 * epoch + 4]) / 4
+            assert f"epoch {epoch + 1}/3: train loss {mean:.3f}," in printed
+
+    @pytest.mark.parametrize("change", ["data", "processes"])
+    def test_other_updates_between_epochs_are_refused(self, tmp_path, capsys, change):
+        run = tmp_path / "run"
+        train(run, "--trainer.max_epochs", "1")
+        options = ("--train", TOY / "test.tsv")
+        if change == "processes":
+            last = run / "checkpoints" / "last.ckpt"
+            checkpoint = torch.load(last, weights_only=True)
+            torch.save(checkpoint | {"random_states": checkpoint["random_states"] * 2}, last)
+            options = ()
+        sentence = refused(capsys, "train", "--resume", run, "--trainer.max_epochs", "2", *options)
+        assert "resume with the same training file and the same number of processes" in sentence
+
     def test_other_training_data_in_the_middle_of_an_epoch(self, tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             self.at_batch(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
@@ -117,16 +189,19 @@ class FullDisk:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+open_path = Path.open
+
+
+def full_disk(path: Path, mode: str = "r", *args, **kwargs):
+    """`Path.open` with no room for checkpoints."""
+    file = open_path(path, mode, *args, **kwargs)
+    return FullDisk(file) if "w" in mode and path.parent.name == "checkpoints" else file
+
+
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     train(run, "--trainer.max_epochs", "1")
     before = {path: path.read_bytes() for path in (run / "checkpoints").iterdir()}
-    open_path = Path.open
-
-    def full_disk(self, mode="r", *args, **kwargs):
-        file = open_path(self, mode, *args, **kwargs)
-        return FullDisk(file) if "w" in mode and self.parent.name == "checkpoints" else file
-
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full_disk)
         sentence = refused(capsys, "train", "--resume", run, "--trainer.max_epochs", "2")
@@ -136,6 +211,35 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, capsys)
     assert {path: path.read_bytes() for path in (run / "checkpoints").iterdir()} == before
     main(["train", "--resume", str(run), "--trainer.max_epochs", "2"])
     assert [row["epoch"] for row in rows(run) if row["valid_loss"]] == ["0", "1"]
+
+
+def test_full_disk_in_the_first_epoch_does_not_advise_to_resume(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full_disk)
+        sentence = refused(capsys, "train", *SMALL, "--run_dir", tmp_path / "run", "--trainer.max_epochs", "1")
+    assert "there is no earlier one" in sentence
+    assert "--resume" not in sentence
+    main(sentence.partition("start again with: fastseq ")[2].split())
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite(tmp_path, monkeypatch, capsys, value):
+    monkeypatch.setattr(Seq2SeqTask, "on_validation_epoch_end", lambda self: self.log("valid_loss", value))
+    sentence = refused(capsys, "train", *SMALL, "--run_dir", tmp_path / "run", "--trainer.patience", "1")
+    assert "the loss is not finite after epoch 1; lower --optim.lr" in sentence
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_value_that_is_not_finite_is_never_the_best(tmp_path):
+    callback = BestAndLast(tmp_path, "valid_token_error_rate")
+    saved = []
+    for epoch, value in enumerate([float("nan"), 50.0, float("nan"), 40.0]):
+        metrics = {"valid_loss": torch.tensor(1.0), "valid_token_error_rate": torch.tensor(value)}
+        trainer = SimpleNamespace(callback_metrics=metrics, current_epoch=epoch, save_checkpoint=saved.append)
+        callback.on_train_epoch_end(trainer, None)
+    assert [path.name for path in saved].count("best.ckpt") == 2
+    assert (callback.best, callback.best_epoch) == (40.0, 3)
 
 
 def losses(run: Path) -> torch.Tensor:

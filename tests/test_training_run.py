@@ -203,9 +203,9 @@ def test_bad_training_input_gets_a_sentence(tmp_path, capsys):
     assert "--train is missing" in refused(capsys, "train", *run)
     assert "not a run folder" in refused(capsys, "train", "--resume", tmp_path)
     assert "unknown attention 'magic'" in refused(capsys, "train", *SMALL, *run, "--model.attention", "magic")
-    monitor = ("--trainer.monitor", "valid_nothing", "--trainer.max_epochs", "1")
+    monitor = ("--trainer.monitor", "valid_nothing", "--trainer.patience", "1")
     assert "choose one of" in refused(capsys, "train", *SMALL, *run, *monitor)
-    assert "has no checkpoint last.ckpt" in refused(capsys, "train", "--resume", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     shared = ("--data.shared_vocabulary", "true")
     assert "one kind of tokenizer" in refused(capsys, "train", *SMALL, "--run_dir", tmp_path / "other", *shared)
 
@@ -229,7 +229,7 @@ def test_bad_run_folders_get_a_sentence(copied, tmp_path, capsys):
 
 
 def test_bad_generate_options_get_a_sentence(trained, tmp_path, capsys):
-    assert "add --num-beams 3" in refused(capsys, "generate", trained, "--n-best", "3")
+    assert "give --num-beams 3" in refused(capsys, "generate", trained, "--n-best", "3", "--num-beams", "2")
     assert "cannot be opened" in refused(capsys, "generate", trained, "--input", tmp_path / "missing.txt")
     (tmp_path / "bytes.txt").write_bytes(b"ab\n\xff\n")
     assert "bytes.txt, line 2" in refused(capsys, "generate", trained, "--input", tmp_path / "bytes.txt")

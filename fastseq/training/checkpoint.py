@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import threading
@@ -11,7 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from fastseq.training.errors import UserError
@@ -38,11 +39,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            kept = "the previous one is intact" if path.exists() else "there is no earlier one"
+            run, kept = path.parent.parent, "the previous one is intact" if path.exists() else "there is no earlier one"
+            resumable = (path.parent / "last.ckpt").exists()
+            advice = f"continue with: fastseq train --resume {run}" if resumable else start_again(run)
             raise UserError(
                 f"the checkpoint {path} could not be written ({error}); {kept}; make room or choose another disk, "
-                f"then continue with: fastseq train --resume {path.parent.parent}"
+                f"then {advice}"
             ) from error
+
+
+def start_again(run: Path) -> str:
+    """How to train the run anew."""
+    return f"start again with: fastseq train --config {run / 'config.yaml'} --run_dir {run} --overwrite"
 
 
 class BestAndLast(Checkpoint):
@@ -53,29 +61,45 @@ class BestAndLast(Checkpoint):
         self.best: float | None = None
         self.best_epoch: int | None = None
 
-    def state_dict(self) -> dict[str, float | int | None]:
+    def state_dict(self) -> dict[str, str | float | int | None]:
         """The best value so far, as part of a checkpoint."""
-        return {"best": self.best, "best_epoch": self.best_epoch}
+        return {"monitor": self.monitor, "best": self.best, "best_epoch": self.best_epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the best value so far."""
-        self.best, self.best_epoch = state["best"], state["best_epoch"]
+        """Continue from the best value so far, if it is one of the same metric."""
+        if state.get("monitor") == self.monitor:
+            self.best, self.best_epoch = state["best"], state["best_epoch"]
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        """Save after validation. Raises UserError when nothing of the name `monitor` was measured."""
-        if self.monitor not in trainer.callback_metrics:
-            names = ", ".join(sorted(trainer.callback_metrics))
-            raise UserError(f"--trainer.monitor {self.monitor} is not measured; choose one of {names}")
+        """Save after validation. Raises UserError, without saving, when the loss is not finite any more."""
+        if not math.isfinite(trainer.callback_metrics["valid_loss"]):
+            raise UserError(
+                f"the loss is not finite after epoch {trainer.current_epoch + 1}; lower --optim.lr or "
+                f"--optim.gradient_clip, and {start_again(self.folder.parent)}"
+            )
         value = float(trainer.callback_metrics[self.monitor])
         sign = -1.0 if higher_is_better(self.monitor) else 1.0
-        if self.best is None or sign * value < sign * self.best:
+        if math.isfinite(value) and (self.best is None or sign * value < sign * self.best):
             self.best, self.best_epoch = value, trainer.current_epoch
             trainer.save_checkpoint(self.folder / "best.ckpt")
         trainer.save_checkpoint(self.folder / "last.ckpt")
 
 
+class Patience(EarlyStopping):
+    """Early stopping whose patience is what the command line says now, also in a resumed run."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue to wait."""
+        super().load_state_dict(state_dict | {"patience": self.patience})
+
+    def spent(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether the run of this checkpoint has waited long enough."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        return state is not None and state["wait_count"] >= max(self.patience, 1)
+
+
 class Stopped(Exception):
-    """Training was asked to stop by a signal, and its last.ckpt is written."""
+    """Training was asked to stop by a signal, and its last.ckpt is written; the argument is the signal's number."""
 
 
 class StopCleanly(Checkpoint):
@@ -89,7 +113,7 @@ class StopCleanly(Checkpoint):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.requested = False
+        self.requested = 0  # number of the signal that came
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
@@ -98,7 +122,7 @@ class StopCleanly(Checkpoint):
             self._previous = {number: signal.signal(number, self._request) for number in self.SIGNALS}
 
     def _request(self, number: int, frame: Any) -> None:
-        self.requested = True
+        self.requested = number
         self._restore()
 
     def _restore(self) -> None:
@@ -113,12 +137,12 @@ class StopCleanly(Checkpoint):
         complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if self.requested and complete and not trainer.is_last_batch:
             trainer.save_checkpoint(self.folder / "last.ckpt")
-            raise Stopped
+            raise Stopped(self.requested)
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         """Stop between two epochs, if asked to; `BestAndLast` has saved."""
         if self.requested:
-            raise Stopped
+            raise Stopped(self.requested)
 
     def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         """Stop to listen."""
@@ -132,15 +156,15 @@ class StopCleanly(Checkpoint):
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; raises UserError when it is missing or damaged."""
     if not path.is_file():
-        run = path.parent.parent
-        raise UserError(
-            f"{run} has no checkpoint {path.name}; train it first with: fastseq train --overwrite --run_dir {run}"
-        )
+        raise UserError(f"{path.parent.parent} has no checkpoint {path.name}; {start_again(path.parent.parent)}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if "state_dict" not in checkpoint:
+            raise ValueError("it holds no state_dict")
     except Exception as error:  # torch.load raises a different type for every kind of damage
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} is not a checkpoint of `fastseq train` or is damaged: {reason}") from error
+    return checkpoint
 
 
 def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any], path: Path) -> None:

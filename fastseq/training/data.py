@@ -61,11 +61,11 @@ def read_pairs(path: str | Path) -> Pairs:
 
 
 def group_references(pairs: Pairs) -> dict[str, list[str]]:
-    """Every source once, in order of appearance, with all its targets: the references it may be compared with."""
-    references: dict[str, list[str]] = {}
+    """Every source once, in order of appearance, with its different targets: what it may be compared with."""
+    references: dict[str, dict[str, None]] = {}
     for source, target in zip(*pairs, strict=True):
-        references.setdefault(source, []).append(target)
-    return references
+        references.setdefault(source, {})[target] = None
+    return {source: list(targets) for source, targets in references.items()}
 
 
 class Sequences:

@@ -11,7 +11,9 @@ from fastseq.generation import GenerateOutput
 from fastseq.nn.seq2seq import Seq2Seq
 from fastseq.training.batching import cut_by_tokens
 from fastseq.training.data import Sequences
-from fastseq.training.tokenizer import TextTokenizer
+from fastseq.training.tokenizer import EOS, TextTokenizer
+
+LEAST_LENGTH_RATIO = 2.0  # target tokens for each source token that are always allowed
 
 
 class Hypothesis(NamedTuple):
@@ -22,6 +24,11 @@ class Hypothesis(NamedTuple):
     score: float  # log-probability, divided by the length penalty
     attention: Tensor | None  # (len(ids), source length with eos), when asked for
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether the limit of tokens ended it."""
+        return EOS not in self.ids
+
 
 def decode(
     model: Seq2Seq,
@@ -30,12 +37,15 @@ def decode(
     *,
     num_beams: int = 1,
     n_best: int = 1,
+    max_length_ratio: float = LEAST_LENGTH_RATIO,
+    max_new_tokens: int | None = None,
     attention: bool = False,
     max_tokens: int = 4096,
     progress: bool = False,
 ) -> list[list[Hypothesis]]:
     """The `n_best` hypotheses of every source, best first.
 
+    One has at most `max_new_tokens` tokens; None: `max_length_ratio` times the tokens of its source, and 10 more.
     A batch has at most `max_tokens` source tokens, padding included, times beams.
     """
     device = next(model.parameters()).device
@@ -50,6 +60,8 @@ def decode(
             lengths.to(device),
             num_beams=num_beams,
             num_return_sequences=n_best,
+            max_length_ratio=max_length_ratio,
+            max_new_tokens=max_new_tokens,
             output_attentions=attention,
         )
         hypotheses = _hypotheses(output, lengths.repeat_interleave(n_best), tokenizer)

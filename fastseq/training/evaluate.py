@@ -10,21 +10,26 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from fastseq.nn.seq2seq import Seq2Seq
 from fastseq.training import metrics
 from fastseq.training.data import Sequences, encode, group_references, read_pairs
-from fastseq.training.decode import Hypothesis, decode
+from fastseq.training.decode import LEAST_LENGTH_RATIO, Hypothesis, decode
 from fastseq.training.folder import RunFolder
-from fastseq.training.options import ReferenceResult, underscored
+from fastseq.training.options import ReferenceResult, parsed
 from fastseq.training.plots import plot_attention
 from fastseq.training.tokenizer import TextTokenizer
+
+Tokenizers = tuple[TextTokenizer, TextTokenizer]
 
 
 def evaluate_parser() -> ArgumentParser:
     """The options of `fastseq evaluate`."""
     parser = ArgumentParser(
         prog="fastseq evaluate",
+        exit_on_error=False,
         description="Measure a run on a test file. Writes evaluation.json, predictions.tsv and attention/*.png.",
         epilog="Example: fastseq evaluate runs/mine --data test.tsv --num-beams 5",
     )
@@ -32,19 +37,24 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--data", type=str, required=True, help="source<TAB>target lines, or several per source")
     parser.add_argument("--output", type=str | None, help="folder to write to, default the run folder")
-    parser.add_argument("--num_beams", type=int, default=1, help="beam size, 1 for greedy decoding")
+    parser.add_argument("--num_beams", type=PositiveInt, default=1, help="beam size, 1 for greedy decoding")
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="which weights")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto: cuda where there is one")
-    parser.add_argument("--max_tokens", type=int, default=4096, help="source tokens times beams in a batch")
-    parser.add_argument("--pictures", type=int, default=4, help="attention heat maps, of sources spread over the file")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=PositiveInt | None,
+        help="most tokens of a prediction, in place of the run's data.max_length_ratio",
+    )
+    parser.add_argument(
+        "--text_metrics",
+        type=bool | None,
+        help="BLEU and chrF as well; default: as in training, and with a bpe target tokenizer",
+    )
+    parser.add_argument("--max_tokens", type=PositiveInt, default=4096, help="source tokens times beams in a batch")
+    parser.add_argument(
+        "--pictures", type=NonNegativeInt, default=4, help="attention heat maps, of sources spread over the file"
+    )
     return parser
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is cuda where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def write_predictions(
@@ -59,9 +69,7 @@ def write_predictions(
             writer.writerow([source, prediction, " | ".join(refs), int(correct)])
 
 
-def picture(
-    hypothesis: Hypothesis, source: Sequences, row: int, tokenizers: tuple[TextTokenizer, TextTokenizer], path: Path
-) -> None:
+def picture(hypothesis: Hypothesis, source: Sequences, row: int, tokenizers: Tokenizers, path: Path) -> None:
     """Draw the attention of one hypothesis for source number `row`."""
     tokens, _ = source.padded(torch.tensor([row]))
     names = tokenizers[0].tokens(tokens[0].tolist())
@@ -84,36 +92,61 @@ def comparison(ours: dict[str, float], published: Sequence[ReferenceResult]) -> 
     return "\n".join(lines)
 
 
+def write_pictures(folder: Path, model: Seq2Seq, sources: Sequences, tokenizers: Tokenizers, how: dict, n: int) -> None:
+    """Draw the attention for `n` sources spread over the file, in place of the pictures of an earlier evaluation."""
+    for old in folder.glob("[0-9][0-9][0-9][0-9].png"):
+        old.unlink()
+    if n == 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = (torch.arange(n) + 0.5).mul(len(sources) / n).long()
+    chosen = decode(model, sources.select(rows), tokenizers[1], attention=True, **how)
+    for number, (row, (hypothesis,)) in enumerate(zip(rows.tolist(), chosen, strict=True), start=1):
+        picture(hypothesis, sources, row, tokenizers, folder / f"{number:04d}.png")
+
+
+def cut_off_note(cut_off: int, options: Namespace, ratio: float) -> str:
+    """A sentence about the predictions that the limit has ended."""
+    limit = options.max_new_tokens or f"{ratio:g} x source + 10"
+    return f"{cut_off:,} predictions were cut off at the limit of {limit} tokens; --max-new-tokens sets another one"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line of `fastseq evaluate`; `argv` without the command's own name."""
-    options = evaluate_parser().parse_args(underscored(sys.argv[1:] if argv is None else argv))
+    options = parsed(evaluate_parser(), sys.argv[1:] if argv is None else argv)
     folder = RunFolder(options.run)
     config = folder.load_config()
     references = group_references(read_pairs(options.data))
-    model = folder.load_model(options.checkpoint).to(pick_device(options.device))
+    model = folder.load_model(options.checkpoint, options.device)
     tokenizers = folder.load_tokenizers()
     sources, note = encode(tokenizers[0], list(references), options.data)
     if note:
         print(note)
-    pictures = min(options.pictures, len(references)) if model.config.attention != "none" else 0
-    decoding = {"num_beams": options.num_beams, "max_tokens": options.max_tokens}
-    best = [h for (h,) in decode(model, sources, tokenizers[1], progress=sys.stderr.isatty(), **decoding)]
+    ratio = config.data.max_length_ratio or LEAST_LENGTH_RATIO
+    how = {"num_beams": options.num_beams, "max_tokens": options.max_tokens, "max_length_ratio": ratio}
+    how["max_new_tokens"] = options.max_new_tokens
+    best = [h for (h,) in decode(model, sources, tokenizers[1], progress=sys.stderr.isatty(), **how)]
+    text = options.text_metrics
+    if text is None:
+        text = config.data.text_metrics or tokenizers[1].kind == "bpe"
     predictions = [hypothesis.text for hypothesis in best]
-    values = metrics.score(predictions, list(references.values()), tokenizers[1], text=config.data.text_metrics)
+    values = metrics.score(predictions, list(references.values()), tokenizers[1], text=text)
 
     output = Path(options.output or options.run)
-    (output / "attention").mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     write_predictions(output / "predictions.tsv", references, predictions, tokenizers[1])
-    facts = {"data": options.data, "sources": len(references), "num_beams": options.num_beams}
-    facts["checkpoint"] = options.checkpoint
+    facts = {"data": options.data, "sources": len(references), "num_beams": int(options.num_beams)}
+    cut_off = sum(hypothesis.cut_off for hypothesis in best)
+    facts |= {"checkpoint": options.checkpoint, "cut_off": cut_off}
     (output / "evaluation.json").write_text(json.dumps(facts | values, indent=2) + "\n", encoding="utf-8")
-    rows = (torch.arange(pictures) + 0.5).mul(len(references) / max(pictures, 1)).long()
-    chosen = decode(model, sources.select(rows), tokenizers[1], attention=True, **decoding)
-    for number, (row, (hypothesis,)) in enumerate(zip(rows.tolist(), chosen, strict=True), start=1):
-        picture(hypothesis, sources, row, tokenizers, output / "attention" / f"{number:04d}.png")
+    pictures = 0 if model.config.attention == "none" else min(options.pictures, len(references))
+    write_pictures(output / "attention", model, sources, tokenizers, how, pictures)
 
     print(f"{options.data}: {len(references):,} sources, checkpoint {options.checkpoint}, {options.num_beams} beam(s)")
     print(metrics.table(values))
+    if cut_off:
+        print(cut_off_note(cut_off, options, ratio))
     if config.reference_results:
         print("\n" + comparison(values, config.reference_results))
-    print(f"\npredictions: {output / 'predictions.tsv'}; pictures: {output / 'attention'}")
+    written = f"predictions: {output / 'predictions.tsv'}"
+    print(f"\n{written}; pictures: {output / 'attention'}" if pictures else f"\n{written}")

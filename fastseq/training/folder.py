@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from jsonargparse import Namespace
 
 from fastseq.nn.seq2seq import Seq2Seq, Seq2SeqConfig
 from fastseq.training.checkpoint import load_checkpoint, load_weights
 from fastseq.training.errors import UserError
-from fastseq.training.options import train_parser
+from fastseq.training.options import read_config, train_parser
 from fastseq.training.tokenizer import BOS, EOS, PAD, UNK, TextTokenizer
 
 
@@ -38,29 +39,59 @@ class RunFolder:
                 f"{self.path} holds a run already; choose another --run_dir, continue it with --resume {self.path}, "
                 "or replace it with --overwrite"
             )
-        for folder in (self.checkpoints, self.tensorboard):
+        for folder in (self.checkpoints, self.tensorboard, self.path / "attention"):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.config, self.metrics, self.curves):
+        evaluation = self.path / "evaluation.json", self.path / "predictions.tsv"
+        for file in (self.config, self.metrics, self.curves, *evaluation):
             file.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True)
 
+    def save_config(self, config: Namespace) -> None:
+        """Write the options that a later command needs; config.yaml is complete at every moment."""
+        kept = config.clone()
+        for name in ("config", "resume", "overwrite"):
+            kept.pop(name, None)
+        partial = self.config.with_suffix(".partial")
+        partial.write_text(train_parser().dump(kept), encoding="utf-8")
+        partial.replace(self.config)
+
     def load_config(self) -> Namespace:
         """The options of the run; raises UserError when the folder holds none."""
-        if not self.config.is_file():
-            raise UserError(f"{self.path} is not a run folder: it has no config.yaml; make one with `fastseq train`")
-        return train_parser().parse_path(str(self.config))
+        return read_config(self.config)
 
     def load_tokenizers(self) -> tuple[TextTokenizer, TextTokenizer]:
         """Source and target tokenizer."""
         return TextTokenizer.load(self.source_tokenizer), TextTokenizer.load(self.target_tokenizer)
 
-    def load_model(self, name: str = "best") -> Seq2Seq:
-        """The model with the weights of checkpoint `name` ("best" or "last"), on the CPU, in eval mode."""
+    def load_model(self, name: str = "best", device: str = "cpu") -> Seq2Seq:
+        """The model with the weights of checkpoint `name` ("best" or "last") on `device`, in eval mode."""
+        place = pick_device(device)
         source, target = self.load_tokenizers()
         model = build_model(self.load_config(), len(source), len(target))
         path = self.checkpoints / f"{name}.ckpt"
         load_weights(model, load_checkpoint(path), path)
-        return model.eval()
+        return on_device(model, place).eval()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is cuda where there is one. Raises UserError when it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); give cpu, cuda or auto") from error
+
+
+def on_device(model: Seq2Seq, device: torch.device) -> Seq2Seq:
+    """The model on `device`, after one step there; raises UserError when its backend cannot run on it."""
+    token = torch.full((1, 1), EOS, device=device)
+    try:
+        model.to(device)(token, None, token)
+    except RuntimeError as error:
+        raise UserError(f"--model.backend {model.config.backend} cannot run on {device}: {error}") from error
+    return model
 
 
 def build_model(config: Namespace, source_size: int, target_size: int) -> Seq2Seq:

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import IO, Literal
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 
 from fastseq.training.data import decoded_lines, encode
-from fastseq.training.decode import decode
+from fastseq.training.decode import LEAST_LENGTH_RATIO, decode
 from fastseq.training.errors import UserError
-from fastseq.training.evaluate import pick_device, picture
+from fastseq.training.evaluate import picture
 from fastseq.training.folder import RunFolder
-from fastseq.training.options import underscored
+from fastseq.training.options import parsed
 
 
 def generate_parser() -> ArgumentParser:
     """The options of `fastseq generate`."""
     parser = ArgumentParser(
         prog="fastseq generate",
+        exit_on_error=False,
         description="Read source lines, write predictions: one line for each, or --n-best lines with their scores "
         "(prediction<TAB>score). An empty line stays empty.",
         epilog="Example: echo hello | fastseq generate runs/mine --num-beams 5 --n-best 3",
@@ -31,22 +33,32 @@ def generate_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--input", type=str, default="-", help="file of source lines, - for standard input")
     parser.add_argument("--output", type=str, default="-", help="file to write, - for standard output")
-    parser.add_argument("--num_beams", type=int, default=1, help="beam size, 1 for greedy decoding")
-    parser.add_argument("--n_best", type=int, default=1, help="predictions for each line, at most --num_beams")
+    parser.add_argument(
+        "--num_beams", type=PositiveInt | None, help="beam size, 1 for greedy decoding; default --n-best"
+    )
+    parser.add_argument("--n_best", type=PositiveInt, default=1, help="predictions for each line, at most --num_beams")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=PositiveInt | None,
+        help="most tokens of a prediction, in place of the run's data.max_length_ratio",
+    )
     parser.add_argument("--plot_attention", type=str | None, help="folder for a heat map of each line (NUMBER.png)")
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="which weights")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto: cuda where there is one")
-    parser.add_argument("--batch_lines", type=int, default=256, help="lines read, decoded and written together")
+    parser.add_argument("--batch_lines", type=PositiveInt, default=256, help="lines read, decoded and written together")
     return parser
 
 
-def check(options: Namespace) -> None:
-    """Raise UserError for options that contradict each other."""
-    if not 1 <= options.n_best <= options.num_beams:
+def complete(options: Namespace) -> Namespace:
+    """The options with the beam that `--n-best` needs; raises UserError for a smaller one."""
+    if options.num_beams is None:
+        options.num_beams = options.n_best
+    if options.n_best > options.num_beams:
         raise UserError(
             f"--n-best {options.n_best} needs a beam of at least that size, got --num-beams {options.num_beams}; "
-            f"add --num-beams {max(options.n_best, 1)}"
+            f"give --num-beams {options.n_best} or leave it out"
         )
+    return options
 
 
 def opened(path: str, mode: str, standard: IO) -> AbstractContextManager[IO]:
@@ -74,7 +86,8 @@ class Generator:
     def __init__(self, options: Namespace) -> None:
         folder = RunFolder(options.run)
         self.options = options
-        self.model = folder.load_model(options.checkpoint).to(pick_device(options.device))
+        self.max_length_ratio = folder.load_config().data.max_length_ratio or LEAST_LENGTH_RATIO
+        self.model = folder.load_model(options.checkpoint, options.device)
         self.tokenizers = folder.load_tokenizers()
         self.pictures = Path(options.plot_attention) if options.plot_attention else None
         if self.pictures is not None:
@@ -95,6 +108,8 @@ class Generator:
             self.tokenizers[1],
             num_beams=options.num_beams,
             n_best=options.n_best,
+            max_length_ratio=self.max_length_ratio,
+            max_new_tokens=options.max_new_tokens,
             attention=self.pictures is not None,
         )
         hypotheses = {number: best for (number, _), best in zip(filled, found, strict=True)}
@@ -110,8 +125,7 @@ class Generator:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of `fastseq generate`; `argv` without the command's own name."""
-    options = generate_parser().parse_args(underscored(sys.argv[1:] if argv is None else argv))
-    check(options)
+    options = complete(parsed(generate_parser(), sys.argv[1:] if argv is None else argv))
     generator = Generator(options)
     with (
         opened(options.input, "rb", sys.stdin.buffer) as source,

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from fastseq.training.tokenizer import TextTokenizer
 
 LABELS = {
-    "sequence_error_rate": "sequence error rate (WER) %",
-    "token_error_rate": "token error rate (PER) %",
+    "sequence_error_rate": "sequence error rate %",
+    "token_error_rate": "token error rate %",
     "exact_match": "exact match %",
     "bleu": "BLEU",
     "chrf": "chrF",
@@ -76,6 +76,11 @@ def _text_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]
     streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
     bleu, chrf = (metric(list(predictions), streams).score for metric in (sacrebleu.corpus_bleu, sacrebleu.corpus_chrf))
     return {"bleu": bleu, "chrf": chrf}
+
+
+def monitors(*, text: bool) -> list[str]:
+    """What is measured after every epoch, BLEU and chrF with `text`."""
+    return [f"valid_{name}" for name in LABELS if text or name not in ("bleu", "chrf")]
 
 
 def higher_is_better(name: str) -> bool:

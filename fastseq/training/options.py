@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
 
 from fastseq.nn.seq2seq import Seq2SeqConfig
 from fastseq.training.errors import UserError
-from fastseq.training.tokenizer import Kind
+from fastseq.training.tokenizer import RESERVED, Kind
 
 EXAMPLE = "fastseq train --train train.tsv --valid valid.tsv --run_dir runs/mine --trainer.max_epochs 10"
 FROM_DATA = {"src_vocab_size", "tgt_vocab_size", "source_features", "pad_id", "bos_id", "eos_id", "unk_id"}
+
+VocabSize = restricted_number_type("VocabSize", int, (">", len(RESERVED)))
+Decay = restricted_number_type("Decay", float, [(">=", 0), ("<", 1)])
 
 
 @dataclass
@@ -29,15 +42,18 @@ class DataOptions:
         max_tokens: tokens in a batch of one process, padding included, counted on the longer side.
         valid_sentences: sources of the validation file that are decoded after each epoch, spread over the file.
         text_metrics: BLEU and chrF as well.
+        max_length_ratio: a prediction has at most this many tokens for each source token, and 10 more; null for one and
+            a half times what the training data needs, at least 2.
     """
 
     source_tokenizer: Kind = "char"
     target_tokenizer: Kind = "whitespace"
-    vocab_size: int = 8000
+    vocab_size: VocabSize = 8000
     shared_vocabulary: bool = False
-    max_tokens: int = 4096
-    valid_sentences: int = 1000
+    max_tokens: PositiveInt = 4096
+    valid_sentences: PositiveInt = 1000
     text_metrics: bool = False
+    max_length_ratio: PositiveFloat | None = None
 
 
 @dataclass
@@ -48,21 +64,22 @@ class OptimOptions:
         lr: peak learning rate.
         beta2: decay of AdamW's second moment.
         weight_decay: decoupled weight decay.
-        schedule: course of the learning rate over the whole run.
+        schedule: course of the learning rate over the whole run. A run that is resumed with more epochs goes on where
+            the schedule of the longer run is by then.
         warmup: share of the run in which the learning rate rises.
         label_smoothing: probability spread evenly over the vocabulary.
         teacher_forcing_ratio: probability that a decoder step reads the right token instead of the predicted one.
         gradient_clip: largest norm of the gradient, 0 for no limit.
     """
 
-    lr: float = 2e-3
-    beta2: float = 0.98
-    weight_decay: float = 0.01
+    lr: NonNegativeFloat = 2e-3
+    beta2: Decay = 0.98
+    weight_decay: NonNegativeFloat = 0.01
     schedule: Literal["constant", "cosine", "one_cycle"] = "cosine"
-    warmup: float = 0.05
-    label_smoothing: float = 0.1
-    teacher_forcing_ratio: float = 1.0
-    gradient_clip: float = 1.0
+    warmup: ClosedUnitInterval = 0.05
+    label_smoothing: ClosedUnitInterval = 0.1
+    teacher_forcing_ratio: ClosedUnitInterval = 1.0
+    gradient_clip: NonNegativeFloat = 1.0
 
 
 @dataclass
@@ -71,7 +88,7 @@ class TrainerOptions:
 
     Args:
         max_epochs: passes over the training file.
-        monitor: value that chooses the best checkpoint and stops early (a column of metrics.csv).
+        monitor: value that chooses the best checkpoint and stops early (a valid_ column of metrics.csv).
         patience: epochs without improvement before training stops, null for never.
         accumulate: batches of each process in one update.
         precision: 32-true, bf16-mixed, or another precision that Lightning knows.
@@ -83,15 +100,15 @@ class TrainerOptions:
         progress_bar: show one, on a terminal.
     """
 
-    max_epochs: int = 20
+    max_epochs: PositiveInt = 20
     monitor: str = "valid_loss"
-    patience: int | None = None
-    accumulate: int = 1
+    patience: NonNegativeInt | None = None
+    accumulate: PositiveInt = 1
     precision: str = "32-true"
     accelerator: str = "auto"
     devices: int | str = "auto"
-    threads: int | None = None
-    log_every: int = 20
+    threads: PositiveInt | None = None
+    log_every: PositiveInt = 20
     progress_bar: bool = True
 
 
@@ -116,6 +133,7 @@ def train_parser() -> ArgumentParser:
     """The options of `fastseq train`, and the meaning of a run folder's config.yaml."""
     parser = ArgumentParser(
         prog="fastseq train",
+        exit_on_error=False,
         description="Train a sequence-to-sequence model on a file of source<TAB>target lines.",
         epilog=f"Example: {EXAMPLE}",
     )
@@ -124,7 +142,9 @@ def train_parser() -> ArgumentParser:
     parser.add_argument("--valid", type=str | None, help="validation file; lines with one source are alternatives")
     parser.add_argument("--run_dir", type=str | None, help="folder to write to")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --run_dir holds")
-    parser.add_argument("--resume", type=str | None, help="run folder to continue from its last checkpoint")
+    parser.add_argument(
+        "--resume", type=str | None, help="run folder to continue from its last checkpoint; needs no --run_dir"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of weights, dropout and order")
     parser.add_class_arguments(DataOptions, "data")
     parser.add_class_arguments(Seq2SeqConfig, "model", skip=FROM_DATA)
@@ -146,30 +166,76 @@ def underscored(argv: list[str]) -> list[str]:
     return [convert(argument) for argument in argv]
 
 
+def parsed(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    """The options in `argv`; raises UserError with one sentence for a bad one."""
+    try:
+        return parser.parse_args(underscored(argv))
+    except argparse.ArgumentError as error:
+        raise UserError(_in_one_line(error)) from error
+
+
+def read_config(path: Path) -> Namespace:
+    """The options of a run; raises UserError when its config.yaml is missing or broken."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} is not a run folder: it has no {path.name}; make one with `fastseq train`")
+    try:
+        return train_parser().parse_path(str(path))
+    except (argparse.ArgumentError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is broken: {_in_one_line(error)}; mend it or train again") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    text = re.sub(r"Does not validate against any of the Union subtypes.*?Errors: - ", "", text)
+    text = re.sub(r" Given value type: .*? Given value: ", "; got ", text)
+    return re.sub(r'^Parser key "(.*?)":', r"--\1:", text)
+
+
 def built_in_config(name: str) -> str:
     """Path of a configuration that comes with fastseq, such as "cmudict"; any other text is returned as it is."""
     path = resources.files("fastseq.training") / f"{name}.yaml"
-    return str(path) if name.isidentifier() and path.is_file() and not Path(name).exists() else name
+    return str(path) if name.isidentifier() and path.is_file() and not Path(name).is_file() else name
+
+
+def with_built_in_configs(argv: list[str]) -> list[str]:
+    """`argv` with the path of each built-in configuration that `--config NAME` or `--config=NAME` names."""
+    expanded = list(argv)
+    for i, argument in enumerate(argv):
+        option, equals, name = argument.partition("=")
+        if option == "--config" and equals:
+            expanded[i] = f"--config={built_in_config(name)}"
+        elif i and argv[i - 1] == "--config":
+            expanded[i] = built_in_config(argument)
+    return expanded
 
 
 def parse_train(argv: list[str]) -> Namespace:
     """The options on the command line, on top of those of the run that is resumed, if any.
 
-    Raises UserError when a file or folder that training needs is not named, or when the resumed run does not exist.
+    Raises UserError when a file or folder that training needs is not named, when the resumed run does not exist, and
+    for options that are bad or contradict each other.
     """
-    argv = [built_in_config(argument) for argument in underscored(argv)]
-    parser = train_parser()
-    config = parser.parse_args(argv)
+    argv = with_built_in_configs(argv)
+    config = parsed(train_parser(), argv)
     if config.resume is not None:
-        stored = Path(config.resume) / "config.yaml"
-        if not stored.is_file():
-            raise UserError(f"{config.resume} is not a run folder: it has no config.yaml; give a training's --run_dir")
-        config = parser.parse_args(["--config", str(stored), *argv])
-        config.run_dir = config.resume
-        _check_resumed(config, parser.parse_path(str(stored)))
+        config = _resumed(config, argv)
     for name in ("train", "valid", "run_dir"):
         if config[name] is None:
             raise UserError(f"--{name} is missing; example: {EXAMPLE}")
+    return config
+
+
+def _resumed(given: Namespace, argv: list[str]) -> Namespace:
+    """The options of the run that is resumed, with those of the command line on top."""
+    if given.overwrite or given.run_dir not in (None, given.resume):
+        raise UserError(
+            f"--resume {given.resume} continues in that folder; leave out --run_dir and --overwrite, or --resume"
+        )
+    path = Path(given.resume) / "config.yaml"
+    stored = read_config(path)
+    config = parsed(train_parser(), ["--config", str(path), *argv])
+    config.run_dir = config.resume
+    _check_resumed(config, stored)
     return config
 
 
@@ -186,4 +252,12 @@ def _check_resumed(config: Namespace, stored: Namespace) -> None:
 
 def options_of(config: Namespace, group: str, kind: type) -> object:
     """The group of options as its dataclass."""
-    return kind(**vars(config[group]))
+    return kind(**{name: _plain(value) for name, value in vars(config[group]).items()})
+
+
+def _plain(value: object) -> object:
+    """Python's own number for a restricted one of jsonargparse, which a checkpoint could not hold."""
+    for kind in (bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return value

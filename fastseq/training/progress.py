@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -59,22 +60,41 @@ class UpdateRows(L.Callback):
 
 
 class EpochLines(L.Callback):
-    """Prints one line with losses, error rates and time after each epoch."""
+    """Prints one line after each epoch: the mean training loss of its updates, validation results, time."""
 
     def __init__(self) -> None:
         self._start = 0.0
+        self._loss_sum, self._updates = torch.zeros(()), 0
+
+    def state_dict(self) -> dict[str, float | int]:
+        """The sum of losses of this epoch so far, as part of a checkpoint."""
+        return {"loss_sum": float(self._loss_sum), "updates": self._updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the epoch."""
+        self._loss_sum, self._updates = torch.tensor(state["loss_sum"]), state["updates"]
 
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         """Start the clock of an epoch that is resumed in its middle."""
         self._start = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock and the mean."""
         self._start = time.perf_counter()
+        self._loss_sum, self._updates = torch.zeros(()), 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the loss of the update that this batch completed, if any; the device is not waited for."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            loss = trainer.callback_metrics["train_loss"]
+            self._loss_sum = self._loss_sum.to(loss.device) + loss
+            self._updates += 1
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         """Print the line; validation has run."""
-        values = trainer.callback_metrics
+        values = trainer.callback_metrics | {"train_loss": self._loss_sum / self._updates}
         shown = {
             "train loss": ("train_loss", ".3f"),
             "valid loss": ("valid_loss", ".3f"),

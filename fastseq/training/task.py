@@ -13,7 +13,6 @@ from fastseq.nn.seq2seq import Seq2Seq
 from fastseq.training.batching import Batch
 from fastseq.training.corpus import Decoding
 from fastseq.training.options import OptimOptions
-from fastseq.training.progress import say
 from fastseq.training.tokenizer import PAD
 
 
@@ -45,11 +44,14 @@ class Seq2SeqTask(L.LightningModule):
     share is a sum divided by the tokens of the whole update, times what Lightning and DDP divide by afterwards.
     """
 
-    def __init__(self, model: Seq2Seq, options: OptimOptions, total_updates: int, decoding: Decoding) -> None:
+    def __init__(
+        self, model: Seq2Seq, options: OptimOptions, updates_per_epoch: int, epochs: int, decoding: Decoding
+    ) -> None:
         super().__init__()
         self.model = model
         self.options = options
-        self.total_updates = total_updates
+        self.updates_per_epoch = updates_per_epoch
+        self.total_updates = updates_per_epoch * epochs
         self.decoding = decoding
         self._update_loss = torch.zeros(())
         self._valid_sums = torch.zeros(2)
@@ -123,7 +125,7 @@ class Seq2SeqTask(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Add the state of the random generators of all processes."""
+        """Add the number of updates in an epoch, and the state of the random generators of all processes."""
         state = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -132,18 +134,21 @@ class Seq2SeqTask(L.LightningModule):
             states = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(states, state)
         checkpoint["random_states"] = states
+        checkpoint["updates_per_epoch"] = self.updates_per_epoch
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Keep the generators' state until training starts."""
         self._random_states = checkpoint["random_states"]
 
     def on_train_start(self) -> None:
-        """Continue the random numbers where the checkpoint left off, if the number of processes is the same."""
+        """Continue the random numbers where the checkpoint left off, at the learning rate of the present schedule."""
+        scheduler = self.lr_schedulers()
+        for group, lr, factor in zip(
+            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = lr * factor(scheduler.last_epoch)
         states, self._random_states = self._random_states, None
         if states is None:
-            return
-        if len(states) != self.trainer.world_size:
-            say(f"resumed from {len(states)} processes with {self.trainer.world_size}: dropout draws other numbers")
             return
         torch.set_rng_state(states[self.global_rank]["cpu"])
         if self.device.type == "cuda" and "cuda" in states[self.global_rank]:

@@ -57,11 +57,12 @@ class TextTokenizer:
         """Read the JSON file written by `save`; raises UserError when it is missing or is none."""
         try:
             text = path.read_text(encoding="utf-8")
-            kind = _kind(json.loads(text))
-            return cls(kind, Tokenizer.from_str(text))
+            return cls(_kind(json.loads(text)), Tokenizer.from_str(text))
         except FileNotFoundError as error:
             raise UserError(f"{path} is missing: give the folder of a run made by `fastseq train`") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # the tokenizers library raises plain Exception
             raise UserError(f"{path} is not a tokenizer written by `fastseq train`: {error}") from error
 
     def save(self, path: Path) -> None:

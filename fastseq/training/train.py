@@ -6,33 +6,31 @@ import logging
 import os
 import sys
 import warnings
+from typing import Any
 
 import lightning as L
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from fastseq.nn.seq2seq import Seq2Seq
 from fastseq.training.batching import TokenBatches
 from fastseq.training.checkpoint import (
     AtomicCheckpointIO,
     BestAndLast,
+    Patience,
     StopCleanly,
     Stopped,
     load_checkpoint,
     load_weights,
 )
 from fastseq.training.corpus import Corpus, load_corpus
-from fastseq.training.folder import RunFolder, build_model
-from fastseq.training.metrics import LABELS, higher_is_better
-from fastseq.training.options import (
-    OptimOptions,
-    TrainerOptions,
-    options_of,
-    parse_train,
-    train_parser,
-)
+from fastseq.training.errors import UserError
+from fastseq.training.folder import RunFolder, build_model, on_device
+from fastseq.training.metrics import LABELS, higher_is_better, monitors
+from fastseq.training.options import OptimOptions, TrainerOptions, options_of, parse_train
 from fastseq.training.plots import plot_curves, read_metrics
 from fastseq.training.progress import Bar, EpochLines, UpdateRows, say
 from fastseq.training.task import Seq2SeqTask
@@ -48,63 +46,103 @@ def processes(options: TrainerOptions) -> dict[str, int | str]:
 
 def loggers(folder: RunFolder, first_step: int) -> list:
     """CSV and TensorBoard loggers that keep the rows before `first_step` and replace the later ones."""
-    kept = [row for row in read_metrics(folder.metrics) if int(row["step"]) < first_step]
     csv_logger = CSVLogger(folder.path, name="", version="", flush_logs_every_n_steps=1)
     board = TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=first_step or None)
     if rank_zero_only.rank == 0:
+        kept = [row for row in read_metrics(folder.metrics) if int(row["step"]) < first_step]
         csv_logger.experiment.metrics.extend(kept)
         csv_logger.save()
     return [csv_logger, board]
 
 
-def make_trainer(options: TrainerOptions, optim: OptimOptions, folder: RunFolder, first_step: int) -> L.Trainer:
-    """A Lightning trainer that logs and saves into the run folder."""
+def make_trainer(options: TrainerOptions, optim: OptimOptions, folder: RunFolder) -> L.Trainer:
+    """A Lightning trainer that saves into the run folder, without loggers; raises UserError for a bad option."""
     callbacks: list[L.Callback] = [BestAndLast(folder.checkpoints, options.monitor), StopCleanly(folder.checkpoints)]
     if options.patience is not None:
         mode = "max" if higher_is_better(options.monitor) else "min"
-        callbacks.append(EarlyStopping(options.monitor, patience=options.patience, mode=mode))
+        callbacks.append(Patience(options.monitor, patience=options.patience, mode=mode, check_finite=False))
     callbacks += [UpdateRows(options.log_every), EpochLines()]
     progress_bar = options.progress_bar and sys.stdout.isatty()
     if progress_bar:
         callbacks.append(Bar(refresh_rate=10))
-    return L.Trainer(
-        **processes(options),
-        accelerator=options.accelerator,
-        precision=options.precision,
-        max_epochs=options.max_epochs,
-        accumulate_grad_batches=options.accumulate,
-        gradient_clip_val=optim.gradient_clip or None,
-        logger=loggers(folder, first_step),
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
-        log_every_n_steps=1,
-        enable_progress_bar=progress_bar,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
+    try:
+        return L.Trainer(
+            **processes(options),
+            accelerator=options.accelerator,
+            precision=options.precision,
+            max_epochs=options.max_epochs,
+            accumulate_grad_batches=options.accumulate,
+            gradient_clip_val=optim.gradient_clip or None,
+            logger=False,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            log_every_n_steps=1,
+            enable_progress_bar=progress_bar,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        given = ", ".join(
+            f"--trainer.{name} {getattr(options, name)}" for name in ("accelerator", "devices", "precision")
+        )
+        raise UserError(f"{given} cannot be used here: {' '.join(str(error).split())}") from error
+
+
+def new_model(config: Namespace, corpus: Corpus) -> Seq2Seq:
+    """The model before its first update."""
+    torch.manual_seed(config.seed)
+    return build_model(config, len(corpus.source_tokenizer), len(corpus.target_tokenizer))
+
+
+def check_monitor(config: Namespace) -> None:
+    """Raise UserError when --trainer.monitor is nothing that is measured."""
+    names = monitors(text=config.data.text_metrics)
+    if config.trainer.monitor not in names:
+        raise UserError(f"--trainer.monitor {config.trainer.monitor} is not measured; choose one of {', '.join(names)}")
+
+
+def finished(checkpoint: dict[str, Any], task: Seq2SeqTask, trainer: L.Trainer) -> str | None:
+    """Why the run of the checkpoint is at its end, or None; raises UserError when it cannot go on as it began."""
+    then = checkpoint.get("updates_per_epoch"), len(checkpoint.get("random_states", ()))
+    now = task.updates_per_epoch, trainer.world_size
+    if then != now:
+        raise UserError(
+            f"the checkpoint has epochs of {then[0]} updates on {then[1]} process(es), now {now[0]} on {now[1]}; "
+            "resume with the same training file and the same number of processes"
+        )
+    if checkpoint["global_step"] >= task.total_updates:
+        return f"all {trainer.max_epochs} epochs are trained; train on with a larger --trainer.max_epochs"
+    waiting = [callback for callback in trainer.callbacks if isinstance(callback, Patience)]
+    if any(callback.spent(checkpoint) for callback in waiting):
+        return f"it was stopped early by --trainer.patience {waiting[0].patience}; train on with a larger one"
+    return None
 
 
 def fit(config: Namespace, *, resume: bool) -> None:
     """Train as `config` says, from the beginning or from the run folder's last checkpoint."""
+    check_monitor(config)
     folder = RunFolder(config.run_dir)
     options, optim = options_of(config, "trainer", TrainerOptions), options_of(config, "optim", OptimOptions)
     last = folder.checkpoints / "last.ckpt"
     checkpoint = load_checkpoint(last) if resume else None
-    corpus = load_corpus(config, folder.load_tokenizers() if resume else None)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    torch.manual_seed(config.seed)
-    model = build_model(config, len(corpus.source_tokenizer), len(corpus.target_tokenizer))
-    if checkpoint is None:
-        start_folder(config, folder, corpus)
-    else:
+    corpus = load_corpus(config, folder.load_tokenizers() if resume else None)
+    model = new_model(config, corpus)
+    if checkpoint is not None:
         load_weights(model, checkpoint, last)
-    trainer = make_trainer(options, optim, folder, checkpoint["global_step"] if checkpoint else 0)
+    trainer = make_trainer(options, optim, folder)
+    on_device(model, trainer.strategy.root_device)
     share = {"max_tokens": config.data.max_tokens, "world_size": trainer.world_size, "rank": trainer.global_rank}
     batches = TokenBatches(*corpus.train, **share, accumulate=options.accumulate, seed=config.seed)
     valid = TokenBatches(*corpus.valid, **share, shuffle=False)
-    task = Seq2SeqTask(model, optim, len(batches) // options.accumulate * options.max_epochs, corpus.decoding)
+    task = Seq2SeqTask(model, optim, len(batches) // options.accumulate, options.max_epochs, corpus.decoding)
+    if checkpoint is not None and (why := finished(checkpoint, task, trainer)):
+        say(f"{folder.path} is finished: {why}")
+        return
+    write_folder(config, folder, corpus, resume=resume)
+    trainer.loggers = loggers(folder, checkpoint["global_step"] if checkpoint else 0)
     say(
         f"{len(corpus.train[0]):,} training pairs in {len(batches):,} batches, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters, run folder {folder.path}"
@@ -112,22 +150,21 @@ def fit(config: Namespace, *, resume: bool) -> None:
     torch.manual_seed(config.seed + trainer.global_rank)
     try:
         trainer.fit(task, batches, valid, ckpt_path=last if resume else None)
-    except Stopped:
+    except Stopped as stop:
         say(f"stopped at update {trainer.global_step}; continue with: fastseq train --resume {folder.path}")
-        raise SystemExit(130) from None
+        raise SystemExit(128 + stop.args[0]) from None
     report(trainer, folder)
 
 
 @rank_zero_only
-def start_folder(config: Namespace, folder: RunFolder, corpus: Corpus) -> None:
-    """Make the run folder, with its configuration and tokenizers."""
-    folder.create(overwrite=config.overwrite)
-    kept = config.clone()
-    for name in ("config", "resume", "overwrite"):
-        kept.pop(name, None)
-    train_parser().save(kept, str(folder.config), overwrite=True)
-    corpus.source_tokenizer.save(folder.source_tokenizer)
-    corpus.target_tokenizer.save(folder.target_tokenizer)
+def write_folder(config: Namespace, folder: RunFolder, corpus: Corpus, *, resume: bool) -> None:
+    """Write the configuration as it is in effect, and for a new run make the folder, with tokenizers."""
+    if not resume:
+        folder.create(overwrite=config.overwrite)
+        corpus.source_tokenizer.save(folder.source_tokenizer)
+        corpus.target_tokenizer.save(folder.target_tokenizer)
+    config.data.max_length_ratio = corpus.decoding.max_length_ratio
+    folder.save_config(config)
 
 
 @rank_zero_only
