@@ -36,6 +36,7 @@ class _Options(NamedTuple):
     pad_id: int
     bos_id: int
     eos_id: int
+    forbidden_ids: tuple[int, ...]
     max_new_tokens: int | None
     max_length_ratio: float
     min_new_tokens: int
@@ -88,6 +89,7 @@ def generate(
     length_penalty_type: str = "avg",
     no_repeat_ngram_size: int = 0,
     early_stopping: bool | str = True,
+    generate_unk: bool = True,
     output_attentions: bool = False,
     generator: torch.Generator | None = None,
 ) -> GenerateOutput:
@@ -119,6 +121,7 @@ def generate(
         early_stopping: when beam search is done with a sentence that has ``num_beams`` finished ones. True: at once.
             False: when no beam has a better score at its present length than the worst of them. "never": when no beam
             can become better than the worst of them at any length up to the limit.
+        generate_unk: False forbids the unknown token, ``config.unk_id``, as well.
         output_attentions: return the attention weights too.
         generator: source of random numbers for sampling, on the device of ``src``; default: torch's own.
 
@@ -131,8 +134,10 @@ def generate(
             ``output_attentions`` for a model without attention.
     """
     ids = model.config.pad_id, model.config.bos_id, model.config.eos_id
+    forbidden_ids = {*ids[:2], *(() if generate_unk else (model.config.unk_id,))} - {model.config.eos_id}
     options = _Options(
         *ids,
+        forbidden_ids=tuple(forbidden_ids),
         max_new_tokens=max_new_tokens,
         max_length_ratio=max_length_ratio,
         min_new_tokens=min_new_tokens,
@@ -251,7 +256,7 @@ def _log_probs(logits: Tensor, history: Tensor, step: int, options: _Options) ->
     forbidden = torch.zeros_like(logits, dtype=torch.bool)
     if options.no_repeat_ngram_size:
         forbidden = _repeats(history[:, :step], options.no_repeat_ngram_size, logits.shape[1])
-    for token in {options.pad_id, options.bos_id} - {options.eos_id}:
+    for token in options.forbidden_ids:
         forbidden[:, token] = True
     if step < options.min_new_tokens:
         forbidden[:, options.eos_id] = True

@@ -252,3 +252,13 @@ def test_attentions_of_a_model_without_attention_get_a_sentence(options):
     with pytest.raises(ValueError, match="output_attentions=True needs a model with attention"):
         generate(model, SOURCES, LENGTHS, output_attentions=True, **options)
     assert generate(model, SOURCES, LENGTHS, **options).cross_attentions is None
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generate_unk_false_forbids_the_unknown_token(fake, num_beams):
+    options = {"max_new_tokens": 4, "num_beams": num_beams}
+    free = generate(fake, SOURCES, LENGTHS, **options).sequences
+    fake.config.unk_id = int(free[free > EOS][0])
+    banned = generate(fake, SOURCES, LENGTHS, generate_unk=False, **options).sequences
+    assert (free == fake.config.unk_id).any()
+    assert not (banned == fake.config.unk_id).any()

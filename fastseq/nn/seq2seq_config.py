@@ -42,8 +42,8 @@ class Seq2SeqConfig:
         share_decoder_input_output_embed: one matrix for target embedding and output projection.
         pad_id, bos_id, eos_id, unk_id: reserved token ids, the same in both vocabularies. The model itself knows
             padding only: an embedding that starts at zero and gets no gradient, unless the matrix is shared with the
-            output. ``generate`` uses pad, bos and eos. Nothing in the model reads unk_id: it is where the data and the
-            command line put unknown tokens, and ``generate`` may predict it like any other token.
+            output. ``generate`` uses pad, bos and eos, and forbids unk with ``generate_unk=False``; data and command
+            line put unknown tokens there.
         backend: "auto", "reference", "torch", "native" or "triton", for the LSTMs and the attention.
 
     Raises:
