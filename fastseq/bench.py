@@ -223,11 +223,11 @@ def markdown(facts: dict, rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of ``fastseq bench``."""
-    parser = argparse.ArgumentParser(prog="fastseq bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="fastseq bench", description=__doc__.replace("``", ""))
     parser.add_argument(
         "--backends", default="auto,native", help=f"comma-separated, of {', '.join(BACKENDS)} (default: %(default)s)"
     )
-    parser.add_argument("--mode", choices=("inference", "training", "both"), default="both")
+    parser.add_argument("--mode", choices=("inference", "training", "both"), default="both", help="what to time")
     parser.add_argument("--filter", default="", help="only cases whose name contains this text, e.g. 'packed'")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time per case and mode (default: %(default)s)")

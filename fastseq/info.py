@@ -62,6 +62,6 @@ def _table(calls: dict[str, object]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of ``fastseq info``."""
-    parser = argparse.ArgumentParser(prog="fastseq info", description=__doc__)
+    parser = argparse.ArgumentParser(prog="fastseq info", description=__doc__.replace("``", ""))
     parser.parse_args(argv)
     print(info())
