@@ -37,7 +37,9 @@ def _versions() -> dict[str, str]:
         "cuda device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     if _native.available():
-        facts |= {f"native: {key}": str(value) for key, value in _native.build_info().items()}
+        built = _native.build_info()
+        built["cuda"] = ", ".join(built.pop("cuda_architectures")) or "none"
+        facts |= {f"native: {key}": value for key, value in built.items()}
     else:
         facts["native"] = f"missing: {_native.why_not()}"
     return facts

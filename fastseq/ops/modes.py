@@ -28,11 +28,15 @@ def without_autocast(device: str):
     return torch.autocast(device, enabled=False) if autocast_enabled(device) else contextlib.nullcontext()
 
 
-def needs_function(*tensors: Tensor | None) -> bool:
+def needs_function(backend: str, *tensors: Tensor | None) -> bool:
     """Whether an op must go through its autograd Function, since a derivative can be asked for.
+
+    Not in a traced graph on the reference: that is plain torch, which the compiler differentiates by itself.
 
     In forward mode the Function raises, where a bare kernel would drop the tangents without a word.
     """
+    if backend == "reference" and torch.compiler.is_compiling():
+        return False
     if forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -79,7 +79,7 @@ def apply(
         keys = keys.view_as(keys) if keys is query else keys
         values = values.view_as(values) if values is keys or values is query else values
         inputs = (query, keys, values, weight, bias, lengths, mask)
-        if needs_function(*inputs[:5]):
+        if needs_function(backend, *inputs[:5]):
             return AttentionFunction.apply(backend, score, scale, need_weights, *inputs)
         context, weights, _ = implementation("attention", backend).forward(*inputs, score, scale, need_weights)
         return context, weights

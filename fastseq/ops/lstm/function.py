@@ -61,8 +61,7 @@ def apply(
     """
     if backend == "torch":
         return *implementation("lstm", "torch").run(*tensors, lengths, batch_sizes, reverse), None
-    traced_reference = backend == "reference" and torch.compiler.is_compiling()  # plain torch, which the compiler
-    if needs_function(*tensors) and not traced_reference:  # differentiates by itself
+    if needs_function(backend, *tensors):
         outputs = LSTMFunction.apply(backend, reverse, need_cell_states, lengths, batch_sizes, *tensors)
         return outputs if need_cell_states else (*outputs, None)
     *outputs, _ = implementation("lstm", backend).forward(

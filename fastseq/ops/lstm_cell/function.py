@@ -45,8 +45,7 @@ def apply(backend: str, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Run on the named backend, recording a backward only where one can be asked for."""
     if backend == "torch":
         return implementation("lstm_cell", "torch").run(gates, c)
-    traced_reference = backend == "reference" and torch.compiler.is_compiling()  # plain torch, which the compiler
-    if needs_function(gates, c) and not traced_reference:  # differentiates by itself
+    if needs_function(backend, gates, c):
         return LSTMCellFunction.apply(backend, gates, c)
     h, c_n, _ = implementation("lstm_cell", backend).forward(gates, c)
     return h, c_n
