@@ -88,7 +88,7 @@ def native_build() -> dict:
     extension = CppExtension(
         "fastseq._C",
         sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp")),
-        depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.[hi]*")),
         extra_compile_args=FLAGS + defines,
         py_limited_api=True,  # abi3: torch adds Py_LIMITED_API
     )

@@ -23,6 +23,8 @@ STABLE_TORCH_LIBRARY(fastseq, m) {
       "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cell_states, "
       "Tensor activations, Tensor cell_states, Tensor c0, Tensor weight_hh, Tensor? lengths, Tensor? batch_sizes, "
       "bool reverse) -> (Tensor grad_gates, Tensor grad_h0, Tensor grad_c0)");
+  // Multiply-adds in the dtype of `example` on all threads, `steps` rounds each; returns how many operations they were.
+  m.def("cpu_fma_chain(Tensor example, int steps) -> int");
 }
 
 namespace {
@@ -40,7 +42,7 @@ PyModuleDef module_definition = {
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   if (!fastseq::requested_isa_is_known()) {
-    PyErr_SetString(PyExc_ImportError, "FASTSEQ_CPU_ISA must be baseline, avx2, avx512 or unset");
+    PyErr_SetString(PyExc_ImportError, "FASTSEQ_CPU_ISA must be baseline, avx2, avx512, avx512_bf16 or unset");
     return nullptr;
   }
   PyObject* module = PyModule_Create(&module_definition);

@@ -1,7 +1,4 @@
-// One kernel source, one instantiation per instruction set, chosen at run time.
-//
-// A kernel is a template over the width of its vectors in bytes, always inlined into one wrapper function per
-// instruction set; the wrapper's target attribute decides what the compiler may use.
+// One kernel source, one instantiation per instruction set, chosen at run time. See region.h.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -14,7 +11,8 @@
 
 namespace fastseq {
 
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+// kAvx512Bf16 differs from kAvx512 in the bfloat16 kernels only.
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
 // The widest instruction set of this machine that kernels are built for, or the one that $FASTSEQ_CPU_ISA lowers it to.
 Isa machine_isa();

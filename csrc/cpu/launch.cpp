@@ -3,9 +3,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <tuple>
 
 #include "../checks.h"
+#include "kernels.h"
 #include "lstm.h"
 #include "lstm_cell.h"
 #include "sequences.h"
@@ -229,6 +231,17 @@ std::tuple<Tensor, Tensor, Tensor> lstm_backward_cpu(OptionalTensor grad_output,
   return {grad_gates, grad_h0, grad_c0};
 }
 
+int64_t cpu_fma_chain(Tensor example, int64_t steps) {
+  std::atomic<int64_t> operations{0};
+  with_storage_type("cpu_fma_chain", example.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) operations += kernels<S>().fma_chain(steps);
+    });
+  });
+  return operations;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
@@ -236,6 +249,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
   m.impl("lstm_cell_backward", TORCH_BOX(&lstm_cell_backward_cpu));
   m.impl("lstm_forward", TORCH_BOX(&lstm_forward_cpu));
   m.impl("lstm_backward", TORCH_BOX(&lstm_backward_cpu));
+  m.impl("cpu_fma_chain", TORCH_BOX(&cpu_fma_chain));
 }
 
 }  // namespace fastseq

@@ -198,7 +198,7 @@ FASTSEQ_TARGET_AVX512 void backward_avx512(const LstmBackward<S>& p, int64_t blo
 template <class S>
 void lstm_forward_block(const LstmForward<S>& p, int64_t block) {
 #if FASTSEQ_X86
-  if (machine_isa() == Isa::kAvx512) return forward_avx512(p, block);
+  if (machine_isa() >= Isa::kAvx512) return forward_avx512(p, block);
   if (machine_isa() == Isa::kAvx2) return forward_avx2(p, block);
 #endif
   forward_block<S, 16>(p, block);
@@ -207,7 +207,7 @@ void lstm_forward_block(const LstmForward<S>& p, int64_t block) {
 template <class S>
 void lstm_backward_block(const LstmBackward<S>& p, int64_t block) {
 #if FASTSEQ_X86
-  if (machine_isa() == Isa::kAvx512) return backward_avx512(p, block);
+  if (machine_isa() >= Isa::kAvx512) return backward_avx512(p, block);
   if (machine_isa() == Isa::kAvx2) return backward_avx2(p, block);
 #endif
   backward_block<S, 16>(p, block);

@@ -1,0 +1,21 @@
+// The kernels of every instruction set, behind one table of function pointers per storage type S.
+#pragma once
+
+#include <cstdint>
+
+#include "storage.h"
+
+namespace fastseq {
+
+template <class S>
+struct Kernels {
+  // As many multiply-adds as registers hold at once, `steps` times: what the peak is measured with. Returns the number
+  // of floating-point operations.
+  int64_t (*fma_chain)(int64_t steps);
+};
+
+// The table of machine_isa().
+template <class S>
+const Kernels<S>& kernels();
+
+}  // namespace fastseq
