@@ -13,16 +13,21 @@ STABLE_TORCH_LIBRARY(fastseq, m) {
   m.def(
       "lstm_cell_backward(Tensor activations, Tensor c, Tensor c_n, Tensor? grad_h, Tensor? grad_c_n) "
       "-> (Tensor grad_gates, Tensor grad_c)");
-  // gates (rows, 4H): x W_ih^T + b_ih + b_hh; h0, c0 (B, H); weight_hh (4H, H); lengths, batch_sizes int64 on the CPU.
-  // output (rows, H); activations (rows, 4H) acc; cell_states (rows, H) acc; what is not needed has the shape (0,).
+  // One layer in D directions. input (rows, I); h0, c0 (D, B, H); weights, per direction: W_ih (4H, I), W_hh (4H, H)
+  // and optionally b_ih, b_hh (4H,); lengths, batch_sizes int64 on the CPU. A single direction may be reversed.
+  // output (rows, D * H); activations (rows, D * 4H); cell_states (rows, D * H) acc; what is not needed has shape (0,).
   m.def(
-      "lstm_forward(Tensor gates, Tensor h0, Tensor c0, Tensor weight_hh, Tensor? lengths, Tensor? batch_sizes, "
+      "lstm_forward(Tensor input, Tensor h0, Tensor c0, Tensor[] weights, Tensor? lengths, Tensor? batch_sizes, "
       "bool reverse, bool need_activations, bool need_cell_states) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor activations, Tensor cell_states)");
+  // grad_weights, per direction: of W_ih, W_hh and of either bias; none unless needed.
   m.def(
-      "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cell_states, "
-      "Tensor activations, Tensor cell_states, Tensor c0, Tensor weight_hh, Tensor? lengths, Tensor? batch_sizes, "
-      "bool reverse) -> (Tensor grad_gates, Tensor grad_h0, Tensor grad_c0)");
+      "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cell_states, Tensor input, "
+      "Tensor h0, Tensor c0, Tensor[] weights, Tensor activations, Tensor cell_states, Tensor? lengths, "
+      "Tensor? batch_sizes, bool reverse, bool need_input, bool need_weights) "
+      "-> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_weights)");
+  // Gives the memory that finished calls left for later ones back to the system; returns how many bytes.
+  m.def("cpu_empty_cache() -> int");
   // Multiply-adds in the dtype of `example` on all threads, `steps` rounds each; returns how many operations they were.
   m.def("cpu_fma_chain(Tensor example, int steps) -> int");
 }

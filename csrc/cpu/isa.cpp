@@ -9,7 +9,8 @@ namespace {
 
 constexpr Isa kAll[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
 
-Isa detect() {
+// The widest one that this machine can run.
+Isa supported() {
 #if FASTSEQ_X86
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::kBaseline;
@@ -20,6 +21,15 @@ Isa detect() {
 #else
   return Isa::kBaseline;
 #endif
+}
+
+// The fastest one. Intel's bfloat16 dot product (Emerald Rapids) takes two cycles: 95 GFLOP/s were measured on a thread
+// that reaches 190 by converting to float32. AMD's (Zen 4) is twice as fast as float32.
+Isa preferred() {
+#if FASTSEQ_X86
+  if (supported() == Isa::kAvx512Bf16 && __builtin_cpu_is("intel")) return Isa::kAvx512;
+#endif
+  return supported();
 }
 
 // Null when the variable asks for nothing known.
@@ -53,7 +63,7 @@ bool requested_isa_is_known() {
 }
 
 Isa machine_isa() {
-  static const Isa isa = requested() ? std::min(*requested(), detect()) : detect();
+  static const Isa isa = requested() ? std::min(*requested(), supported()) : preferred();
   return isa;
 }
 

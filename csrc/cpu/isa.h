@@ -3,8 +3,6 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FASTSEQ_X86 1
-#define FASTSEQ_TARGET_AVX2 __attribute__((target("avx2,fma")))
-#define FASTSEQ_TARGET_AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
 #else
 #define FASTSEQ_X86 0
 #endif

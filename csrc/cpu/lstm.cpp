@@ -1,225 +1,395 @@
+// The operators lstm_forward and lstm_backward on the CPU: checks, outputs, packing, threads. See lstm_*.inc.
 #include "lstm.h"
 
-#include "isa.h"
-#include "matmul.h"
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+#include "operators.h"
+#include "pool.h"
+#include "tables.h"
 
 namespace fastseq {
 namespace {
 
-template <class T>
-FASTSEQ_INLINE void fill_zero(T* out, int64_t count) {
-  std::memset(static_cast<void*>(out), 0, count * sizeof(T));  // all bits zero is 0 in every storage type
-}
+using torch::stable::new_empty;
+using torch::stable::parallel_for;
 
-template <class S>
-FASTSEQ_INLINE void load_row(const S* in, int64_t count, Acc<S>* out) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) out[j] = load(in[j]);
-}
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <class S>
-FASTSEQ_INLINE void load_row_or_zero(const S* in, int64_t count, Acc<S>* out) {
-  if (in) {
-    load_row(in, count, out);
-  } else {
-    fill_zero(out, count);
+// Sizes of a layer, and its parameters per direction.
+struct Layer {
+  const char* op;
+  int64_t input_size, hidden, batch, directions;
+  ScalarType dtype;
+  const std::vector<Tensor>& weights;  // per direction W_ih, W_hh and, with bias, b_ih, b_hh
+  bool bias;
+
+  int64_t per_direction() const { return bias ? 4 : 2; }
+  const Tensor& weight(int64_t direction, int64_t which) const { return weights[direction * per_direction() + which]; }
+};
+
+Layer read_layer(const char* op,
+                 const Tensor& input,
+                 const Tensor& h0,
+                 const Tensor& c0,
+                 const std::vector<Tensor>& weights,
+                 const SequenceTable& table) {
+  const int64_t D = c0.size(0), B = c0.size(1), H = c0.size(2), I = input.size(input.dim() - 1);
+  const ScalarType dtype = input.scalar_type();
+  STD_TORCH_CHECK(D == 1 || D == 2, op, ": c0 must be for 1 or 2 directions, got ", D);
+  const int64_t count = weights.size();
+  STD_TORCH_CHECK(count == 2 * D || count == 4 * D, op, ": weights must be weight_ih, weight_hh and optionally ",
+                  "bias_ih, bias_hh for each of ", D, " directions, got ", count, " tensors");
+  const Layer layer{op, I, H, B, D, dtype, weights, count == 4 * D};
+  check_cpu(op, "input", input, with_columns(table.rows, I), dtype);
+  check_cpu(op, "h0", h0, {D, B, H}, dtype);
+  check_cpu(op, "c0", c0, {D, B, H}, dtype);
+  for (int64_t d = 0; d < D; ++d) {
+    check_cpu(op, "weight_ih", layer.weight(d, 0), {4 * H, I}, dtype);
+    check_cpu(op, "weight_hh", layer.weight(d, 1), {4 * H, H}, dtype);
+    if (!layer.bias) continue;
+    check_cpu(op, "bias_ih", layer.weight(d, 2), {4 * H}, dtype);
+    check_cpu(op, "bias_hh", layer.weight(d, 3), {4 * H}, dtype);
   }
+  return layer;
 }
 
-template <class S>
-FASTSEQ_INLINE void add_row(const S* in, int64_t count, Acc<S>* out) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) out[j] += load(in[j]);
+// Direction 1 of two, and a single one with `reverse`, runs from the last step to the first.
+bool runs_backwards(const Layer& layer, int64_t direction, bool reverse) {
+  return layer.directions == 2 ? direction == 1 : reverse;
 }
 
-template <class S>
-FASTSEQ_INLINE void store_row(const Acc<S>* in, int64_t count, S* out) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) store(in[j], out + j);
+// How threads share the recurrence: every direction as `blocks` blocks of sequences, each run by a team of `members`.
+struct Plan {
+  int64_t blocks, members;
+};
+
+Plan share_out(const Layer& layer, const SequenceTable& table, int64_t panels) {
+  const int64_t B = layer.batch, D = layer.directions, H = layer.hidden;
+  const int64_t work = table.valid_steps * D * 4 * H * (layer.input_size + H);
+  const int64_t threads = std::clamp<int64_t>(work / kGrain, 1, torch::stable::get_num_threads());
+  const int64_t per_direction = std::max<int64_t>(1, threads / D);
+  const bool split_batch = per_direction == 1 || B >= 4 * per_direction;
+  const int64_t shares = split_batch ? per_direction : 1;
+  const int64_t blocks = std::min(std::max<int64_t>(B, 1), shares * divide_up(divide_up(B, shares), kBlockRows));
+  const bool alone = split_batch || Team::machine_is_crowded();
+  return {std::max<int64_t>(blocks, 1), alone ? 1 : std::min(per_direction, panels)};
 }
 
-// The sequences of one block, longest first, so that those still running are a prefix.
-struct Block {
-  const Sequences& seq;
-  int64_t block;
-  int64_t rows;
-
-  FASTSEQ_INLINE Block(const Sequences& sequences, int64_t index)
-      : seq(sequences), block(index), rows((sequences.batch - index + sequences.blocks - 1) / sequences.blocks) {}
-
-  FASTSEQ_INLINE int64_t sequence(int64_t row) const { return seq.order[block + row * seq.blocks]; }
-  FASTSEQ_INLINE int64_t length(int64_t row) const { return seq.lengths[sequence(row)]; }
-
-  // How many rows, of the first `candidates`, have more than `step` steps: a prefix.
-  FASTSEQ_INLINE int64_t running(int64_t step, int64_t candidates) const {
-    while (candidates > 0 && length(candidates - 1) <= step) --candidates;
-    return candidates;
-  }
-
-  // Row of gates and output that holds the step-th processed step of a sequence.
-  FASTSEQ_INLINE int64_t position(int64_t row, int64_t step) const {
-    const int64_t t = seq.reverse ? length(row) - 1 - step : step;
-    return seq.offset[t] + sequence(row);
-  }
-
-  // Zeros in the rows past the end of every sequence.
-  template <class T>
-  FASTSEQ_INLINE void clear_padding(T* out, int64_t columns) const {
-    if (seq.packed || !out) return;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t t = length(r); t < seq.steps; ++t) fill_zero(out + (seq.offset[t] + sequence(r)) * columns, columns);
+// Calls run(direction, block, team, share) on the threads of torch, until all members of all teams have run.
+template <class Run>
+void run_teams(int64_t directions, const Plan& plan, const Run& run) {
+  const int64_t teams = directions * plan.blocks, members = plan.members;
+  std::vector<std::unique_ptr<Team>> team;
+  for (int64_t i = 0; i < teams; ++i) team.push_back(std::make_unique<Team>(members));
+  parallel_for(0, teams * members, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin / members; i * members < end; ++i) {
+      const int64_t first = std::max(begin - i * members, int64_t{0}), last = std::min(end - i * members, members);
+      const Team::Share share = team[i]->join(first, last);
+      if (share.begin < share.end) run(i / plan.blocks, i % plan.blocks, i, *team[i], share);
     }
+  });
+}
+
+// b_ih + b_hh of every direction, (D, 4H).
+template <class S>
+void sum_biases(const Layer& layer, Acc<S>* out) {
+  const int64_t gates = 4 * layer.hidden;
+  for (int64_t d = 0; d < layer.directions; ++d) {
+    for (int64_t j = 0; j < gates; ++j) {
+      out[d * gates + j] = layer.bias ? load(read<S>(layer.weight(d, 2))[j]) + load(read<S>(layer.weight(d, 3))[j]) : 0;
+    }
+  }
+}
+
+// Packs panels of all given weights; `work`: elements of one panel.
+template <class Pack>
+void pack_all(int64_t weights, int64_t panels, int64_t work, const Pack& pack) {
+  parallel_for(0, weights * panels, kGrain / 2 / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) pack(i / panels, i % panels);
+  });
+}
+
+template <class S>
+int64_t packed_bytes(int64_t panels, int64_t width, int64_t K) {
+  const Kernels<S>& k = kernels<S>();
+  return panels * width * divide_up(K, k.pair) * k.pair * k.operand_bytes + 64;
+}
+
+// Input rows in one chunk: their gates fit into half of a small L2 cache, unless one step alone has more.
+int64_t chunk_rows(int64_t block_rows, int64_t hidden) {
+  constexpr int64_t kGates = 1 << 17;
+  return std::clamp<int64_t>(kGates / (4 * hidden + 1), std::max<int64_t>(block_rows, 32), kChunkRows);
+}
+
+// Below this many rows in a call, reading W_ih as it is costs less than packing it.
+constexpr int64_t kRowsWorthPacking = 128;
+
+template <class S>
+void forward(const Layer& layer, const SequenceTable& table, LstmForward<S>& p) {
+  const Kernels<S>& k = kernels<S>();
+  const int64_t H = layer.hidden, I = layer.input_size, D = layer.directions;
+  const int64_t panels = divide_up(H, k.gate_units);
+  const Plan plan = share_out(layer, table, panels);
+  p.blocks = plan.blocks;
+  p.chunk_rows = chunk_rows(divide_up(layer.batch, plan.blocks), H);
+
+  const bool few_rows = layer.batch <= kFewRows, few_inputs = few_rows && table.valid_steps < kRowsWorthPacking;
+  const int64_t bytes_ih = few_inputs ? 0 : packed_bytes<S>(panels, 4 * k.gate_units, I);
+  const int64_t bytes_hh = few_rows ? 0 : packed_bytes<S>(panels, 4 * k.gate_units, H);
+  const Scratch packed(D * (bytes_ih + bytes_hh)), bias(D * 4 * H * sizeof(Acc<S>));
+  sum_biases<S>(layer, bias.at<Acc<S>>(0));
+  for (int64_t d = 0; d < D; ++d) {
+    p.direction[d].packed_ih = few_inputs ? nullptr : packed.at(d * bytes_ih);
+    p.direction[d].packed_hh = few_rows ? nullptr : packed.at(D * bytes_ih + d * bytes_hh);
+    p.direction[d].bias = bias.at<Acc<S>>(0) + d * 4 * H;
+  }
+  pack_all(2 * D, panels, 4 * k.gate_units * (I + H) / 2, [&](int64_t weight, int64_t panel) {
+    const LstmForwardDirection<S>& d = p.direction[weight / 2];
+    if (weight % 2 == 0 && !few_inputs) k.pack_gates(d.weight_ih, H, I, panel, const_cast<void*>(d.packed_ih));
+    if (weight % 2 == 1 && !few_rows) k.pack_gates(d.weight_hh, H, H, panel, const_cast<void*>(d.packed_hh));
+  });
+
+  const int64_t shared = divide_up(k.forward_shared_bytes(p), 64) * 64, own = divide_up(k.forward_member_bytes(p), 64) * 64;
+  const int64_t teams = D * plan.blocks;
+  const Scratch scratch(teams * (shared + plan.members * own));
+  run_teams(D, plan, [&](int64_t d, int64_t block, int64_t i, Team& team, Team::Share share) {
+    void* const member = scratch.at(teams * shared + (i * plan.members + share.begin) * own);
+    k.lstm_forward(p, d, block, team, plan.members, share, scratch.at(i * shared), member);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(Tensor input,
+                                                                    Tensor h0,
+                                                                    Tensor c0,
+                                                                    std::vector<Tensor> weights,
+                                                                    OptionalTensor lengths,
+                                                                    OptionalTensor batch_sizes,
+                                                                    bool reverse,
+                                                                    bool need_activations,
+                                                                    bool need_cell_states) {
+  const char* op = "lstm_forward";
+  const SequenceTable table = read_sequences(op, input, c0, lengths, batch_sizes);
+  const Layer layer = read_layer(op, input, h0, c0, weights, table);
+  const int64_t B = layer.batch, H = layer.hidden, D = layer.directions;
+  const ScalarType dtype = layer.dtype;
+
+  Tensor output = pooled_empty(input, with_columns(table.rows, D * H), dtype);
+  Tensor h_n = new_empty(c0, {D, B, H}), c_n = new_empty(c0, {D, B, H});
+  Tensor activations = pooled_empty(input, need_activations ? with_columns(table.rows, D * 4 * H) : Shape{0}, dtype);
+  Tensor cell_states = pooled_empty(input, need_cell_states ? with_columns(table.rows, D * H) : Shape{0},
+                                    accumulate_type(dtype));
+  with_storage_type(op, dtype, [&](auto zero) {
+    using S = decltype(zero);
+    LstmForward<S> p{};
+    p.seq = table.seq;
+    p.input_size = layer.input_size;
+    p.hidden = H;
+    p.directions = D;
+    p.input = read<S>(input);
+    p.output = write<S>(output);
+    p.activations = need_activations ? write<S>(activations) : nullptr;
+    p.cell_states = need_cell_states ? write<Acc<S>>(cell_states) : nullptr;
+    for (int64_t d = 0; d < D; ++d) {
+      LstmForwardDirection<S>& to = p.direction[d];
+      to.reverse = runs_backwards(layer, d, reverse);
+      to.weight_ih = read<S>(layer.weight(d, 0));
+      to.weight_hh = read<S>(layer.weight(d, 1));
+      to.h0 = read<S>(h0) + d * B * H;
+      to.c0 = read<S>(c0) + d * B * H;
+      to.h_n = write<S>(h_n) + d * B * H;
+      to.c_n = write<S>(c_n) + d * B * H;
+    }
+    forward(layer, table, p);
+  });
+  return {output, h_n, c_n, activations, cell_states};
+}
+
+// The scratch memory of one backward call, laid out one after the other.
+template <class S>
+struct BackwardScratch {
+  int64_t packed_ih, packed_hh, gates, hidden, end;  // bytes before each, per direction
+
+  BackwardScratch(const LstmBackward<S>& p, int64_t columns_ih, int64_t columns_hh) {
+    const Kernels<S>& k = kernels<S>();
+    const auto aligned = [](int64_t bytes) { return divide_up(bytes, 64) * 64; };
+    packed_ih = 0;
+    packed_hh = packed_ih + aligned(packed_bytes<S>(columns_ih, k.panel_columns, 4 * p.hidden));
+    gates = packed_hh + aligned(packed_bytes<S>(columns_hh, k.panel_columns, 4 * p.hidden));
+    hidden = gates + aligned(p.seq.rows * p.gates_stride * k.operand_bytes);
+    end = hidden + aligned((p.seq.rows + p.seq.batch) * p.hidden * k.operand_bytes);
   }
 };
 
-// One row, one step: gates (4H) become activations, c (H) the new cell state; h to output and, rounded as there, to h.
 template <class S>
-FASTSEQ_INLINE void forward_row(
-    int64_t H, Acc<S>* __restrict gates, Acc<S>* __restrict c, Acc<S>* __restrict h, S* __restrict output) {
-#pragma omp simd
-  for (int64_t j = 0; j < H; ++j) {
-    store(lstm_cell_forward(gates[j], gates[H + j], gates[2 * H + j], gates[3 * H + j], c[j]), output + j);
-    h[j] = load(output[j]);
-  }
-}
-
-template <class S, int BYTES>
-FASTSEQ_INLINE void forward_block(const LstmForward<S>& p, int64_t index) {
-  using A = Acc<S>;
-  const Block block(p.seq, index);
-  const int64_t H = p.seq.hidden, stride = padded<A>(4 * H);
-  A* const gates = p.scratch + index * forward_scratch<S>(p.seq);  // (rows, stride)
-  A* const h = gates + block.rows * stride;                        // (rows, H)
-  A* const c = h + block.rows * H;                                 // (rows, H)
-
-  for (int64_t r = 0; r < block.rows; ++r) {
-    load_row(p.h0 + block.sequence(r) * H, H, h + r * H);
-    load_row(p.c0 + block.sequence(r) * H, H, c + r * H);
-  }
-  int64_t rows = block.rows;
-  for (int64_t step = 0; (rows = block.running(step, rows)) > 0; ++step) {
-    for (int64_t r = 0; r < rows; ++r) load_row(p.gates + block.position(r, step) * 4 * H, 4 * H, gates + r * stride);
-    matmul_add<A, BYTES>(rows, H, 4 * H, h, H, p.weight, gates, stride);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = block.position(r, step);
-      forward_row<S>(H, gates + r * stride, c + r * H, h + r * H, p.output + row * H);
-      if (p.activations) std::memcpy(p.activations + row * 4 * H, gates + r * stride, 4 * H * sizeof(A));
-      if (p.cell_states) std::memcpy(p.cell_states + row * H, c + r * H, H * sizeof(A));
+void weight_gradients(const Layer& layer, const LstmBackward<S>& p, const ValidRows& valid) {
+  const Kernels<S>& k = kernels<S>();
+  const int64_t gates = 4 * layer.hidden, bytes = divide_up(k.weight_gradient_bytes(p), 64) * 64;
+  const int64_t work = valid.count * gates * (layer.input_size + layer.hidden) * layer.directions;
+  const int64_t threads = std::clamp<int64_t>(work / kGrain, 1, torch::stable::get_num_threads());
+  const int64_t shares = std::min(divide_up(threads, layer.directions), gates), tasks = shares * layer.directions;
+  const Scratch scratch(tasks * bytes);
+  parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t share = i % shares;
+      k.lstm_weight_gradients(p, i / shares, valid, gates * share / shares, gates * (share + 1) / shares,
+                              scratch.at(i * bytes));
     }
-  }
-  for (int64_t r = 0; r < block.rows; ++r) {
-    store_row<S>(h + r * H, H, p.h_n + block.sequence(r) * H);
-    store_row<S>(c + r * H, H, p.c_n + block.sequence(r) * H);
-  }
-  block.clear_padding(p.output, H);
-  block.clear_padding(p.activations, 4 * H);
-  block.clear_padding(p.cell_states, H);
+  });
 }
 
-// One row, one step. dh, dc: gradients of h and c after the step; dc becomes the gradient of c before it.
 template <class S>
-FASTSEQ_INLINE void backward_row(int64_t H,
-                                 const Acc<S>* __restrict gates,  // (4H,) activations
-                                 const Acc<S>* __restrict c_prev,
-                                 const Acc<S>* __restrict c,
-                                 const Acc<S>* __restrict dh,
-                                 Acc<S>* __restrict dc,
-                                 Acc<S>* __restrict dgates) {  // (4H,)
-#pragma omp simd
-  for (int64_t j = 0; j < H; ++j) {
-    const CellGradient<Acc<S>> d =
-        lstm_cell_backward(gates[j], gates[H + j], gates[2 * H + j], gates[3 * H + j], c_prev[j], c[j], dh[j], dc[j]);
-    dgates[j] = d.i;
-    dgates[H + j] = d.f;
-    dgates[2 * H + j] = d.g;
-    dgates[3 * H + j] = d.o;
-    dc[j] = d.c;
-  }
-}
-
-template <class S, int BYTES>
-FASTSEQ_INLINE void backward_block(const LstmBackward<S>& p, int64_t index) {
-  using A = Acc<S>;
-  const Block block(p.seq, index);
-  const int64_t H = p.seq.hidden, stride = padded<A>(H);
-  A* const dgates = p.scratch + index * backward_scratch<S>(p.seq);  // (rows, 4H)
-  A* const dh = dgates + block.rows * 4 * H;                         // (rows, stride)
-  A* const dc = dh + block.rows * stride;                            // (rows, H)
-  A* const c_first = dc + block.rows * H;                            // (H,) initial cell state of one sequence
-
-  for (int64_t r = 0; r < block.rows; ++r) {
-    const int64_t b = block.sequence(r);
-    load_row_or_zero(p.grad_h_n ? p.grad_h_n + b * H : nullptr, H, dh + r * stride);
-    load_row_or_zero(p.grad_c_n ? p.grad_c_n + b * H : nullptr, H, dc + r * H);
-  }
-  for (int64_t step = block.length(0) - 1; step >= 0; --step) {
-    const int64_t rows = block.running(step, block.rows);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = block.position(r, step);
-      if (p.grad_output) add_row(p.grad_output + row * H, H, dh + r * stride);
-      if (p.grad_cell_states) add_row(p.grad_cell_states + row * H, H, dc + r * H);
-      if (step == 0) load_row(p.c0 + block.sequence(r) * H, H, c_first);
-      const A* c_prev = step == 0 ? c_first : p.cell_states + block.position(r, step - 1) * H;
-      backward_row<S>(H, p.activations + row * 4 * H, c_prev, p.cell_states + row * H, dh + r * stride, dc + r * H,
-                      dgates + r * 4 * H);
-      store_row<S>(dgates + r * 4 * H, 4 * H, p.grad_gates + row * 4 * H);
-      fill_zero(dh + r * stride, stride);
+void input_gradients(const LstmBackward<S>& p, const ValidRows& valid, int64_t panels) {
+  constexpr int64_t kRows = kInputGradientRows;
+  const int64_t blocks = divide_up(valid.count, kRows);
+  const int64_t work = kRows * kernels<S>().panel_columns * 4 * p.hidden * p.directions;
+  parallel_for(0, blocks * panels, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / panels * kRows;
+      kernels<S>().lstm_input_gradients(p, valid, i % panels, first, std::min(first + kRows, valid.count));
     }
-    matmul_add<A, BYTES>(rows, 4 * H, H, dgates, 4 * H, p.weight, dh, stride);
-  }
-  for (int64_t r = 0; r < block.rows; ++r) {
-    store_row<S>(dh + r * stride, H, p.grad_h0 + block.sequence(r) * H);
-    store_row<S>(dc + r * H, H, p.grad_c0 + block.sequence(r) * H);
-  }
-  block.clear_padding(p.grad_gates, 4 * H);
+  });
 }
 
-#if FASTSEQ_X86
+// Adds the conversion from sums to the storage type, where these differ.
 template <class S>
-FASTSEQ_TARGET_AVX2 void forward_avx2(const LstmForward<S>& p, int64_t block) {
-  forward_block<S, 32>(p, block);
+void round_sums(const Acc<S>* sums, const Tensor& out) {
+  S* const to = write<S>(out);
+  if (static_cast<const void*>(sums) == to) return;
+  for (int64_t i = 0; i < out.numel(); ++i) store(sums[i], to + i);
 }
+
 template <class S>
-FASTSEQ_TARGET_AVX2 void backward_avx2(const LstmBackward<S>& p, int64_t block) {
-  backward_block<S, 32>(p, block);
+void backward(const Layer& layer,
+              const SequenceTable& table,
+              LstmBackward<S>& p,
+              const std::vector<Tensor>& grad_weights) {  // W_ih, W_hh, bias per direction; or none
+  const Kernels<S>& k = kernels<S>();
+  const int64_t H = layer.hidden, I = layer.input_size, D = layer.directions;
+  const int64_t panels_ih = p.grad_input ? divide_up(I, k.panel_columns) : 0, panels_hh = divide_up(H, k.panel_columns);
+  const Plan plan = share_out(layer, table, panels_hh);
+  p.blocks = plan.blocks;
+  // Padded, so that rows of a power of two do not all fall into the same cache sets.
+  p.gates_stride = 4 * H + 64 / k.operand_bytes;
+
+  const BackwardScratch<S> at(p, panels_ih, panels_hh);
+  const Scratch scratch(D * at.end);
+  constexpr bool kNarrow = sizeof(S) < sizeof(Acc<S>);
+  const int64_t sums = kNarrow && !grad_weights.empty() ? 4 * H * (I + H) : 0;
+  const Scratch wide(D * sums * sizeof(Acc<S>));
+  bool reverse[2] = {};
+  for (int64_t d = 0; d < D; ++d) {
+    LstmBackwardDirection<S>& to = p.direction[d];
+    const int64_t base = d * at.end;
+    to.packed_ih = p.grad_input ? scratch.at(base + at.packed_ih) : nullptr;
+    to.packed_hh = scratch.at(base + at.packed_hh);
+    to.grad_gates = scratch.at(base + at.gates);
+    to.hidden_states = scratch.at(base + at.hidden);
+    reverse[d] = to.reverse;
+    if (grad_weights.empty()) continue;
+    to.sums_ih = kNarrow ? wide.at<Acc<S>>(0) + d * sums : write<Acc<S>>(grad_weights[3 * d]);
+    to.sums_hh = kNarrow ? to.sums_ih + 4 * H * I : write<Acc<S>>(grad_weights[3 * d + 1]);
+    to.grad_bias = write<S>(grad_weights[3 * d + 2]);
+  }
+  pack_all(D, panels_ih + panels_hh, k.panel_columns * 4 * H, [&](int64_t direction, int64_t panel) {
+    const LstmBackwardDirection<S>& d = p.direction[direction];
+    if (panel < panels_ih) return k.pack_columns(d.weight_ih, 4 * H, I, panel, d.packed_ih);
+    k.pack_columns(d.weight_hh, 4 * H, H, panel - panels_ih, d.packed_hh);
+  });
+
+  const int64_t states = divide_up(divide_up(layer.batch, plan.blocks) * H * sizeof(Acc<S>), 64) * 64;
+  const Scratch shared(D * plan.blocks * states);
+  run_teams(D, plan, [&](int64_t d, int64_t block, int64_t i, Team& team, Team::Share share) {
+    k.lstm_backward(p, d, block, team, plan.members, share, shared.at(i * states));
+  });
+
+  const ValidRowTable valid = list_valid_rows(p.seq, reverse, D);
+  if (p.grad_input) input_gradients(p, valid.rows(), panels_ih);
+  if (grad_weights.empty()) return;
+  weight_gradients(layer, p, valid.rows());
+  for (int64_t d = 0; d < D; ++d) {
+    round_sums<S>(p.direction[d].sums_ih, grad_weights[3 * d]);
+    round_sums<S>(p.direction[d].sums_hh, grad_weights[3 * d + 1]);
+  }
 }
-template <class S>
-FASTSEQ_TARGET_AVX512 void forward_avx512(const LstmForward<S>& p, int64_t block) {
-  forward_block<S, 64>(p, block);
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward_cpu(OptionalTensor grad_output,
+                                                                          OptionalTensor grad_h_n,
+                                                                          OptionalTensor grad_c_n,
+                                                                          OptionalTensor grad_cell_states,
+                                                                          Tensor input,
+                                                                          Tensor h0,
+                                                                          Tensor c0,
+                                                                          std::vector<Tensor> weights,
+                                                                          Tensor activations,
+                                                                          Tensor cell_states,
+                                                                          OptionalTensor lengths,
+                                                                          OptionalTensor batch_sizes,
+                                                                          bool reverse,
+                                                                          bool need_input,
+                                                                          bool need_weights) {
+  const char* op = "lstm_backward";
+  const SequenceTable table = read_sequences(op, input, c0, lengths, batch_sizes);
+  const Layer layer = read_layer(op, input, h0, c0, weights, table);
+  const int64_t B = layer.batch, H = layer.hidden, D = layer.directions;
+  const ScalarType dtype = layer.dtype;
+  const Shape columns = with_columns(table.rows, D * H);
+  check_optional(op, "grad_output", grad_output, columns, dtype);
+  check_optional(op, "grad_h_n", grad_h_n, {D, B, H}, dtype);
+  check_optional(op, "grad_c_n", grad_c_n, {D, B, H}, dtype);
+  check_optional(op, "grad_cell_states", grad_cell_states, columns, dtype);
+  check_cpu(op, "activations", activations, with_columns(table.rows, D * 4 * H), dtype);
+  check_cpu(op, "cell_states", cell_states, columns, accumulate_type(dtype));
+
+  Tensor grad_input = pooled_empty(input, need_input ? with_columns(table.rows, layer.input_size) : Shape{0}, dtype);
+  Tensor grad_h0 = new_empty(c0, {D, B, H}), grad_c0 = new_empty(c0, {D, B, H});
+  std::vector<Tensor> grad_weights;
+  for (int64_t d = 0; need_weights && d < D; ++d) {
+    grad_weights.push_back(pooled_empty(input, {4 * H, layer.input_size}, dtype));
+    grad_weights.push_back(pooled_empty(input, {4 * H, H}, dtype));
+    grad_weights.push_back(pooled_empty(input, {4 * H}, dtype));
+  }
+  with_storage_type(op, dtype, [&](auto zero) {
+    using S = decltype(zero);
+    LstmBackward<S> p{};
+    p.seq = table.seq;
+    p.input_size = layer.input_size;
+    p.hidden = H;
+    p.directions = D;
+    p.input = read<S>(input);
+    p.grad_output = read<S>(grad_output);
+    p.grad_cell_states = read<S>(grad_cell_states);
+    p.activations = read<S>(activations);
+    p.cell_states = read<Acc<S>>(cell_states);
+    p.grad_input = need_input ? write<S>(grad_input) : nullptr;
+    if (need_input && table.valid_steps < p.seq.rows) fill_zero(p.grad_input, p.seq.rows * p.input_size);
+    for (int64_t d = 0; d < D; ++d) {
+      LstmBackwardDirection<S>& to = p.direction[d];
+      to.reverse = runs_backwards(layer, d, reverse);
+      to.weight_ih = read<S>(layer.weight(d, 0));
+      to.weight_hh = read<S>(layer.weight(d, 1));
+      to.h0 = read<S>(h0) + d * B * H;
+      to.c0 = read<S>(c0) + d * B * H;
+      to.grad_h_n = grad_h_n ? read<S>(grad_h_n) + d * B * H : nullptr;
+      to.grad_c_n = grad_c_n ? read<S>(grad_c_n) + d * B * H : nullptr;
+      to.grad_h0 = write<S>(grad_h0) + d * B * H;
+      to.grad_c0 = write<S>(grad_c0) + d * B * H;
+    }
+    backward(layer, table, p, grad_weights);
+  });
+  return {grad_input, grad_h0, grad_c0, grad_weights};
 }
-template <class S>
-FASTSEQ_TARGET_AVX512 void backward_avx512(const LstmBackward<S>& p, int64_t block) {
-  backward_block<S, 64>(p, block);
-}
-#endif
 
 }  // namespace
 
-template <class S>
-void lstm_forward_block(const LstmForward<S>& p, int64_t block) {
-#if FASTSEQ_X86
-  if (machine_isa() >= Isa::kAvx512) return forward_avx512(p, block);
-  if (machine_isa() == Isa::kAvx2) return forward_avx2(p, block);
-#endif
-  forward_block<S, 16>(p, block);
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+  m.impl("lstm_forward", TORCH_BOX(&lstm_forward_cpu));
+  m.impl("lstm_backward", TORCH_BOX(&lstm_backward_cpu));
 }
-
-template <class S>
-void lstm_backward_block(const LstmBackward<S>& p, int64_t block) {
-#if FASTSEQ_X86
-  if (machine_isa() >= Isa::kAvx512) return backward_avx512(p, block);
-  if (machine_isa() == Isa::kAvx2) return backward_avx2(p, block);
-#endif
-  backward_block<S, 16>(p, block);
-}
-
-#define FASTSEQ_INSTANTIATE(S)                                         \
-  template void lstm_forward_block<S>(const LstmForward<S>&, int64_t); \
-  template void lstm_backward_block<S>(const LstmBackward<S>&, int64_t);
-FASTSEQ_INSTANTIATE(float)
-FASTSEQ_INSTANTIATE(double)
-FASTSEQ_INSTANTIATE(BFloat16)
-FASTSEQ_INSTANTIATE(Half)
-#undef FASTSEQ_INSTANTIATE
 
 }  // namespace fastseq

@@ -1,73 +1,87 @@
-// Kernels of one LSTM layer in one direction. S: storage type, Acc<S>: the type computed in.
+// What the kernels of one LSTM layer are given. S: storage type, Acc<S>: the type computed in.
+//
+// A layer has D = 1 or 2 directions over the same input. Per-step tensors of the layer hold both, side by side.
 #pragma once
 
 #include <cstdint>
 
-#include "matmul.h"
+#include "sequences.h"
 #include "storage.h"
+#include "team.h"
 
 namespace fastseq {
 
-// Where the steps of every sequence lie. Row (t, b) of gates and output is offset[t] + b.
-struct Sequences {
-  int64_t steps;           // T
-  int64_t batch;           // B
-  int64_t hidden;          // H
-  bool packed;             // no rows past the end of a sequence
-  bool reverse;            // from the last valid step to the first
-  const int64_t* offset;   // (T,)
-  const int64_t* lengths;  // (B,) valid steps, 0 .. T
-  const int64_t* order;    // (B,) sequences, longest first
-  int64_t blocks;          // block k runs the sequences order[k], order[k + blocks], ... together
-  int64_t block_rows;      // the most sequences in one block
+// Rows of one block, at most: their states stay in the L1 and L2 cache.
+constexpr int64_t kBlockRows = 64;
+// Rows of the input gradient that one panel of W_ih is used for before the next one comes.
+constexpr int64_t kInputGradientRows = 48;
+// Input rows whose products with W_ih are computed in one go, at most.
+constexpr int64_t kChunkRows = 256;
+// Up to this batch size the rows of W are read where they lie, and not packed: each is needed only a few times a step.
+constexpr int64_t kFewRows = 4;
+
+template <class S>
+struct LstmForwardDirection {
+  bool reverse;
+  const S* weight_ih;          // (4H, I)
+  const S* weight_hh;          // (4H, H)
+  const void* packed_ih;       // by pack_gates, or null: the rows of weight_ih are read
+  const void* packed_hh;       // by pack_gates, or null: the rows of weight_hh are read
+  const Acc<S>* bias;          // (4H,) b_ih + b_hh
+  const S *h0, *c0;            // (B, H)
+  S *h_n, *c_n;                // (B, H)
 };
 
 template <class S>
 struct LstmForward {
   Sequences seq;
-  const S* gates;        // (rows, 4H) x W_ih^T + b_ih + b_hh, order i f g o
-  const S* h0;           // (B, H)
-  const S* c0;           // (B, H)
-  const Acc<S>* weight;  // W_hh^T (H, 4H), packed by pack_panel
-  S* output;             // (rows, H), zeros past the length
-  S* h_n;                // (B, H)
-  S* c_n;                // (B, H)
-  Acc<S>* activations;   // (rows, 4H) or null, zeros past the length
-  Acc<S>* cell_states;   // (rows, H) or null, zeros past the length
-  Acc<S>* scratch;       // (blocks, forward_scratch)
+  int64_t input_size, hidden, directions;  // I, H, D
+  const S* input;                          // (rows, I)
+  S* output;                               // (rows, D * H)
+  S* activations;                          // (rows, D * 4H) or null
+  Acc<S>* cell_states;                     // (rows, D * H) or null
+  LstmForwardDirection<S> direction[2];
+  int64_t blocks;                          // the batch is shared out as that many blocks
+  int64_t chunk_rows;                      // block rows .. kChunkRows
+};
+
+template <class S>
+struct LstmBackwardDirection {
+  bool reverse;
+  const S* weight_ih;     // (4H, I)
+  const S* weight_hh;     // (4H, H)
+  void* packed_ih;        // W_ih by pack_columns, or null if grad_input is not needed
+  void* packed_hh;        // W_hh by pack_columns
+  const S *h0, *c0;       // (B, H)
+  const S *grad_h_n, *grad_c_n;  // (B, H) or null
+  S *grad_h0, *grad_c0;   // (B, H)
+  Acc<S>* sums_ih;        // (4H, I) gradient of W_ih, before it is rounded
+  Acc<S>* sums_hh;        // (4H, H) gradient of W_hh, likewise
+  S* grad_bias;           // (4H,)
+  void* grad_gates;       // (rows, gates_stride) operands, scratch
+  void* hidden_states;    // (rows + B, H) operands, scratch: h of every step, then h0
 };
 
 template <class S>
 struct LstmBackward {
   Sequences seq;
-  const S* grad_output;       // (rows, H) or null
-  const S* grad_h_n;          // (B, H) or null
-  const S* grad_c_n;          // (B, H) or null
-  const S* grad_cell_states;  // (rows, H) or null
-  const Acc<S>* activations;  // (rows, 4H)
-  const Acc<S>* cell_states;  // (rows, H)
-  const S* c0;                // (B, H)
-  const Acc<S>* weight;       // W_hh (4H, H), packed by pack_panel
-  S* grad_gates;              // (rows, 4H), zeros past the length
-  S* grad_h0;                 // (B, H)
-  S* grad_c0;                 // (B, H)
-  Acc<S>* scratch;            // (blocks, backward_scratch)
+  int64_t input_size, hidden, directions;  // I, H, D
+  const S* input;                          // (rows, I)
+  const S* grad_output;                    // (rows, D * H) or null
+  const S* grad_cell_states;               // (rows, D * H) or null
+  const S* activations;                    // (rows, D * 4H)
+  const Acc<S>* cell_states;               // (rows, D * H)
+  S* grad_input;                           // (rows, I) or null
+  LstmBackwardDirection<S> direction[2];
+  int64_t blocks;
+  int64_t gates_stride;                    // elements between rows of grad_gates
 };
 
-// Elements of Acc<S> that one block needs, forward and backward.
-template <class S>
-int64_t forward_scratch(const Sequences& seq) {
-  return seq.block_rows * (padded<Acc<S>>(4 * seq.hidden) + 2 * seq.hidden);
-}
-template <class S>
-int64_t backward_scratch(const Sequences& seq) {
-  return seq.block_rows * (5 * seq.hidden + padded<Acc<S>>(seq.hidden)) + seq.hidden;
-}
-
-// One block of sequences, all their steps.
-template <class S>
-void lstm_forward_block(const LstmForward<S>& p, int64_t block);
-template <class S>
-void lstm_backward_block(const LstmBackward<S>& p, int64_t block);
+// The steps of all sequences, in no matter what order, and the hidden state that each started from.
+struct ValidRows {
+  int64_t count;
+  const int64_t* position;     // (count,) rows of per-step tensors
+  const int64_t* previous[2];  // (count,) per direction: rows of hidden_states
+};
 
 }  // namespace fastseq

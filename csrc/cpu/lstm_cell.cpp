@@ -1,97 +1,79 @@
+// The operators lstm_cell_forward and lstm_cell_backward on the CPU: checks, outputs, threads. See lstm_cell.inc.
 #include "lstm_cell.h"
 
-#include "isa.h"
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "kernels.h"
+#include "operators.h"
 
 namespace fastseq {
 namespace {
 
-template <class S>
-FASTSEQ_INLINE void forward_rows(const CellForward<S>& p, int64_t begin, int64_t end) {
-  using A = Acc<S>;
-  const int64_t H = p.hidden;
-  for (int64_t b = begin; b < end; ++b) {
-    const S* __restrict gates = p.gates + b * 4 * H;
-    const S* __restrict c = p.c + b * H;
-    S* __restrict h = p.h + b * H;
-    S* __restrict c_n = p.c_n + b * H;
-    A* __restrict activations = p.activations + b * 4 * H;
-#pragma omp simd
-    for (int64_t j = 0; j < H; ++j) {
-      A i = load(gates[j]), f = load(gates[H + j]), g = load(gates[2 * H + j]), o = load(gates[3 * H + j]);
-      A cell = load(c[j]);
-      store(lstm_cell_forward(i, f, g, o, cell), h + j);
-      store(cell, c_n + j);
-      activations[j] = i;
-      activations[H + j] = f;
-      activations[2 * H + j] = g;
-      activations[3 * H + j] = o;
-    }
-  }
+using torch::stable::new_empty;
+using torch::stable::parallel_for;
+
+// Rows that make a task worth a thread, when one row costs about `work` multiply-adds.
+int64_t rows_per_task(int64_t work) { return kGrain / (work + 1) + 1; }
+
+std::tuple<Tensor, Tensor, Tensor> lstm_cell_forward_cpu(Tensor gates, Tensor c) {
+  const char* op = "lstm_cell_forward";
+  check_rank(op, "c", c, 2, "(B, H)");
+  const int64_t B = c.size(0), H = c.size(1);
+  check_cpu(op, "c", c, {B, H}, c.scalar_type());
+  check_cpu(op, "gates", gates, {B, 4 * H}, c.scalar_type());
+
+  Tensor h = new_empty(c, {B, H}), c_n = new_empty(c, {B, H});
+  Tensor activations = new_empty(c, {B, 4 * H}, accumulate_type(c.scalar_type()));
+  with_storage_type(op, c.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    CellForward<S> p{};
+    p.hidden = H;
+    p.gates = read<S>(gates);
+    p.c = read<S>(c);
+    p.h = write<S>(h);
+    p.c_n = write<S>(c_n);
+    p.activations = write<Acc<S>>(activations);
+    parallel_for(0, B, rows_per_task(64 * H), [&](int64_t begin, int64_t end) { kernels<S>().cell_forward(p, begin, end); });
+  });
+  return {h, c_n, activations};
 }
 
-template <class S>
-FASTSEQ_INLINE void backward_rows(const CellBackward<S>& p, int64_t begin, int64_t end) {
-  using A = Acc<S>;
-  const int64_t H = p.hidden;
-  for (int64_t b = begin; b < end; ++b) {
-    const A* __restrict gates = p.activations + b * 4 * H;
-    const S* __restrict c = p.c + b * H;
-    const S* __restrict c_n = p.c_n + b * H;
-    const S* __restrict grad_h = p.grad_h ? p.grad_h + b * H : nullptr;
-    const S* __restrict grad_c_n = p.grad_c_n ? p.grad_c_n + b * H : nullptr;
-    S* __restrict grad_gates = p.grad_gates + b * 4 * H;
-    S* __restrict grad_c = p.grad_c + b * H;
-#pragma omp simd
-    for (int64_t j = 0; j < H; ++j) {
-      const A dh = grad_h ? load(grad_h[j]) : A(0);
-      const A dc = grad_c_n ? load(grad_c_n[j]) : A(0);
-      const CellGradient<A> d = lstm_cell_backward(gates[j], gates[H + j], gates[2 * H + j], gates[3 * H + j],
-                                                   load(c[j]), load(c_n[j]), dh, dc);
-      store(d.i, grad_gates + j);
-      store(d.f, grad_gates + H + j);
-      store(d.g, grad_gates + 2 * H + j);
-      store(d.o, grad_gates + 3 * H + j);
-      store(d.c, grad_c + j);
-    }
-  }
-}
+std::tuple<Tensor, Tensor> lstm_cell_backward_cpu(
+    Tensor activations, Tensor c, Tensor c_n, OptionalTensor grad_h, OptionalTensor grad_c_n) {
+  const char* op = "lstm_cell_backward";
+  check_rank(op, "c", c, 2, "(B, H)");
+  const int64_t B = c.size(0), H = c.size(1);
+  const ScalarType dtype = c.scalar_type();
+  check_cpu(op, "c", c, {B, H}, dtype);
+  check_cpu(op, "c_n", c_n, {B, H}, dtype);
+  check_cpu(op, "activations", activations, {B, 4 * H}, accumulate_type(dtype));
+  check_optional(op, "grad_h", grad_h, {B, H}, dtype);
+  check_optional(op, "grad_c_n", grad_c_n, {B, H}, dtype);
 
-#if FASTSEQ_X86
-template <class S>
-FASTSEQ_TARGET_AVX2 void forward_avx2(const CellForward<S>& p, int64_t begin, int64_t end) {
-  forward_rows(p, begin, end);
+  Tensor grad_gates = new_empty(c, {B, 4 * H}), grad_c = new_empty(c, {B, H});
+  with_storage_type(op, dtype, [&](auto zero) {
+    using S = decltype(zero);
+    CellBackward<S> p{};
+    p.hidden = H;
+    p.activations = read<Acc<S>>(activations);
+    p.c = read<S>(c);
+    p.c_n = read<S>(c_n);
+    p.grad_h = read<S>(grad_h);
+    p.grad_c_n = read<S>(grad_c_n);
+    p.grad_gates = write<S>(grad_gates);
+    p.grad_c = write<S>(grad_c);
+    parallel_for(0, B, rows_per_task(64 * H), [&](int64_t begin, int64_t end) { kernels<S>().cell_backward(p, begin, end); });
+  });
+  return {grad_gates, grad_c};
 }
-template <class S>
-FASTSEQ_TARGET_AVX2 void backward_avx2(const CellBackward<S>& p, int64_t begin, int64_t end) {
-  backward_rows(p, begin, end);
-}
-#endif
 
 }  // namespace
 
-template <class S>
-void cell_forward(const CellForward<S>& p, int64_t begin, int64_t end) {
-#if FASTSEQ_X86
-  if (machine_isa() != Isa::kBaseline) return forward_avx2(p, begin, end);
-#endif
-  forward_rows(p, begin, end);
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+  m.impl("lstm_cell_forward", TORCH_BOX(&lstm_cell_forward_cpu));
+  m.impl("lstm_cell_backward", TORCH_BOX(&lstm_cell_backward_cpu));
 }
-
-template <class S>
-void cell_backward(const CellBackward<S>& p, int64_t begin, int64_t end) {
-#if FASTSEQ_X86
-  if (machine_isa() != Isa::kBaseline) return backward_avx2(p, begin, end);
-#endif
-  backward_rows(p, begin, end);
-}
-
-#define FASTSEQ_INSTANTIATE(S)                                            \
-  template void cell_forward<S>(const CellForward<S>&, int64_t, int64_t); \
-  template void cell_backward<S>(const CellBackward<S>&, int64_t, int64_t);
-FASTSEQ_INSTANTIATE(float)
-FASTSEQ_INSTANTIATE(double)
-FASTSEQ_INSTANTIATE(BFloat16)
-FASTSEQ_INSTANTIATE(Half)
-#undef FASTSEQ_INSTANTIATE
 
 }  // namespace fastseq

@@ -29,10 +29,4 @@ struct CellBackward {
   S* grad_c;                  // (B, H)
 };
 
-// Rows [begin, end) of the batch.
-template <class S>
-void cell_forward(const CellForward<S>& p, int64_t begin, int64_t end);
-template <class S>
-void cell_backward(const CellBackward<S>& p, int64_t begin, int64_t end);
-
 }  // namespace fastseq

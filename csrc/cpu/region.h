@@ -18,6 +18,8 @@
 #include <immintrin.h>
 #endif
 
+#define FASTSEQ_NOINLINE __attribute__((noinline))
+#define FASTSEQ_LAMBDA_INLINE __attribute__((always_inline))
 #define FASTSEQ_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
 #define FASTSEQ_REGION_BEGIN(isa) FASTSEQ_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))

@@ -79,4 +79,9 @@ FASTSEQ_INLINE void store(float x, Half* out) {
   out->bits = static_cast<uint16_t>(bits | sign);
 }
 
+template <class T>
+FASTSEQ_INLINE void fill_zero(T* out, int64_t count) {
+  std::memset(static_cast<void*>(out), 0, count * sizeof(T));
+}
+
 }  // namespace fastseq

@@ -6,9 +6,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq.backend import LSTMCellCall, check_name, select
-from fastseq.ops.lstm.api import check_batch_sizes, check_lengths, describe
+from fastseq.ops.lstm.api import check_batch_sizes, check_lengths, describe, without_padding
 from fastseq.ops.lstm.function import apply as apply_lstm
-from fastseq.ops.lstm.layout import zero_padding
 from fastseq.ops.lstm.vendor import stack as vendor_stack
 from fastseq.ops.lstm_cell.function import apply as apply_lstm_cell
 from fastseq.ops.modes import autocast_enabled, cast_inputs, without_autocast
@@ -229,8 +228,7 @@ class LSTM(nn.RNNBase):
         hx, weights = rest[:2], rest[2:]
         time_major = batch_sizes is not None or not self.batch_first
         data = data if time_major else data.transpose(0, 1)
-        if lengths is not None:
-            data = zero_padding(data, lengths)
+        data = without_padding(data, lengths, backend)
         with without_autocast(data.device.type):
             output, h_n, c_n, cell_states = self._layers(
                 backend, data, hx, weights, lengths, batch_sizes, return_cell_states
@@ -241,31 +239,37 @@ class LSTM(nn.RNNBase):
         return output, h_n, c_n, cell_states
 
     def _layers(self, backend: str, input: Tensor, hx, weights, lengths, batch_sizes, return_cell_states: bool):
-        """Layer by layer, direction by direction; input is time-major or packed."""
+        """Layer by layer; input is time-major or packed."""
         directions = 2 if self.bidirectional else 1
-        per_layer = len(weights) // (self.num_layers * directions)
         h_n, c_n, cell_states = [], [], None
         for layer in range(self.num_layers):
             last = layer == self.num_layers - 1
-            results = []
-            for direction in range(directions):
-                k = layer * directions + direction
-                own = weights[k * per_layer : (k + 1) * per_layer]
-                weight_ih, weight_hh, bias_ih, bias_hh = own[:4] if self.bias else (*own[:2], None, None)
-                weight_hr = own[-1] if self.proj_size else None
-                tensors = (input, hx[0][k], hx[1][k], weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-                results.append(
-                    apply_lstm(backend, tensors, lengths, batch_sizes, direction == 1, return_cell_states and last)
-                )
-            outputs, h, c, cells = zip(*results, strict=True)
-            input = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
-            h_n += h
-            c_n += c
-            if return_cell_states and last:
-                cell_states = cells[0] if directions == 1 else torch.cat(cells, dim=-1)
+            first, end = layer * directions, (layer + 1) * directions
+            input, h, c, cell_states = apply_lstm(
+                backend,
+                input,
+                hx[0][first:end],
+                hx[1][first:end],
+                [self._direction(weights, k) for k in range(first, end)],
+                lengths,
+                batch_sizes,
+                False,
+                return_cell_states and last,
+            )
+            h_n.append(h)
+            c_n.append(c)
             if self.dropout and not last:
                 input = F.dropout(input, self.dropout, self.training)
-        return input, torch.stack(h_n), torch.stack(c_n), cell_states
+        if self.num_layers == 1:
+            return input, h_n[0], c_n[0], cell_states
+        return input, torch.cat(h_n), torch.cat(c_n), cell_states
+
+    def _direction(self, weights, k: int) -> tuple[Tensor | None, ...]:
+        """weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of the k-th layer and direction; None where it has none."""
+        count = 2 + 2 * self.bias + bool(self.proj_size)
+        own = weights[k * count : (k + 1) * count]
+        biases = own[2:4] if self.bias else (None, None)
+        return *own[:2], *biases, own[-1] if self.proj_size else None
 
 
 def _check_pair(hx) -> None:

@@ -60,7 +60,6 @@ def lstm(
         if batch_sizes is not None:
             raise ValueError("lstm: give lengths (padded input) or batch_sizes (packed input), not both")
         lengths = check_lengths(lengths, input.size(0), input.size(1), input.device)
-        tensors = (zero_padding(input, lengths), *tensors[1:])
     tensors = cast_inputs(*tensors)
     call = describe(
         tensors[0],
@@ -72,11 +71,20 @@ def lstm(
         reverse=reverse,
         return_cell_states=return_cell_states,
     )
+    chosen = select("lstm", backend, call)
     with without_autocast(input.device.type):
+        x, h0, c0, *weights = tensors
+        x = without_padding(x, lengths, chosen)
         output, h_n, c_n, cell_states = apply(
-            select("lstm", backend, call), tensors, lengths, batch_sizes, reverse, return_cell_states
+            chosen, x, h0[None], c0[None], [tuple(weights)], lengths, batch_sizes, reverse, return_cell_states
         )
+    h_n, c_n = h_n.squeeze(0), c_n.squeeze(0)
     return (output, (h_n, c_n), cell_states) if return_cell_states else (output, (h_n, c_n))
+
+
+def without_padding(input: Tensor, lengths: Tensor | None, backend: str) -> Tensor:
+    """The input with zeros past the lengths, for backends that compute on the padding: NaN must reach no gradient."""
+    return input if lengths is None or backend == "native" else zero_padding(input, lengths)
 
 
 def check_lengths(lengths: Tensor, steps: int, batch: int, device: torch.device) -> Tensor:

@@ -1,37 +1,30 @@
-"""The ``native`` backend of ``lstm``: torch multiplies by W_ih, one compiled operator runs all time steps."""
+"""The ``native`` backend of ``lstm``: one compiled operator runs all steps of a layer in all its directions."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq import _native
-from fastseq.ops.lstm.layout import previous_states
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def forward(
     input: Tensor,  # (T, B, I), or (N, I) with batch_sizes
-    h0: Tensor,  # (B, H)
-    c0: Tensor,  # (B, H)
-    weight_ih: Tensor,  # (4H, I)
-    weight_hh: Tensor,  # (4H, H)
-    bias_ih: Tensor | None,  # (4H,)
-    bias_hh: Tensor | None,  # (4H,)
-    weight_hr: None,
+    h0: Tensor,  # (D, B, H)
+    c0: Tensor,  # (D, B, H)
+    weights: list[tuple],  # per direction W_ih (4H, I), W_hh (4H, H), b_ih and b_hh (4H,) or None, None
     lengths: Tensor | None,  # (B,) int64
     batch_sizes: Tensor | None,  # (T,) int64, CPU
     reverse: bool,
     need_backward: bool,
     need_cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """-> output (T, B, H) or (N, H), h_n and c_n (B, H), cell states like output or None, saved for ``backward``."""
-    gates = F.linear(input, weight_ih, _sum(bias_ih, bias_hh))
+    """-> output (..., D*H), h_n and c_n (D, B, H), cell states like output or None, saved for ``backward``."""
     output, h_n, c_n, activations, cell_states = torch.ops.fastseq.lstm_forward(
-        gates.contiguous(),
+        input.contiguous(),
         h0.contiguous(),
         c0.contiguous(),
-        weight_hh.contiguous(),
+        _flat(weights),
         _on_cpu(lengths),
         _on_cpu(batch_sizes),
         reverse,
@@ -45,59 +38,43 @@ def forward(
 
 def backward(
     grad_output: Tensor | None,  # like output
-    grad_h_n: Tensor | None,  # (B, H)
-    grad_c_n: Tensor | None,  # (B, H)
+    grad_h_n: Tensor | None,  # (D, B, H)
+    grad_c_n: Tensor | None,  # (D, B, H)
     grad_cell_states: Tensor | None,  # like output
     input: Tensor,
     h0: Tensor,
     c0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: None,
+    weights: list[tuple],
     saved: tuple[Tensor, ...],
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr; None where not needed."""
-    need_input, need_h0, need_c0, need_weight_ih, need_weight_hh, need_bias_ih, need_bias_hh, _ = needs
-    activations, cell_states = saved
-    grad_gates, grad_h0, grad_c0 = torch.ops.fastseq.lstm_backward(
+    """Gradients of input, h0, c0 and, five per direction, the weights; None where not needed."""
+    need_input, need_h0, need_c0, *need_weights = needs
+    grad_input, grad_h0, grad_c0, grads = torch.ops.fastseq.lstm_backward(
         _contiguous(grad_output),
         _contiguous(grad_h_n),
         _contiguous(grad_c_n),
         _contiguous(grad_cell_states),
-        activations,
-        cell_states,
+        input.contiguous(),
+        h0.contiguous(),
         c0.contiguous(),
-        weight_hh.contiguous(),
+        _flat(weights),
+        *saved,
         _on_cpu(lengths),
         _on_cpu(batch_sizes),
         reverse,
+        need_input,
+        any(need_weights),
     )
-    rows = grad_gates.flatten(0, -2)  # (N, 4H)
-    grad_input = grad_gates @ weight_ih if need_input else None
-    grad_weight_ih = rows.T @ input.flatten(0, -2) if need_weight_ih else None
-    grad_weight_hh = None
-    if need_weight_hh:
-        o, tanh_c = activations[..., 3 * c0.size(1) :], cell_states.tanh()
-        output = (o * tanh_c).to(weight_hh.dtype)  # again, because users change what they were given in place
-        h_prev = previous_states(output, h0, lengths, batch_sizes, reverse)
-        grad_weight_hh = rows.T @ h_prev.flatten(0, -2)
-    grad_bias = rows.sum(0) if need_bias_ih or need_bias_hh else None
-    return (
-        grad_input,
-        grad_h0 if need_h0 else None,
-        grad_c0 if need_c0 else None,
-        grad_weight_ih,
-        grad_weight_hh,
-        grad_bias if need_bias_ih else None,
-        grad_bias if need_bias_hh else None,
-        None,
-    )
+    result = [grad_input if need_input else None, grad_h0 if need_h0 else None, grad_c0 if need_c0 else None]
+    for d in range(len(weights)):
+        weight_ih, weight_hh, bias = grads[3 * d : 3 * d + 3] if grads else (None, None, None)
+        found = (weight_ih, weight_hh, bias, bias, None)
+        result += [g if need else None for g, need in zip(found, need_weights[5 * d :], strict=False)]
+    return tuple(result)
 
 
 def unsupported(call) -> str | None:
@@ -117,10 +94,8 @@ def unsupported(call) -> str | None:
     return None
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+def _flat(weights: list[tuple]) -> list[Tensor]:
+    return [w.contiguous() for own in weights for w in own if w is not None]
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
@@ -142,37 +117,45 @@ def _check_shape(op: str, name: str, t: Tensor, shape: tuple) -> None:
     )
 
 
-def _check_rows(op: str, per_step: Tensor, c0: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None) -> None:
+def _check_layer(op: str, input, h0, c0, weights, lengths, batch_sizes) -> tuple:
+    """The checks of the compiled operator on shapes and dtypes -> the leading sizes of per-step tensors, D, B, H, I."""
     torch._check(
         lengths is None or batch_sizes is None,
         lambda: f"{op}: lengths and batch_sizes exclude each other, got both",
     )
     rank = 3 if batch_sizes is None else 2
-    torch._check(c0.dim() == 2, lambda: f"{op}: c0 must have the shape (B, H), got {tuple(c0.shape)}")
-    torch._check(per_step.dim() == rank, lambda: f"{op}: expected {rank} dimensions, got {tuple(per_step.shape)}")
+    torch._check(c0.dim() == 3, lambda: f"{op}: c0 must have the shape (D, B, H), got {tuple(c0.shape)}")
+    torch._check(
+        input.dim() == rank, lambda: f"{op}: input must have {rank} dimensions, got the shape {tuple(input.shape)}"
+    )
+    (D, B, H), I = c0.shape, input.shape[-1]  # noqa: E741
+    torch._check(
+        len(weights) in (2 * D, 4 * D), lambda: f"{op}: weights must be 2 or 4 per direction, got {len(weights)}"
+    )
     if batch_sizes is None:
         torch._check(
-            per_step.shape[1] == c0.shape[0],
-            lambda: f"{op}: the batch of {tuple(per_step.shape)} is not that of c0 {tuple(c0.shape)}",
+            input.shape[1] == B,
+            lambda: f"{op}: the batch of input {tuple(input.shape)} is not that of c0 {tuple(c0.shape)}",
         )
+    _check_shape(op, "h0", h0, (D, B, H))
+    shapes = ((4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    for k, weight in enumerate(weights):
+        which = k % (len(weights) // D)
+        _check_shape(op, names[which], weight, shapes[which])
+    for name, t in (("h0", h0), ("c0", c0), *((f"weights[{k}]", w) for k, w in enumerate(weights))):
+        torch._check(t.dtype == input.dtype, lambda name=name: f"{op}: {name} must have the dtype {input.dtype}")
+    return input.shape[:-1], D, B, H, I
 
 
-def _fake_forward(gates, h0, c0, weight_hh, lengths, batch_sizes, reverse, need_activations, need_cell_states):
-    op = "lstm_forward"
-    _check_rows(op, gates, c0, lengths, batch_sizes)
-    B, H = c0.shape
-    _check_shape(op, "gates", gates, (*gates.shape[:-1], 4 * H))
-    _check_shape(op, "h0", h0, (B, H))
-    _check_shape(op, "weight_hh", weight_hh, (4 * H, H))
-    for name, t in (("h0", h0), ("c0", c0), ("weight_hh", weight_hh)):
-        torch._check(t.dtype == gates.dtype, lambda name=name: f"{op}: {name} must have the dtype {gates.dtype}")
-    rows, acc = gates.shape[:-1], _accumulate_dtype(gates.dtype)
+def _fake_forward(input, h0, c0, weights, lengths, batch_sizes, reverse, need_activations, need_cell_states):
+    rows, D, B, H, _ = _check_layer("lstm_forward", input, h0, c0, weights, lengths, batch_sizes)
     return (
-        gates.new_empty(*rows, H),
-        gates.new_empty(B, H),
-        gates.new_empty(B, H),
-        gates.new_empty((*rows, 4 * H) if need_activations else (0,), dtype=acc),
-        gates.new_empty((*rows, H) if need_cell_states else (0,), dtype=acc),
+        input.new_empty(*rows, D * H),
+        c0.new_empty(D, B, H),
+        c0.new_empty(D, B, H),
+        input.new_empty((*rows, D * 4 * H) if need_activations else (0,)),
+        input.new_empty((*rows, D * H) if need_cell_states else (0,), dtype=_accumulate_dtype(input.dtype)),
     )
 
 
@@ -181,22 +164,29 @@ def _fake_backward(
     grad_h_n,
     grad_c_n,
     grad_cell_states,
+    input,
+    h0,
+    c0,
+    weights,
     activations,
     cell_states,
-    c0,
-    weight_hh,
     lengths,
     batch_sizes,
     reverse,
+    need_input,
+    need_weights,
 ):
     op = "lstm_backward"
-    _check_rows(op, activations, c0, lengths, batch_sizes)
-    B, H = c0.shape
-    rows = activations.shape[:-1]
-    _check_shape(op, "activations", activations, (*rows, 4 * H))
-    _check_shape(op, "cell_states", cell_states, (*rows, H))
-    _check_shape(op, "weight_hh", weight_hh, (4 * H, H))
-    return weight_hh.new_empty(*rows, 4 * H), weight_hh.new_empty(B, H), weight_hh.new_empty(B, H)
+    rows, D, B, H, I = _check_layer(op, input, h0, c0, weights, lengths, batch_sizes)  # noqa: E741
+    _check_shape(op, "activations", activations, (*rows, D * 4 * H))
+    _check_shape(op, "cell_states", cell_states, (*rows, D * H))
+    shapes = ((4 * H, I), (4 * H, H), (4 * H,)) * D if need_weights else ()
+    return (
+        torch.empty_like(input) if need_input else input.new_empty(0),
+        c0.new_empty(D, B, H),
+        c0.new_empty(D, B, H),
+        [input.new_empty(shape) for shape in shapes],
+    )
 
 
 if _native.available():

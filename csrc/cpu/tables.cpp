@@ -1,6 +1,4 @@
-#include "sequences.h"
-
-#include <torch/csrc/stable/ops.h>
+#include "tables.h"
 
 #include <algorithm>
 #include <numeric>
@@ -8,8 +6,8 @@
 namespace fastseq {
 namespace {
 
-void read_padded(const char* op, SequenceTable& table, const Tensor& per_step, const OptionalTensor& lengths) {
-  const int64_t T = per_step.size(0), B = table.seq.batch;
+void read_padded(const char* op, SequenceTable& table, const Tensor& input, const OptionalTensor& lengths) {
+  const int64_t T = input.size(0), B = table.seq.batch;
   table.rows = {T, B};
   for (int64_t t = 0; t < T; ++t) table.offset.push_back(t * B);
   table.lengths.assign(B, T);
@@ -24,8 +22,8 @@ void read_padded(const char* op, SequenceTable& table, const Tensor& per_step, c
   }
 }
 
-void read_packed(const char* op, SequenceTable& table, const Tensor& per_step, const Tensor& batch_sizes) {
-  const int64_t N = per_step.size(0), B = table.seq.batch;
+void read_packed(const char* op, SequenceTable& table, const Tensor& input, const Tensor& batch_sizes) {
+  const int64_t N = input.size(0), B = table.seq.batch;
   check_rank(op, "batch_sizes", batch_sizes, 1, "(T,)");
   const int64_t T = batch_sizes.size(0);
   check_cpu(op, "batch_sizes", batch_sizes, {T}, ScalarType::Long);
@@ -40,56 +38,59 @@ void read_packed(const char* op, SequenceTable& table, const Tensor& per_step, c
                     ": batch_sizes must be positive and never increase, got batch_sizes[", t, "] = ", sizes[t]);
     table.offset.push_back(total);
     total += sizes[t];
-    for (int64_t b = 0; b < sizes[t]; ++b) table.lengths[b] = t + 1;
+    const int64_t ended = t + 1 < T ? sizes[t + 1] : 0;
+    for (int64_t b = ended < 0 ? 0 : ended; b < sizes[t]; ++b) table.lengths[b] = t + 1;
   }
   STD_TORCH_CHECK(total == N, op, ": batch_sizes must sum to the ", N, " rows of the packed input, got ", total);
-}
-
-// As many blocks as threads, or a multiple: block k takes every blocks-th sequence, so all get long and short ones.
-void share_among_threads(SequenceTable& table) {
-  constexpr int64_t kRowsPerBlock = 32;  // their states stay in the L1 or L2 cache
-  Sequences& seq = table.seq;
-  const int64_t valid_steps = std::accumulate(table.lengths.begin(), table.lengths.end(), int64_t{0});
-  const int64_t work = valid_steps * 4 * seq.hidden * seq.hidden;
-  const int64_t threads = std::clamp<int64_t>(work / kGrain, 1, torch::stable::get_num_threads());
-  const int64_t rows_per_thread = (seq.batch + threads - 1) / threads;
-  const int64_t blocks = threads * ((rows_per_thread + kRowsPerBlock - 1) / kRowsPerBlock);
-  seq.blocks = std::min(blocks, seq.batch);
-  seq.block_rows = seq.blocks == 0 ? 0 : (seq.batch + seq.blocks - 1) / seq.blocks;
 }
 
 }  // namespace
 
 SequenceTable read_sequences(const char* op,
-                             const char* name,
-                             const Tensor& per_step,
+                             const Tensor& input,
                              const Tensor& c0,
                              const OptionalTensor& lengths,
-                             const OptionalTensor& batch_sizes,
-                             bool reverse) {
+                             const OptionalTensor& batch_sizes) {
   STD_TORCH_CHECK(!lengths || !batch_sizes, op, ": lengths and batch_sizes exclude each other, got both");
-  check_rank(op, "c0", c0, 2, "(B, H)");
-  check_rank(op, name, per_step, batch_sizes ? 2 : 3, batch_sizes ? "(N, columns)" : "(T, B, columns)");
+  check_rank(op, "c0", c0, 3, "(D, B, H)");
+  check_rank(op, "input", input, batch_sizes ? 2 : 3, batch_sizes ? "(N, I)" : "(T, B, I)");
   SequenceTable table;
   Sequences& seq = table.seq;
-  seq.batch = c0.size(0);
-  seq.hidden = c0.size(1);
+  seq.batch = c0.size(1);
   seq.packed = batch_sizes.has_value();
-  seq.reverse = reverse;
   if (batch_sizes) {
-    read_packed(op, table, per_step, *batch_sizes);
+    read_packed(op, table, input, *batch_sizes);
   } else {
-    read_padded(op, table, per_step, lengths);
+    read_padded(op, table, input, lengths);
   }
   seq.steps = table.offset.size();
+  seq.rows = seq.packed ? table.rows[0] : table.rows[0] * table.rows[1];
   table.order.resize(seq.batch);
   std::iota(table.order.begin(), table.order.end(), 0);
   std::stable_sort(table.order.begin(), table.order.end(),
                    [&](int64_t a, int64_t b) { return table.lengths[a] > table.lengths[b]; });
+  table.valid_steps = std::accumulate(table.lengths.begin(), table.lengths.end(), int64_t{0});
   seq.offset = table.offset.data();
   seq.lengths = table.lengths.data();
   seq.order = table.order.data();
-  share_among_threads(table);
+  return table;
+}
+
+ValidRowTable list_valid_rows(const Sequences& seq, const bool* reverse, int64_t directions) {
+  ValidRowTable table;
+  for (int64_t t = 0; t < seq.steps; ++t) {
+    const int64_t end = t + 1 < seq.steps ? seq.offset[t + 1] : seq.rows;
+    for (int64_t row = seq.offset[t]; row < end; ++row) {
+      const int64_t b = row - seq.offset[t];
+      if (t >= seq.lengths[b]) continue;
+      table.position.push_back(row);
+      for (int64_t d = 0; d < directions; ++d) {
+        const int64_t before = reverse[d] ? t + 1 : t - 1;
+        const bool inside = 0 <= before && before < seq.lengths[b];
+        table.previous[d].push_back(inside ? seq.offset[before] + b : seq.rows + b);
+      }
+    }
+  }
   return table;
 }
 

@@ -1,0 +1,66 @@
+// What the CPU operators share: pointers into tensors, dispatch on the dtype, when to wake threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "../checks.h"
+#include "storage.h"
+
+namespace fastseq {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Multiply-adds worth waking another thread for, about 10 microseconds of work.
+constexpr int64_t kGrain = 1 << 17;
+
+template <class S>
+const S* read(const Tensor& t) {
+  return static_cast<const S*>(t.const_data_ptr());
+}
+
+template <class S>
+const S* read(const OptionalTensor& t) {
+  return t ? read<S>(*t) : nullptr;
+}
+
+template <class S>
+S* write(const Tensor& t) {
+  return static_cast<S*>(t.mutable_data_ptr());
+}
+
+// The dtype that tensors of `dtype` are computed in.
+inline ScalarType accumulate_type(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls run(S{}) with the storage type of `dtype`.
+template <class Run>
+void with_storage_type(const char* op, ScalarType dtype, const Run& run) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return run(float{});
+    case ScalarType::Double:
+      return run(double{});
+    case ScalarType::BFloat16:
+      return run(BFloat16{});
+    case ScalarType::Half:
+      return run(Half{});
+    default:
+      STD_TORCH_CHECK(false, op, ": the dtype must be Float, Double, BFloat16 or Half, got ", dtype);
+  }
+}
+
+inline void check_optional(
+    const char* op, const char* name, const OptionalTensor& t, const Shape& shape, ScalarType dtype) {
+  if (t) check_cpu(op, name, *t, shape, dtype);
+}
+
+inline Shape with_columns(const Shape& rows, int64_t columns) {
+  Shape shape = rows;
+  shape.push_back(columns);
+  return shape;
+}
+
+}  // namespace fastseq
