@@ -16,7 +16,6 @@
 namespace fastseq {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -64,36 +63,46 @@ bool runs_backwards(const Layer& layer, int64_t direction, bool reverse) {
   return layer.directions == 2 ? direction == 1 : reverse;
 }
 
-// How threads share the recurrence: every direction as `blocks` blocks of sequences, each run by a team of `members`.
+// How threads share the recurrence: every direction as `blocks` blocks of sequences, each run by a team of `members`;
+// the directions at the same time or, if each needs all threads, one after the other.
 struct Plan {
   int64_t blocks, members;
+  bool together;
 };
+
+// Few rows make a step wait for its weights: then the share of a thread should fit into its L2 cache.
+constexpr int64_t kShareOfWeights = 1 << 20;  // bytes
 
 Plan share_out(const Layer& layer, const SequenceTable& table, int64_t panels) {
   const int64_t B = layer.batch, D = layer.directions, H = layer.hidden;
   const int64_t work = table.valid_steps * D * 4 * H * (layer.input_size + H);
   const int64_t threads = std::clamp<int64_t>(work / kGrain, 1, torch::stable::get_num_threads());
-  const int64_t per_direction = std::max<int64_t>(1, threads / D);
+  const bool together = B > kFewRows || D == 1 || 4 * H * H * 4 <= kShareOfWeights;
+  const int64_t per_direction = together ? std::max<int64_t>(1, threads / D) : threads;
   const bool split_batch = per_direction == 1 || B >= 4 * per_direction;
   const int64_t shares = split_batch ? per_direction : 1;
   const int64_t blocks = std::min(std::max<int64_t>(B, 1), shares * divide_up(divide_up(B, shares), kBlockRows));
   const bool alone = split_batch || Team::machine_is_crowded();
-  return {std::max<int64_t>(blocks, 1), alone ? 1 : std::min(per_direction, panels)};
+  return {std::max<int64_t>(blocks, 1), alone ? 1 : std::min(per_direction, panels), together || alone};
 }
 
-// Calls run(direction, block, team, share) on the threads of torch, until all members of all teams have run.
+// Calls run(direction, block, team's number, team, share) on the threads of torch, for all members of all teams.
 template <class Run>
 void run_teams(int64_t directions, const Plan& plan, const Run& run) {
   const int64_t teams = directions * plan.blocks, members = plan.members;
-  std::vector<std::unique_ptr<Team>> team;
-  for (int64_t i = 0; i < teams; ++i) team.push_back(std::make_unique<Team>(members));
-  parallel_for(0, teams * members, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin / members; i * members < end; ++i) {
-      const int64_t first = std::max(begin - i * members, int64_t{0}), last = std::min(end - i * members, members);
-      const Team::Share share = team[i]->join(first, last);
-      if (share.begin < share.end) run(i / plan.blocks, i % plan.blocks, i, *team[i], share);
-    }
-  });
+  const int64_t at_once = plan.together ? teams : plan.blocks;
+  for (int64_t first = 0; first < teams; first += at_once) {
+    std::vector<std::unique_ptr<Team>> team;
+    for (int64_t i = 0; i < at_once; ++i) team.push_back(std::make_unique<Team>(members));
+    parallel_for(0, at_once * members, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin / members; i * members < end; ++i) {
+        const int64_t low = std::max(begin - i * members, int64_t{0}), high = std::min(end - i * members, members);
+        const Team::Share share = team[i]->join(low, high);
+        const int64_t number = first + i;
+        if (share.begin < share.end) run(number / plan.blocks, number % plan.blocks, number, *team[i], share);
+      }
+    });
+  }
 }
 
 // b_ih + b_hh of every direction, (D, 4H).
@@ -180,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(Tensor input
   const ScalarType dtype = layer.dtype;
 
   Tensor output = pooled_empty(input, with_columns(table.rows, D * H), dtype);
-  Tensor h_n = new_empty(c0, {D, B, H}), c_n = new_empty(c0, {D, B, H});
+  Tensor h_n = pooled_empty(c0, {D, B, H}, dtype), c_n = pooled_empty(c0, {D, B, H}, dtype);
   Tensor activations = pooled_empty(input, need_activations ? with_columns(table.rows, D * 4 * H) : Shape{0}, dtype);
   Tensor cell_states = pooled_empty(input, need_cell_states ? with_columns(table.rows, D * H) : Shape{0},
                                     accumulate_type(dtype));
@@ -347,7 +356,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward_cpu(Option
   check_cpu(op, "cell_states", cell_states, columns, accumulate_type(dtype));
 
   Tensor grad_input = pooled_empty(input, need_input ? with_columns(table.rows, layer.input_size) : Shape{0}, dtype);
-  Tensor grad_h0 = new_empty(c0, {D, B, H}), grad_c0 = new_empty(c0, {D, B, H});
+  Tensor grad_h0 = pooled_empty(c0, {D, B, H}, dtype), grad_c0 = pooled_empty(c0, {D, B, H}, dtype);
   std::vector<Tensor> grad_weights;
   for (int64_t d = 0; need_weights && d < D; ++d) {
     grad_weights.push_back(pooled_empty(input, {4 * H, layer.input_size}, dtype));

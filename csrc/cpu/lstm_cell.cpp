@@ -7,11 +7,11 @@
 
 #include "kernels.h"
 #include "operators.h"
+#include "pool.h"
 
 namespace fastseq {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 // Rows that make a task worth a thread, when one row costs about `work` multiply-adds.
@@ -24,8 +24,8 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_forward_cpu(Tensor gates, Tensor c)
   check_cpu(op, "c", c, {B, H}, c.scalar_type());
   check_cpu(op, "gates", gates, {B, 4 * H}, c.scalar_type());
 
-  Tensor h = new_empty(c, {B, H}), c_n = new_empty(c, {B, H});
-  Tensor activations = new_empty(c, {B, 4 * H}, accumulate_type(c.scalar_type()));
+  Tensor h = pooled_empty(c, {B, H}, c.scalar_type()), c_n = pooled_empty(c, {B, H}, c.scalar_type());
+  Tensor activations = pooled_empty(c, {B, 4 * H}, accumulate_type(c.scalar_type()));
   with_storage_type(op, c.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     CellForward<S> p{};
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> lstm_cell_backward_cpu(
   check_optional(op, "grad_h", grad_h, {B, H}, dtype);
   check_optional(op, "grad_c_n", grad_c_n, {B, H}, dtype);
 
-  Tensor grad_gates = new_empty(c, {B, 4 * H}), grad_c = new_empty(c, {B, H});
+  Tensor grad_gates = pooled_empty(c, {B, 4 * H}, dtype), grad_c = pooled_empty(c, {B, H}, dtype);
   with_storage_type(op, dtype, [&](auto zero) {
     using S = decltype(zero);
     CellBackward<S> p{};
