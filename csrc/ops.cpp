@@ -13,6 +13,11 @@ STABLE_TORCH_LIBRARY(fastseq, m) {
   m.def(
       "lstm_cell_backward(Tensor activations, Tensor c, Tensor c_n, Tensor? grad_h, Tensor? grad_c_n) "
       "-> (Tensor grad_gates, Tensor grad_c)");
+  // One step with its products, no gradients. input (B, I); h, c (B, H); weight_ih (4H, I), weight_hh (4H, H), also in
+  // bfloat16 beside float32; bias_ih (4H,) or (B, 4H), bias_hh (4H,).
+  m.def(
+      "lstm_step(Tensor input, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
+      "Tensor? bias_hh) -> (Tensor h_n, Tensor c_n)");
   // One layer in D directions. input (rows, I); h0, c0 (D, B, H); weights, per direction: W_ih (4H, I), W_hh (4H, H)
   // and optionally b_ih, b_hh (4H,); lengths, batch_sizes int64 on the CPU. A single direction may be reversed.
   // output (rows, D * H); activations (rows, D * 4H); cell_states (rows, D * H) acc; what is not needed has shape (0,).

@@ -31,7 +31,10 @@ OPS = ("lstm_cell", "lstm", "attention")
 
 
 class LSTMCellCall(NamedTuple):
-    """What decides who serves one ``lstm_cell`` call. ``with_gemms``: the gates are computed in it too (LSTMCell)."""
+    """What decides who serves one ``lstm_cell`` call. ``with_gemms``: the gates are computed in it too (LSTMCell).
+
+    While a graph is traced ``batch`` is None: dynamic.
+    """
 
     device: str
     dtype: torch.dtype
@@ -39,6 +42,7 @@ class LSTMCellCall(NamedTuple):
     with_gemms: bool = False
     requires_grad: bool = False
     compiling: bool = False
+    batch: int | None = None
 
 
 class LSTMCall(NamedTuple):
@@ -140,6 +144,13 @@ RULES = (
         "native",
         lambda c: c.device == "cpu" and c.dtype == _F32 and not c.with_gemms and not c.compiling,
         "one pass instead of seven kernels: native is 1.08 to 1.66 times as fast (B 1 to 256, H 256 and 512)",
+    ),
+    Rule(
+        "lstm_cell",
+        "native",
+        lambda c: c.with_gemms and c.device == "cpu" and c.dtype in (_F32, _BF16) and c.batch is not None
+        and c.batch <= 32 and not c.requires_grad,
+        "STEP",
     ),
     Rule("lstm_cell", "torch", lambda c: True, "no own kernel was measured faster here"),
     Rule(

@@ -18,6 +18,7 @@ struct Kernels {
 
   void (*cell_forward)(const CellForward<S>&, int64_t begin, int64_t end);  // rows of the batch
   void (*cell_backward)(const CellBackward<S>&, int64_t begin, int64_t end);
+  void (*cell_step)(const CellStep<S>&, int64_t begin, int64_t end, const void** pointers, void* scratch);  // panels
 
   void (*pack_gates)(const S* weight, int64_t H, int64_t K, int64_t panel, void* packed);
   void (*pack_columns)(const S* weight, int64_t K, int64_t N, int64_t panel, void* packed);

@@ -136,7 +136,7 @@ int64_t chunk_rows(int64_t block_rows, int64_t hidden) {
   return std::clamp<int64_t>(kGates / (4 * hidden + 1), std::max<int64_t>(block_rows, 32), kChunkRows);
 }
 
-// Below this many rows in a call, reading W_ih as it is costs less than packing it.
+// Below this many rows in a call, reading the weights as they are costs less than packing them.
 constexpr int64_t kRowsWorthPacking = 128;
 
 template <class S>
@@ -148,7 +148,7 @@ void forward(const Layer& layer, const SequenceTable& table, LstmForward<S>& p) 
   p.blocks = plan.blocks;
   p.chunk_rows = chunk_rows(divide_up(layer.batch, plan.blocks), H);
 
-  const bool few_rows = layer.batch <= kFewRows, few_inputs = few_rows && table.valid_steps < kRowsWorthPacking;
+  const bool few_inputs = table.valid_steps < kRowsWorthPacking, few_rows = few_inputs || layer.batch <= kFewRows;
   const int64_t bytes_ih = few_inputs ? 0 : packed_bytes<S>(panels, 4 * k.gate_units, I);
   const int64_t bytes_hh = few_rows ? 0 : packed_bytes<S>(panels, 4 * k.gate_units, H);
   const Scratch packed(D * (bytes_ih + bytes_hh)), bias(D * 4 * H * sizeof(Acc<S>));

@@ -29,4 +29,19 @@ struct CellBackward {
   S* grad_c;                  // (B, H)
 };
 
+// One step with both products in it, for inference: gates = x W_ih^T + b_ih + h W_hh^T + b_hh.
+template <class S>
+struct CellStep {
+  int64_t batch, input_size, hidden;  // B, I, H
+  const S* input;                     // (B, I)
+  const S *h, *c;                     // (B, H)
+  const void* weight_ih;              // (4H, I) of S or, if narrow, of BFloat16
+  const void* weight_hh;              // (4H, H), likewise
+  bool narrow;
+  const S* bias_ih;                   // (4H,), (B, 4H) or null
+  int64_t bias_stride;                // between rows of bias_ih: 0 or 4H
+  const S* bias_hh;                   // (4H,) or null
+  S *h_n, *c_n;                       // (B, H)
+};
+
 }  // namespace fastseq

@@ -9,6 +9,7 @@ from fastseq.backend import LSTMCellCall, check_name, select
 from fastseq.ops.lstm.api import check_batch_sizes, check_lengths, describe, without_padding
 from fastseq.ops.lstm.function import apply as apply_lstm
 from fastseq.ops.lstm.vendor import stack as vendor_stack
+from fastseq.ops.lstm_cell import native as native_cell
 from fastseq.ops.lstm_cell.function import apply as apply_lstm_cell
 from fastseq.ops.modes import autocast_enabled, cast_inputs, without_autocast
 
@@ -328,6 +329,7 @@ class LSTMCell(nn.RNNCellBase):
     def _step(self, input: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         self._check(input, h, c)
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        compiling = torch.compiler.is_compiling()
         call = LSTMCellCall(
             device=input.device.type,
             dtype=c.dtype,
@@ -335,11 +337,14 @@ class LSTMCell(nn.RNNCellBase):
             with_gemms=True,
             requires_grad=torch.is_grad_enabled()
             and any(t is not None and t.requires_grad for t in (input, h, c, *weights)),
-            compiling=torch.compiler.is_compiling(),
+            compiling=compiling,
+            batch=None if compiling else input.size(0),
         )
         backend = select("lstm_cell", self.backend, call)
         if backend == "torch":
             return _vf_lstm_cell(input, (h, c), *weights)
+        if backend == "native" and not call.requires_grad and not compiling and input.dtype == h.dtype == c.dtype:
+            return native_cell.step(input, h, c, *weights)
         gates = F.linear(input, self.weight_ih, self.bias_ih) + F.linear(h, self.weight_hh, self.bias_hh)
         return apply_lstm_cell(backend, gates.to(c.dtype), c)  # under autocast the gates are narrower than the state
 

@@ -24,6 +24,27 @@ def backward(
     )
 
 
+def step(
+    input: Tensor,  # (B, I)
+    h: Tensor,  # (B, H)
+    c: Tensor,  # (B, H)
+    weight_ih: Tensor,  # (4H, I), also bfloat16 beside float32
+    weight_hh: Tensor,  # (4H, H), likewise
+    bias_ih: Tensor | None,  # (4H,) or (B, 4H)
+    bias_hh: Tensor | None,  # (4H,)
+) -> tuple[Tensor, Tensor]:
+    """Both products and the cell in one pass over the weights, which are read as they are; no gradients -> h, c."""
+    return torch.ops.fastseq.lstm_step.default(
+        input.contiguous(),
+        h.contiguous(),
+        c.contiguous(),
+        weight_ih.contiguous(),
+        weight_hh.contiguous(),
+        bias_ih,
+        bias_hh,
+    )
+
+
 def unsupported(call) -> str | None:
     """Why this backend cannot serve the call (an ``LSTMCellCall``) and the way out, or None."""
     if not _native.available():
@@ -62,6 +83,13 @@ def _fake_backward(activations, c, c_n, grad_h, grad_c_n):
     return c.new_empty(B, 4 * H), c.new_empty(B, H)
 
 
+def _fake_step(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
+    torch._check(c.dim() == 2, lambda: f"lstm_step: c must have the shape (B, H), got {tuple(c.shape)}")
+    torch._check(h.shape == c.shape, lambda: f"lstm_step: h must have the shape {tuple(c.shape)}, got {tuple(h.shape)}")
+    return torch.empty_like(c), torch.empty_like(c)
+
+
 if _native.available():
+    torch.library.register_fake("fastseq::lstm_step", _fake_step)
     torch.library.register_fake("fastseq::lstm_cell_forward", _fake_forward)
     torch.library.register_fake("fastseq::lstm_cell_backward", _fake_backward)
