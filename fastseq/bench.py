@@ -1,11 +1,7 @@
 """``fastseq bench``: fastseq's backends against torch's modules, interleaved in one process, after a parity check."""
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import shlex
 import statistics
 import sys
 from dataclasses import asdict
@@ -13,12 +9,11 @@ from pathlib import Path
 
 import torch
 
-import fastseq
-from fastseq import _native, bench_floor
+from fastseq import bench_floor
 from fastseq.backend import BACKENDS
 from fastseq.bench_cases import KINDS, MEAN_GOALS, MODES, SUITES, Case
 from fastseq.bench_engine import Problem, Timing, measure
-from fastseq.terminal import Bar, markdown_table
+from fastseq.report import Bar, environment, load_average, markdown_table
 
 EPILOG = """\
 how it measures:
@@ -37,36 +32,6 @@ examples:
 
 For figures to publish, leave the machine alone meanwhile: the header shows the load average.
 """
-
-
-def environment(argv: list[str]) -> dict[str, object]:
-    """What the figures depend on."""
-    switches = {name: value for name, value in os.environ.items() if name.startswith(("FASTSEQ_", "OMP_", "MKL_"))}
-    return {
-        "command": shlex.join(["fastseq", "bench", *argv]),
-        "date": datetime.date.today().isoformat(),
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load average at the start": load_average(),
-        "fastseq": fastseq.__version__,
-        "native": _native.build_info().get("cpu", "missing"),
-        "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
-        "python": platform.python_version(),
-    } | ({"environment": " ".join(f"{name}={value}" for name, value in switches.items())} if switches else {})
-
-
-def load_average() -> str:
-    """Runnable processes over the last minute."""
-    return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text().splitlines() if path.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def to_row(case: Case, train: bool, timing: Timing) -> dict:
@@ -195,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     args, cases, backends = _parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    facts = environment(argv) | bench_floor.describe()
+    facts = environment(["fastseq", "bench", *argv]) | bench_floor.describe()
     modes = (False, True) if args.mode == "both" else (args.mode == "training",)
     rows, remarks, bar = [], [], Bar(len(cases) * len(modes))
     for case in cases:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastseq.backend import record
 from fastseq.bench_cases import KINDS, Case, make_inputs, make_module, tensors_of
-from fastseq.testing import Results, compare, evaluate
+from fastseq.testing import Results, compare, evaluate, is_refusal
 
 ROUNDS = 5  # at least
 SAMPLE_MS = 3.0  # short calls are repeated for about this long between two looks at the clock
@@ -153,6 +153,8 @@ def measure(
             with record() as choices, torch.set_grad_enabled(train):
                 module(**problem.inputs)
         except RuntimeError as refusal:
+            if not is_refusal(refusal):
+                raise
             remarks.append(f"{problem.case.name}: {refusal}")
             continue
         check_parity(problem, module, train)

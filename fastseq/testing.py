@@ -4,10 +4,15 @@ A tolerance is derived, not chosen: the error against float64 may be at most ``f
 computation in the same dtype, plus one rounding of the largest value.
 """
 
+import contextlib
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastseq import backend
 
 SMALL = 1024  # elements
 
@@ -21,13 +26,19 @@ def max_error(actual: Tensor, oracle: Tensor) -> float:
 def bound(oracle: Tensor, torch_error: float, dtype: torch.dtype, factor: float = 2.0) -> float:
     """``factor * torch_error + eps(dtype) * max|oracle|``: what a kernel of this dtype may be off by.
 
+    A ``torch_error`` that is not finite says nothing and counts as 0: where torch overflows, a kernel need not.
+
     In float64 the oracle is no wider than the result, and its own roundings count: sums of a few hundred terms through
     a few dozen operations, taken as 64 roundings.
     """
     largest = _largest(oracle)
     if dtype == torch.float64:
         return 64 * torch.finfo(dtype).eps * largest
-    return factor * torch_error + torch.finfo(dtype).eps * largest
+    return factor * _finite(torch_error) + torch.finfo(dtype).eps * largest
+
+
+def _finite(error: float) -> float:
+    return error if math.isfinite(error) else 0.0
 
 
 def _largest(t: Tensor) -> float:
@@ -67,15 +78,20 @@ class Comparison(NamedTuple):
         )
 
 
-def evaluate(outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> Results:
+def evaluate(outputs: dict[str, Tensor], leaves: dict[str, Tensor], strided: bool = False) -> Results:
     """Outputs, and the gradients at ``leaves`` of a loss in which every output element has a factor of its own.
 
-    The factors are the same, up to rounding, for every dtype. A leaf without influence gets a gradient of zeros.
+    The factors hold in bfloat16, so that they are the same in every dtype. ``strided``: they come transposed in memory.
+    A leaf without influence gets a gradient of zeros.
     """
     if not leaves:
         return Results(outputs, {})
     generator = torch.Generator().manual_seed(3)
-    factors = [torch.randn(t.shape, generator=generator).to(torch.bfloat16).to(t.dtype) for t in outputs.values()]
+    factors = [torch.randn(t.shape, generator=generator).bfloat16().to(t.dtype) for t in outputs.values()]
+    if strided:
+        factors = [
+            f.permute(*reversed(range(f.dim()))).contiguous().permute(*reversed(range(f.dim()))) for f in factors
+        ]
     grads = torch.autograd.grad(
         list(outputs.values()), list(leaves.values()), factors, allow_unused=True, materialize_grads=True
     )
@@ -103,13 +119,11 @@ def compare_group(
     In a result of a few elements torch's own error is a matter of luck: it may be 0. There the largest error of the
     group, relative to the size of the result it occurs in, stands for all results under ``SMALL`` elements.
     """
-    relative = max(
-        (max_error(baseline[n], oracle[n]) / _largest(oracle[n]) for n in oracle if _largest(oracle[n])), default=0.0
-    )
+    errors = {name: _finite(max_error(baseline[name], want)) for name, want in oracle.items()}
+    relative = max((errors[n] / _largest(want) for n, want in oracle.items() if _largest(want)), default=0.0)
     comparisons = []
     for name, want in oracle.items():
-        own = max_error(baseline[name], want)
-        torch_error = own if want.numel() >= SMALL else max(own, relative * _largest(want))
+        torch_error = errors[name] if want.numel() >= SMALL else max(errors[name], relative * _largest(want))
         comparisons.append(_compare(actual[name], want, baseline[name], torch_error, factor, name))
     return comparisons
 
@@ -153,6 +167,25 @@ def assert_all_accurate(
     """:func:`assert_accurate` for a group of results of one computation; see :func:`compare_group`."""
     wrong = [c for c in compare_group(actual, oracle, baseline, factor=factor) if not c.ok]
     assert not wrong, "; ".join(map(str, wrong))
+
+
+def is_refusal(error: RuntimeError) -> bool:
+    """Whether this is a backend that says why it cannot serve a call, and not a failure of one that tried."""
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame.tb_frame.f_code is backend.select.__code__
+
+
+@contextlib.contextmanager
+def nan_filled_memory() -> Iterator[None]:
+    """New memory holds NaN, so that what a kernel forgets to write is no lucky zero."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def plain_attention(

@@ -1,7 +1,17 @@
-"""What the measuring commands show on a terminal: a progress bar on standard error, and plain tables."""
+"""What the measuring commands tell: progress on standard error, tables, and the facts that figures depend on."""
 
+import datetime
+import os
+import platform
+import shlex
 import sys
 import time
+from pathlib import Path
+
+import torch
+
+import fastseq
+from fastseq import _native
 
 
 class Bar:
@@ -44,3 +54,33 @@ def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
         return "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)) + " |"
 
     return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
+
+
+def environment(command: list[str]) -> dict[str, object]:
+    """What the figures of a command depend on."""
+    switches = {name: value for name, value in os.environ.items() if name.startswith(("FASTSEQ_", "OMP_", "MKL_"))}
+    return {
+        "command": shlex.join(command),
+        "date": datetime.date.today().isoformat(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load average at the start": load_average(),
+        "fastseq": fastseq.__version__,
+        "native": _native.build_info().get("cpu", "missing"),
+        "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
+        "python": platform.python_version(),
+    } | ({"environment": " ".join(f"{name}={value}" for name, value in switches.items())} if switches else {})
+
+
+def load_average() -> str:
+    """Runnable processes over the last minute."""
+    return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
