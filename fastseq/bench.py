@@ -4,7 +4,9 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +15,9 @@ from fastseq import bench_floor
 from fastseq.backend import BACKENDS
 from fastseq.bench_cases import KINDS, MEAN_GOALS, MODES, SUITES, Case
 from fastseq.bench_engine import Problem, Timing, measure
-from fastseq.report import Bar, environment, load_average, markdown_table
+from fastseq.bench_memory import Saved, measure_memory
+from fastseq.bench_peers import PEERS, make_peers
+from fastseq.report import Bar, environment, load_average, markdown_table, quiet_torch
 
 EPILOG = """\
 how it measures:
@@ -30,8 +34,13 @@ examples:
   fastseq bench --peers all --filter decode           # more peers: loops of cells, torch.compile, onnxruntime
   fastseq bench --memory                              # bytes kept for the backward, instead of times
 
+Exit code: 0; 1 where a parity check was red, and then there is no figure; 2 for an option that does not exist.
 For figures to publish, leave the machine alone meanwhile: the header shows the load average.
 """
+
+
+WRONG = "WRONG"
+MEMORY = "Storages that the forward saves for its backward, without inputs and parameters; more than 1 is less memory."
 
 
 def to_row(case: Case, train: bool, timing: Timing) -> dict:
@@ -63,7 +72,7 @@ def summarise(rows: list[dict]) -> list[dict]:
             "cases": len(ratios),
             "geometric_mean": statistics.geometric_mean(ratios),
             "smallest": min(ratios),
-            "goal": MEAN_GOALS.get((group, mode)),
+            "goal": MEAN_GOALS.get((group, mode)) if candidate in BACKENDS else None,
         }
         for (group, mode, candidate), ratios in groups.items()
     ]
@@ -90,13 +99,13 @@ def markdown(facts: dict, rows: list[dict], remarks: list[str]) -> str:
         )
         for s in summarise(rows)
     ]  # fmt: skip
-    parts = [
-        "\n".join(f"- {key}: {value}" for key, value in facts.items()),
-        markdown_table(header, lines),
-        markdown_table(("group", "mode", "candidate", "cases", "geometric mean", "goal", "smallest ratio"), means),
-        "\n".join(f"- {remark}" for remark in remarks),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    summary = markdown_table(("group", "mode", "candidate", "cases", "geometric mean", "goal", "smallest ratio"), means)
+    return _join(facts, [markdown_table(header, lines), summary], remarks)
+
+
+def _join(facts: dict, parts: list[str], remarks: list[str]) -> str:
+    lists = ("\n".join(f"- {key}: {value}" for key, value in facts.items()), "\n".join(f"- {r}" for r in remarks))
+    return "\n\n".join(part for part in (lists[0], *parts, lists[1]) if part) + "\n"
 
 
 def _figure(value: float | None, style: str) -> str:
@@ -104,6 +113,8 @@ def _figure(value: float | None, style: str) -> str:
 
 
 def _goal(row: dict) -> str:
+    if row["candidate"] not in BACKENDS:
+        return "–"
     return f"{row['goal']:.2f}" + ("" if row["ratio"] >= row["goal"] else " missed")
 
 
@@ -131,19 +142,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--filter", default="", help="only cases whose group or name contains this text")
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="what to time (default: %(default)s)")
     parser.add_argument("--backends", default="auto", help=f"comma-separated, of {', '.join(BACKENDS)} (default: auto)")
+    parser.add_argument(
+        "--peers",
+        default="",
+        help=f"more peers than the main one: 'all', or comma-separated of {', '.join(PEERS)} (default: none)",
+    )
+    parser.add_argument("--memory", action="store_true", help="bytes kept for the backward, instead of times")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time per case and mode (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md too")
     return parser
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case], tuple[str, ...]]:
+def _names(parser: argparse.ArgumentParser, option: str, given: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = known if given == "all" else tuple(name for name in given.split(",") if name)
+    for name in names:
+        if name not in known:
+            parser.error(f"{option}: unknown name {name!r}; choose from {', '.join(known)}")
+    return names
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
     parser = _parser()
     args = parser.parse_args(argv)
-    backends = tuple(args.backends.split(","))
-    for name in backends:
-        if name not in BACKENDS:
-            parser.error(f"--backends: unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+    args.backends = _names(parser, "--backends", args.backends, BACKENDS)
+    args.peers = _names(parser, "--peers", args.peers, tuple(PEERS))
+    if not args.backends:
+        parser.error(f"--backends: name at least one of {', '.join(BACKENDS)}")
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")
     suite, _ = SUITES[args.suite]
@@ -151,37 +176,73 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case], tuple[str, 
     if not cases:
         names = "\n  ".join(f"{case.group}: {case.name}" for case in suite)
         parser.error(f"--filter {args.filter!r} fits none of the suite {args.suite!r}:\n  {names}")
-    return args, cases, backends
+    return args, cases
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of ``fastseq bench``."""
     argv = sys.argv[1:] if argv is None else argv
-    args, cases, backends = _parse(argv)
+    args, cases = _parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    facts = environment(["fastseq", "bench", *argv]) | bench_floor.describe()
+    facts = environment(["fastseq", "bench", *argv])
+    with quiet_torch():
+        text, content = memory(args, cases, facts) if args.memory else times(args, cases, facts)
+    print(text)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{args.output}.md").write_text(text)
+        Path(f"{args.output}.json").write_text(json.dumps(content, indent=1) + "\n")
+    if any(remark.startswith(WRONG) for remark in content["remarks"]):
+        raise SystemExit(1)
+
+
+def times(args: argparse.Namespace, cases: list[Case], facts: dict) -> tuple[str, dict]:
+    """Time the cases; the report as Markdown, and as data."""
+    facts |= bench_floor.describe()
     modes = (False, True) if args.mode == "both" else (args.mode == "training",)
     rows, remarks, bar = [], [], Bar(len(cases) * len(modes))
     for case in cases:
         problem = Problem(case)
         for train in modes:
             bar.show(f"{case.name}, {MODES[train]}")
-            timings, said = measure(problem, backends, train, args.seconds)
+            peers, missing = make_peers(case, train, args.peers)
+            timings, said = _unless_wrong(partial(measure, problem, args.backends, train, args.seconds, peers))
             rows += [to_row(case, train, timing) for timing in timings]
-            remarks += said
+            remarks += missing + said
             bar.step()
     bar.close()
     facts["load average at the end"] = load_average()
     remarks = list(dict.fromkeys([*remarks, *noise(rows)]))
-    text = markdown(facts, rows, remarks)
-    print(text)
-    if args.output:
-        write(args.output, text, {"environment": facts, "rows": rows, "summary": summarise(rows), "remarks": remarks})
+    content = {"environment": facts, "rows": rows, "summary": summarise(rows), "remarks": remarks}
+    return markdown(facts, rows, remarks), content
 
 
-def write(path: Path, text: str, content: dict) -> None:
-    """PATH.md and PATH.json."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.md").write_text(text)
-    Path(f"{path}.json").write_text(json.dumps(content, indent=1) + "\n")
+def _unless_wrong(run: Callable[[], tuple[list, list[str]]]) -> tuple[list, list[str]]:
+    """What ``run`` returns; no figures and a remark, which ends in exit code 1, where its parity check is red."""
+    try:
+        return run()
+    except AssertionError as error:
+        return [], [f"{WRONG}, no figure: {error}"]
+
+
+def memory(args: argparse.Namespace, cases: list[Case], facts: dict) -> tuple[str, dict]:
+    """Count the bytes that the cases keep for their backward; the report as Markdown, and as data."""
+    rows, remarks, bar = [], [], Bar(len(cases))
+    for case in cases:
+        bar.show(case.name)
+        found, said = _unless_wrong(partial(measure_memory, Problem(case), args.backends))
+        rows += [(case, found[0], saved) for saved in found[1:]]
+        remarks += said
+        bar.step()
+    bar.close()
+    header = ("case", "candidate", "served by", "peer", "peer MiB", "own MiB", "peer / own")
+    table = markdown_table(header, [_memory_line(*row) for row in rows])
+    data = [asdict(saved) | {"case": case.name, "peer": peer.candidate, "peer_bytes": peer.bytes}
+            for case, peer, saved in rows]  # fmt: skip
+    return _join(facts, [MEMORY, table], remarks), {"environment": facts, "memory": data, "remarks": remarks}
+
+
+def _memory_line(case: Case, peer: Saved, own: Saved) -> tuple[str, ...]:
+    sizes = (f"{peer.bytes / 2**20:.3g}", f"{own.bytes / 2**20:.3g}", f"{own.ratio:.2f}")
+    return case.name, own.candidate, own.served_by, peer.candidate, *sizes

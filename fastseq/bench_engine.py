@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +135,37 @@ def _calls_per_sample(run: Callable[[], None]) -> int:
     return max(1, round(SAMPLE_MS * 1e6 / (time.perf_counter_ns() - start)))
 
 
+class Candidate(NamedTuple):
+    """A module that passed the parity check, and who serves its call."""
+
+    name: str
+    module: nn.Module
+    served_by: str
+
+
+def candidates(problem: Problem, backends: tuple[str, ...], train: bool) -> tuple[list[Candidate], list[str]]:
+    """The main peer, then every backend that serves the case in this mode; and the refusals of the others.
+
+    Raises:
+        AssertionError: a backend's result is wrong.
+    """
+    main = KINDS[problem.case.kind][0]
+    found, remarks = [Candidate(main, problem.peer, main)], []
+    for name in backends:
+        module = make_module(problem.case, name)
+        try:
+            with record() as choices, torch.set_grad_enabled(train):
+                module(**problem.inputs)
+        except RuntimeError as error:
+            if not is_refusal(error):
+                raise
+            remarks.append(f"{problem.case.name}: {error}")
+            continue
+        check_parity(problem, module, train)
+        found.append(Candidate(name, module, "+".join(sorted({choice.backend for choice in choices}))))
+    return found, remarks
+
+
 def measure(
     problem: Problem, backends: tuple[str, ...], train: bool, seconds: float, peers: dict[str, nn.Module] | None = None
 ) -> tuple[list[Timing], list[str]]:
@@ -145,29 +177,15 @@ def measure(
     Raises:
         AssertionError: a backend's result is wrong; nothing of this case is timed then.
     """
-    main = KINDS[problem.case.kind][0]
-    runs, served_by, remarks = {main: problem.step(problem.peer, train)}, {main: main}, []
-    for name in backends:
-        module = make_module(problem.case, name)
-        try:
-            with record() as choices, torch.set_grad_enabled(train):
-                module(**problem.inputs)
-        except RuntimeError as refusal:
-            if not is_refusal(refusal):
-                raise
-            remarks.append(f"{problem.case.name}: {refusal}")
-            continue
-        check_parity(problem, module, train)
-        served_by[name] = "+".join(sorted({choice.backend for choice in choices}))
-        runs[name] = problem.step(module, train)
+    found, remarks = candidates(problem, backends, train)
     for name, module in (peers or {}).items():
         try:
             check_parity(problem, module, train)
         except AssertionError as error:
             remarks.append(f"peer {name}: {error}")
-        runs[name], served_by[name] = problem.step(module, train), name
-    times = time_interleaved(runs, seconds)
-    return [_timing(name, served_by[name], times[name], times[main]) for name in runs], remarks
+        found.append(Candidate(name, module, name))
+    times = time_interleaved({c.name: problem.step(c.module, train) for c in found}, seconds)
+    return [_timing(c.name, c.served_by, times[c.name], times[found[0].name]) for c in found], remarks
 
 
 def _timing(name: str, served_by: str, own: list[float], peer: list[float]) -> Timing:

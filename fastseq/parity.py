@@ -12,11 +12,10 @@ from torch import Tensor
 from fastseq.backend import BACKENDS
 from fastseq.parity_cases import GRIDS, PROBLEMS, Case
 from fastseq.parity_ops import Problem
-from fastseq.report import Bar, environment, markdown_table
+from fastseq.report import Bar, environment, markdown_table, quiet_torch
 from fastseq.testing import Comparison, Results, compare, evaluate, is_refusal, nan_filled_memory
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DRAWS = 3  # of each case, compared together: one draw of a few elements may be lucky for torch
 EPILOG = """\
 the rule:
   Inputs are rounded to the dtype first. Then the error of a result against float64 may be at most 2 times (gradients:
@@ -32,9 +31,6 @@ examples:
 A backend that has no kernel for a call refuses it with a sentence; that is listed and is no failure.
 Exit code: 0 within the bound, 1 past it, 2 for an option that does not exist.
 """
-
-
-SKIPPED = {("Seq2Seq", torch.float64)}  # its gradients pass through more operations than 64 roundings allow for
 
 
 @dataclass(frozen=True)
@@ -66,10 +62,8 @@ def of_bound(c: Comparison) -> float:
 
 def check(case: Case, dtype: torch.dtype, backends: tuple[str, ...]) -> list[Row]:
     """Compare one case on each backend: outputs with and without gradients, and the gradient of every leaf."""
-    if (case.op, dtype) in SKIPPED:
-        return []
-    problems = [_round(_problem(case, seed), dtype) for seed in range(DRAWS)]
-    modes = (False, True)  # inference has kernels of its own, ours and oneDNN's
+    problems = [_round(problem, dtype) for problem in _problems(case)]
+    modes = (False,) if dtype == torch.float64 and not _well_conditioned(case) else (False, True)
     oracle = {train: _run([(p.plain, p.leaves) for p in problems], torch.float64, case, train) for train in modes}
     plain = {train: _run([(p.plain, p.leaves) for p in problems], dtype, case, train) for train in modes}
     return [_row(case, dtype, backend, problems, oracle, plain) for backend in backends]
@@ -91,9 +85,25 @@ def _row(case: Case, dtype: torch.dtype, backend: str, problems: list[Problem], 
     return Row(*about, comparisons)
 
 
-def _problem(case: Case, seed: int) -> Problem:
-    generator = torch.Generator().manual_seed(seed)
-    return PROBLEMS[case.op](lambda *s: torch.randn(s, generator=generator, dtype=torch.float64), **case.options)
+def _well_conditioned(case: Case) -> bool:
+    """Whether 64 roundings bound the gradients in float64, where there is no wider oracle.
+
+    Not where 1 - tanh(x)^2 cancels, in saturated cells, nor through the many operations of a whole model.
+    """
+    return case.options.get("spread", 1.0) == 1.0 and case.op != "Seq2Seq"
+
+
+def _problems(case: Case) -> list[Problem]:
+    """Several draws, to be compared together: in one draw of a few elements torch may be lucky."""
+
+    def problem(seed: int) -> Problem:
+        generator = torch.Generator().manual_seed(seed)
+        return PROBLEMS[case.op](lambda *s: torch.randn(s, generator=generator, dtype=torch.float64), **case.options)
+
+    first = problem(0)
+    elements = sum(t.numel() for t in first.leaves.values())
+    draws = 32 if elements < 100 else 8 if elements < 2000 else 3
+    return [first, *(problem(seed) for seed in range(1, draws))]
 
 
 def _round(problem: Problem, dtype: torch.dtype) -> Problem:
@@ -207,7 +217,8 @@ def main(argv: list[str] | None = None) -> None:
     for dtype in dtypes:
         for case in cases:
             bar.show(f"{case.op} {case.name} {dtype}")
-            rows += check(case, DTYPES[dtype], backends)
+            with quiet_torch():
+                rows += check(case, DTYPES[dtype], backends)
             bar.step()
     bar.close()
     report(rows, args.verbose)

@@ -1,11 +1,14 @@
 """What the measuring commands tell: progress on standard error, tables, and the facts that figures depend on."""
 
+import contextlib
 import datetime
 import os
 import platform
 import shlex
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -54,6 +57,14 @@ def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
         return "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)) + " |"
 
     return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
+
+
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Without torch's warning that a projection is not oneDNN's: that is what is measured."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LSTM with projections is not supported")
+        yield
 
 
 def environment(command: list[str]) -> dict[str, object]:
