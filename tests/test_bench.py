@@ -1,15 +1,17 @@
 """``fastseq bench``: what it measures, and that it measures nothing that is wrong."""
 
 import json
+import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fastseq import bench, bench_cases, bench_engine, bench_floor
+from fastseq import bench, bench_cases, bench_engine, bench_floor, bench_memory
 from fastseq.bench_cases import CASES, SUITES, Case
-from fastseq.bench_engine import Problem, measure, time_interleaved
+from fastseq.bench_engine import Problem, check_parity, measure, time_interleaved
+from fastseq.bench_peers import PEERS, make_peers
 
 TINY = Case("tiny", "lstm", 3, 2, 4, 5)
 TINY_ATTENTION = Case("tiny", "additive", 3, 2, 4, 4, keys=6)
@@ -46,9 +48,8 @@ def test_served_by_is_told_of_the_mode_that_is_timed(small):
         assert measure(Problem(case), ("auto",), train, 0.0)[0][1].served_by == choices[0].backend
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_figure_for_a_wrong_result(kind, train, small, monkeypatch):
+def plant(kind, train, monkeypatch):
+    """fastseq's module of this kind, 0.1 % off: its first output or, in training, the gradient through it."""
     name = {"cell": "LSTMCell", "additive": "attention", "dot": "attention"}.get(kind, "LSTM")
     right = getattr(bench_cases, name)
 
@@ -68,6 +69,12 @@ def test_no_figure_for_a_wrong_result(kind, train, small, monkeypatch):
                 return bent(super().forward(*args, **kwargs))
 
         monkeypatch.setattr(bench_cases, name, Wrong)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_figure_for_a_wrong_result(kind, train, small, monkeypatch):
+    plant(kind, train, monkeypatch)
     with pytest.raises(AssertionError, match="exceeds"):
         measure(Problem(tiny(kind)), ("reference",), train, 0.0)
 
@@ -150,6 +157,50 @@ def test_command_writes_both_files(tmp_path, capsys, small):
     assert (tmp_path / "v1.2.md").read_text() == out.removesuffix("\n")
 
 
+def test_a_wrong_case_costs_its_figure_and_the_exit_code(capsys, small, monkeypatch):
+    plant("lstm", False, monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--seconds", "0", "--backends", "reference", "--mode", "inference"])
+    assert stopped.value.code == 1
+    out = capsys.readouterr().out
+    assert f"- WRONG, no figure: {TINY.name}: output 0: error" in out
+    assert "| reference | reference" in out, "the other case is right, and measured"
+
+
+def test_memory_is_counted_in_storages(tmp_path, capsys, small):
+    weight, x, y = (torch.randn(8, 8, requires_grad=True) for _ in range(3))
+    given = [weight, x, y]
+    assert bench_memory.saved_bytes(lambda: x @ weight, given) == 0
+    assert bench_memory.saved_bytes(lambda: (x * 2) @ weight, given) == 4 * 64
+    assert bench_memory.saved_bytes(lambda: (x.exp(), y.exp()), given) == 2 * 4 * 64
+    assert bench_memory.saved_bytes(lambda: (lambda h: h[:4] @ h[:, :4])(x.exp()), given) == 4 * 64, "one storage"
+    bench.main(["--memory", "--backends", "reference", "--output", str(tmp_path / "memory")])
+    assert "peer / own" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "memory.json").read_text())["memory"]
+    saved = {row["case"]: row["bytes"] for row in rows}
+    assert saved[TINY.name] == 4 * 2 * (3 * 5 * 5 + 2 * 5), "4 activations and c of every step, h0 and c0"
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if "compiled" not in name])  # compiling takes half a minute
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_peers_compute_the_same(name, train):
+    for kind in KINDS:
+        case = tiny(kind)
+        if PEERS[name].serves(case, train):
+            peers, remarks = make_peers(case, train, (name,))
+            if remarks:
+                pytest.skip(remarks[0])
+            check_parity(Problem(case), peers[name], train)
+
+
+def test_a_missing_package_is_a_remark(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert make_peers(TINY, False, ("onnxruntime",)) == (
+        {},
+        ["peer onnxruntime skipped: the package onnxruntime is not installed; pip install onnxruntime"],
+    )
+
+
 def test_summary_is_the_geometric_mean():
     rows = [
         {"group": "g", "mode": "training", "candidate": name, "peer": "nn", "ratio": ratio}
@@ -162,9 +213,11 @@ def test_summary_is_the_geometric_mean():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--backends", "cudnn"], "unknown backend 'cudnn'"),
+        (["--backends", "cudnn"], "unknown name 'cudnn'"),
         (["--filter", "zzz"], "fits none"),
         (["--threads", "0"], "at least 1"),
+        (["--peers", "jax"], "unknown name 'jax'"),
+        (["--backends", ""], "at least one"),
         (["--suite", "tpu"], "invalid choice"),
     ],
 )

@@ -30,11 +30,11 @@ def test_quick_grid(case, dtype):
 
 def test_every_backend_is_compared():
     """Each kernel of the table runs somewhere in the grid, unless it is missing here."""
+    first = {case.op: case for case in reversed(QUICK)}
     served = {
         (row.op, row.backend)
-        for case in QUICK
-        if case.op in ("lstm_cell", "lstm", "attention")
-        for row in parity.check(case, torch.float32, ("reference", "torch"))
+        for op in ("lstm_cell", "lstm", "attention")
+        for row in parity.check(first[op], torch.float32, ("reference", "torch"))
         if row.comparisons
     }
     assert served == {key for key in IMPLEMENTATIONS if key[1] in ("reference", "torch")}
