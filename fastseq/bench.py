@@ -22,9 +22,10 @@ from fastseq.report import Bar, environment, load_average, markdown_table, quiet
 EPILOG = """\
 how it measures:
   Every candidate first passes a parity check against float64 on the very call that is timed. Then the candidates
-  take turns in one process (A B, B A, ...), for --seconds per case and mode, at least 5 rounds. "ratio" is the median
-  over rounds of peer time / own time in the same round: above 1 is faster than the peer. "floor" is the time that the
-  matrix products alone must take on this machine, at its measured peak and cache bandwidth.
+  take turns in one process, in an order drawn anew for each round, for --seconds per case and mode, at least 5
+  rounds. "ratio" is the median over rounds of peer time / own time in the same round: above 1 is faster than the
+  peer. "floor" is the time that the matrix products alone must take on this machine, at the peak and the cache
+  bandwidth measured in the same run.
 
 examples:
   fastseq bench                                       # the small cases, about a minute

@@ -1,5 +1,6 @@
 """The engine of ``fastseq bench``: a parity check, then timings in which the candidates take turns in one process."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -112,18 +113,21 @@ class Timing:
 
 
 def time_interleaved(runs: dict[str, Callable[[], None]], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds per call, the candidates taking turns: A B C, C B A, A B C, ...; at least ``ROUNDS`` rounds."""
+    """Milliseconds per call, the candidates taking turns; at least ``ROUNDS`` rounds.
+
+    Each round has an order of its own, drawn: who runs after whom, and so finds whose caches, favours none.
+    """
     repeats = {name: _calls_per_sample(run) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
-    order, end = list(runs), time.perf_counter() + seconds
+    generator, order, end = random.Random(0), list(runs), time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[order[0]]) < ROUNDS:
+        generator.shuffle(order)
         for name in order:
             run, calls = runs[name], repeats[name]
             start = time.perf_counter_ns()
             for _ in range(calls):
                 run()
             times[name].append((time.perf_counter_ns() - start) / calls / 1e6)
-        order.reverse()  # each candidate finds its own and the others' caches equally often
     return times
 
 

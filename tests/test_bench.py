@@ -95,13 +95,18 @@ def test_ratio_is_the_median_over_rounds():
 
 
 def test_candidates_take_turns():
+    """Two calls to warm up, then each candidate once a round, in orders that favour none."""
     calls = []
 
     def candidate(name):
         return lambda: (calls.append(name), time.sleep(0.004))
 
-    time_interleaved({name: candidate(name) for name in "ab"}, 0.0)
-    assert "".join(calls) == "aabb" + "abba" * 2 + "ab"
+    time_interleaved({name: candidate(name) for name in "abc"}, 0.4)
+    assert "".join(calls[:6]) == "aabbcc"
+    rounds = ["".join(calls[k : k + 3]) for k in range(6, len(calls), 3)]
+    assert len(rounds) > 20
+    assert {"".join(sorted(names)) for names in rounds} == {"abc"}
+    assert set(rounds) == {"abc", "acb", "bac", "bca", "cab", "cba"}
 
 
 def test_floor_counts_every_product_once(monkeypatch):
