@@ -46,7 +46,7 @@ MEMORY = "Storages that the forward saves for its backward, without inputs and p
 
 def to_row(case: Case, train: bool, timing: Timing) -> dict:
     """One line of the results, as it goes into JSON."""
-    floor = None if bench_floor.why_no_floor(case) else bench_floor.floor_ms(case, train)
+    floor = bench_floor.floor_ms(case, train) if bench_floor.has_floor(case) else None
     return {
         "case": case.name,
         "group": case.group,

@@ -1,8 +1,10 @@
 """``fastseq parity``: the error of every op and module against float64, beside the error of torch in the same dtype."""
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,9 +66,21 @@ def check(case: Case, dtype: torch.dtype, backends: tuple[str, ...]) -> list[Row
     """Compare one case on each backend: outputs with and without gradients, and the gradient of every leaf."""
     problems = [_round(problem, dtype) for problem in _problems(case)]
     modes = (False,) if dtype == torch.float64 and not _well_conditioned(case) else (False, True)
-    oracle = {train: _run([(p.plain, p.leaves) for p in problems], torch.float64, case, train) for train in modes}
-    plain = {train: _run([(p.plain, p.leaves) for p in problems], dtype, case, train) for train in modes}
+    with one_thread():  # torch's many small calls are no faster with more, and far slower beside a busy neighbour
+        oracle = {train: _run([(p.plain, p.leaves) for p in problems], torch.float64, case, train) for train in modes}
+        plain = {train: _run([(p.plain, p.leaves) for p in problems], dtype, case, train) for train in modes}
     return [_row(case, dtype, backend, problems, oracle, plain) for backend in backends]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread in this block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _row(case: Case, dtype: torch.dtype, backend: str, problems: list[Problem], oracle: dict, plain: dict) -> Row:

@@ -48,6 +48,8 @@ def _quick() -> list[Case]:
         dict(shape=(5, 3, 4, 7), form="packed", reverse=True, bias=False),
         dict(shape=(5, 3, 4, 7), form="lengths", proj_size=3),
         dict(shape=(5, 3, 4, 7), spread=100.0),
+        dict(shape=(6, 2, 33, 260), form="lengths"),  # enough work for several threads: few rows, many rows
+        dict(shape=(6, 40, 33, 130), form="packed", reverse=True),
     ]
     scores = ("dot", "general", "additive", "normed_additive")
     attentions = [
