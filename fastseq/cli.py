@@ -32,7 +32,10 @@ COMMANDS = {
         "fastseq.training.generate", "predict line by line", "fastseq generate runs/x --num-beams 5 < in.txt > out.txt"
     ),
     "bench": Command(
-        "fastseq.bench", "measure the backends against nn.LSTM", "fastseq bench --filter packed --threads 1"
+        "fastseq.bench", "measure the backends against torch's modules", "fastseq bench --suite cpu --threads 1"
+    ),
+    "parity": Command(
+        "fastseq.parity", "check every op and module against float64", "fastseq parity --backend native --cases full"
     ),
     "info": Command("fastseq.info", "show versions, backends and why a backend is missing", "fastseq info"),
 }

@@ -1,47 +1,230 @@
 """``fastseq bench``: what it measures, and that it measures nothing that is wrong."""
 
 import json
+import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fastseq import bench
+from fastseq import bench, bench_cases, bench_engine, bench_floor, bench_memory
+from fastseq.bench_cases import CASES, SUITES, Case
+from fastseq.bench_engine import Problem, check_parity, measure, time_interleaved
+from fastseq.bench_peers import PEERS, make_peers
 
-TINY = bench.Case("tiny", 3, 2, 4, 5)
+TINY = Case("tiny", "lstm", 3, 2, 4, 5)
+TINY_ATTENTION = Case("tiny", "additive", 3, 2, 4, 4, keys=6)
+KINDS = ["lstm", "packed", "lengths", "cell", "additive", "dot"]
 
 
-@pytest.mark.parametrize("kind", ["padded", "packed", "lengths", "cell"])
+def tiny(kind):
+    return replace(TINY_ATTENTION if kind in ("additive", "dot") else TINY, kind=kind)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A suite of two cases, and no time."""
+    monkeypatch.setattr(bench_engine, "SAMPLE_MS", 1e-3)
+    monkeypatch.setitem(SUITES, "quick", ((TINY, replace(TINY_ATTENTION, dtype=torch.bfloat16)), "for tests"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-def test_rows_name_who_served_and_the_ratio(kind, train):
-    peer, ours = bench.measure(replace(TINY, kind=kind), ("reference",), train, 0.0)
-    assert (peer["backend"], peer["ratio"], ours["served_by"]) == ("nn", 1.0, "reference")
-    assert ours["ratio"] == pytest.approx(peer["median_ms"] / ours["median_ms"])
-    assert ours["p20_ms"] <= ours["median_ms"] <= ours["p80_ms"]
+def test_rows_name_who_served_and_the_ratio(kind, train, small):
+    (peer, ours), remarks = measure(Problem(tiny(kind)), ("reference",), train, 0.0)
+    assert (peer.candidate, peer.ratio, remarks) == (bench_cases.KINDS[kind][0], 1.0, [])
+    assert (ours.candidate, ours.served_by, ours.rounds) == ("reference", "reference", bench_engine.ROUNDS)
+    assert ours.ratio > 0
+    assert ours.p20_ms <= ours.median_ms <= ours.p80_ms
+
+
+def test_served_by_is_told_of_the_mode_that_is_timed(small):
+    case = Case("", "lstm", 50, 1, 8, 8, dtype=torch.bfloat16)
+    for train in (False, True):
+        module = bench_cases.make_module(case, "auto")
+        with bench_engine.record() as choices, torch.set_grad_enabled(train):
+            module(**bench_cases.make_inputs(case))
+        assert measure(Problem(case), ("auto",), train, 0.0)[0][1].served_by == choices[0].backend
+
+
+def plant(kind, train, monkeypatch):
+    """fastseq's module of this kind, 0.1 % off: its first output or, in training, the gradient through it."""
+    name = {"cell": "LSTMCell", "additive": "attention", "dot": "attention"}.get(kind, "LSTM")
+    right = getattr(bench_cases, name)
+
+    def bent(result):
+        """The same nested result, its first tensor off by 0.1 %: in training, only its gradient."""
+        first, *rest = result
+        if hasattr(first, "batch_sizes"):
+            return first._replace(data=bent((first.data,))[0]), *rest
+        return (first + 1e-3 * (first - first.detach()) if train else first * 1.001), *rest
+
+    if name == "attention":
+        monkeypatch.setattr(bench_cases, name, lambda *args, **kwargs: bent(right(*args, **kwargs)))
+    else:
+
+        class Wrong(right):
+            def forward(self, *args, **kwargs):
+                return bent(super().forward(*args, **kwargs))
+
+        monkeypatch.setattr(bench_cases, name, Wrong)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-def test_no_figure_for_a_wrong_result(train, monkeypatch):
-    class Wrong(bench.LSTM):
-        def forward(self, *args, **kwargs):
-            output, states = super().forward(*args, **kwargs)
-            return output + (1e-3 * output.square() if train else 1e-3), states
-
-    monkeypatch.setattr(bench, "LSTM", Wrong)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_figure_for_a_wrong_result(kind, train, small, monkeypatch):
+    plant(kind, train, monkeypatch)
     with pytest.raises(AssertionError, match="exceeds"):
-        bench.measure(TINY, ("reference",), train, 0.0)
+        measure(Problem(tiny(kind)), ("reference",), train, 0.0)
 
 
-def test_command_writes_both_files(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "CASES", (TINY, replace(TINY, name="half", dtype=torch.bfloat16)))
+def test_a_refusal_is_a_remark(small):
+    timings, remarks = measure(Problem(TINY), ("triton",), True, 0.0)
+    assert len(timings) == 1
+    assert remarks == [f"{TINY.name}: lstm: this version of fastseq has no triton kernel; use backend='auto' or one of "
+                       "'reference', 'torch', 'native'."]  # fmt: skip
+
+
+def test_ratio_is_the_median_over_rounds():
+    """A neighbour who slows whole rounds cancels, and a candidate that takes twice the time reads 0.5."""
+    assert bench_engine._timing("own", "own", [1, 10, 1, 10, 10], [2, 20, 2, 20, 20]).ratio == 2.0
+    sleep = {"peer": lambda: time.sleep(0.004), "own": lambda: time.sleep(0.008)}
+    times = time_interleaved(sleep, 0.0)
+    assert 0.3 < bench_engine._timing("own", "own", times["own"], times["peer"]).ratio < 0.8
+
+
+def test_candidates_take_turns():
+    """Two calls to warm up, then each candidate once a round, in orders that favour none."""
+    calls = []
+
+    def candidate(name):
+        return lambda: (calls.append(name), time.sleep(0.004))
+
+    time_interleaved({name: candidate(name) for name in "abc"}, 0.4)
+    assert "".join(calls[:6]) == "aabbcc"
+    rounds = ["".join(calls[k : k + 3]) for k in range(6, len(calls), 3)]
+    assert len(rounds) > 20
+    assert {"".join(sorted(names)) for names in rounds} == {"abc"}
+    assert set(rounds) == {"abc", "acb", "bac", "bca", "cab", "cba"}
+
+
+def test_floor_counts_every_product_once(monkeypatch):
+    monkeypatch.setattr(bench_floor, "peak", lambda dtype: 1e9)
+    monkeypatch.setattr(bench_floor, "bandwidth", lambda size: 1e12)
+    flops = 2 * 3 * 2 * (4 * 5) * (4 + 5)  # 2 T B 4H (I + H)
+    assert bench_floor.floor_ms(TINY, train=False) == pytest.approx(flops / 1e6)
+    assert bench_floor.floor_ms(TINY, train=True) == pytest.approx(3 * flops / 1e6)
+    stacked = replace(TINY, layers=2, bidirectional=True)
+    assert bench_floor.floor_ms(stacked, False) == pytest.approx(2 * 2 * 3 * 2 * 20 * (4 + 5 + 10 + 5) / 1e6)
+    rows = int(bench_cases.case_lengths(replace(TINY, kind="packed")).sum())
+    assert bench_floor.floor_ms(replace(TINY, kind="packed"), False) == pytest.approx(2 * rows * 20 * 9 / 1e6)
+    projected = 2 * 3 * 2 * (20 * (4 + 3) + 3 * 5)
+    assert bench_floor.floor_ms(replace(TINY, proj_size=3), False) == pytest.approx(projected / 1e6)
+
+
+def test_floor_of_few_rows_is_the_reading_of_the_weights(monkeypatch):
+    monkeypatch.setattr(bench_floor, "peak", lambda dtype: 1e15)
+    monkeypatch.setattr(bench_floor, "bandwidth", lambda size: 1e9)
+    w_ih, w_hh = 4 * 20 * 4, 4 * 20 * 5  # bytes
+    assert bench_floor.floor_ms(TINY, train=False) == pytest.approx((w_ih + 3 * w_hh) / 1e6)
+    assert bench_floor.floor_ms(TINY, train=True) == pytest.approx((3 * w_ih + 6 * w_hh + w_hh) / 1e6)
+
+
+def test_bandwidth_is_a_rate():
+    assert 1e8 < bench_floor.bandwidth(2**20) < 1e13
+
+
+def test_suites():
+    """Names are unique, and the suite of the CPU holds every row that the project has a goal for."""
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+    cpu = {case.name: case.goals for case in SUITES["cpu"][0]}
+    assert cpu["lstm (50, 1, 256, 256)"] == (1.6, 1.8)
+    assert cpu["lstm (100, 16, 1024, 1024) 2-layer bidirectional"] == (1.1, 1.1)
+    assert cpu["packed (25, 128, 512, 512)"] == (1.35, 1.4)
+    assert cpu["additive (8, 100, 100, 512)"][1] == 25
+    assert cpu["cell (1, 512, 512)"][0] == 1.8
+    assert {case.name for case in SUITES["quick"][0]} <= cpu.keys()
+    assert sum(case.group == "bfloat16" for case in SUITES["cpu"][0]) == 6
+
+
+def test_command_writes_both_files(tmp_path, capsys, small):
     bench.main(["--seconds", "0", "--backends", "reference", "--output", str(tmp_path / "v1.2")])
-    assert "| tiny | training | reference | reference |" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "v1.2.json").read_text())["rows"]) == 8
-    assert (tmp_path / "v1.2.md").read_text().count("\n| half ") == 4
+    out, err = capsys.readouterr()
+    assert out.count("| reference | reference ") == 4
+    assert "fastseq bench --seconds 0 --backends reference" in out
+    assert err == ""
+    content = json.loads((tmp_path / "v1.2.json").read_text())
+    assert len(content["rows"]) == 8
+    assert {row["group"] for row in content["summary"]} == {"tiny"}
+    assert content["environment"]["threads"] == torch.get_num_threads()
+    assert (tmp_path / "v1.2.md").read_text() == out.removesuffix("\n")
+
+
+def test_a_wrong_case_costs_its_figure_and_the_exit_code(capsys, small, monkeypatch):
+    plant("lstm", False, monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--seconds", "0", "--backends", "reference", "--mode", "inference"])
+    assert stopped.value.code == 1
+    out = capsys.readouterr().out
+    assert f"- WRONG, no figure: {TINY.name}: output 0: error" in out
+    assert "| reference | reference" in out, "the other case is right, and measured"
+
+
+def test_memory_is_counted_in_storages(tmp_path, capsys, small):
+    weight, x, y = (torch.randn(8, 8, requires_grad=True) for _ in range(3))
+    given = [weight, x, y]
+    assert bench_memory.saved_bytes(lambda: x @ weight, given) == 0
+    assert bench_memory.saved_bytes(lambda: (x * 2) @ weight, given) == 4 * 64
+    assert bench_memory.saved_bytes(lambda: (x.exp(), y.exp()), given) == 2 * 4 * 64
+    assert bench_memory.saved_bytes(lambda: (lambda h: h[:4] @ h[:, :4])(x.exp()), given) == 4 * 64, "one storage"
+    bench.main(["--memory", "--backends", "reference", "--output", str(tmp_path / "memory")])
+    assert "peer / own" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "memory.json").read_text())["memory"]
+    saved = {row["case"]: row["bytes"] for row in rows}
+    assert saved[TINY.name] == 4 * 2 * (3 * 5 * 5 + 2 * 5), "4 activations and c of every step, h0 and c0"
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if "compiled" not in name])  # compiling takes half a minute
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_peers_compute_the_same(name, train):
+    for kind in KINDS:
+        case = tiny(kind)
+        if PEERS[name].serves(case, train):
+            peers, remarks = make_peers(case, train, (name,))
+            if remarks:
+                pytest.skip(remarks[0])
+            check_parity(Problem(case), peers[name], train)
+
+
+def test_a_missing_package_is_a_remark(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert make_peers(TINY, False, ("onnxruntime",)) == (
+        {},
+        ["peer onnxruntime skipped: the package onnxruntime is not installed; pip install onnxruntime"],
+    )
+
+
+def test_summary_is_the_geometric_mean():
+    rows = [
+        {"group": "g", "mode": "training", "candidate": name, "peer": "nn", "ratio": ratio}
+        for name, ratio in (("auto", 0.5), ("auto", 2.0), ("auto", 8.0), ("nn", 1.0))
+    ]
+    (summary,) = bench.summarise(rows)
+    assert (summary["geometric_mean"], summary["smallest"], summary["cases"]) == (pytest.approx(2.0), 0.5, 3)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"), [(["--backends", "cudnn"], "cudnn"), (["--filter", "zzz"], "fits none")]
+    ("arguments", "sentence"),
+    [
+        (["--backends", "cudnn"], "unknown name 'cudnn'"),
+        (["--filter", "zzz"], "fits none"),
+        (["--threads", "0"], "at least 1"),
+        (["--peers", "jax"], "unknown name 'jax'"),
+        (["--backends", ""], "at least one"),
+        (["--suite", "tpu"], "invalid choice"),
+    ],
 )
 def test_bad_options_get_a_sentence(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -1,0 +1,99 @@
+"""The floor of ``fastseq bench``: the time below which this machine cannot do the matrix products of a case."""
+
+import time
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+
+from fastseq.bench_cases import Case, case_lengths
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+NO_OP = "the compiled operator cpu_fma_chain, which measures the peak, is missing"
+
+
+def has_floor(case: Case) -> bool:
+    """Not attention, which is bound by its exponentials; and not where no peak can be measured."""
+    return not case.keys and case.dtype in DTYPES and hasattr(torch.ops.fastseq, "cpu_fma_chain")
+
+
+def floor_ms(case: Case, train: bool) -> float:
+    """Milliseconds, all torch threads together.
+
+    Per layer and direction: the input part, max(flops / peak, bytes of W_ih / bandwidth), and one max(flops / peak,
+    bytes of W_hh / bandwidth) per step, with the rows that are valid in it. Training adds the backward's products:
+    those at the inputs and states cost the same again, those at the weights are one product over all steps. Cells,
+    packing and memory for activations count nothing.
+    """
+    lengths = case_lengths(case)
+    rows = [int((lengths > t).sum()) for t in range(int(lengths.max()))]
+    hidden, size = case.hidden_size, case.dtype.itemsize
+    recurrent = case.proj_size or hidden
+    directions = 2 if case.bidirectional else 1
+
+    def product(m: int, n: int, k: int) -> float:
+        """Seconds of an (m, k) by (k, n) product whose second factor is read once."""
+        return max(2 * m * n * k / peak(case.dtype), n * k * size / bandwidth(n * k * size))
+
+    seconds = 0.0
+    for layer in range(case.layers):
+        inputs = case.input_size if layer == 0 else directions * recurrent
+        batched = product(sum(rows), 4 * hidden, inputs)
+        steps = sum(product(r, 4 * hidden, recurrent) for r in rows)
+        weights = product(sum(rows), 4 * hidden, recurrent)
+        if case.proj_size:
+            steps += sum(product(r, case.proj_size, hidden) for r in rows)
+            weights += product(sum(rows), case.proj_size, hidden)
+        seconds += directions * (3 * batched + 2 * steps + weights if train else batched + steps)
+    return 1e3 * seconds
+
+
+@cache
+def peak(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of all torch threads: the best of several chains of fused multiply-adds."""
+    example = torch.ones((), dtype=dtype)
+    steps, seconds = 1 << 15, 0.0
+    while seconds < 5e-3:
+        steps *= 2
+        run = partial(torch.ops.fastseq.cpu_fma_chain, example, steps)
+        seconds = _best_seconds(run, 1)
+    return run() / _best_seconds(run, 20)
+
+
+def bandwidth(size: int) -> float:
+    """Bytes per second at which torch (sum or dot, whichever is faster) reads a buffer of ``size`` bytes.
+
+    The buffer stays in the cache that has room for it, as the weights of that size would. Measured at powers of two.
+    """
+    return _bandwidth(max(16, (max(size, 1) - 1).bit_length()))
+
+
+@cache
+def _bandwidth(log2_size: int) -> float:
+    x = torch.ones(2**log2_size // 4)
+    half = x.numel() // 2
+    repeats = max(20, min(2000, 2**28 >> log2_size))
+    reads = (x.sum, lambda: torch.dot(x[:half], x[half:]))
+    return 2**log2_size / min(_best_seconds(read, repeats) for read in reads)
+
+
+def _best_seconds(run: Callable[[], object], repeats: int) -> float:
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter_ns()
+        run()
+        best = min(best, time.perf_counter_ns() - start)
+    return best / 1e9
+
+
+def describe() -> dict[str, str]:
+    """What was measured on the way to the floors, for the header of a report."""
+    if not hasattr(torch.ops.fastseq, "cpu_fma_chain"):
+        return {"floor": f"– ({NO_OP})"}
+    peaks = ", ".join(f"{str(d).removeprefix('torch.')} {peak(d) / 1e9:.0f}" for d in DTYPES)
+    reads = ", ".join(f"{2**k >> 10} KiB {_bandwidth(k) / 1e9:.0f}" for k in (18, 20, 22, 24))
+    return {
+        "peak GFLOP/s (fused multiply-add chains)": peaks,
+        "read GB/s (torch sum or dot, in cache)": reads,
+        "no floor": "attention (bound by its exponentials) and float16 (no peak is measured)",
+    }

@@ -1,0 +1,97 @@
+"""What the measuring commands tell: progress on standard error, tables, and the facts that figures depend on."""
+
+import contextlib
+import datetime
+import os
+import platform
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import fastseq
+from fastseq import _native
+
+
+class Bar:
+    """A progress bar over ``total`` items; on something that is no terminal, a line every ten seconds."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.start = total, 0, time.monotonic()
+        self._last_line = self.start
+
+    def show(self, item: str) -> None:
+        """Say what is being worked on."""
+        now = time.monotonic()
+        if sys.stderr.isatty():
+            filled = "#" * (20 * self.done // self.total)
+            print(f"\r\x1b[K[{filled:<20}] {self._count(now)} {item}"[:140], end="", file=sys.stderr, flush=True)
+        elif now - self._last_line >= 10:
+            self._last_line = now
+            print(f"{self._count(now)} {item}", file=sys.stderr, flush=True)
+
+    def step(self) -> None:
+        """Count one item as done."""
+        self.done += 1
+
+    def close(self) -> None:
+        """Leave the terminal clean."""
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def _count(self, now: float) -> str:
+        passed = now - self.start
+        left = f", {passed / self.done * (self.total - self.done):.0f} s left" if self.done else ""
+        return f"{self.done}/{self.total}{left}"
+
+
+def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table whose columns line up in plain text, too."""
+    widths = [max(len(row[k]) for row in (header, *rows)) for k in range(len(header))]
+
+    def line(cells) -> str:
+        return "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
+
+
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Without torch's warning that a projection is not oneDNN's: that is what is measured."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LSTM with projections is not supported")
+        yield
+
+
+def environment(command: list[str]) -> dict[str, object]:
+    """What the figures of a command depend on."""
+    switches = {name: value for name, value in os.environ.items() if name.startswith(("FASTSEQ_", "OMP_", "MKL_"))}
+    return {
+        "command": shlex.join(command),
+        "date": datetime.date.today().isoformat(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load average at the start": load_average(),
+        "fastseq": fastseq.__version__,
+        "native": _native.build_info().get("cpu", "missing"),
+        "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
+        "python": platform.python_version(),
+    } | ({"environment": " ".join(f"{name}={value}" for name, value in switches.items())} if switches else {})
+
+
+def load_average() -> str:
+    """Runnable processes over the last minute."""
+    return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
