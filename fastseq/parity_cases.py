@@ -142,7 +142,7 @@ def _full() -> list[Case]:
         dict(shape=(3, 2, 6, 63), form="lengths", reverse=True),
         dict(shape=(2, 67, 5, 16), form="packed"),
         dict(shape=(4, 3, 5, 257), cell_states=True),
-        dict(shape=(30, 4, 64, 64), reverse=True, bias=False),
+        dict(shape=(6, 4, 64, 64), reverse=True, bias=False),
     ]
     saturated_scores = [
         dict(shape=(2, 20, 130, 33), score="additive", padding="lengths"),

@@ -1,8 +1,10 @@
 """The modules of ``fastseq parity``: fastseq's beside torch's, on the same weights; see parity_ops.py."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -61,20 +63,29 @@ def lstm_module_problem(
         module = nn.LSTM(inputs, hidden, dtype=x["input"].dtype, **options)
         if form != "lengths":
             return run(module, x, *given(x))
-        dim, results = 0 if theirs.batch_first else 1, []
-        for b, length in enumerate(lengths.tolist()):
-            input = x["input"].narrow(dim, b, 1).narrow(1 - dim, 0, max(length, 1))
-            hx = (x["h0"][:, b : b + 1].contiguous(), x["c0"][:, b : b + 1].contiguous())
-            row = run(module, x, input, hx)
-            if length == 0:
-                row = {"output": row["output"] * 0, "h_n": hx[0], "c_n": hx[1]}
-            missing = steps - row["output"].size(1 - dim)
-            row["output"] = F.pad(row["output"], (0, 0) + ((0, 0, 0, missing) if dim == 1 else (0, missing)))
-            results.append(row)
-        dims = {"output": dim, "h_n": 1, "c_n": 1}
-        return {name: torch.cat([row[name] for row in results], d) for name, d in dims.items()}
+
+        def alone(input: Tensor, hx: tuple[Tensor, Tensor]) -> Leaves:
+            return run(module, x, input, hx)
+
+        return _one_by_one(alone, x, lengths, 0 if theirs.batch_first else 1)
 
     return Problem(leaves, ours, plain)
+
+
+def _one_by_one(run: Callable[..., Leaves], x: Leaves, lengths: Tensor, dim: int) -> Leaves:
+    """What ``lengths`` means, without packing: each sequence alone, cut to its length. ``dim``: that of the batch."""
+    results, steps = [], x["input"].size(1 - dim)
+    for b, length in enumerate(lengths.tolist()):
+        input = x["input"].narrow(dim, b, 1).narrow(1 - dim, 0, max(length, 1))
+        hx = tuple(x[name][:, b : b + 1].contiguous() for name in ("h0", "c0"))
+        row = run(input, hx)
+        if length == 0:
+            row = {"output": row["output"] * 0, "h_n": hx[0], "c_n": hx[1]}
+        missing = steps - row["output"].size(1 - dim)
+        row["output"] = F.pad(row["output"], (0, 0) + ((0, 0, 0, missing) if dim == 1 else (0, missing)))
+        results.append(row)
+    dims = {"output": dim, "h_n": 1, "c_n": 1}
+    return {name: torch.cat([row[name] for row in results], d) for name, d in dims.items()}
 
 
 def lstm_cell_module_problem(

@@ -149,20 +149,7 @@ def attention_problem(
     rounded scores of some hundreds is a matter of luck, and no two orders of summation agree on it.
     """
     batch, steps, keys, size = shape
-    queries = size + 1 if score == "general" else size
-    leaves = {
-        "query": spread * draw(*((batch, queries) if one_step else (batch, steps, queries))),
-        "keys": (spread if "additive" in score else 1.0) * draw(batch, keys, size),
-    }
-    if score == "general":
-        leaves["weight"] = draw(queries, size) / (queries**0.5 if spread == 1 else 1)
-    if spread != 1 and "additive" not in score:
-        leaves = {name: t.round() for name, t in leaves.items()}
-    leaves["values"] = draw(batch, keys, size + 2)
-    if score in ("additive", "normed_additive"):
-        leaves |= {"weight": draw(size), "bias": draw(size)}
-    if score == "normed_additive":
-        leaves["gain"] = draw()
+    leaves = _attention_leaves(draw, (batch,) if one_step else (batch, steps), keys, size, score, spread)
     padded, allowed = make_padding(padding, batch, 1 if one_step else steps, keys)
     scale = 2.0 ** -(size.bit_length() // 2)  # about size ** -0.5, and exact
 
@@ -189,6 +176,25 @@ def attention_problem(
         return {"contexts": torch.stack((context, alone)), "weights": weights}
 
     return Problem(leaves, ours, plain)
+
+
+def _attention_leaves(draw: Draw, leading: tuple[int, ...], keys: int, size: int, score: str, spread: float) -> Leaves:
+    """``leading``: B and, for more than one step, T."""
+    queries = size + 1 if score == "general" else size
+    leaves = {
+        "query": spread * draw(*leading, queries),
+        "keys": (spread if "additive" in score else 1.0) * draw(leading[0], keys, size),
+    }
+    if score == "general":
+        leaves["weight"] = draw(queries, size) / (queries**0.5 if spread == 1 else 1)
+    if spread != 1 and "additive" not in score:
+        leaves = {name: t.round() for name, t in leaves.items()}
+    leaves["values"] = draw(leading[0], keys, size + 2)
+    if score in ("additive", "normed_additive"):
+        leaves |= {"weight": draw(size), "bias": draw(size)}
+    if score == "normed_additive":
+        leaves["gain"] = draw()
+    return leaves
 
 
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, scale: float, allowed: Tensor | None) -> Tensor:

@@ -142,6 +142,8 @@ BUGS = [
 @pytest.mark.parametrize(("op", "module", "function", "bug"), BUGS, ids=lambda v: getattr(v, "__name__", v))
 def test_planted_bugs_end_in_exit_code_1(op, module, function, bug, monkeypatch, capsys):
     monkeypatch.setattr(module, function, bug(getattr(module, function)))
+    several = [case for case in QUICK if case.op not in ("lstm", "attention") or "lengths" in case.name]  # it is enough
+    monkeypatch.setitem(parity.GRIDS, "quick", lambda: several)
     with pytest.raises(SystemExit) as stopped:
         parity.main(["--backend", "reference,torch", "--dtype", "float32", "--op", op])
     assert stopped.value.code == 1
