@@ -130,9 +130,9 @@ int64_t packed_bytes(int64_t panels, int64_t width, int64_t K) {
   return panels * width * divide_up(K, k.pair) * k.pair * k.operand_bytes + 64;
 }
 
-// Input rows in one chunk: their gates fit into half of a small L2 cache, unless one step alone has more.
+// Input rows in one chunk: enough for a panel of W_ih to be worth its way, few enough for their gates to stay near.
 int64_t chunk_rows(int64_t block_rows, int64_t hidden) {
-  constexpr int64_t kGates = 1 << 17;
+  constexpr int64_t kGates = 1 << 15;
   return std::clamp<int64_t>(kGates / (4 * hidden + 1), std::max<int64_t>(block_rows, 32), kChunkRows);
 }
 
