@@ -26,6 +26,7 @@ IMPLEMENTATIONS = {
     ("lstm", "native"): "fastseq.ops.lstm.native",
     ("attention", "reference"): "fastseq.ops.attention.reference",
     ("attention", "torch"): "fastseq.ops.attention.vendor",
+    ("attention", "native"): "fastseq.ops.attention.native",
 }
 OPS = ("lstm_cell", "lstm", "attention")
 
