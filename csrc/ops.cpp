@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY(fastseq, m) {
       "Tensor activations, Tensor cell_states, Tensor c0, Tensor weight_hh, Tensor? lengths, Tensor? batch_sizes, "
       "bool reverse) -> (Tensor grad_gates, Tensor grad_h0, Tensor grad_c0)");
   // query (B, T, A), keys (B, S, A), values (B, S, D); weight, bias (A,) of the additive score, neither for dot; lengths
-  // (B,) int64 or mask (B, 1 or T, S) bool; prepared: attention_prepare(keys). context (B, T, D); weights (B, T, S) acc,
+  // (B,) int64 or mask (B, 1 or T, S) bool; prepared: attention_prepare(keys, ...). context (B, T, D); weights (B, T, S) acc,
   // or (0,) where not needed.
   m.def(
       "attention_forward(Tensor query, Tensor keys, Tensor values, Tensor? weight, Tensor? bias, Tensor? lengths, "
@@ -35,9 +35,9 @@ STABLE_TORCH_LIBRARY(fastseq, m) {
       "Tensor? weight, Tensor? bias, Tensor? lengths, Tensor? mask, Tensor? prepared, Tensor weights, float scale, "
       "bool need_scores, bool need_values) "
       "-> (Tensor grad_query, Tensor grad_keys, Tensor grad_values, Tensor grad_weight, Tensor grad_bias)");
-  // Exponentials of the additive score's keys (B, S, A), to use in many steps: (B, S, 2 A16 + 16) acc, where A16 is A
-  // rounded up to 16.
-  m.def("attention_prepare(Tensor keys) -> Tensor");
+  // What the additive score computes of its keys (B, S, A) up to the lengths (B,), for many calls with these keys:
+  // (B, S, A16 + 16) acc, where A16 is A rounded up to 16.
+  m.def("attention_prepare(Tensor keys, Tensor? lengths) -> Tensor");
   // Multiply-adds in the dtype of `example` on all threads, `steps` rounds each; returns how many operations they were.
   m.def("cpu_fma_chain(Tensor example, int steps) -> int");
 }

@@ -228,17 +228,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(Tensor
   return {grad_query, grad_keys, grad_values, grad_weight, grad_bias};
 }
 
-Tensor attention_prepare_cpu(Tensor keys) {
+Tensor attention_prepare_cpu(Tensor keys, OptionalTensor lengths) {
   const char* op = "attention_prepare";
-  check_rank(op, "keys", keys, 3, "(B, S, A)");
-  const int64_t B = keys.size(0), S = keys.size(1), A = keys.size(2);
-  check_strided(op, "keys", keys, {B, S, A}, keys.scalar_type());
-  Tensor prepared = new_empty(keys, {B, S, prepared_columns(A)}, accumulate_type(keys.scalar_type()));
+  const Arguments arguments{keys, keys, keys, {}, {}, lengths, {}, {}, 1.0};
+  arguments.check(op);
+  Tensor prepared = new_empty(keys, {keys.size(0), keys.size(1), prepared_columns(keys.size(2))},
+                              accumulate_type(keys.scalar_type()));
   with_storage_type(op, keys.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
-    AttentionPrepare<S> p{keys.size(1), A, strided<S>(keys), write<Acc<S>>(prepared)};
-    parallel_for(0, B, kWorthThread / (p.positions * A + 1) + 1,
-                 [&](int64_t begin, int64_t end) { kernels<S>().attention_prepare(p, begin, end); });
+    AttentionPrepare<S> p{arguments.inputs<S>(), write<Acc<S>>(prepared)};
+    for_sentences(arguments, p.in, [&](int64_t begin, int64_t end, void* scratch) {
+      kernels<S>().attention_prepare(p, begin, end, scratch);
+    });
   });
   return prepared;
 }

@@ -54,9 +54,8 @@ struct AttentionBackward {
 
 template <class S>
 struct AttentionPrepare {
-  int64_t positions, size;  // S, A
-  Strided<const S> keys;    // (B, S, A)
-  Acc<S>* prepared;         // (B, S, prepared_columns(A))
+  AttentionInputs<S> in;  // keys, lengths
+  Acc<S>* prepared;       // (B, S, prepared_columns(A))
 };
 
 // Columns of a row in whole vectors of every instruction set.
@@ -66,18 +65,18 @@ constexpr int64_t whole_columns(int64_t columns) { return (columns + 15) / 16 * 
 // sets of the cache.
 constexpr int64_t spread_columns(int64_t columns) { return whole_columns(columns) | 16; }
 
-// A prepared key: e^2k, e^2k - 1 (both in whole vectors), the largest |k|.
-constexpr int64_t prepared_columns(int64_t size) { return 2 * whole_columns(size) + 16; }
+// A prepared key: a function of k in whole vectors, then which one it is.
+constexpr int64_t prepared_columns(int64_t size) { return whole_columns(size) + 16; }
 
-// Keys whose exponentials are held at a time.
+// Keys that are prepared and used at a time.
 constexpr int64_t kKeyBlock = 128;
 
 // Bytes of scratch memory that one sentence takes at most; aligned to 64 bytes by the caller.
 template <class S>
 int64_t attention_scratch(const AttentionInputs<S>& in) {
   const int64_t a = spread_columns(in.size), d = spread_columns(in.width), s = spread_columns(in.positions);
-  const int64_t step = 3 * a + 2 * d + 2 * s, position = 2 * a + 2 * d;
-  const int64_t block = (in.positions < kKeyBlock ? in.positions : kKeyBlock) * 5 * a;
+  const int64_t step = 2 * a + 2 * d + 2 * s, position = 2 * a + 2 * d;
+  const int64_t block = (in.positions < kKeyBlock ? in.positions : kKeyBlock) * 2 * a;
   const int64_t elements = in.steps * step + in.positions * position + block + 4 * a;
   return elements * static_cast<int64_t>(sizeof(Acc<S>)) + in.positions * static_cast<int64_t>(sizeof(int64_t)) + 1024;
 }

@@ -17,7 +17,7 @@ struct Kernels {
   // Sentences [begin, end), with attention_scratch() bytes of memory. See attention.h.
   void (*attention_forward)(const AttentionForward<S>& p, int64_t begin, int64_t end, void* scratch);
   void (*attention_backward)(const AttentionBackward<S>& p, int64_t begin, int64_t end, void* scratch);
-  void (*attention_prepare)(const AttentionPrepare<S>& p, int64_t begin, int64_t end);
+  void (*attention_prepare)(const AttentionPrepare<S>& p, int64_t begin, int64_t end, void* scratch);
 };
 
 // The table of machine_isa().

@@ -65,9 +65,9 @@ def backward(
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
-def prepare(keys: Tensor) -> Tensor:
-    """Exponentials of the additive score's keys (B, S, A), for many calls with these keys."""
-    return torch.ops.fastseq.attention_prepare(keys.detach())
+def prepare(keys: Tensor, lengths: Tensor | None) -> Tensor:
+    """What the additive score computes of its keys (B, S, A) up to their lengths (B,), for many calls with them."""
+    return torch.ops.fastseq.attention_prepare(keys.detach(), _small(None, None, lengths)[2])
 
 
 def unsupported(call) -> str | None:
@@ -157,9 +157,9 @@ def _fake_backward(
     return tuple(query.new_empty(shape) for shape in shapes)
 
 
-def _fake_prepare(keys):
+def _fake_prepare(keys, lengths):
     B, S, A = keys.shape
-    return keys.new_empty(B, S, 2 * ((A + 15) // 16 * 16) + 16, dtype=_accumulate_dtype(keys.dtype))
+    return keys.new_empty(B, S, (A + 15) // 16 * 16 + 16, dtype=_accumulate_dtype(keys.dtype))
 
 
 if _native.available():
