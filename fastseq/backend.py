@@ -62,13 +62,22 @@ class LSTMCall(NamedTuple):
 
 
 class AttentionCall(NamedTuple):
-    """What decides who serves one ``attention`` call; ``score`` is "dot" or "additive" (the others reduce to these)."""
+    """What decides who serves one ``attention`` call; ``score`` is "dot" or "additive" (the others reduce to these).
+
+    ``batch``, ``steps`` and ``positions`` are B, T and S, None while a graph is traced: dynamic. ``prepared``: the keys
+    were prepared.
+    """
 
     score: str
     device: str
     dtype: torch.dtype
     need_weights: bool = False
     requires_grad: bool = False
+    padded: bool = False
+    prepared: bool = False
+    batch: int | None = None
+    steps: int | None = None
+    positions: int | None = None
     compiling: bool = False
 
 

@@ -20,14 +20,14 @@ def forward(
     scale: float,
     need_weights: bool,
     need_backward: bool = True,
-    prepared: Tensor | None = None,  # prepare(keys)
+    prepared: Tensor | None = None,  # prepare(keys, lengths)
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """-> context (B, T, D), weights (B, T, S) or None, saved for ``backward``."""
     context, weights = torch.ops.fastseq.attention_forward(
         query, keys, values, *_small(weight, bias, lengths), mask, prepared, scale, need_weights or need_backward
     )
     saved = () if not need_backward else (weights,) if prepared is None else (weights, prepared)
-    return context, weights.to(query.dtype, copy=need_backward) if need_weights else None, saved
+    return context, weights.to(query.dtype) if need_weights else None, saved
 
 
 def backward(
