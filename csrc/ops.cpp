@@ -23,9 +23,9 @@ STABLE_TORCH_LIBRARY(fastseq, m) {
       "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cell_states, "
       "Tensor activations, Tensor cell_states, Tensor c0, Tensor weight_hh, Tensor? lengths, Tensor? batch_sizes, "
       "bool reverse) -> (Tensor grad_gates, Tensor grad_h0, Tensor grad_c0)");
-  // query (B, T, A), keys (B, S, A), values (B, S, D); weight, bias (A,) of the additive score, neither for dot; lengths
-  // (B,) int64 or mask (B, 1 or T, S) bool; prepared: attention_prepare(keys, ...). context (B, T, D); weights (B, T, S) acc,
-  // or (0,) where not needed.
+  // query (B, T, A), keys (B, S, A), values (B, S, D); weight, bias (A,) of the additive score, neither for dot;
+  // lengths (B,) int64 or mask (B, 1 or T, S) bool; prepared: attention_prepare(keys, ...). context (B, T, D); weights
+  // (B, T, S) acc, or (0,) where not needed.
   m.def(
       "attention_forward(Tensor query, Tensor keys, Tensor values, Tensor? weight, Tensor? bias, Tensor? lengths, "
       "Tensor? mask, Tensor? prepared, float scale, bool need_weights) -> (Tensor context, Tensor weights)");

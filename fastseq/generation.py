@@ -2,8 +2,8 @@
 
 A model takes part by the protocol of :class:`fastseq.Seq2Seq`: ``config`` with ``pad_id``, ``bos_id``, ``eos_id``;
 ``encode(src, src_lengths)``; ``start(enc)``; ``decode_step(tokens, state, enc, need_weights=...)``; an encoder output
-with ``lengths`` and ``repeat_interleave(k)``; a state with ``index_select(rows)``; and, if it has one, ``prepare(enc)``,
-which returns the encoder output for the steps to come.
+with ``lengths`` and ``repeat_interleave(k)``; a state with ``index_select(rows)``; and, if it likes, ``prepare(enc)``:
+the encoder output for the steps to come.
 
 Shapes: B sentences, K beams, R returned sequences per sentence, N decoder rows (B * K or B * R, those of one sentence
 side by side), V target vocabulary, S source positions, T decoding steps, L longest returned sequence.

@@ -41,15 +41,15 @@ struct AttentionForward {
 template <class S>
 struct AttentionBackward {
   AttentionInputs<S> in;
-  const Acc<S>* weights;           // (B, T, S)
-  Strided<const S> grad_context;   // (B, T, D)
-  Strided<const S> grad_weights;   // (B, T, S), or not given
-  bool need_scores, need_values;   // what to compute: the next four; grad_values
-  S* grad_query;                   // (B, T, A)
-  S* grad_keys;                    // (B, S, A)
-  Acc<S>* grad_weight;             // (B, whole_columns(A)), a row per sentence; additive score only
-  Acc<S>* grad_bias;               // (B, whole_columns(A)), a row per sentence; additive score only
-  S* grad_values;                  // (B, S, D)
+  const Acc<S>* weights;          // (B, T, S)
+  Strided<const S> grad_context;  // (B, T, D)
+  Strided<const S> grad_weights;  // (B, T, S), or not given
+  bool need_scores, need_values;  // what to compute: the next four; grad_values
+  S* grad_query;                  // (B, T, A)
+  S* grad_keys;                   // (B, S, A)
+  Acc<S>* grad_weight;            // (B, whole_columns(A)), a row per sentence; additive score only
+  Acc<S>* grad_bias;              // (B, whole_columns(A)), a row per sentence; additive score only
+  S* grad_values;                 // (B, S, D)
 };
 
 template <class S>

@@ -99,27 +99,29 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check(op, query, keys, values, weight, bias, lengths, mask) -> None:
-    for name, t, layout in (("query", query, "(B, T, A)"), ("keys", keys, "(B, S, A)"), ("values", values, "(B, S, D)")):
-        torch._check(t.dim() == 3, lambda: f"{op}: {name} must have the shape {layout}, got {tuple(t.shape)}")  # noqa: B023
-        torch._check(t.dtype == query.dtype, lambda: f"{op}: {name} must have the dtype {query.dtype}, got {t.dtype}")  # noqa: B023
-    B, T, A = query.shape
+    three = query.dim() == keys.dim() == values.dim() == 3
+    torch._check(three, lambda: f"{op}: query, keys and values must have three dimensions")
+    B, _, A = query.shape
     S = keys.shape[1]
-    expected = [("keys", keys, (B, S, A)), ("values", values, (B, S, values.shape[2]))]
-    expected += [("weight", weight, (A,)), ("bias", bias, (A,)), ("lengths", lengths, (B,))]
-    for name, t, shape in expected:
-        _check_shape(op, name, t, shape)
+    _check_shape(op, "keys", keys, (B, S, A))
+    _check_shape(op, "values", values, (B, S, values.shape[2]))
+    _check_shape(op, "weight", weight, (A,))
+    _check_shape(op, "bias", bias, (A,))
+    _check_shape(op, "lengths", lengths, (B,))
     if mask is not None:
         torch._check(mask.dim() == 3, lambda: f"{op}: mask must have the shape (B, 1 or T, S), got {tuple(mask.shape)}")
         _check_shape(op, "mask", mask, (B, mask.shape[1], S))
+    same = all(t is None or t.dtype == query.dtype for t in (keys, values, weight, bias))
+    torch._check(same, lambda: f"{op}: query, keys, values, weight and bias must have one dtype")
 
 
 def _check_shape(op, name, t, shape) -> None:
-    if t is not None:
-        torch._check(t.dim() == len(shape), lambda: f"{op}: {name} must have the shape {shape}, got {tuple(t.shape)}")
-        for actual, expected in zip(t.shape, shape, strict=True):
-            torch._check(
-                actual == expected, lambda: f"{op}: {name} must have the shape {shape}, got {tuple(t.shape)}"
-            )
+    if t is None:
+        return
+    fits = t.dim() == len(shape)
+    torch._check(fits, lambda: f"{op}: {name} must have the shape {shape}, got {tuple(t.shape)}")
+    for actual, expected in zip(t.shape, shape, strict=True):
+        torch._check(actual == expected, lambda: f"{op}: {name} must have the shape {shape}, got {tuple(t.shape)}")
 
 
 def _fake_forward(query, keys, values, weight, bias, lengths, mask, prepared, scale, need_weights):
