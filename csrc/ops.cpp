@@ -31,6 +31,21 @@ STABLE_TORCH_LIBRARY(fastseq, m) {
       "Tensor h0, Tensor c0, Tensor[] weights, Tensor activations, Tensor cell_states, Tensor? lengths, "
       "Tensor? batch_sizes, bool reverse, bool need_input, bool need_weights) "
       "-> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_weights)");
+  // query (B, T, A), keys (B, S, A), values (B, S, D); weight, bias (A,) of the additive score, neither for dot;
+  // lengths (B,) int64 or mask (B, 1 or T, S) bool; prepared: attention_prepare(keys, ...). context (B, T, D); weights
+  // (B, T, S) acc, or (0,) where not needed.
+  m.def(
+      "attention_forward(Tensor query, Tensor keys, Tensor values, Tensor? weight, Tensor? bias, Tensor? lengths, "
+      "Tensor? mask, Tensor? prepared, float scale, bool need_weights) -> (Tensor context, Tensor weights)");
+  // What is not needed has the shape (0,).
+  m.def(
+      "attention_backward(Tensor grad_context, Tensor? grad_weights, Tensor query, Tensor keys, Tensor values, "
+      "Tensor? weight, Tensor? bias, Tensor? lengths, Tensor? mask, Tensor? prepared, Tensor weights, float scale, "
+      "bool need_scores, bool need_values) "
+      "-> (Tensor grad_query, Tensor grad_keys, Tensor grad_values, Tensor grad_weight, Tensor grad_bias)");
+  // What the additive score computes of its keys (B, S, A) up to the lengths (B,), for many calls with these keys:
+  // (B, S, A16 + 16) acc, where A16 is A rounded up to 16.
+  m.def("attention_prepare(Tensor keys, Tensor? lengths) -> Tensor");
   // Gives the memory that finished calls left for later ones back to the system; returns how many bytes.
   m.def("cpu_empty_cache() -> int");
   // Multiply-adds in the dtype of `example` on all threads, `steps` rounds each; returns how many operations they were.

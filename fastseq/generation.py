@@ -2,7 +2,8 @@
 
 A model takes part by the protocol of :class:`fastseq.Seq2Seq`: ``config`` with ``pad_id``, ``bos_id``, ``eos_id``;
 ``encode(src, src_lengths)``; ``start(enc)``; ``decode_step(tokens, state, enc, need_weights=...)``; an encoder output
-with ``lengths`` and ``repeat_interleave(k)``; a state with ``index_select(rows)``.
+with ``lengths`` and ``repeat_interleave(k)``; a state with ``index_select(rows)``; and, if it likes, ``prepare(enc)``:
+the encoder output for the steps to come.
 
 Shapes: B sentences, K beams, R returned sequences per sentence, N decoder rows (B * K or B * R, those of one sentence
 side by side), V target vocabulary, S source positions, T decoding steps, L longest returned sequence.
@@ -290,11 +291,16 @@ def _sample(log_probs: Tensor, options: _Options) -> Tensor:
     return tokens.gather(1, probs.multinomial(1, generator=options.generator))[:, 0]
 
 
+def _prepare(model: nn.Module, enc: Any) -> Any:
+    return model.prepare(enc) if hasattr(model, "prepare") else enc
+
+
 def _decode_rows(model: nn.Module, enc: Any, limits: Tensor, options: _Options) -> GenerateOutput:
     """Greedy decoding and sampling: no row looks at another one. limits (B,)."""
     if options.num_return_sequences > 1:
         enc = enc.repeat_interleave(options.num_return_sequences)
         limits = limits.repeat_interleave(options.num_return_sequences)
+    enc = _prepare(model, enc)
     state = model.start(enc)
     tokens = torch.full_like(limits, options.bos_id)
     scores, lengths = torch.zeros_like(limits, dtype=torch.float32), torch.zeros_like(limits)
@@ -323,6 +329,7 @@ def _beam_search(model: nn.Module, enc: Any, limits: Tensor, options: _Options) 
     """Beam search over all sentences at once; limits (B,). A sentence that is done keeps its pool from then on."""
     batch, beams = len(limits), options.num_beams
     enc = enc.repeat_interleave(beams)
+    enc = _prepare(model, enc)
     state = model.start(enc)
     first_rows = torch.arange(0, batch * beams, beams, device=limits.device)[:, None]  # (B, 1) rows of the first beams
     tokens = limits.new_full((batch * beams,), options.bos_id)

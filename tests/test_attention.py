@@ -19,18 +19,24 @@ from attention_cases import (
     make_inputs,
     make_padding,
 )
+from backends import serving_attention
 
 from fastseq.backend import record
 from fastseq.ops.attention import attention, reference
 from fastseq.testing import assert_accurate
 
+OWN = [
+    name for name in serving_attention() if name != "torch"
+]  # with a Function of their own: double backward, weights
+
 
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("score", SCORES)
-def test_outputs_and_gradients_follow_the_formula(score, padding):
+@pytest.mark.parametrize("backend", OWN)
+def test_outputs_and_gradients_follow_the_formula(backend, score, padding):
     tensors, where = make_inputs(score), make_padding(padding)
     expected = formula(**tensors, score=score, allowed=allowed_positions(where), scale=0.7)
-    actual = attention(**tensors, score=score, **where, scale=0.7, need_weights=True, backend="reference")
+    actual = attention(**tensors, score=score, **where, scale=0.7, need_weights=True, backend=backend)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(gradients(actual, tensors), gradients(expected, tensors))
 
@@ -81,12 +87,13 @@ def test_gradients_that_nobody_needs_are_none():
 
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("score", SCORES)
-def test_first_and_second_derivative_numerically(score, padding):
+@pytest.mark.parametrize("backend", OWN)
+def test_first_and_second_derivative_numerically(backend, score, padding):
     tensors, where = make_inputs(score, b=2, t=2, s=3, a=2, d=2), make_padding(padding, b=2, t=2, s=3)
 
     def run(*values):
         return attention(
-            **dict(zip(tensors, values, strict=True)), score=score, **where, need_weights=True, backend="reference"
+            **dict(zip(tensors, values, strict=True)), score=score, **where, need_weights=True, backend=backend
         )
 
     assert torch.autograd.gradcheck(run, tuple(tensors.values()))
@@ -116,7 +123,7 @@ def naive(query, keys, values, weight=None, bias=None, *, allowed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", serving_attention())
 @pytest.mark.parametrize("score", ["dot", "additive"])
 def test_accuracy_in_every_dtype(score, backend, dtype):
     sizes = {"b": 3, "t": 5, "s": 19}
@@ -135,16 +142,17 @@ def test_accuracy_in_every_dtype(score, backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("score", ["dot", "additive"])
-def test_scores_of_hundreds_stay_finite(score, dtype):
+@pytest.mark.parametrize("backend", OWN)
+def test_scores_of_hundreds_stay_finite(backend, score, dtype):
     tensors = make_inputs(score, dtype=dtype, spread=100.0 if score == "additive" else 10.0)
-    outputs = attention(**tensors, score=score, **make_padding("lengths"), need_weights=True, backend="reference")
+    outputs = attention(**tensors, score=score, **make_padding("lengths"), need_weights=True, backend=backend)
     assert all(x.isfinite().all() for x in (*outputs, *gradients(outputs, tensors)))
     torch.testing.assert_close(outputs[1][1:].float().sum(-1), torch.ones(B - 1, T), atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("padding", ["lengths", "mask", "step_mask"])
-@pytest.mark.parametrize(("score", "backend"), list(itertools.product(["dot", "additive"], ["reference", "torch"])))
+@pytest.mark.parametrize(("score", "backend"), list(itertools.product(["dot", "additive"], serving_attention())))
 def test_padding_may_hold_anything(score, backend, padding, garbage):
     tensors, where = make_inputs(score), make_padding(padding)
     unused = ~allowed_positions(where).any(1)[..., None]
@@ -152,23 +160,23 @@ def test_padding_may_hold_anything(score, backend, padding, garbage):
         name: x.detach().masked_fill(unused, garbage).requires_grad_() if name in ("keys", "values") else x
         for name, x in tensors.items()
     }
-    options = dict(score=score, **where, need_weights=backend == "reference", backend=backend)
+    options = dict(score=score, **where, need_weights=backend in OWN, backend=backend)
     expected, actual = attention(**tensors, **options), attention(**dirty, **options)
     with torch.no_grad():
         torch.testing.assert_close(attention(**dirty, **options)[0], expected[0])
     outputs = 1 if actual[1] is None else 2
     torch.testing.assert_close(actual[:outputs], expected[:outputs])
     torch.testing.assert_close(gradients(actual[:outputs], dirty), gradients(expected[:outputs], tensors))
-    if backend == "reference":
+    if backend in OWN:
         (grad,) = torch.autograd.grad(attention(**dirty, **options)[0].sum(), dirty["query"], create_graph=True)
         (second,) = torch.autograd.grad(grad.square().sum(), dirty["keys"])
         assert second.isfinite().all()
 
 
-@pytest.mark.parametrize(("score", "backend"), list(itertools.product(["dot", "additive"], ["reference", "torch"])))
+@pytest.mark.parametrize(("score", "backend"), list(itertools.product(["dot", "additive"], serving_attention())))
 def test_nothing_to_attend_to_gives_zeros(score, backend):
     tensors = make_inputs(score, dtype=torch.float32)
-    need_weights = backend == "reference"
+    need_weights = backend in OWN
     context, weights = attention(
         **tensors, score=score, lengths=torch.tensor([0, S, 0]), need_weights=need_weights, backend=backend
     )
@@ -202,13 +210,20 @@ def test_torch_op_by_op_equals_reference(score, padding):
     torch.testing.assert_close(*(gradients(found, tensors) for found in results))
 
 
-def test_auto_on_cpu_takes_the_reference():
-    tensors = make_inputs("dot")
-    with record() as choices:
-        attention(**tensors)
-        with torch.no_grad():
-            attention(**tensors)
-    assert [choice.backend for choice in choices] == ["reference", "reference"]
+@pytest.mark.skipif("native" not in OWN, reason="the compiled operators are not part of this install")
+def test_auto_on_cpu_takes_what_was_measured_fastest():
+    def chosen(score, **options):
+        tensors = make_inputs(score, dtype=options.pop("dtype", torch.float32), t=options.pop("t", T))
+        with record() as choices, torch.set_grad_enabled(options.pop("grad", True)):
+            attention(**tensors, score=score, **options)
+        return choices[0].backend
+
+    assert chosen("dot") == chosen("dot", grad=False) == chosen("additive", t=1) == "native"
+    assert chosen("dot", dtype=torch.bfloat16, t=1, grad=False) == "torch"
+    assert chosen("dot", dtype=torch.bfloat16, t=1, grad=False, **make_padding("lengths")) == "native"
+    assert chosen("dot", dtype=torch.bfloat16, t=1) == chosen("dot", dtype=torch.bfloat16, grad=False) == "native"
+    assert chosen("dot", dtype=torch.float64) == chosen("additive", dtype=torch.float64, t=1) == "reference"
+    assert chosen("additive", dtype=torch.float64) == "native"
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -256,21 +271,23 @@ def test_lengths_of_any_integer_type_equal_the_mask():
     assert not torch.allclose(attention(**tensors)[0], expected)
 
 
-def test_additive_keeps_no_hidden_layer_for_the_backward():
+@pytest.mark.parametrize("backend", OWN)
+def test_additive_keeps_no_hidden_layer_for_the_backward(backend):
     tensors = make_inputs("additive", b=2, t=6, s=8, a=16, d=4)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-        attention(**tensors, score="additive", backend="reference")
+        attention(**tensors, score="additive", backend=backend)
     assert max(sizes) < 2 * 6 * 8 * 16
 
 
-def test_autocast_casts_the_inputs_and_keeps_the_softmax_wide():
+@pytest.mark.parametrize("backend", OWN)
+def test_autocast_casts_the_inputs_and_keeps_the_softmax_wide(backend):
     tensors = make_inputs("additive", dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        context, weights = attention(**tensors, score="additive", need_weights=True, backend="reference")
+        context, weights = attention(**tensors, score="additive", need_weights=True, backend=backend)
         inside = gradients([context, weights], tensors)
     narrow = {name: x.detach().bfloat16().requires_grad_() for name, x in tensors.items()}
-    expected = attention(**narrow, score="additive", need_weights=True, backend="reference")
+    expected = attention(**narrow, score="additive", need_weights=True, backend=backend)
     assert context.dtype == weights.dtype == torch.bfloat16
     torch.testing.assert_close((context, weights), expected, rtol=0, atol=0)
     wanted = tuple(g.float() for g in gradients(expected, narrow))

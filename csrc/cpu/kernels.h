@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attention.h"
 #include "lstm.h"
 #include "lstm_cell.h"
 #include "storage.h"
@@ -48,6 +49,11 @@ struct Kernels {
   // As many multiply-adds as registers hold at once, `steps` times: what the peak is measured with. Returns the number
   // of floating-point operations.
   int64_t (*fma_chain)(int64_t steps);
+
+  // Sentences [begin, end), with attention_scratch() bytes of memory. See attention.h.
+  void (*attention_forward)(const AttentionForward<S>& p, int64_t begin, int64_t end, void* scratch);
+  void (*attention_backward)(const AttentionBackward<S>& p, int64_t begin, int64_t end, void* scratch);
+  void (*attention_prepare)(const AttentionPrepare<S>& p, int64_t begin, int64_t end, void* scratch);
 };
 
 // The table of machine_isa().

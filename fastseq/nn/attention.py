@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseq.backend import check_name
-from fastseq.ops.attention import attention
+from fastseq.ops.attention import PreparedKeys, attention, prepare_keys
 from fastseq.ops.attention.api import SCORES
 
 
@@ -118,6 +118,10 @@ class Attention(nn.Module):
             raise RuntimeError(f"Attention: keys must have shape (B, S, {self.key_size}), got {tuple(keys.shape)}")
         return keys if self.score == "dot" else self.key_proj(keys)
 
+    def prepare_keys(self, projected_keys: Tensor, lengths: Tensor | None = None) -> PreparedKeys | None:
+        """For many single steps with the same keys: see :func:`fastseq.ops.prepare_keys`."""
+        return prepare_keys(projected_keys, score=self.score, lengths=lengths, backend=self.backend)
+
     def attend(
         self,
         query: Tensor,
@@ -127,8 +131,9 @@ class Attention(nn.Module):
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         need_weights: bool = False,
+        prepared: PreparedKeys | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``forward``, with keys that :meth:`project_keys` returned."""
+        """As ``forward``, with keys that :meth:`project_keys` returned and what :meth:`prepare_keys` made of them."""
         if query.dim() not in (2, 3) or query.size(-1) != self.query_size:
             raise RuntimeError(
                 f"Attention: query must have shape (B, T, {self.query_size}) or (B, {self.query_size}), "
@@ -149,6 +154,7 @@ class Attention(nn.Module):
             lengths=lengths,
             mask=mask,
             need_weights=need_weights,
+            prepared=prepared,
             backend=self.backend,
         )
 

@@ -84,6 +84,12 @@ class Decoder(nn.Module):
         """The state before the first step. Copies, because torch.export takes one tensor given twice for one input."""
         return DecoderState(enc.h.clone(), enc.c.clone(), torch.zeros_like(enc.h[0]) if self.input_feeding else None)
 
+    def prepare(self, enc: EncoderOutput) -> EncoderOutput:
+        """``enc`` with what its keys have to give to every step, where that saves time."""
+        if self.attention is None:
+            return enc
+        return enc._replace(prepared=self.attention.prepare_keys(enc.keys, enc.lengths))
+
     def forward(
         self, tokens: Tensor, enc: EncoderOutput, teacher_forcing_ratio: float, need_weights: bool
     ) -> tuple[Tensor, Tensor | None, DecoderState]:
@@ -106,6 +112,7 @@ class Decoder(nn.Module):
 
     def _step_by_step(self, tokens: Tensor, enc: EncoderOutput, teacher_forcing_ratio: float, need_weights: bool):
         layers = self._layers()
+        enc = self.prepare(enc)
         state = self.start(enc)
         h, c, vector = state.h.unbind(0), state.c.unbind(0), state.feed
         gates = self._input_gates(tokens.t(), layers)  # (T, B, 4H): the embeddings' part of all steps in one GEMM
@@ -168,7 +175,7 @@ class Decoder(nn.Module):
         if self.attention is None:
             return query, None
         context, weights = self.attention.attend(
-            query, enc.keys, enc.memory, lengths=enc.lengths, need_weights=need_weights
+            query, enc.keys, enc.memory, lengths=enc.lengths, need_weights=need_weights, prepared=enc.prepared
         )
         return torch.tanh(self.combine(torch.cat((context, query), -1))), weights
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastseq.nn.rnn import LSTM
 from fastseq.nn.seq2seq_config import Seq2SeqConfig
+from fastseq.ops.attention import PreparedKeys
 
 
 class EncoderOutput(NamedTuple):
@@ -17,6 +18,7 @@ class EncoderOutput(NamedTuple):
     lengths: Tensor  # (B,) int64
     h: Tensor  # (L, B, H) first hidden state of each decoder layer
     c: Tensor  # (L, B, H) first cell state of each decoder layer
+    prepared: PreparedKeys | None = None  # of these keys, for decoding step by step; selecting rows drops it
 
     def index_select(self, rows: Tensor) -> "EncoderOutput":
         """The sentences ``rows`` (N,), in that order, repeats allowed."""

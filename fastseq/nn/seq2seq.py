@@ -113,6 +113,13 @@ class Seq2Seq(nn.Module):
         """The decoder's state before the first step: the bridged encoder states, and zeros to feed."""
         return self.decoder.start(enc)
 
+    def prepare(self, enc: EncoderOutput) -> EncoderOutput:
+        """``enc`` for many calls of :meth:`decode_step`, which it makes faster and changes in nothing else.
+
+        Holds for ``enc.keys`` as they are now; see :func:`fastseq.ops.prepare_keys`.
+        """
+        return self.decoder.prepare(enc)
+
     def decode_step(
         self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, *, need_weights: bool = True
     ) -> tuple[Tensor, DecoderState, Tensor | None]:

@@ -12,9 +12,10 @@ class AttentionFunction(torch.autograd.Function):
     """Arguments as of ``apply`` -> context (B, T, D), weights (B, T, S) or None."""
 
     @staticmethod
-    def forward(ctx, backend, score, scale, need_weights, query, keys, values, weight, bias, lengths, mask):
+    def forward(ctx, backend, score, scale, need_weights, query, keys, values, weight, bias, lengths, mask, *prepared):
         inputs = (query, keys, values, weight, bias, lengths, mask)
-        context, weights, saved = implementation("attention", backend).forward(*inputs, score, scale, need_weights)
+        run = implementation("attention", backend).forward
+        context, weights, saved = run(*inputs, score, scale, need_weights, True, *prepared)
         ctx.options = (backend, score, scale, need_weights)
         ctx.save_for_backward(*inputs, *saved)
         return context, weights
@@ -30,7 +31,7 @@ class AttentionFunction(torch.autograd.Function):
             else:
                 run = implementation("attention", backend).backward
                 grads = run(grad_context, grad_weights, *inputs, saved, score, scale, needs)
-        return None, None, None, None, *grads, None, None
+        return None, None, None, None, *grads, *(None for _ in ctx.needs_input_grad[9:])
 
 
 def _differentiable_backward(grad_context, grad_weights, inputs, score, scale, need_weights, needs):
@@ -67,6 +68,7 @@ def apply(
     bias: Tensor | None,  # (A,)
     lengths: Tensor | None,  # (B,)
     mask: Tensor | None,  # (B, 1 or T, S)
+    *prepared: Tensor,  # what the backend's prepare() returned for these keys, or nothing
 ) -> tuple[Tensor, Tensor | None]:
     """Run on the named backend, recording a backward only where one can be asked for."""
     with without_autocast(query.device.type):
@@ -80,6 +82,7 @@ def apply(
         values = values.view_as(values) if values is keys or values is query else values
         inputs = (query, keys, values, weight, bias, lengths, mask)
         if needs_function(backend, *inputs[:5]):
-            return AttentionFunction.apply(backend, score, scale, need_weights, *inputs)
-        context, weights, _ = implementation("attention", backend).forward(*inputs, score, scale, need_weights)
+            return AttentionFunction.apply(backend, score, scale, need_weights, *inputs, *prepared)
+        run = implementation("attention", backend).forward
+        context, weights, _ = run(*inputs, score, scale, need_weights, False, *prepared)
         return context, weights

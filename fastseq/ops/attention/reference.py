@@ -23,6 +23,7 @@ def forward(
     score: str,
     scale: float,
     need_weights: bool,
+    need_backward: bool = True,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """-> context (B, T, D), weights (B, T, S) or None, saved. Differentiable where the padding is finite."""
     acc = wide_dtype(query.dtype)
@@ -35,7 +36,7 @@ def forward(
     if allowed is not None:
         p = p.where(allowed, 0)
     context = _weighted_sum(p, values.to(acc), allowed)
-    return context.to(query.dtype), p.to(query.dtype) if need_weights else None, (p,)
+    return context.to(query.dtype), p.to(query.dtype) if need_weights else None, (p,) if need_backward else ()
 
 
 def backward(

@@ -1,0 +1,255 @@
+// The attention operators on CPU: checks, outputs, threads. The arithmetic is in attention.inc.
+#include "attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <new>
+#include <tuple>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace fastseq {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+using torch::stable::new_empty;
+using torch::stable::parallel_for;
+
+// Tanh evaluations, or multiply-adds times 8, that are worth a thread.
+constexpr int64_t kWorthThread = 1 << 14;
+
+template <class S>
+const S* read(const OptionalTensor& t) {
+  return t ? static_cast<const S*>(t->const_data_ptr()) : nullptr;
+}
+
+template <class S>
+S* write(const Tensor& t) {
+  return t.numel() ? static_cast<S*>(t.mutable_data_ptr()) : nullptr;
+}
+
+template <class S>
+Strided<const S> strided(const OptionalTensor& t) {
+  if (!t) return {};
+  return {static_cast<const S*>(t->const_data_ptr()), t->stride(0), t->stride(1), t->stride(2)};
+}
+
+ScalarType accumulate_type(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class Run>
+void with_storage_type(const char* op, ScalarType dtype, const Run& run) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return run(float{});
+    case ScalarType::Double:
+      return run(double{});
+    case ScalarType::BFloat16:
+      return run(BFloat16{});
+    case ScalarType::Half:
+      return run(Half{});
+    default:
+      STD_TORCH_CHECK(false, op, ": the dtype must be Float, Double, BFloat16 or Half, got ", dtype);
+  }
+}
+
+// On the CPU, with this shape and dtype, at any strides.
+void check_strided(const char* op, const char* name, const Tensor& t, const Shape& shape, ScalarType dtype) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be a CPU tensor; move it with .cpu()");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must have the dtype ", dtype, ", got ", t.scalar_type());
+  STD_TORCH_CHECK(has_shape(t, shape), op, ": ", name, " must have the shape ", to_string(shape), ", got ",
+                  to_string(t.sizes()));
+}
+
+// The operators' common arguments.
+struct Arguments {
+  Tensor query, keys, values;
+  OptionalTensor weight, bias, lengths, mask, prepared;
+  double scale;
+
+  int64_t batch() const { return query.size(0); }
+  int64_t steps() const { return query.size(1); }
+  int64_t positions() const { return keys.size(1); }
+  int64_t size() const { return keys.size(2); }
+  int64_t width() const { return values.size(2); }
+  ScalarType dtype() const { return query.scalar_type(); }
+
+  void check(const char* op) const;
+  template <class S>
+  AttentionInputs<S> inputs() const;
+};
+
+void Arguments::check(const char* op) const {
+  check_rank(op, "query", query, 3, "(B, T, A)");
+  check_rank(op, "keys", keys, 3, "(B, S, A)");
+  check_rank(op, "values", values, 3, "(B, S, D)");
+  const int64_t B = batch(), T = steps(), S = positions(), A = size();
+  check_strided(op, "query", query, {B, T, A}, dtype());
+  check_strided(op, "keys", keys, {B, S, A}, dtype());
+  check_strided(op, "values", values, {B, S, width()}, dtype());
+  if (weight) check_cpu(op, "weight", *weight, {A}, dtype());
+  STD_TORCH_CHECK(weight || !(bias || prepared), op, ": bias and prepared belong to the additive score; pass weight");
+  if (bias) check_cpu(op, "bias", *bias, {A}, dtype());
+  if (lengths) check_cpu(op, "lengths", *lengths, {B}, ScalarType::Long);
+  STD_TORCH_CHECK(!(lengths && mask), op, ": lengths and mask exclude each other; pass one");
+  if (mask) {
+    check_rank(op, "mask", *mask, 3, "(B, 1 or T, S)");
+    check_strided(op, "mask", *mask, {B, mask->size(1) == 1 ? 1 : T, S}, ScalarType::Bool);
+  }
+  if (prepared) check_cpu(op, "prepared", *prepared, {B, S, prepared_columns(A)}, accumulate_type(dtype()));
+}
+
+template <class S>
+AttentionInputs<S> Arguments::inputs() const {
+  AttentionInputs<S> in{};
+  in.steps = steps(), in.positions = positions(), in.size = size(), in.width = width();
+  in.query = strided<S>(query), in.keys = strided<S>(keys), in.values = strided<S>(values);
+  in.weight = read<S>(weight), in.bias = read<S>(bias);
+  in.lengths = read<int64_t>(lengths);
+  in.mask = strided<bool>(mask);
+  if (mask && mask->size(1) == 1) in.mask.row = 0;
+  in.prepared = read<Acc<S>>(prepared);
+  in.scale = static_cast<Acc<S>>(scale);
+  return in;
+}
+
+// Calls run(begin, end, scratch) for parts of the batch. A sentence is never divided, so threads change no result.
+template <class S, class Run>
+void for_sentences(const Arguments& arguments, const AttentionInputs<S>& in, const Run& run) {
+  const int64_t work = in.steps * in.positions * (in.weight ? in.size + in.width / 8 : (in.size + in.width) / 8);
+  const std::align_val_t line{64};
+  parallel_for(0, arguments.batch(), kWorthThread / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    const auto release = [line](char* memory) { ::operator delete[](memory, line); };
+    const std::unique_ptr<char[], decltype(release)> scratch(new (line) char[attention_scratch(in)], release);
+    run(begin, end, scratch.get());
+  });
+}
+
+std::tuple<Tensor, Tensor> attention_forward_cpu(Tensor query,
+                                                 Tensor keys,
+                                                 Tensor values,
+                                                 OptionalTensor weight,
+                                                 OptionalTensor bias,
+                                                 OptionalTensor lengths,
+                                                 OptionalTensor mask,
+                                                 OptionalTensor prepared,
+                                                 double scale,
+                                                 bool need_weights) {
+  const char* op = "attention_forward";
+  const Arguments arguments{query, keys, values, weight, bias, lengths, mask, prepared, scale};
+  arguments.check(op);
+  const int64_t B = arguments.batch(), T = arguments.steps();
+  Tensor context = new_empty(query, {B, T, arguments.width()});
+  Tensor weights = new_empty(query, need_weights ? Shape{B, T, arguments.positions()} : Shape{0},
+                             accumulate_type(arguments.dtype()));
+  with_storage_type(op, arguments.dtype(), [&](auto zero) {
+    using S = decltype(zero);
+    AttentionForward<S> p{};
+    p.in = arguments.inputs<S>();
+    p.context = write<S>(context);
+    p.weights = write<Acc<S>>(weights);
+    for_sentences(arguments, p.in, [&](int64_t begin, int64_t end, void* scratch) {
+      kernels<S>().attention_forward(p, begin, end, scratch);
+    });
+  });
+  return {context, weights};
+}
+
+// Sums rows (B, columns) over the batch, always in the same order.
+template <class S>
+void sum_sentences(const Tensor& rows, const Tensor& sum) {
+  using A = Acc<S>;
+  const int64_t B = rows.size(0), columns = rows.size(1), size = sum.numel();
+  const A* x = static_cast<const A*>(rows.const_data_ptr());
+  std::unique_ptr<A[]> total(new A[columns]());
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t c = 0; c < size; ++c) total[c] += x[b * columns + c];
+  }
+  for (int64_t c = 0; c < size; ++c) store(total[c], static_cast<S*>(sum.mutable_data_ptr()) + c);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(Tensor grad_context,
+                                                                          OptionalTensor grad_weights,
+                                                                          Tensor query,
+                                                                          Tensor keys,
+                                                                          Tensor values,
+                                                                          OptionalTensor weight,
+                                                                          OptionalTensor bias,
+                                                                          OptionalTensor lengths,
+                                                                          OptionalTensor mask,
+                                                                          OptionalTensor prepared,
+                                                                          Tensor weights,
+                                                                          double scale,
+                                                                          bool need_scores,
+                                                                          bool need_values) {
+  const char* op = "attention_backward";
+  const Arguments arguments{query, keys, values, weight, bias, lengths, mask, prepared, scale};
+  arguments.check(op);
+  const int64_t B = arguments.batch(), T = arguments.steps(), S = arguments.positions(), A = arguments.size();
+  const ScalarType dtype = arguments.dtype(), accumulate = accumulate_type(dtype);
+  check_cpu(op, "weights", weights, {B, T, S}, accumulate);
+  check_strided(op, "grad_context", grad_context, {B, T, arguments.width()}, dtype);
+  if (grad_weights) check_strided(op, "grad_weights", *grad_weights, {B, T, S}, dtype);
+
+  const bool need_weight = need_scores && weight;
+  Tensor grad_query = new_empty(query, need_scores ? Shape{B, T, A} : Shape{0});
+  Tensor grad_keys = new_empty(query, need_scores ? Shape{B, S, A} : Shape{0});
+  Tensor grad_values = new_empty(query, need_values ? Shape{B, S, arguments.width()} : Shape{0});
+  Tensor grad_weight = new_empty(query, {need_weight ? A : 0}), grad_bias = new_empty(query, {need_weight ? A : 0});
+  const Shape sentence_rows = need_weight ? Shape{B, whole_columns(A)} : Shape{0};
+  const Tensor weight_rows = new_empty(query, sentence_rows, accumulate);
+  const Tensor bias_rows = new_empty(query, sentence_rows, accumulate);
+  with_storage_type(op, dtype, [&](auto zero) {
+    using S = decltype(zero);
+    AttentionBackward<S> p{};
+    p.in = arguments.inputs<S>();
+    p.weights = static_cast<const Acc<S>*>(weights.const_data_ptr());
+    p.grad_context = strided<S>(grad_context);
+    p.grad_weights = strided<S>(grad_weights);
+    p.need_scores = need_scores;
+    p.need_values = need_values;
+    p.grad_query = write<S>(grad_query);
+    p.grad_keys = write<S>(grad_keys);
+    p.grad_weight = write<Acc<S>>(weight_rows);
+    p.grad_bias = write<Acc<S>>(bias_rows);
+    p.grad_values = write<S>(grad_values);
+    for_sentences(arguments, p.in, [&](int64_t begin, int64_t end, void* scratch) {
+      kernels<S>().attention_backward(p, begin, end, scratch);
+    });
+    if (!need_weight) return;
+    sum_sentences<S>(weight_rows, grad_weight);
+    sum_sentences<S>(bias_rows, grad_bias);
+  });
+  return {grad_query, grad_keys, grad_values, grad_weight, grad_bias};
+}
+
+Tensor attention_prepare_cpu(Tensor keys, OptionalTensor lengths) {
+  const char* op = "attention_prepare";
+  const Arguments arguments{keys, keys, keys, {}, {}, lengths, {}, {}, 1.0};
+  arguments.check(op);
+  Tensor prepared = new_empty(keys, {keys.size(0), keys.size(1), prepared_columns(keys.size(2))},
+                              accumulate_type(keys.scalar_type()));
+  with_storage_type(op, keys.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    AttentionPrepare<S> p{arguments.inputs<S>(), write<Acc<S>>(prepared)};
+    for_sentences(arguments, p.in, [&](int64_t begin, int64_t end, void* scratch) {
+      kernels<S>().attention_prepare(p, begin, end, scratch);
+    });
+  });
+  return prepared;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward_cpu));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
+  m.impl("attention_prepare", TORCH_BOX(&attention_prepare_cpu));
+}
+
+}  // namespace fastseq
