@@ -304,6 +304,22 @@ def test_positions_that_were_not_prepared_are_computed_directly():
     torch.testing.assert_close(gradients(actual, tensors), gradients(expected, tensors), rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("size", [0.4, 15.0], ids=["addition", "exponentials"])
+@pytest.mark.parametrize("query", [-80.0, 6.0, 80.0, math.inf])
+def test_prepared_keys_serve_queries_of_any_size(query, size):
+    keys, weight = torch.linspace(-size, size, 42).view(1, 7, 6), torch.linspace(-2, 2, 6)
+    tensors = {"query": torch.full((1, 1, 6), query), "keys": keys, "weight": weight}
+    for x in tensors.values():
+        x.requires_grad_()
+    prepared = prepare_keys(keys, score="additive", backend="native")
+    results = []
+    for given in (None, prepared):
+        outputs = attention(**tensors, score="additive", need_weights=True, prepared=given, backend="native")
+        results.append([*outputs, *gradients(outputs, tensors)])
+    assert all(x.isfinite().all() for x in results[0])
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_stale_or_foreign_prepared_keys_are_refused():
     keys, query, weight = torch.randn(2, 5, 4), torch.randn(2, 4), torch.randn(4)
     prepared = prepare_keys(keys, score="additive", backend="native")
