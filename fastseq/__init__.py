@@ -2,6 +2,7 @@
 
 from fastseq import backend, ops
 from fastseq.backend import explain, use_backend
+from fastseq._native import empty_cache
 from fastseq.info import info
 from fastseq.nn import (
     LSTM,
@@ -26,6 +27,7 @@ __all__ = [
     "Seq2SeqConfig",
     "accelerate",
     "build_seq2seq_model",
+    "empty_cache",
     "explain",
     "info",
     "ops",

@@ -2,6 +2,6 @@
 
 from fastseq.ops.attention import PreparedKeys, attention, prepare_keys
 from fastseq.ops.lstm import lstm
-from fastseq.ops.lstm_cell import lstm_cell
+from fastseq.ops.lstm_cell import lstm_cell, lstm_step
 
-__all__ = ["PreparedKeys", "attention", "lstm", "lstm_cell", "prepare_keys"]
+__all__ = ["PreparedKeys", "attention", "lstm", "lstm_cell", "lstm_step", "prepare_keys"]
