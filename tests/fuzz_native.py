@@ -8,10 +8,11 @@ import random
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from fastseq import LSTM, LSTMCell, ops
+from fastseq import LSTM, LSTMCell, _native, ops
 from fastseq.ops.lstm import layout
 from fastseq.testing import assert_all_accurate
 
@@ -154,8 +155,12 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=500, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the cases (default: %(default)s)")
     parser.add_argument("--op", choices=("lstm", "cell"), help="only this one (default: nine of ten are lstm)")
+    parser.add_argument("--library", type=Path, help="stop unless the compiled operators come from this folder")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first case that fails")
     args = parser.parse_args()
+    loaded = sys.modules["fastseq._C"].__file__ if _native.available() else _native.why_not()
+    if not _native.available() or (args.library and not Path(loaded).is_relative_to(args.library.resolve())):
+        parser.error(f"expected the compiled operators of {args.library or 'this environment'}, got: {loaded}")
     rng, failures, start = random.Random(args.seed), 0, time.monotonic()
     for done in range(args.cases):
         case = draw(rng, args.op or rng.choices(("lstm", "cell"), (9, 1))[0])

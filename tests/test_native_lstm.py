@@ -26,6 +26,7 @@ PATHS = {  # T, B, I, H
     "panels of a few rows": (12, 6, 40, 130),
     "several blocks of the batch": (4, 150, 9, 20),
     "several chunks of inputs and depths": (60, 9, 5, 17),
+    "several chunks of wide gates": (30, 9, 4, 200),
     "several chains, deep gradients": (3, 5, 300, 300),
     "one direction after the other": (6, 2, 9, 260),
 }

@@ -90,7 +90,7 @@ def test_team_with_late_members(flags, tmp_path):
     if build.returncode or subprocess.run(program).returncode:
         pytest.skip(f"{compiler} cannot build and run with {' '.join(flags)}")
     subprocess.run([*command, TESTS / "team_check.cpp", "-o", program], check=True)
-    result = subprocess.run(program, capture_output=True, text=True)
+    result = subprocess.run(program, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
