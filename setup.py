@@ -1,7 +1,7 @@
 """Builds the compiled operators ahead of time; all metadata is in pyproject.toml.
 
 FASTSEQ_NATIVE=0 leaves them out, FASTSEQ_NATIVE=1 turns a missing compiler into an error.
-Without either they are built where a C++ compiler is found.
+Without either they are built where a C++ compiler is found. FASTSEQ_CXXFLAGS are flags for the compiler, after our own.
 """
 
 import os
@@ -89,7 +89,7 @@ def native_build() -> dict:
         "fastseq._C",
         sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp")),
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.[hi]*")),
-        extra_compile_args=FLAGS + defines,
+        extra_compile_args=FLAGS + defines + shlex.split(os.environ.get("FASTSEQ_CXXFLAGS", "")),
         py_limited_api=True,  # abi3: torch adds Py_LIMITED_API
     )
     return {

@@ -1,4 +1,4 @@
-"""torch.compile in one graph, torch.export with dynamic sizes, and opcheck on every registered op."""
+"""torch.compile in one graph, and torch.export with dynamic sizes."""
 
 import pytest
 import torch
@@ -115,33 +115,3 @@ def test_export_with_dynamic_sizes(with_lengths):
         x, lengths = batch(*size, with_lengths)
         given = (x, lengths) if with_lengths else (x,)
         torch.testing.assert_close(exported(*given), model(*given), rtol=0, atol=1e-6)
-
-
-@needs_native
-@pytest.mark.parametrize("form", ["full", "lengths", "packed"])
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_opcheck_lstm(form, reverse):
-    T, B, H = 4, 3, 5
-    lengths = torch.tensor([4, 0, 2]) if form == "lengths" else None
-    batch_sizes = torch.tensor([3, 2, 2, 1]) if form == "packed" else None
-    rows = (8,) if form == "packed" else (T, B)
-    gates, h0, c0, weight = torch.randn(*rows, 4 * H), torch.randn(B, H), torch.randn(B, H), torch.randn(4 * H, H)
-    for need in ((True, True), (False, False), (False, True)):
-        torch.library.opcheck(
-            torch.ops.fastseq.lstm_forward, (gates, h0, c0, weight, lengths, batch_sizes, reverse, *need)
-        )
-    output, h_n, c_n, activations, cells = torch.ops.fastseq.lstm_forward(
-        gates, h0, c0, weight, lengths, batch_sizes, reverse, True, True
-    )
-    for grads in ((output, h_n, c_n, cells), (output, None, None, None), (None, h_n, None, None)):
-        args = (*grads, activations, cells, c0, weight, lengths, batch_sizes, reverse)
-        torch.library.opcheck(torch.ops.fastseq.lstm_backward, args)
-
-
-@needs_native
-def test_opcheck_lstm_cell():
-    gates, c = torch.randn(3, 20), torch.randn(3, 5)
-    torch.library.opcheck(torch.ops.fastseq.lstm_cell_forward, (gates, c))
-    h, c_n, activations = torch.ops.fastseq.lstm_cell_forward(gates, c)
-    for grads in ((h, c_n), (h, None), (None, c_n)):
-        torch.library.opcheck(torch.ops.fastseq.lstm_cell_backward, (activations, c, c_n, *grads))

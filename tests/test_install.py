@@ -174,4 +174,4 @@ def test_build_info():
 @pytest.mark.skipif(not _native.available(), reason="the compiled operators are not part of this install")
 def test_an_unknown_instruction_set_is_refused():
     why = run("from fastseq import _native; print(_native.why_not())", FASTSEQ_CPU_ISA="sse9")
-    assert "FASTSEQ_CPU_ISA must be baseline, avx2, avx512 or unset" in why
+    assert "FASTSEQ_CPU_ISA must be baseline, avx2, avx512, avx512_bf16 or unset" in why

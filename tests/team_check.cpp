@@ -1,0 +1,103 @@
+// Runs csrc/cpu/team.cpp with members that come late, and checks that every share of every step is done exactly once,
+// after all shares of the step before. Exits with 1 and a sentence where that is not so.
+#include <cstdio>
+#include <thread>
+#include <vector>
+
+#include "../csrc/cpu/team.cpp"
+
+using fastseq::Team;
+
+namespace {
+
+constexpr int64_t kMembers = 6, kSteps = 40;
+
+struct Scenario {
+  const char* name;
+  int64_t threads;  // each stands for kMembers / threads members
+  int64_t late;     // the thread that sleeps, or -1
+  int64_t step;     // before which step it does, or -1: before it joins
+  std::chrono::microseconds sleep = std::chrono::milliseconds(20);
+};
+
+// How often each share of each step was done. Plain integers: ThreadSanitizer reports what no barrier orders.
+struct Work {
+  int done[kSteps][kMembers] = {};
+  bool in_order[kMembers];
+  std::atomic<int64_t> ready{0};  // threads that run: starting one takes longer than a team waits
+};
+
+void sleep_if_late(const Scenario& scenario, int64_t thread, int64_t step) {
+  if (thread == scenario.late && step == scenario.step) std::this_thread::sleep_for(scenario.sleep);
+}
+
+// What every kernel does: join, then share by share, step by step, with a barrier after each.
+void run_thread(const Scenario& scenario, int64_t thread, Team& team, Work& work) {
+  const int64_t each = kMembers / scenario.threads;
+  ++work.ready;
+  while (work.ready < scenario.threads) std::this_thread::yield();
+  sleep_if_late(scenario, thread, -1);
+  Team::Share share = team.join(thread * each, (thread + 1) * each);
+  if (share.begin == share.end) return;
+  for (int64_t step = 0; step < kSteps; ++step) {
+    sleep_if_late(scenario, thread, step);
+    for (int64_t member = share.begin; member < share.end; ++member) {
+      for (int64_t other = 0; step > 0 && other < kMembers; ++other) {
+        if (work.done[step - 1][other] != 1) work.in_order[member] = false;
+      }
+      ++work.done[step][member];
+    }
+    if (!team.wait(share)) return;
+  }
+}
+
+bool check(const Scenario& scenario) {
+  Team team(kMembers);
+  Work work;
+  for (bool& in_order : work.in_order) in_order = true;
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < scenario.threads; ++i) {
+    threads.emplace_back([&, i] { run_thread(scenario, i, team, work); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (int64_t member = 0; member < kMembers; ++member) {
+    for (int64_t step = 0; step < kSteps; ++step) {
+      if (work.done[step][member] == 1 && work.in_order[member]) continue;
+      std::printf("%s: share %d of step %d was done %d times%s\n", scenario.name, int(member), int(step),
+                  work.done[step][member], work.in_order[member] ? "" : ", too early");
+      return false;
+    }
+  }
+  // A late member is a sign of a crowded machine; without one the machine may still be crowded.
+  if (scenario.late < 0 || scenario.sleep < fastseq::kLate * 10 || Team::machine_is_crowded()) return true;
+  std::printf("%s: the machine should count as crowded\n", scenario.name);
+  return false;
+}
+
+}  // namespace
+
+int main() {
+  const Scenario scenarios[] = {
+      {"one thread for all", 1, -1, 0},
+      {"two threads", 2, -1, 0},
+      {"three threads", 3, -1, 0},
+      {"a thread for each", kMembers, -1, 0},
+      {"the first is late to join", 3, 0, -1},
+      {"the last is late to join", 3, 2, -1},
+      {"the first is late to the first barrier", 3, 0, 0},
+      {"the first is late to a barrier", 2, 0, 20},
+      {"another is late to a barrier", 3, 1, 20},
+      {"one of six is late to a barrier", kMembers, 4, 20},
+      {"the last is late to the last barrier", 3, 2, kSteps - 1},
+  };
+  for (int round = 0; round < 10; ++round) {
+    for (const Scenario& scenario : scenarios) {
+      if (!check(scenario)) return 1;
+    }
+  }
+  for (int round = 0; round < 300; ++round) {  // arrives while the others give it up
+    if (!check({"late by as much as is waited for", 3, round % 3, round % 5 - 1, fastseq::kLate * round / 300}))
+      return 1;
+  }
+  return 0;
+}
