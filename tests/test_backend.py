@@ -30,14 +30,15 @@ def served(**kwargs) -> str:
 
 
 def test_argument_beats_block_beats_default():
-    assert served() == "torch"
+    default = served()
+    assert default != "reference"
     with fastseq.use_backend("reference"):
         assert served() == "reference"
         assert served(backend="torch") == "torch"
         with fastseq.use_backend("torch"):
             assert served() == "torch"
         assert served() == "reference"
-    assert served() == "torch"
+    assert served() == default
 
 
 def test_records_nest_and_belong_to_a_thread():
@@ -62,27 +63,37 @@ def test_auto_follows_the_measurements():
         return select(op, "auto", call)
 
     padded = CALL._replace(batch=32, steps=50)
-    assert chosen("lstm", padded) == "torch"
-    for changes in (dict(packed=True), dict(lengths=True)):
+    wide = backend._wide_vectors()
+    assert chosen("lstm", padded) == ("native" if wide else "torch")
+    assert chosen("lstm", padded._replace(batch=4)) == "native"
+    assert chosen("lstm", padded._replace(device="cuda")) == "torch"
+    assert chosen("lstm", padded._replace(autocast=True, dtype=torch.bfloat16)) == "torch"
+    assert chosen("lstm", padded._replace(proj_size=3)) == "torch"
+    for changes in (dict(packed=True), dict(lengths=True), dict(dtype=torch.float16)):
         assert chosen("lstm", padded._replace(**changes)) == "native"
-        assert chosen("lstm", padded._replace(**changes, batch=1)) == "torch"
-        assert chosen("lstm", padded._replace(**changes, autocast=True, dtype=torch.bfloat16)) == "torch"
-        assert chosen("lstm", padded._replace(**changes, device="cuda")) == "torch"
-        assert chosen("lstm", padded._replace(**changes, steps=1)) == "torch"
-    assert chosen("lstm", padded._replace(dtype=torch.float16)) == "native"
-    assert chosen("lstm", padded._replace(dtype=torch.float16, steps=1)) == "torch"
     assert chosen("lstm", padded._replace(dtype=torch.float64)) == "torch"
-    assert chosen("lstm", padded._replace(dtype=torch.float64, requires_grad=True)) == "native"
+    assert chosen("lstm", padded._replace(dtype=torch.float64, batch=1)) == "native"
+    cell, x = fastseq.LSTMCell(4, 5), X[0]
     with backend.record() as choices:
-        fastseq.LSTMCell(4, 5)(X[0])
+        cell(x)
+        with torch.no_grad():
+            cell(x)
         fastseq.ops.lstm_cell(torch.randn(2, 20), torch.randn(2, 5))
-    assert [choice.backend for choice in choices] == ["torch", "native"]
+    assert [choice.backend for choice in choices] == ["torch", "native", "native"]
+
+
+@pytest.mark.parametrize(("wide", "matrix", "expected"), [(True, False, "native"), (True, True, "torch"), (False, False, "torch")])
+def test_auto_leaves_bfloat16_to_a_matrix_unit(wide, matrix, expected, monkeypatch):
+    monkeypatch.setattr(backend, "_wide_vectors", lambda: wide)
+    monkeypatch.setattr(backend, "_matrix_unit", lambda: matrix)
+    call = CALL._replace(batch=32, steps=50, dtype=torch.bfloat16)
+    assert select("lstm", "auto", call) == expected
 
 
 def test_block_ends_with_an_exception():
     with pytest.raises(KeyError), fastseq.use_backend("reference"):
         raise KeyError
-    assert served() == "torch"
+    assert served() != "reference"
 
 
 def test_environment_variable():
