@@ -203,9 +203,12 @@ RULES = (
         "attention",
         "torch",
         lambda c: (
-            _dot_on_cpu(c) and c.dtype == _BF16 and c.steps == 1 and not (c.requires_grad or c.need_weights or c.padded)
+            _dot_on_cpu(c)
+            and c.dtype in (_F32, _BF16)
+            and c.steps == 1
+            and not (c.requires_grad or c.need_weights or c.padded)
         ),
-        "one step of bfloat16 without padding: SDPA is up to 1.09 times as fast as native, 1.7 times as reference",
+        "one step without padding: SDPA is up to 1.23 times as fast as native",
     ),
     Rule(
         "attention",

