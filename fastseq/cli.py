@@ -34,6 +34,9 @@ COMMANDS = {
     "bench": Command(
         "fastseq.bench", "measure the backends against nn.LSTM", "fastseq bench --filter packed --threads 1"
     ),
+    "warmup": Command(
+        "fastseq.warmup", "compile the Triton kernels ahead of time", "fastseq warmup --hidden-size 512 --dtype bf16"
+    ),
     "info": Command("fastseq.info", "show versions, backends and why a backend is missing", "fastseq info"),
 }
 DATA_SETS = {

@@ -41,7 +41,7 @@ def rank(name: str) -> int | None:
     parts = name.split(".")
     if parts[1:2] in (["cli"], ["__main__"]):
         return 7
-    if parts[1:2] in (["training"], ["bench"], ["parity"], ["info"]):
+    if parts[1:2] in (["training"], ["bench"], ["parity"], ["info"], ["warmup"]):
         return 6
     if parts[1:2] == ["generation"]:
         return 5

@@ -24,6 +24,11 @@ class Chip(NamedTuple):
     def is_nvidia(self) -> bool:
         return self.name.startswith("sm_")
 
+    @property
+    def lanes(self) -> int:
+        """Threads of a warp."""
+        return 32 if self.is_nvidia else 64
+
 
 # Largest shared memory of one block. NVIDIA: CUDA programming guide, "technical specifications per compute
 # capability"; AMD: the 64 KiB of LDS of a compute unit.

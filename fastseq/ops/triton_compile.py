@@ -21,6 +21,7 @@ class _NoDevice(DriverBase):
     def __init__(self, chip: Chip):
         self.chip = chip
         self.utils = self
+        self.launches: list[str] = []  # hashes
 
     @classmethod
     def is_active(cls):
@@ -53,21 +54,22 @@ class _NoDevice(DriverBase):
         return None, None, 0, 0, 1024  # module, function, registers, spills (not known here), most threads
 
     def launcher_cls(self, src, metadata):
-        return lambda *args: None
+        return lambda *args: self.launches.append(metadata.hash)
 
 
 @contextlib.contextmanager
-def compiling_for(chip: Chip) -> Iterator[None]:
+def compiling_for(chip: Chip) -> Iterator[list[str]]:
     """Within this block triton backends take CPU tensors, compile for ``chip``, and leave results as they are.
 
     Process-wide, like Triton's own driver. A kernel that needs more shared memory than the chip has raises Triton's
-    OutOfResources, as it would there.
+    OutOfResources, as it would there. Yields the list of launches, a kernel's hash each.
     """
     active = driver._active
-    driver.set_active(_NoDevice(chip))
+    stub = _NoDevice(chip)
+    driver.set_active(stub)
     try:
         with compile_only(chip):
-            yield
+            yield stub.launches
     finally:
         driver.set_active(active)
 

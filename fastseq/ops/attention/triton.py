@@ -28,19 +28,19 @@ def forward(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """-> context (B, T, D), weights (B, T, S) or None, saved for ``backward``."""
-    from fastseq.ops.attention.triton_kernels import forward_kernel
+    from fastseq.ops.attention.triton_kernels import attention_forward_kernel
 
     B, T, A = query.shape
     S, D = values.shape[1:]
     context = query.new_empty(B, T, D)
     scores = query.new_empty(B, T, S, dtype=torch.float32)
-    peaks, totals = scores.new_empty(2, B, T)
-    blocks = _blocks(score, A, D)
+    peaks, totals = scores.new_empty(B, T), scores.new_empty(B, T)
+    blocks = _blocks(score, A, D, query.dtype)
     grid = (B * -(-T // blocks["BLOCK_T"]), -(-D // blocks["BLOCK_D"]))
     masks = (ready(lengths), None if mask is None else ready(mask).view(torch.uint8))
     per_step = mask is not None and mask.size(1) == T
     with torch.cuda.device_of(query):
-        forward_kernel[grid](
+        attention_forward_kernel[grid](
             *map(ready, (query, keys, values, weight, bias)), *masks, context, scores, peaks, totals, scale, T, S,
             A=A, D=D, MASK_PER_STEP=per_step, PRECISION=dot_precision(query.dtype, chip_of(query)), **blocks,
         )  # fmt: skip
@@ -87,18 +87,18 @@ def backward(
 
 def _grad_scores(grad_context, grad_weights, values, saved, score: str, scale: float) -> tuple[Tensor, Tensor]:
     """(B, T, S) softmax weights in the dtype of the values, and the gradient before ``scale`` (additive: float32)."""
-    from fastseq.ops.attention.triton_kernels import grad_scores_kernel
+    from fastseq.ops.attention.triton_kernels import attention_grad_scores_kernel
 
     scores, peaks, totals = saved
     B, T, S = scores.shape
     D = values.size(2)
     p = values.new_empty(B, T, S)
     grad_scores = torch.empty_like(p if score == "dot" else scores)
-    block_d = min(64, max(16, power_of_two(D)))
+    block_d = min(32, max(16, power_of_two(D)))
     with torch.cuda.device_of(values):
-        grad_scores_kernel[(B * -(-T // 16),)](
+        attention_grad_scores_kernel[(B * -(-T // 16),)](
             *map(ready, (values, grad_context, grad_weights)), scores, peaks, totals, p, grad_scores, scale, T, S,
-            D=D, BLOCK_T=16, BLOCK_S=32, BLOCK_D=block_d, num_warps=4,
+            D=D, BLOCK_T=16, BLOCK_S=32, BLOCK_D=block_d, num_warps=128 // chip_of(values).lanes,
             PRECISION=dot_precision(values.dtype, chip_of(values)),
         )  # fmt: skip
     return p, grad_scores
@@ -106,28 +106,27 @@ def _grad_scores(grad_context, grad_weights, values, saved, score: str, scale: f
 
 def _additive_backward(grad_scores, query, keys, weight, bias, needs) -> tuple[Tensor | None, ...]:
     """Gradients of query (float32), keys, and each query row's share of that of the weight (B, T, A)."""
-    S = grad_scores.size(2)
     query, keys, weight, bias = map(ready, (query, keys, weight, bias))
     grad_query = grad_keys = grad_weight = None
     with torch.cuda.device_of(query):
         if needs[0] or needs[3] or needs[4]:
             grad_query = torch.empty_like(query, dtype=torch.float32)
             grad_weight = torch.empty_like(grad_query)
-            _one_side(query, keys, weight, bias, grad_scores, grad_query, grad_weight, S, 1)
+            _one_side(query, keys, weight, bias, grad_scores, grad_query, grad_weight)
         if needs[1]:
             grad_keys = torch.empty_like(keys)
-            _one_side(keys, query, weight, bias, grad_scores, grad_keys, None, 1, S)
+            _one_side(keys, query, weight, bias, grad_scores, grad_keys, None, transposed=True)
     return grad_query, grad_keys, grad_weight
 
 
-def _one_side(own, other, weight, bias, grad_scores, grad_own, grad_weight, row_stride: int, other_stride: int) -> None:
-    from fastseq.ops.attention.triton_kernels import additive_backward_kernel
+def _one_side(own, other, weight, bias, grad_scores, grad_own, grad_weight, transposed: bool = False) -> None:
+    from fastseq.ops.attention.triton_kernels import attention_additive_backward_kernel
 
     B, R, A = own.shape
     block_a = min(128, power_of_two(A))
-    additive_backward_kernel[(B * R, -(-A // block_a))](
-        own, other, weight, bias, grad_scores, grad_own, grad_weight, row_stride, other_stride, R, other.size(1),
-        A=A, BLOCK_O=16, BLOCK_A=block_a, num_warps=4,
+    attention_additive_backward_kernel[(B * R, -(-A // block_a))](
+        own, other, weight, bias, grad_scores, grad_own, grad_weight, R, other.size(1),
+        A=A, TRANSPOSED=transposed, BLOCK_O=16, BLOCK_A=block_a, num_warps=4,
     )  # fmt: skip
 
 
@@ -136,21 +135,22 @@ def _padding(scores: Tensor) -> Tensor:
     return (scores == -torch.inf).all(1).unsqueeze(-1)
 
 
-def _blocks(score: str, A: int, D: int) -> dict:
+def _blocks(score: str, A: int, D: int, dtype: torch.dtype) -> dict:
     """The blocks of the forward kernel; never by T or S. Chosen as in lstm/triton.py; not tuned on a GPU yet."""
     if score == "dot":
-        wide = max(16, power_of_two(D))
+        wide = dtype == torch.float32
         return {
             "BLOCK_T": 16,
             "BLOCK_S": 32,
-            "BLOCK_A": min(64, max(16, power_of_two(A))),
-            "BLOCK_D": min(256, wide),
+            "BLOCK_A": min(32 if wide else 64, max(16, power_of_two(A))),
+            "BLOCK_D": min(128 if wide else 256, max(16, power_of_two(D))),
             "num_warps": 4,
         }
+    warps = 8 if D > 512 else 4
     return {
         "BLOCK_T": 1,
         "BLOCK_S": 16,
-        "BLOCK_A": min(128, power_of_two(A)),
+        "BLOCK_A": min(32 * warps, power_of_two(A)),
         "BLOCK_D": min(1024, power_of_two(D)),
-        "num_warps": 8 if D > 512 else 4,
+        "num_warps": warps,
     }

@@ -57,7 +57,7 @@ def _additive_scores(query, keys, weight, bias, row, key_rows, in_keys, A: tl.co
 
 
 @triton.jit(do_not_specialize=["T", "S", "scale"])
-def forward_kernel(
+def attention_forward_kernel(
     query,  # (B, T, A)
     keys,  # (B, S, A)
     values,  # (B, S, D)
@@ -147,7 +147,7 @@ def _weights_and_gradient(
 
 
 @triton.jit(do_not_specialize=["T", "S", "scale"])
-def grad_scores_kernel(
+def attention_grad_scores_kernel(
     values,  # (B, S, D)
     grad_context,  # (B, T, D)
     grad_weights,  # (B, T, S) or None
@@ -191,19 +191,18 @@ def grad_scores_kernel(
 
 
 @triton.jit(do_not_specialize=["R", "O"])
-def additive_backward_kernel(
+def attention_additive_backward_kernel(
     own,  # (B, R, A): query or keys, the side that the gradient is for
     other,  # (B, O, A): the other side
     weight,  # (A,)
     bias,  # (A,) or None
-    grad_scores,  # (B, R, O) float32; its strides are given, so that either side can be the rows
+    grad_scores,  # (B, R, O) float32, or (B, O, R) if TRANSPOSED
     grad_own,  # (B, R, A) out
     grad_weight,  # (B, R, A) float32 out: each row's share of the weight's gradient; or None
-    row_stride,
-    other_stride,
     R,
     O,  # noqa: E741
     A: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
@@ -218,7 +217,8 @@ def additive_backward_kernel(
     heights = tl.zeros([BLOCK_A], tl.float32)  # sum of gradient * tanh
     for start in range(0, O, BLOCK_O):
         o = start + tl.arange(0, BLOCK_O)
-        grad = tl.load(grad_scores + b * R * O + r * row_stride + o * other_stride, mask=o < O, other=0.0)
+        at = o * R + r if TRANSPOSED else r * O + o
+        grad = tl.load(grad_scores + b * R * O + at, mask=o < O, other=0.0)
         y = _load(other, (b * O + o[:, None]) * A + a[None, :], (o[:, None] < O) & (a[None, :] < A)).to(tl.float32)
         hidden = tanh(x[None, :] + y)
         hidden = tl.where(grad[:, None] == 0.0, 0.0, hidden)  # padding may hold NaN

@@ -1,8 +1,8 @@
 """The ``triton`` backend of ``lstm``, for any GPU that Triton serves.
 
 torch multiplies by W_ih and makes the weight gradients, each in one product over all steps. The recurrence between is
-one launch where W_hh fits into one program's registers and shared memory, else one launch a step. Launches read nothing
-back from the device, so that the whole op can be captured in a CUDA graph.
+one launch where one program can keep W_hh, else one launch a step. With padded input nothing waits for the device, so
+that a call can be captured in a CUDA graph, which takes the launches of many steps off the CPU.
 """
 
 from typing import NamedTuple
@@ -45,9 +45,10 @@ def configure(hidden_size: int, dtype: torch.dtype, chip: Chip, backward: bool) 
     if resident is not None:
         return resident
     wide = hidden_size >= 768  # from here 64 rows, what one wgmma takes, leave enough programs to fill a GPU
+    float32 = dtype == torch.float32
     if backward:
-        return Config(64 if wide else 32, 32, 32 if dtype == torch.float32 else 128, warps=8 if wide else 4, stages=3)
-    return Config(64 if wide else 32, 16, 32 if dtype == torch.float32 else 64, warps=4, stages=3)
+        return Config(64 if wide else 32, 32, 32 if float32 else 128, warps=8 if wide else 4, stages=3)
+    return Config(64 if wide else 32, 16, 32 if float32 else 64, warps=8 if wide and float32 else 4, stages=3)
 
 
 def _resident(padded: int, dtype: torch.dtype, chip: Chip) -> Config | None:
@@ -102,11 +103,11 @@ def forward(
 
 
 def _forward_sequence(config, reverse, gates, h0, c0, weight_hh, lengths, output, activations, cell_states):
-    from fastseq.ops.lstm.triton_kernels import sequence_forward_kernel
+    from fastseq.ops.lstm.triton_kernels import lstm_sequence_forward_kernel
 
     T, B, H = output.shape
     h_n, c_n = h0.new_empty(B, H), c0.new_empty(B, H)
-    sequence_forward_kernel[(-(-B // config.block_b),)](
+    lstm_sequence_forward_kernel[(-(-B // config.block_b),)](
         gates, h0, c0, weight_hh, lengths, output, h_n, c_n, activations, cell_states, T, B,
         H=H, REVERSE=reverse, **_options(config, gates),
     )  # fmt: skip
@@ -114,7 +115,7 @@ def _forward_sequence(config, reverse, gates, h0, c0, weight_hh, lengths, output
 
 
 def _forward_steps(config, reverse, gates, h0, c0, weight_hh, lengths, output, activations, cell_states):
-    from fastseq.ops.lstm.triton_kernels import step_forward_kernel
+    from fastseq.ops.lstm.triton_kernels import lstm_step_forward_kernel
 
     T, B, H = output.shape
     h, c = h0.new_empty(2, B, H), c0.to(torch.float32, copy=True)
@@ -123,7 +124,7 @@ def _forward_steps(config, reverse, gates, h0, c0, weight_hh, lengths, output, a
     options = _options(config, gates)
     for step in range(T):
         t = T - 1 - step if reverse else step
-        step_forward_kernel[grid](
+        lstm_step_forward_kernel[grid](
             gates, weight_hh, lengths, h, c, output, activations, cell_states, t, step % 2, T, B, H=H, **options
         )
     return h[T % 2].clone(), c.to(c0.dtype, copy=True)
@@ -192,12 +193,13 @@ def _previous_hidden(activations, cell_states, h0, lengths, reverse: bool) -> Te
 def _backward_sequence(
     config, reverse, grad_output, grad_h_n, grad_c_n, grad_cell_states, activations, cell_states, c0, weight_hh, lengths
 ):
-    from fastseq.ops.lstm.triton_kernels import sequence_backward_kernel
+    from fastseq.ops.lstm.triton_kernels import lstm_sequence_backward_kernel
 
     T, B, H = cell_states.shape
     grad_gates = c0.new_empty(T, B, 4 * H)
     grad_h0, grad_c0 = c0.new_empty(B, H), c0.new_empty(B, H)
-    sequence_backward_kernel[(-(-B // config.block_b),)](
+    grad_h_n, grad_c_n = (c0.new_zeros(B, H) if grad is None else grad for grad in (grad_h_n, grad_c_n))
+    lstm_sequence_backward_kernel[(-(-B // config.block_b),)](
         grad_output, grad_h_n, grad_c_n, grad_cell_states, activations, cell_states, c0, weight_hh, lengths,
         grad_gates, grad_h0, grad_c0, T, B, H=H, REVERSE=reverse, **_options(config, weight_hh),
     )  # fmt: skip
@@ -207,7 +209,7 @@ def _backward_sequence(
 def _backward_steps(
     config, reverse, grad_output, grad_h_n, grad_c_n, grad_cell_states, activations, cell_states, c0, weight_hh, lengths
 ):
-    from fastseq.ops.lstm.triton_kernels import step_backward_kernel
+    from fastseq.ops.lstm.triton_kernels import lstm_step_backward_kernel
 
     T, B, H = cell_states.shape
     grad_gates = c0.new_empty(T, B, 4 * H)
@@ -216,7 +218,7 @@ def _backward_steps(
     options = _options(config, weight_hh)
     previous = -1
     for t in range(T) if reverse else reversed(range(T)):
-        step_backward_kernel[grid](
+        lstm_step_backward_kernel[grid](
             grad_output, grad_cell_states, activations, cell_states, c0, weight_hh, lengths, dh, dc, grad_gates,
             t, previous, T, B, H=H, REVERSE=reverse, **options,
         )  # fmt: skip

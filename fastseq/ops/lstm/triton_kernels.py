@@ -65,7 +65,7 @@ def _gate_weights(weight_hh, gate: tl.constexpr, outputs, inputs, H: tl.constexp
 
 
 @triton.jit(do_not_specialize=["T", "B"])
-def sequence_forward_kernel(
+def lstm_sequence_forward_kernel(
     gates,  # (T, B, 4H) x W_ih^T + b_ih + b_hh
     h0,  # (B, H)
     c0,  # (B, H)
@@ -119,10 +119,10 @@ def sequence_forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "B"])
-def sequence_backward_kernel(
+def lstm_sequence_backward_kernel(
     grad_output,  # (T, B, H), or None
-    grad_h_n,  # (B, H), or None
-    grad_c_n,  # (B, H), or None
+    grad_h_n,  # (B, H)
+    grad_c_n,  # (B, H)
     grad_cell_states,  # (T, B, H), or None
     activations,  # (T, B, 4H) float32
     cell_states,  # (T, B, H) float32
@@ -152,8 +152,8 @@ def sequence_backward_kernel(
     weight_g = _gate_weights(weight_hh, 2, unit, unit, H)
     weight_o = _gate_weights(weight_hh, 3, unit, unit, H)
     dtype = weight_hh.dtype.element_ty
-    dh = _load_or_zero(grad_h_n, rows * H + units, inside)
-    dc = _load_or_zero(grad_c_n, rows * H + units, inside)
+    dh = _load(grad_h_n, rows * H + units, inside)
+    dc = _load(grad_c_n, rows * H + units, inside)
     for step in tl.range(0, T, num_stages=STAGES):
         t = step if REVERSE else T - 1 - step
         valid = t < length
@@ -197,7 +197,7 @@ def _cell_of_step(
 
 
 @triton.jit(do_not_specialize=["t", "source", "T", "B"])
-def step_forward_kernel(
+def lstm_step_forward_kernel(
     gates,  # (T, B, 4H) x W_ih^T + b_ih + b_hh
     weight_hh,  # (4H, H)
     lengths,  # (B,) int64, or None
@@ -249,7 +249,7 @@ def step_forward_kernel(
 
 
 @triton.jit(do_not_specialize=["t", "previous", "T", "B"])
-def step_backward_kernel(
+def lstm_step_backward_kernel(
     grad_output,  # (T, B, H), or None
     grad_cell_states,  # (T, B, H), or None
     activations,  # (T, B, 4H) float32

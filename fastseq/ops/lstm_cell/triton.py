@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastseq.ops.triton_common import power_of_two, ready, why_not
+from fastseq.ops.triton_common import chip_of, power_of_two, ready, why_not
 
 
 def unsupported(call) -> str | None:
@@ -13,10 +13,10 @@ def unsupported(call) -> str | None:
 
 def forward(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """gates (N, 4H) pre-activations, order i f g o; c (N, H) -> h (N, H), c_n (N, H), and nothing to save."""
-    from fastseq.ops.lstm_cell.triton_kernels import forward_kernel
+    from fastseq.ops.lstm_cell.triton_kernels import lstm_cell_forward_kernel
 
     h_n, c_n = c.new_empty(c.shape), c.new_empty(c.shape)
-    _launch(forward_kernel, ready(gates), ready(c), h_n, c_n)
+    _launch(lstm_cell_forward_kernel, ready(gates), ready(c), h_n, c_n)
     return h_n, c_n, ()
 
 
@@ -27,11 +27,11 @@ def backward(
 
     The activations are computed again: five exponentials an element cost less than writing and reading five floats.
     """
-    from fastseq.ops.lstm_cell.triton_kernels import backward_kernel
+    from fastseq.ops.lstm_cell.triton_kernels import lstm_cell_backward_kernel
 
     gates, c = ready(gates), ready(c)
     grad_gates, grad_c = torch.empty_like(gates), torch.empty_like(c)
-    _launch(backward_kernel, gates, c, ready(grad_h), ready(grad_c_n), grad_gates, grad_c)
+    _launch(lstm_cell_backward_kernel, gates, c, ready(grad_h), ready(grad_c_n), grad_gates, grad_c)
     return grad_gates, grad_c
 
 
@@ -44,4 +44,4 @@ def _launch(kernel, *tensors: Tensor | None) -> None:
     rows = elements // columns
     grid = (-(-N // rows), -(-H // columns))
     with torch.cuda.device_of(c):
-        kernel[grid](*tensors, N, H=H, ROWS=rows, COLUMNS=columns, num_warps=4)
+        kernel[grid](*tensors, N, H=H, ROWS=rows, COLUMNS=columns, num_warps=128 // chip_of(c).lanes)

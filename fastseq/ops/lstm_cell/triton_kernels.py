@@ -24,7 +24,7 @@ def _load_gates(gates, at, inside, H: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N"])
-def forward_kernel(
+def lstm_cell_forward_kernel(
     gates,  # (N, 4H) pre-activations, order i f g o
     c,  # (N, H)
     h_n,  # (N, H) out
@@ -43,7 +43,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def backward_kernel(
+def lstm_cell_backward_kernel(
     gates,  # (N, 4H) pre-activations
     c,  # (N, H)
     grad_h,  # (N, H) or None
