@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_a_chip_is_read_from_the_device(monkeypatch):
 def test_float32_products_follow_torchs_switch(monkeypatch):
     precision, chips = triton_common.dot_precision, triton_common.CHIPS
     assert precision(torch.float32, chips["sm_90"]) == "tf32x3"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
     assert precision(torch.float32, chips["sm_90"]) == "tf32"
     assert precision(torch.float32, chips["gfx942"]) == precision(torch.bfloat16, chips["sm_90"]) == "ieee"
 

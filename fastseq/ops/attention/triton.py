@@ -38,7 +38,7 @@ def forward(
     blocks = _blocks(score, A, D, query.dtype)
     grid = (B * -(-T // blocks["BLOCK_T"]), -(-D // blocks["BLOCK_D"]))
     masks = (ready(lengths), None if mask is None else ready(mask).view(torch.uint8))
-    per_step = mask is not None and mask.size(1) == T
+    per_step = mask is not None and mask.size(1) > 1
     with torch.cuda.device_of(query):
         attention_forward_kernel[grid](
             *map(ready, (query, keys, values, weight, bias)), *masks, context, scores, peaks, totals, scale, T, S,
