@@ -79,7 +79,7 @@ def test_padding_may_hold_anything(score):
 @pytest.mark.parametrize("score", ["dot", "additive"])
 def test_large_scores(score):
     """Without the running maximum exp overflows."""
-    found = [tensors(score, torch.float32, B=2, T=3, S=20) for _ in range(5)]
+    found = [tensors(score, torch.float32, S=40) for _ in range(5)]
     for case in found:
         case["query" if score == "dot" else "weight"] *= 100
     check_attention(score, found, torch.float32)

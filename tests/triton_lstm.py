@@ -151,3 +151,14 @@ def test_every_configuration_computes_the_same(name, H, dtype, monkeypatch):
 def test_parity_in_the_blocks_of_a_gpu(monkeypatch):
     monkeypatch.setattr(backend, "configure", configure)
     check_lstm(tensors(torch.float32, 2, 4, 257), torch.float32, lengths=torch.tensor([2, 0, 1, 2]))
+
+
+@pytest.mark.parametrize("H", [4, 129])
+def test_the_cell_state_is_float32_between_steps(H):
+    """Eight increments of 2^-9 to a cell of 1, which bfloat16 would round away one by one."""
+    zeros = torch.zeros(4 * H, 1), torch.zeros(4 * H, H)
+    i, f, g, o = torch.zeros(H), torch.full((H,), 20.0), torch.full((H,), 2.0**-8), torch.zeros(H)
+    bias = torch.cat((i, f, g, o))
+    given = (torch.zeros(8, 1, 1), torch.zeros(1, H), torch.ones(1, H), *zeros, bias, torch.zeros(4 * H))
+    c_n = lstm(*(t.bfloat16() for t in given), backend="triton")["c_n"]
+    torch.testing.assert_close(c_n, torch.full((1, H), 1 + 8 * 2.0**-9).bfloat16(), rtol=0, atol=0)
