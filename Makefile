@@ -2,10 +2,12 @@
 # make lint   check the style                      make clean  remove what make built (not data/ and runs/)
 # make sanitize   random calls of the compiled operators under AddressSanitizer and UBSan
 #
-# Variables: PYTHON, TORCH (a pip requirement; add an index with --index-url), DATA, RUN, PYTEST_ARGS, FUZZ_ARGS.
+# Variables: PYTHON, TORCH (a pip requirement; add an index with --index-url), TRITON (the same; empty for none), DATA, RUN,
+# PYTEST_ARGS, FUZZ_ARGS.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
+TRITON ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),triton==3.7.1)
 DATA ?= data/cmudict
 RUN ?= runs/cmudict
 PYTEST_ARGS ?= -q -n logical --maxprocesses 8
@@ -52,7 +54,7 @@ sanitize: $(READY)
 $(READY): setup.py pyproject.toml $(CXX_SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip "setuptools>=77" ninja
-	$(PIP) $(TORCH)
+	$(PIP) $(TORCH) $(TRITON)
 	$(PIP) --no-build-isolation --editable '.[train,test]'
 	$(BIN)/python -c "from fastseq import _native; print('fastseq:', _native.why_not() or 'compiled operators ready')"
 	touch $@

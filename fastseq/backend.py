@@ -24,12 +24,15 @@ IMPLEMENTATIONS = {
     ("lstm_cell", "reference"): "fastseq.ops.lstm_cell.reference",
     ("lstm_cell", "torch"): "fastseq.ops.lstm_cell.vendor",
     ("lstm_cell", "native"): "fastseq.ops.lstm_cell.native",
+    ("lstm_cell", "triton"): "fastseq.ops.lstm_cell.triton",
     ("lstm", "reference"): "fastseq.ops.lstm.reference",
     ("lstm", "torch"): "fastseq.ops.lstm.vendor",
     ("lstm", "native"): "fastseq.ops.lstm.native",
+    ("lstm", "triton"): "fastseq.ops.lstm.triton",
     ("attention", "reference"): "fastseq.ops.attention.reference",
     ("attention", "torch"): "fastseq.ops.attention.vendor",
     ("attention", "native"): "fastseq.ops.attention.native",
+    ("attention", "triton"): "fastseq.ops.attention.triton",
 }
 OPS = ("lstm_cell", "lstm", "attention")
 
@@ -170,6 +173,7 @@ RULES = (
     Rule(
         "lstm", "torch", lambda c: True, "the vendor's kernel (oneDNN, cuDNN): no own kernel was measured faster here"
     ),
+    Rule("lstm", "triton", lambda c: c.device == "cuda", "the vendor's kernel refuses this call; not measured yet"),
     Rule("lstm", "reference", lambda c: True, "nothing else serves this call"),
     Rule(
         "lstm_cell",
@@ -191,6 +195,12 @@ RULES = (
         "torch",
         lambda c: c.device != "cpu" and c.score == "dot" and not c.requires_grad and not c.need_weights,
         "the vendor's fused kernel (SDPA); not measured by this project yet",
+    ),
+    Rule(
+        "attention",
+        "triton",
+        lambda c: c.device == "cuda",
+        "one pass over the keys instead of a kernel per formula sign; not measured by this project yet",
     ),
     Rule(
         "attention",

@@ -37,6 +37,9 @@ COMMANDS = {
     "parity": Command(
         "fastseq.parity", "check every op and module against float64", "fastseq parity --backend native --cases full"
     ),
+    "warmup": Command(
+        "fastseq.warmup", "compile the Triton kernels ahead of time", "fastseq warmup --hidden-size 512 --dtype bf16"
+    ),
     "info": Command("fastseq.info", "show versions, backends and why a backend is missing", "fastseq info"),
 }
 DATA_SETS = {

@@ -1,0 +1,230 @@
+"""Triton kernels of ``attention``: scores, softmax and context in one pass over the keys, and what backward needs.
+
+Tensors are contiguous. A program takes BLOCK_T query steps of one sentence (one, for additive scores). There are no
+float atomics: every sum has one owner, and repeats bit for bit.
+"""
+
+import triton
+import triton.language as tl
+
+from fastseq.ops.triton_math import tanh
+
+
+@triton.jit
+def _load(pointer, at, mask):
+    return tl.load(pointer + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _allowed(lengths, mask, b, step, s, T, S, MASK_PER_STEP: tl.constexpr):
+    """(BLOCK_T, BLOCK_S) bool: where step ``step`` of sentence b may attend to."""
+    inside = (step[:, None] < T) & (s[None, :] < S)
+    if lengths is not None:
+        inside &= s[None, :] < tl.load(lengths + b)
+    if mask is not None:
+        row = b * T + step if MASK_PER_STEP else b + step * 0
+        inside &= tl.load(mask + row[:, None] * S + s[None, :], mask=inside, other=0) != 0
+    return inside
+
+
+@triton.jit
+def _dot_scores(
+    query, keys, rows, key_rows, in_rows, in_keys, A: tl.constexpr, BLOCK_A: tl.constexpr, PRECISION: tl.constexpr
+):
+    """(BLOCK_T, BLOCK_S) products of query rows (T) and key rows (S)."""
+    scores = tl.zeros([rows.shape[0], key_rows.shape[0]], tl.float32)
+    for start in range(0, A, BLOCK_A):
+        a = start + tl.arange(0, BLOCK_A)
+        q = _load(query, rows[:, None] * A + a[None, :], in_rows[:, None] & (a[None, :] < A))
+        k = _load(keys, key_rows[:, None] * A + a[None, :], in_keys[:, None] & (a[None, :] < A))
+        scores = tl.dot(q, k.T, scores, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+def _additive_scores(query, keys, weight, bias, row, key_rows, in_keys, A: tl.constexpr, BLOCK_A: tl.constexpr):
+    """(1, BLOCK_S) weight . tanh(q + k + bias) of one query row."""
+    scores = tl.zeros([key_rows.shape[0]], tl.float32)
+    for start in range(0, A, BLOCK_A):
+        a = start + tl.arange(0, BLOCK_A)
+        q = _load(query, row * A + a, a < A).to(tl.float32)
+        if bias is not None:
+            q += _load(bias, a, a < A).to(tl.float32)
+        v = _load(weight, a, a < A).to(tl.float32)
+        k = _load(keys, key_rows[:, None] * A + a[None, :], in_keys[:, None] & (a[None, :] < A)).to(tl.float32)
+        scores += tl.sum(tanh(q[None, :] + k) * v[None, :], axis=1)
+    return scores[None, :]
+
+
+@triton.jit(do_not_specialize=["T", "S", "scale"])
+def attention_forward_kernel(
+    query,  # (B, T, A)
+    keys,  # (B, S, A)
+    values,  # (B, S, D)
+    weight,  # (A,) v of the additive score; None: dot
+    bias,  # (A,) or None
+    lengths,  # (B,) or None
+    mask,  # (B, 1 or T, S) bytes, or None
+    context,  # (B, T, D) out
+    scores,  # (B, T, S) float32 out; -inf where masked
+    peaks,  # (B, T) float32 out: the largest score
+    totals,  # (B, T) float32 out: sum of exp(scores - peak); 1 where nothing is allowed
+    scale,
+    T,
+    S,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    MASK_PER_STEP: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # 1 for additive scores
+    BLOCK_S: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    T, S = T.to(tl.int64), S.to(tl.int64)
+    blocks = tl.cdiv(T, BLOCK_T)
+    b = tl.program_id(0) // blocks
+    first = (tl.program_id(0) % blocks) * BLOCK_T
+    step = first + tl.arange(0, BLOCK_T)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    rows = b * T + step
+    peak = tl.full([BLOCK_T], -3.0e38, tl.float32)  # finite: nothing minus itself is NaN
+    total = tl.zeros([BLOCK_T], tl.float32)
+    sums = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for start in range(0, S, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        allowed = _allowed(lengths, mask, b, step, s, T, S, MASK_PER_STEP)
+        read = tl.max(allowed.to(tl.int32), axis=0) != 0  # the rest may hold NaN
+        key_rows = b * S + s
+        if weight is None:
+            found = _dot_scores(query, keys, rows, key_rows, step < T, read, A, BLOCK_A, PRECISION)
+        else:
+            found = _additive_scores(query, keys, weight, bias, b * T + first, key_rows, read, A, BLOCK_A)
+        found = tl.where(allowed, found * scale, float("-inf"))
+        if tl.program_id(1) == 0:
+            tl.store(scores + rows[:, None] * S + s[None, :], found, mask=(step[:, None] < T) & (s[None, :] < S))
+        new_peak = tl.maximum(peak, tl.max(found, axis=1))
+        shrink = tl.exp(peak - new_peak)
+        p = tl.exp(found - new_peak[:, None])
+        value = _load(values, key_rows[:, None] * D + d[None, :], read[:, None] & (d[None, :] < D))
+        if weight is None:
+            part = tl.dot(p.to(value.dtype), value, input_precision=PRECISION)
+        else:
+            part = tl.sum(p.trans() * value.to(tl.float32), axis=0)[None, :]
+        sums = sums * shrink[:, None] + part
+        total = total * shrink + tl.sum(p, axis=1)
+        peak = new_peak
+    total = tl.where(total > 0.0, total, 1.0)
+    result = sums / total[:, None]
+    inside = (step[:, None] < T) & (d[None, :] < D)
+    tl.store(context + rows[:, None] * D + d[None, :], result.to(context.dtype.element_ty), mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(peaks + rows, peak, mask=step < T)
+        tl.store(totals + rows, total, mask=step < T)
+
+
+@triton.jit
+def _weights_and_gradient(
+    values, grad_context, grad_weights, scores, peaks, totals, rows, key_rows, s, in_rows, S,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_T, BLOCK_S) softmax weights, and the gradient that reaches them."""
+    at = rows[:, None] * S + s[None, :]
+    inside = in_rows[:, None] & (s[None, :] < S)
+    found = tl.load(scores + at, mask=inside, other=float("-inf"))
+    peak = tl.load(peaks + rows, mask=in_rows, other=0.0)[:, None]
+    p = tl.exp(found - peak) / tl.load(totals + rows, mask=in_rows, other=1.0)[:, None]
+    read = tl.max(found, axis=0) > float("-inf")  # the rest may hold NaN
+    grad_p = tl.zeros(p.shape, tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        grad = _load(grad_context, rows[:, None] * D + d[None, :], in_rows[:, None] & (d[None, :] < D))
+        value = _load(values, key_rows[:, None] * D + d[None, :], read[:, None] & (d[None, :] < D))
+        grad_p = tl.dot(grad, value.T, grad_p, input_precision=PRECISION)
+    if grad_weights is not None:
+        grad_p += tl.load(grad_weights + at, mask=inside, other=0.0).to(tl.float32)
+    return p, tl.where(found > float("-inf"), grad_p, 0.0)
+
+
+@triton.jit(do_not_specialize=["T", "S", "scale"])
+def attention_grad_scores_kernel(
+    values,  # (B, S, D)
+    grad_context,  # (B, T, D)
+    grad_weights,  # (B, T, S) or None
+    scores,  # (B, T, S) float32, -inf where masked
+    peaks,  # (B, T) float32
+    totals,  # (B, T) float32
+    weights,  # (B, T, S) out: softmax weights
+    grad_scores,  # (B, T, S) out: gradient before ``scale``
+    scale,
+    T,
+    S,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    T, S = T.to(tl.int64), S.to(tl.int64)
+    blocks = tl.cdiv(T, BLOCK_T)
+    b = tl.program_id(0) // blocks
+    step = (tl.program_id(0) % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rows, in_rows = b * T + step, step < T
+    mean = tl.zeros([BLOCK_T], tl.float32)  # of the gradient, under the softmax weights
+    for start in range(0, S, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        p, grad_p = _weights_and_gradient(
+            values, grad_context, grad_weights, scores, peaks, totals,
+            rows, b * S + s, s, in_rows, S, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        mean += tl.sum(p * grad_p, axis=1)
+    for start in range(0, S, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        p, grad_p = _weights_and_gradient(
+            values, grad_context, grad_weights, scores, peaks, totals,
+            rows, b * S + s, s, in_rows, S, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        at, inside = rows[:, None] * S + s[None, :], in_rows[:, None] & (s[None, :] < S)
+        grad = p * (grad_p - mean[:, None]) * scale
+        tl.store(weights + at, p.to(weights.dtype.element_ty), mask=inside)
+        tl.store(grad_scores + at, grad.to(grad_scores.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["R", "O"])
+def attention_additive_backward_kernel(
+    own,  # (B, R, A): query or keys, the side that the gradient is for
+    other,  # (B, O, A): the other side
+    weight,  # (A,)
+    bias,  # (A,) or None
+    grad_scores,  # (B, R, O) float32, or (B, O, R) if TRANSPOSED
+    grad_own,  # (B, R, A) out
+    grad_weight,  # (B, R, A) float32 out: each row's share of the weight's gradient; or None
+    R,
+    O,  # noqa: E741
+    A: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    R, O = R.to(tl.int64), O.to(tl.int64)  # noqa: E741
+    row = tl.program_id(0).to(tl.int64)
+    b, r = row // R, row % R
+    a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
+    x = _load(own, row * A + a, a < A).to(tl.float32)
+    if bias is not None:
+        x += _load(bias, a, a < A).to(tl.float32)
+    slopes = tl.zeros([BLOCK_A], tl.float32)  # sum of gradient * (1 - tanh^2)
+    heights = tl.zeros([BLOCK_A], tl.float32)  # sum of gradient * tanh
+    for start in range(0, O, BLOCK_O):
+        o = start + tl.arange(0, BLOCK_O)
+        at = o * R + r if TRANSPOSED else r * O + o
+        grad = tl.load(grad_scores + b * R * O + at, mask=o < O, other=0.0)
+        y = _load(other, (b * O + o[:, None]) * A + a[None, :], (o[:, None] < O) & (a[None, :] < A)).to(tl.float32)
+        hidden = tanh(x[None, :] + y)
+        hidden = tl.where(grad[:, None] == 0.0, 0.0, hidden)  # padding may hold NaN
+        slopes += tl.sum(grad[:, None] * (1.0 - hidden * hidden), axis=0)
+        heights += tl.sum(grad[:, None] * hidden, axis=0)
+    v = _load(weight, a, a < A).to(tl.float32)
+    tl.store(grad_own + row * A + a, (slopes * v).to(grad_own.dtype.element_ty), mask=a < A)
+    if grad_weight is not None:
+        tl.store(grad_weight + row * A + a, heights, mask=a < A)

@@ -1,0 +1,140 @@
+"""What the Triton backends share: whether they can run, on which chip, how precisely. Imports no triton by itself."""
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALIGNMENT = 16  # bytes; Triton compiles a kernel again for a pointer that is aligned to less
+
+
+class Chip(NamedTuple):
+    """What the kernels' configurations depend on."""
+
+    name: str  # "sm_90", "gfx942"
+    shared_memory: int  # bytes that one program may use
+
+    @property
+    def is_nvidia(self) -> bool:
+        return self.name.startswith("sm_")
+
+    @property
+    def lanes(self) -> int:
+        """Threads of a warp."""
+        return 32 if self.is_nvidia else 64
+
+
+# Largest shared memory of one block. NVIDIA: CUDA programming guide, "technical specifications per compute
+# capability"; AMD: the 64 KiB of LDS of a compute unit.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("sm_80", 163 * 1024),
+        Chip("sm_86", 99 * 1024),
+        Chip("sm_89", 99 * 1024),
+        Chip("sm_90", 227 * 1024),
+        Chip("sm_100", 227 * 1024),
+        Chip("sm_120", 99 * 1024),
+        Chip("gfx90a", 64 * 1024),
+        Chip("gfx942", 64 * 1024),
+    )
+}
+OLDEST = (8, 0)  # compute capability: what Triton itself supports
+
+_compile_only: Chip | None = None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run on the CPU, in its interpreter. Triton reads the variable when kernels are defined."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@contextlib.contextmanager
+def compile_only(chip: Chip) -> Iterator[None]:
+    """Let the launchers take CPU tensors for tensors on ``chip``; triton_compile.py sees to it that nothing runs."""
+    global _compile_only
+    previous, _compile_only = _compile_only, chip
+    try:
+        yield
+    finally:
+        _compile_only = previous
+
+
+def why_not(op: str, call) -> str | None:
+    """Why Triton kernels cannot serve the call and the way out, or None."""
+    if call.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        return f"{op}: the triton backend computes in {names} (got {call.dtype}); use backend='reference'."
+    if call.device != "cuda" and not (call.device == "cpu" and (interpreting() or _compile_only)):
+        return (
+            f"{op}: the triton backend runs on CUDA and ROCm tensors (got {call.device}); use backend='auto', or set "
+            "TRITON_INTERPRET=1 before Python starts to run it on the CPU, slowly."
+        )
+    if call.compiling:
+        return (
+            f"{op}: the triton backend is not registered with torch.compile and torch.export; "
+            "use backend='auto' there, or call it outside the compiled region."
+        )
+    if not _installed():
+        return f"{op}: triton is not installed; pip install triton (CUDA builds of torch bring it), or backend='auto'."
+    return _unfit(op) if call.device == "cuda" else None
+
+
+def chip_of(t: Tensor) -> Chip:
+    """The chip that the tensor lives on; where nothing runs on one, the one compiled for, or sm_90."""
+    if not t.is_cuda:
+        return _compile_only or CHIPS["sm_90"]
+    return _chip(t.get_device())
+
+
+def dot_precision(dtype: torch.dtype, chip: Chip) -> str:
+    """``input_precision`` of tl.dot: float32 products are as precise as torch's own matmul is set to be.
+
+    tf32x3 gives float32 results on NVIDIA's tensor cores; AMD's matrix cores multiply float32 as it is.
+    """
+    if dtype != torch.float32 or not chip.is_nvidia:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def ready(t: Tensor | None) -> Tensor | None:
+    """Contiguous, and aligned so that one compilation serves every call."""
+    if t is None:
+        return None
+    t = t.contiguous()
+    return t if t.data_ptr() % ALIGNMENT == 0 else t.clone()
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _unfit(op: str) -> str | None:
+    if torch.version.hip or torch.cuda.get_device_capability() >= OLDEST:
+        return None
+    return (
+        f"{op}: the triton backend needs compute capability {'.'.join(map(str, OLDEST))} or newer, "
+        f"{torch.cuda.get_device_name()} has {'.'.join(map(str, torch.cuda.get_device_capability()))}; "
+        "use backend='torch' or 'reference'."
+    )
+
+
+@functools.cache
+def _chip(index: int) -> Chip:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Chip(properties.gcnArchName.split(":")[0], properties.shared_memory_per_block)
+    return Chip(f"sm_{properties.major}{properties.minor}", properties.shared_memory_per_block_optin)

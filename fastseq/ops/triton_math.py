@@ -1,0 +1,39 @@
+"""The gate maths of one LSTM cell element, for Triton kernels. Arguments and results are float32 tiles."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    large = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(x)))  # 2 / inf is 0: nothing overflows into NaN
+    # Near 0 the difference cancels: there (tanh(x) - x) / x^3, a Chebyshev fit in x^2.
+    z = x * x
+    p = -0.0539365636 + z * (0.021618826 + z * (-0.00794089044 + z * 0.0019145154))
+    small = x + x * (z * (-0.333333322 + z * (0.133331847 + z * p)))
+    return tl.where(tl.abs(x) < 0.75, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def cell_forward(i, f, g, o, c):
+    """Pre-activations and c -> activations, the new c, h."""
+    i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
+    c = f * c + i * g
+    return i, f, g, o, c, o * tanh(c)
+
+
+@triton.jit
+def cell_backward(i, f, g, o, c_prev, c, dh, dc):
+    """Activations, c before and after the step, gradients of h and c -> those of the pre-activations and of c_prev."""
+    tanh_c = tanh(c)
+    dc += dh * o * (1.0 - tanh_c * tanh_c)
+    di = dc * g * i * (1.0 - i)
+    df = dc * c_prev * f * (1.0 - f)
+    dg = dc * i * (1.0 - g * g)
+    do = dh * tanh_c * o * (1.0 - o)
+    return di, df, dg, do, dc * f

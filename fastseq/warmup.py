@@ -1,0 +1,98 @@
+"""``fastseq warmup``: compile the Triton kernels of a hidden size ahead of time, so that no training step waits for it.
+
+Without ``--chip`` for the GPU of this machine, with it for one that need not be there. The kernels land in Triton's
+cache (``TRITON_CACHE_DIR``, else ``~/.triton/cache``), which may be copied to the machine that has the GPU.
+"""
+
+import argparse
+import contextlib
+import time
+
+import torch
+
+from fastseq import ops
+from fastseq.ops.triton_common import CHIPS
+from fastseq.training.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def warmup(hidden_size: int, dtype: torch.dtype, *, attention_size: int | None = None, chip: str | None = None) -> None:
+    """Run forward and backward of each Triton op once on zeros, in every variant of its kernels.
+
+    Args:
+        hidden_size: H of ``lstm`` and ``lstm_cell``; D of ``attention``.
+        dtype: float32, bfloat16 or float16.
+        attention_size: A of ``attention``; default: the hidden size.
+        chip: a name of ``fastseq.ops.triton_common.CHIPS``: compile for it, run nothing. Default: this machine's GPU.
+
+    Raises:
+        ImportError: triton is not installed. RuntimeError: no GPU and no ``chip``.
+    """
+    from fastseq.ops.triton_compile import compiling_for
+
+    device = "cuda" if chip is None else "cpu"
+    with contextlib.nullcontext() if chip is None else compiling_for(CHIPS[chip]), torch.enable_grad():
+        _cell(hidden_size, dtype, device)
+        for reverse in (False, True):
+            for with_lengths in (False, True):
+                _lstm(hidden_size, dtype, device, reverse, with_lengths)
+        for score in ("dot", "additive"):
+            _attention(score, attention_size or hidden_size, hidden_size, dtype, device)
+
+
+def _zeros(dtype, device, *shapes) -> list[torch.Tensor]:
+    return [torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+
+
+def _cell(H: int, dtype, device) -> None:
+    h, c = ops.lstm_cell(*_zeros(dtype, device, (1, 4 * H), (1, H)), backend="triton")
+    (h.sum() + c.sum()).backward()
+
+
+def _lstm(H: int, dtype, device, reverse: bool, with_lengths: bool) -> None:
+    shapes = ((2, 1, H), (1, H), (1, H), (4 * H, H), (4 * H, H), (4 * H,), (4 * H,))
+    lengths = torch.ones(1, dtype=torch.int64, device=device) if with_lengths else None
+
+    def run():
+        input, h0, c0, *weights = _zeros(dtype, device, *shapes)
+        output, (h_n, c_n) = ops.lstm(input, (h0, c0), *weights, lengths=lengths, reverse=reverse, backend="triton")
+        return output, h_n, c_n
+
+    sum(t.sum() for t in run()).backward()
+    run()[0].sum().backward()  # a loss of the outputs alone, as of an encoder
+    with torch.no_grad():
+        run()
+
+
+def _attention(score: str, A: int, D: int, dtype, device) -> None:
+    query, keys, values, v, b = _zeros(dtype, device, (1, 2, A), (1, 2, A), (1, 2, D), (A,), (A,))
+    more = {"weight": v, "bias": b} if score == "additive" else {}
+    for need_weights in (False, True):
+        for padding in ({}, {"lengths": torch.ones(1, dtype=torch.int64, device=device)}):
+            options = {"score": score, "need_weights": need_weights, "backend": "triton"}
+            context, weights = ops.attention(query, keys, values, **more, **padding, **options)
+            (context.sum() if weights is None else context.sum() + weights.sum()).backward()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of ``fastseq warmup``."""
+    parser = argparse.ArgumentParser(prog="fastseq warmup", description=__doc__.replace("``", ""))
+    parser.add_argument("--hidden-size", type=int, required=True, metavar="H")
+    parser.add_argument("--attention-size", type=int, metavar="A", help="default: the hidden size")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--chip", choices=sorted(CHIPS), help="compile for this chip; none need be here")
+    args = parser.parse_args(argv)
+    if args.hidden_size < 1 or (args.attention_size or 1) < 1:
+        parser.error("sizes must be at least 1")
+    if args.chip is None and not torch.cuda.is_available():
+        raise UserError(f"this machine has no GPU; name one to compile for: --chip {', '.join(sorted(CHIPS))}")
+    start = time.perf_counter()
+    try:
+        warmup(args.hidden_size, DTYPES[args.dtype], attention_size=args.attention_size, chip=args.chip)
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] != "triton":
+            raise
+        raise UserError("triton is not installed; pip install triton (CUDA builds of torch bring it)") from error
+    where = args.chip or torch.cuda.get_device_name()
+    print(f"compiled for {where}, H={args.hidden_size}, {args.dtype}: {time.perf_counter() - start:.1f} s")

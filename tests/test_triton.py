@@ -1,0 +1,160 @@
+"""The triton backends: their suites in Triton's interpreter, what they refuse, when ``auto`` takes them, warm-up.
+
+Triton reads TRITON_INTERPRET when a kernel is defined, so that the suites (tests/triton_*.py) need their own process.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastseq import backend, ops
+from fastseq.backend import AttentionCall, LSTMCall, LSTMCellCall, objection, select
+from fastseq.ops import triton_common
+
+TESTS = Path(__file__).parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed here")
+CALLS = {
+    "lstm_cell": LSTMCellCall("cuda", torch.float32, 16),
+    "lstm": LSTMCall("cuda", torch.float32, 4, 16, batch=2, steps=3),
+    "attention": AttentionCall("additive", "cuda", torch.float32),
+}
+
+
+def run(*command, **environment) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "FASTSEQ_", "PYTEST"))}
+    return subprocess.run([sys.executable, *command], env=env | environment, cwd=TESTS, text=True, capture_output=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("suite", ["triton_lstm_cell.py", "triton_lstm.py", "triton_attention.py"])
+def test_in_the_interpreter(suite):
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist")
+    process = run("-m", "pytest", *options, suite, TRITON_INTERPRET="1")
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """As if the machine had a GPU of compute capability 9.0, and triton."""
+    triton_common._unfit.cache_clear()
+    monkeypatch.setattr(triton_common, "_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    yield monkeypatch
+    triton_common._unfit.cache_clear()
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_what_triton_refuses(op, a_gpu):
+    call = CALLS[op]
+    assert objection(op, "triton", call) is None
+    for changes, sentence in (
+        ({"dtype": torch.float64}, "computes in float32, bfloat16, float16 .got torch.float64.; use backend="),
+        ({"device": "cpu"}, "runs on CUDA and ROCm tensors .got cpu.; use backend='auto'"),
+        ({"compiling": True}, "not registered with torch.compile and torch.export; use backend='auto'"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{op}: the triton backend .*{sentence}"):
+            select(op, "triton", call._replace(**changes))
+    a_gpu.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    triton_common._unfit.cache_clear()
+    with pytest.raises(
+        RuntimeError, match=r"needs compute capability 8.0 or newer, a GPU has 7.5; use backend='torch'"
+    ):
+        select(op, "triton", call)
+    a_gpu.setattr(triton_common, "_installed", lambda: False)
+    with pytest.raises(RuntimeError, match=f"{op}: triton is not installed; pip install triton"):
+        select(op, "triton", call)
+
+
+def test_a_projection_is_refused(a_gpu):
+    with pytest.raises(RuntimeError, match=r"no projection \(proj_size=2\); use backend='torch'"):
+        select("lstm", "triton", CALLS["lstm"]._replace(proj_size=2))
+
+
+def test_auto_on_cuda(a_gpu):
+    """Before the reference, behind the vendor's kernel: nothing was measured yet."""
+    lstm, attention = CALLS["lstm"], CALLS["attention"]
+    assert select("lstm", "auto", lstm) == "torch"
+    assert select("lstm", "auto", lstm._replace(return_cell_states=True)) == "triton"
+    assert select("lstm", "auto", lstm._replace(return_cell_states=True, dtype=torch.float64)) == "reference"
+    assert select("lstm_cell", "auto", CALLS["lstm_cell"]) == "torch"
+    assert select("attention", "auto", attention) == "triton"
+    assert select("attention", "auto", attention._replace(score="dot")) == "torch"
+    assert select("attention", "auto", attention._replace(compiling=True)) == "reference"
+    assert select("attention", "auto", attention._replace(device="cpu")) == "reference"
+    for op, call in CALLS.items():
+        assert backend.objection(op, "triton", call) is None  # what `fastseq info` shows as yes
+
+
+@needs_triton
+def test_tensors_on_the_cpu_are_refused_by_name():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 before Python starts"):
+        ops.lstm_cell(torch.randn(2, 8), torch.randn(2, 2), backend="triton")
+
+
+@needs_triton
+def test_asking_touches_neither_triton_nor_a_driver():
+    code = (
+        "import sys, torch, fastseq; fastseq.info(); fastseq.explain(fastseq.LSTM(2, 3), torch.randn(2, 2, 2))\n"
+        "assert 'triton' not in sys.modules\n"
+        "from fastseq.ops.lstm import triton_kernels\n"
+        "import triton; assert triton.runtime.driver._active is None and triton.runtime.driver._default is None"
+    )
+    process = run("-c", code)
+    assert process.returncode == 0, process.stderr
+
+
+def test_a_chip_is_read_from_the_device(monkeypatch):
+    class Properties:
+        major, minor, shared_memory_per_block_optin = 9, 0, 232448
+        gcnArchName, shared_memory_per_block = "gfx942:sramecc+:xnack-", 65536
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    read = triton_common._chip.__wrapped__
+    assert read(0) == triton_common.CHIPS["sm_90"]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert read(0) == triton_common.CHIPS["gfx942"]
+
+
+def test_float32_products_follow_torchs_switch(monkeypatch):
+    precision, chips = triton_common.dot_precision, triton_common.CHIPS
+    assert precision(torch.float32, chips["sm_90"]) == "tf32x3"
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
+    assert precision(torch.float32, chips["sm_90"]) == "tf32"
+    assert precision(torch.float32, chips["gfx942"]) == precision(torch.bfloat16, chips["sm_90"]) == "ieee"
+
+
+@needs_triton
+def test_warmup_compiles_into_the_cache(tmp_path):
+    command = ("-m", "fastseq", "warmup", "--hidden-size", "16", "--dtype", "bf16", "--chip", "sm_80")
+    process = run(*command, TRITON_CACHE_DIR=str(tmp_path))
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("compiled for sm_80, H=16, bf16:")
+    names = {path.stem for path in tmp_path.rglob("*.cubin")}
+    assert {"lstm_cell_forward_kernel", "lstm_sequence_backward_kernel", "attention_grad_scores_kernel"} <= names
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [(["--hidden-size", "8"], "no GPU; name one to compile for: --chip"), (["--hidden-size", "0"], "at least 1")],
+    ids=["no GPU", "no size"],
+)
+def test_warmup_refuses_with_a_sentence(arguments, sentence):
+    process = run("-m", "fastseq", "warmup", *arguments)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert sentence in process.stderr
+
+
+def test_warmup_without_triton():
+    code = "import sys; sys.modules['triton'] = None; from fastseq.cli import main; main(sys.argv[1:])"
+    process = run("-c", code, "warmup", "--hidden-size", "8", "--chip", "sm_80")
+    assert process.returncode == 2
+    assert "triton is not installed; pip install triton" in process.stderr

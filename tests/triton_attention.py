@@ -1,0 +1,150 @@
+"""``attention`` on the triton backend against float64, in Triton's interpreter."""
+
+import pytest
+import torch
+from attention_cases import PADDINGS, SCORES, allowed_positions, make_padding
+from triton_cases import DTYPES, check, draw
+
+from fastseq import ops
+
+
+def attention(backend, score, scale=0.7, **options):
+    def operation(**tensors):
+        context, weights = ops.attention(
+            **tensors, score=score, scale=scale, need_weights=True, backend=backend, **options
+        )
+        return {"context": context, "weights": weights}
+
+    return operation
+
+
+def tensors(score, dtype, B=3, T=4, S=5, A=6, D=7):
+    more = {"weight": (A + 1, A)} if score == "general" else {}
+    if "additive" in score:
+        more = {"weight": (A,), "bias": (A,)}
+    if score == "normed_additive":
+        more["gain"] = (1,)
+    return draw(dtype, query=(B, T, A + 1 if score == "general" else A), keys=(B, S, A), values=(B, S, D), **more)
+
+
+def check_attention(score, found, dtype, **options):
+    """The yardstick is torch's own kernels, op by op."""
+    check(*(attention(b, score, **options) for b in ("triton", "reference")), found, dtype,
+          baseline=attention("torch", score, **options))  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_and_padding(score, padding):
+    check_attention(score, [tensors(score, torch.float32) for _ in range(3)], torch.float32, **make_padding(padding))
+
+
+SHAPES = [
+    {"T": 1, "S": 1, "B": 1},
+    {"A": 1, "D": 1},
+    {"T": 3, "S": 35, "A": 63, "D": 16},
+    {"B": 1, "T": 18, "S": 17, "A": 16, "D": 128},
+    {"T": 1, "S": 3, "A": 257, "D": 300},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_shapes_and_dtypes(score, shape, dtype):
+    found = [tensors(score, dtype, **shape) for _ in range(3)]
+    B, S, A = found[0]["keys"].shape
+    if score == "dot":
+        for case in found:
+            case["query"] *= A**-0.5  # scores of order 1
+    check_attention(score, found, dtype, lengths=torch.tensor([S, 0, S // 2][:B]))
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_padding_may_hold_anything(score):
+    clean = tensors(score, torch.float32)
+    lengths = torch.tensor([2, 0, 5])
+    padding = (torch.arange(5) >= lengths[:, None])[..., None]
+    results = []
+    for filling in (0.0, float("nan"), float("inf")):
+        leaves = {n: t.clone().requires_grad_() for n, t in clean.items()}
+        dirty = leaves | {n: leaves[n].masked_fill(padding, filling) for n in ("keys", "values")}
+        outputs = attention("triton", score, lengths=lengths)(**dirty)
+        loss = sum((t * torch.arange(1.0, 1 + t.numel()).view(t.shape)).sum() for t in outputs.values())
+        results.append([*outputs.values(), *torch.autograd.grad(loss, list(leaves.values()))])
+    for dirty in results[1:]:
+        torch.testing.assert_close(dirty, results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_large_scores(score):
+    """Without the running maximum exp overflows."""
+    found = [tensors(score, torch.float32, S=40) for _ in range(5)]
+    for case in found:
+        case["query" if score == "dot" else "weight"] *= 100
+    check_attention(score, found, torch.float32)
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+@pytest.mark.parametrize("wanted", ["context", "weights"])
+def test_one_result_in_the_loss(score, wanted):
+    def only(backend):
+        return lambda **given: {wanted: attention(backend, score, lengths=torch.tensor([2, 0, 5]))(**given)[wanted]}
+
+    found = tensors(score, torch.float32)
+    if wanted == "weights":
+        del found["values"]  # they are the keys then, and take part
+    check(only("triton"), only("reference"), found, torch.float32)
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_gradients_that_nobody_needs_are_none(score):
+    found = tensors(score, torch.float32)
+    for name, leaf in found.items():
+        leaf.requires_grad_()
+        ops.attention(**found, score=score, backend="triton")[0].sum().backward()
+        assert [t.grad is not None for t in found.values()] == [n == name for n in found]
+        leaf.grad = None
+        leaf.requires_grad_(False)
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_strided_inputs_and_gradients(score):
+    def turned(query, keys, values, **more):
+        query, keys, values = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, keys, values))
+        mask = allowed_positions(make_padding("mask"), 3, 4, 5).transpose(1, 2).contiguous().transpose(1, 2)
+        found = attention("triton", score, mask=mask)(query=query, keys=keys, values=values, **more)
+        return {"context": found["context"].transpose(0, 1)}
+
+    def oracle(**given):
+        found = attention("reference", score, **make_padding("mask"))(**given)
+        return {"context": found["context"].transpose(0, 1)}
+
+    check(turned, oracle, tensors(score, torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_keys_are_the_values_and_one_step(score):
+    def same(backend):
+        def operation(query, keys, values, **more):
+            context, weights = ops.attention(
+                query[:, 0],
+                keys,
+                score=score,
+                backend=backend,
+                need_weights=True,
+                lengths=torch.tensor([1, 5, 0]),
+                **more,
+            )
+            return {"context": context, "weights": weights, "values": values}
+
+        return operation
+
+    check(same("triton"), same("reference"), tensors(score, torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_nothing_to_do(score):
+    found = tensors(score, torch.float32, B=0)
+    context, weights = attention("triton", score)(**found).values()
+    assert (context.shape, weights.shape) == ((0, 4, 7), (0, 4, 5))
