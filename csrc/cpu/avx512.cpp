@@ -7,7 +7,7 @@
 #define FASTSEQ_VECTOR_BYTES 64
 #define FASTSEQ_BF16_DOT 0
 
-FASTSEQ_REGION_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+FASTSEQ_REGION_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 
 #include "kernels.inc"
 

@@ -7,7 +7,7 @@
 #define FASTSEQ_VECTOR_BYTES 64
 #define FASTSEQ_BF16_DOT 1
 
-FASTSEQ_REGION_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+FASTSEQ_REGION_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 
 #include "kernels.inc"
 
