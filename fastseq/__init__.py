@@ -1,8 +1,8 @@
 """fastseq: LSTM sequence-to-sequence models, made fast without changing them. ``nn.LSTM`` becomes ``fastseq.LSTM``."""
 
 from fastseq import backend, ops
-from fastseq.backend import explain, use_backend
 from fastseq._native import empty_cache
+from fastseq.backend import explain, use_backend
 from fastseq.info import info
 from fastseq.nn import (
     LSTM,

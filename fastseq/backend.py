@@ -129,8 +129,8 @@ def _dot_on_cpu(call: AttentionCall) -> bool:
     return call.device == "cpu" and call.score == "dot" and not call.compiling
 
 
-# Ratios are the time of nn.LSTM, nn.LSTMCell or the other backends over that of the backend named, by `fastseq bench` on
-# a Xeon (Emerald Rapids, AVX-512, no AMX), 1 and 2 threads: the cases in benchmarks/results, and more of the same kinds.
+# Ratios are the time of nn.LSTM, nn.LSTMCell or the other backends over that of the backend named, by `fastseq bench`
+# on a Xeon (Emerald Rapids, AVX-512, no AMX), 1 and 2 threads: the cases in benchmarks/results, and more like them.
 RULES = (
     Rule("lstm", "native", lambda c: c.return_cell_states, "the vendor's kernels keep the cell states to themselves"),
     Rule("lstm", "native", lambda c: c.compiling, "one opaque op: the graph stays whole, T and B stay dynamic"),

@@ -82,7 +82,9 @@ def test_auto_follows_the_measurements():
     assert [choice.backend for choice in choices] == ["torch", "native", "native"]
 
 
-@pytest.mark.parametrize(("wide", "matrix", "expected"), [(True, False, "native"), (True, True, "torch"), (False, False, "torch")])
+@pytest.mark.parametrize(
+    ("wide", "matrix", "expected"), [(True, False, "native"), (True, True, "torch"), (False, False, "torch")]
+)
 def test_auto_leaves_bfloat16_to_a_matrix_unit(wide, matrix, expected, monkeypatch):
     monkeypatch.setattr(backend, "_wide_vectors", lambda: wide)
     monkeypatch.setattr(backend, "_matrix_unit", lambda: matrix)

@@ -6,10 +6,10 @@
 
 namespace fastseq {
 
-#define FASTSEQ_DECLARE(isa)     \
-  namespace isa {                \
-  template <class S>             \
-  Kernels<S> make_kernels();     \
+#define FASTSEQ_DECLARE(isa) \
+  namespace isa {            \
+  template <class S>         \
+  Kernels<S> make_kernels(); \
   }
 FASTSEQ_DECLARE(baseline)
 FASTSEQ_DECLARE(avx2)

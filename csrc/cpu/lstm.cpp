@@ -164,7 +164,8 @@ void forward(const Layer& layer, const SequenceTable& table, LstmForward<S>& p) 
     if (weight % 2 == 1 && !few_rows) k.pack_gates(d.weight_hh, H, H, panel, const_cast<void*>(d.packed_hh));
   });
 
-  const int64_t shared = divide_up(k.forward_shared_bytes(p), 64) * 64, own = divide_up(k.forward_member_bytes(p), 64) * 64;
+  const int64_t shared = divide_up(k.forward_shared_bytes(p), 64) * 64,
+                own = divide_up(k.forward_member_bytes(p), 64) * 64;
   const int64_t teams = D * plan.blocks;
   const Scratch scratch(teams * (shared + plan.members * own));
   run_teams(D, plan, [&](int64_t d, int64_t block, int64_t i, Team& team, Team::Share share) {
@@ -191,8 +192,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(Tensor input
   Tensor output = pooled_empty(input, with_columns(table.rows, D * H), dtype);
   Tensor h_n = pooled_empty(c0, {D, B, H}, dtype), c_n = pooled_empty(c0, {D, B, H}, dtype);
   Tensor activations = pooled_empty(input, need_activations ? with_columns(table.rows, D * 4 * H) : Shape{0}, dtype);
-  Tensor cell_states = pooled_empty(input, need_cell_states ? with_columns(table.rows, D * H) : Shape{0},
-                                    accumulate_type(dtype));
+  Tensor cell_states =
+      pooled_empty(input, need_cell_states ? with_columns(table.rows, D * H) : Shape{0}, accumulate_type(dtype));
   with_storage_type(op, dtype, [&](auto zero) {
     using S = decltype(zero);
     LstmForward<S> p{};

@@ -23,13 +23,13 @@ constexpr int64_t kFewRows = 4;
 template <class S>
 struct LstmForwardDirection {
   bool reverse;
-  const S* weight_ih;          // (4H, I)
-  const S* weight_hh;          // (4H, H)
-  const void* packed_ih;       // by pack_gates, or null: the rows of weight_ih are read
-  const void* packed_hh;       // by pack_gates, or null: the rows of weight_hh are read
-  const Acc<S>* bias;          // (4H,) b_ih + b_hh
-  const S *h0, *c0;            // (B, H)
-  S *h_n, *c_n;                // (B, H)
+  const S* weight_ih;     // (4H, I)
+  const S* weight_hh;     // (4H, H)
+  const void* packed_ih;  // by pack_gates, or null: the rows of weight_ih are read
+  const void* packed_hh;  // by pack_gates, or null: the rows of weight_hh are read
+  const Acc<S>* bias;     // (4H,) b_ih + b_hh
+  const S *h0, *c0;       // (B, H)
+  S *h_n, *c_n;           // (B, H)
 };
 
 template <class S>
@@ -41,25 +41,25 @@ struct LstmForward {
   S* activations;                          // (rows, D * 4H) or null
   Acc<S>* cell_states;                     // (rows, D * H) or null
   LstmForwardDirection<S> direction[2];
-  int64_t blocks;                          // the batch is shared out as that many blocks
-  int64_t chunk_rows;                      // block rows .. kChunkRows
+  int64_t blocks;      // the batch is shared out as that many blocks
+  int64_t chunk_rows;  // block rows .. kChunkRows
 };
 
 template <class S>
 struct LstmBackwardDirection {
   bool reverse;
-  const S* weight_ih;     // (4H, I)
-  const S* weight_hh;     // (4H, H)
-  void* packed_ih;        // W_ih by pack_columns, or null if grad_input is not needed
-  void* packed_hh;        // W_hh by pack_columns
-  const S *h0, *c0;       // (B, H)
+  const S* weight_ih;            // (4H, I)
+  const S* weight_hh;            // (4H, H)
+  void* packed_ih;               // W_ih by pack_columns, or null if grad_input is not needed
+  void* packed_hh;               // W_hh by pack_columns
+  const S *h0, *c0;              // (B, H)
   const S *grad_h_n, *grad_c_n;  // (B, H) or null
-  S *grad_h0, *grad_c0;   // (B, H)
-  Acc<S>* sums_ih;        // (4H, I) gradient of W_ih, before it is rounded
-  Acc<S>* sums_hh;        // (4H, H) gradient of W_hh, likewise
-  S* grad_bias;           // (4H,)
-  void* grad_gates;       // (rows, gates_stride) operands, scratch
-  void* hidden_states;    // (rows + B, H) operands, scratch: h of every step, then h0
+  S *grad_h0, *grad_c0;          // (B, H)
+  Acc<S>* sums_ih;               // (4H, I) gradient of W_ih, before it is rounded
+  Acc<S>* sums_hh;               // (4H, H) gradient of W_hh, likewise
+  S* grad_bias;                  // (4H,)
+  void* grad_gates;              // (rows, gates_stride) operands, scratch
+  void* hidden_states;           // (rows + B, H) operands, scratch: h of every step, then h0
 };
 
 template <class S>
@@ -74,7 +74,7 @@ struct LstmBackward {
   S* grad_input;                           // (rows, I) or null
   LstmBackwardDirection<S> direction[2];
   int64_t blocks;
-  int64_t gates_stride;                    // elements between rows of grad_gates
+  int64_t gates_stride;  // elements between rows of grad_gates
 };
 
 // The steps of all sequences, in no matter what order, and the hidden state that each started from.

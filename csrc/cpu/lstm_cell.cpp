@@ -35,7 +35,8 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_forward_cpu(Tensor gates, Tensor c)
     p.h = write<S>(h);
     p.c_n = write<S>(c_n);
     p.activations = write<Acc<S>>(activations);
-    parallel_for(0, B, rows_per_task(64 * H), [&](int64_t begin, int64_t end) { kernels<S>().cell_forward(p, begin, end); });
+    parallel_for(0, B, rows_per_task(64 * H),
+                 [&](int64_t begin, int64_t end) { kernels<S>().cell_forward(p, begin, end); });
   });
   return {h, c_n, activations};
 }
@@ -64,7 +65,8 @@ std::tuple<Tensor, Tensor> lstm_cell_backward_cpu(
     p.grad_c_n = read<S>(grad_c_n);
     p.grad_gates = write<S>(grad_gates);
     p.grad_c = write<S>(grad_c);
-    parallel_for(0, B, rows_per_task(64 * H), [&](int64_t begin, int64_t end) { kernels<S>().cell_backward(p, begin, end); });
+    parallel_for(0, B, rows_per_task(64 * H),
+                 [&](int64_t begin, int64_t end) { kernels<S>().cell_backward(p, begin, end); });
   });
   return {grad_gates, grad_c};
 }

@@ -38,10 +38,10 @@ struct CellStep {
   const void* weight_ih;              // (4H, I) of S or, if narrow, of BFloat16
   const void* weight_hh;              // (4H, H), likewise
   bool narrow;
-  const S* bias_ih;                   // (4H,), (B, 4H) or null
-  int64_t bias_stride;                // between rows of bias_ih: 0 or 4H
-  const S* bias_hh;                   // (4H,) or null
-  S *h_n, *c_n;                       // (B, H)
+  const S* bias_ih;     // (4H,), (B, 4H) or null
+  int64_t bias_stride;  // between rows of bias_ih: 0 or 4H
+  const S* bias_hh;     // (4H,) or null
+  S *h_n, *c_n;         // (B, H)
 };
 
 }  // namespace fastseq

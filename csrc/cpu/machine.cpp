@@ -27,8 +27,6 @@ int64_t cpu_fma_chain(Tensor example, int64_t steps) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) { m.impl("cpu_fma_chain", TORCH_BOX(&cpu_fma_chain)); }
 
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CompositeExplicitAutograd, m) {
-  m.impl("cpu_empty_cache", TORCH_BOX(&empty_pool));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CompositeExplicitAutograd, m) { m.impl("cpu_empty_cache", TORCH_BOX(&empty_pool)); }
 
 }  // namespace fastseq

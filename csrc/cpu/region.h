@@ -24,7 +24,8 @@
 #define FASTSEQ_LAMBDA_INLINE __attribute__((always_inline))
 #define FASTSEQ_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
-#define FASTSEQ_REGION_BEGIN(isa) FASTSEQ_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define FASTSEQ_REGION_BEGIN(isa) \
+  FASTSEQ_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define FASTSEQ_REGION_END FASTSEQ_PRAGMA(clang attribute pop)
 #else
 #define FASTSEQ_REGION_BEGIN(isa) FASTSEQ_PRAGMA(GCC push_options) FASTSEQ_PRAGMA(GCC target(isa))

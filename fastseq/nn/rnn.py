@@ -385,7 +385,7 @@ class LSTMCell(nn.RNNCellBase):
                 )
 
 
-# Rounded weights of cells with a weight_dtype, and what they were made from. Not on the module: they are no state of it.
+# Rounded weights of cells with a weight_dtype, and what they were made from. Not on the module: they are no state.
 _narrow_weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
