@@ -342,7 +342,7 @@ REFUSED = {
         RuntimeError,
         r"mask must be \(3, 5\) or \(3, 4, 5\), got \(3, 6\)",
     ),
-    "no such kernel": (dict(backend="triton"), RuntimeError, "no triton kernel; use"),
+    "no such kernel": (dict(backend="triton"), RuntimeError, "attention: the triton backend .*; (use|install)"),
 }
 
 

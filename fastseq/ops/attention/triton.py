@@ -26,6 +26,7 @@ def forward(
     score: str,
     scale: float,
     need_weights: bool,
+    need_backward: bool = True,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """-> context (B, T, D), weights (B, T, S) or None, saved for ``backward``."""
     from fastseq.ops.attention.triton_kernels import attention_forward_kernel
@@ -47,7 +48,7 @@ def forward(
     weights = None
     if need_weights:
         weights = (torch.exp(scores - peaks.unsqueeze(-1)) / totals.unsqueeze(-1)).to(query.dtype)
-    return context, weights, (scores, peaks, totals)
+    return context, weights, (scores, peaks, totals) if need_backward else ()
 
 
 def backward(
