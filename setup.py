@@ -87,7 +87,7 @@ def native_build() -> dict:
 
     extension = CppExtension(
         "fastseq._C",
-        sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp")),
+        sources=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp") if p.parent.name != "cuda"),
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.[hi]*")),
         extra_compile_args=FLAGS + defines + shlex.split(os.environ.get("FASTSEQ_CXXFLAGS", "")),
         py_limited_api=True,  # abi3: torch adds Py_LIMITED_API

@@ -7,7 +7,11 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __CUDACC__
+#define FASTSEQ_INLINE __host__ __device__ __forceinline__
+#else
 #define FASTSEQ_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace fastseq {
 

@@ -1,0 +1,168 @@
+// Launching kernels, and what a launch must know of the device. Errors come back as text; empty means launched.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+
+#include "device.cuh"
+#include "types.h"
+
+namespace fastseq::cuda {
+
+struct Launch {
+  dim3 grid, block;
+  size_t shared_memory = 0;  // dynamic, bytes
+  Stream stream = nullptr;
+  bool cooperative = false;  // all blocks are resident at once, or the launch is refused
+  unsigned cluster = 1;      // blocks of a cluster, along x
+};
+
+struct DeviceLimits {
+  int multiprocessors;
+  size_t shared_memory;  // that one block may have, bytes
+  int capability;        // 10 * major + minor
+};
+
+#ifdef FASTSEQ_HOST_DEVICE
+
+inline DeviceLimits device_limits() {
+  const host::Options& o = host::options();
+  return {o.multiprocessors, o.shared_memory, o.capability};
+}
+
+template <class... Parameters, class... Arguments>
+std::string launch(const Launch& l, void (*kernel)(Parameters...), Arguments... arguments) {
+  const bool together = l.cooperative || l.cluster > 1;
+  const std::string error =
+      host::launch(l.grid, l.block, l.shared_memory, together, l.cluster, [&] { kernel(arguments...); });
+  return error.empty() ? error : "host-side device: " + error;
+}
+
+// How many clusters can be resident at once; 0: the device has no such clusters.
+template <class Kernel>
+int resident_clusters(const Launch& l, Kernel*) {
+  return host::options().capability >= 90 ? host::options().multiprocessors / static_cast<int>(l.cluster) : 0;
+}
+
+// How many blocks of a cooperative grid can be resident at once.
+template <class Kernel>
+int resident_blocks(const Launch&, Kernel*) {
+  return host::options().resident_blocks;
+}
+
+#else
+
+inline DeviceLimits device_limits() {
+  int device = 0, major = 0, minor = 0, multiprocessors = 0, shared_memory = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return {multiprocessors, static_cast<size_t>(shared_memory), 10 * major + minor};
+}
+
+inline std::string error_text(cudaError_t error) {
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // it would come back at the next call
+  return cudaGetErrorString(error);
+}
+
+template <class Kernel>
+cudaError_t allow_shared_memory(const Launch& l, Kernel* kernel) {
+  constexpr size_t kAlwaysAllowed = 48 << 10;
+  if (l.cluster > 8) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  if (l.shared_memory <= kAlwaysAllowed) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared_memory));
+}
+
+// The configuration points at `attributes`, which must outlive it.
+inline cudaLaunchConfig_t configuration(const Launch& l, cudaLaunchAttribute (&attributes)[2]) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = l.grid;
+  config.blockDim = l.block;
+  config.dynamicSmemBytes = l.shared_memory;
+  config.stream = static_cast<cudaStream_t>(l.stream);
+  config.attrs = attributes;
+  if (l.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
+  }
+  if (l.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {l.cluster, 1, 1};
+  }
+  return config;
+}
+
+template <class... Parameters, class... Arguments>
+std::string launch(const Launch& l, void (*kernel)(Parameters...), Arguments... arguments) {
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = configuration(l, attributes);
+  cudaError_t error = allow_shared_memory(l, kernel);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  return error_text(error);
+}
+
+template <class Kernel>
+int resident_clusters(const Launch& l, Kernel* kernel) {
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = configuration(l, attributes);
+  int count = 0;
+  cudaError_t error = allow_shared_memory(l, kernel);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+  return error_text(error).empty() ? count : 0;
+}
+
+template <class Kernel>
+int resident_blocks(const Launch& l, Kernel* kernel) {
+  int count = 0;
+  cudaError_t error = allow_shared_memory(l, kernel);
+  const int threads = static_cast<int>(l.block.x * l.block.y * l.block.z);
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, l.shared_memory);
+  }
+  return error_text(error).empty() ? count * device_limits().multiprocessors : 0;
+}
+
+#endif
+
+// Whether 16-byte loads and stores may be used on all of them.
+inline bool aligned(std::initializer_list<const void*> pointers) {
+  uintptr_t bits = 0;
+  for (const void* p : pointers) bits |= reinterpret_cast<uintptr_t>(p);
+  return bits % 16 == 0;
+}
+
+// run(T{}) with the element type.
+template <class Run>
+auto with_type(Type type, const Run& run) {
+  switch (type) {
+    case Type::kDouble:
+      return run(double{});
+    case Type::kBFloat16:
+      return run(bf16{});
+    case Type::kHalf:
+      return run(half{});
+    default:
+      return run(float{});
+  }
+}
+
+// The same for kernels that have no double.
+template <class Run>
+auto with_float_type(Type type, const Run& run) {
+  switch (type) {
+    case Type::kBFloat16:
+      return run(bf16{});
+    case Type::kHalf:
+      return run(half{});
+    default:
+      return run(float{});
+  }
+}
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,120 @@
+// Copies and stores that arrive later: cp.async, clusters, mbarrier, st.async. Each takes effect as late as it may, so
+// that a wait that is missing reads what was there before.
+#pragma once
+
+#include "world.h"
+
+namespace host {
+
+HOST_RAW inline void copy_async(void* to, const void* from, int bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes) {
+    fail("copy_async: an address is not aligned to " + std::to_string(bytes) + " bytes");
+  }
+  __tsan_read_range(const_cast<void*>(from), bytes);
+  Thread* t = world().running;
+  t->copies.push_back({to, from, bytes, t->groups});
+}
+
+// Instrumented: the writes are the thread's own.
+inline void copy_bytes(void* to, const void* from, int bytes) {
+  volatile char* d = static_cast<char*>(to);
+  const volatile char* s = static_cast<const char*>(from);
+  for (int i = 0; i < bytes; ++i) d[i] = s[i];
+}
+
+inline void wait_copies(int pending) {
+  Thread* t = world().running;
+  std::vector<PendingCopy> later;
+  for (const PendingCopy& c : t->copies) {
+    if (c.group < t->groups - pending)
+      copy_bytes(c.to, c.from, c.bytes);
+    else
+      later.push_back(c);
+  }
+  t->copies.swap(later);
+}
+
+HOST_RAW inline void need_cluster(const char* name) {
+  if (world().cluster_size == 1) fail(std::string(name) + ": the launch has no clusters");
+}
+
+HOST_RAW inline void cluster_barrier() {
+  World& w = world();
+  need_cluster("cluster_barrier");
+  const Block& own = *w.running->block;
+  int live = 0;
+  for (unsigned k = 0; k < w.cluster_size; ++k) live += w.blocks[own.cluster * w.cluster_size + k]->live;
+  arrive_and_wait(w.cluster_barriers[own.cluster], live, "cluster_barrier");
+}
+
+HOST_RAW inline void* peer_address(const void* p, unsigned rank) {
+  World& w = world();
+  need_cluster("peer_address");
+  if (rank >= w.cluster_size) fail("peer_address: rank " + std::to_string(rank) + " is not in the cluster");
+  const Block& own = *w.running->block;
+  Block& peer = *w.blocks[own.cluster * w.cluster_size + rank];
+  if (peer.live != peer.size) fail("peer_address: that block has ended");
+  const ptrdiff_t offset = static_cast<const char*>(p) - own.shared;
+  if (offset < 0 || static_cast<size_t>(offset) >= own.capacity) fail("peer_address: not in shared memory");
+  return peer.shared + offset;
+}
+
+// What the 64 bits of an mbarrier hold here.
+struct Mbarrier {
+  uint16_t arrivals;    // of every phase
+  uint16_t missing;     // in this one
+  int32_t bytes : 31;   // expected and not yet there, in this one; arrivals and bytes may come in any order
+  uint32_t parity : 1;  // of this one
+};
+static_assert(sizeof(Mbarrier) == sizeof(uint64_t));
+
+HOST_RAW inline void mbarrier_init(uint64_t* mbarrier, unsigned arrivals) {
+  if (reinterpret_cast<uintptr_t>(mbarrier) % 8) fail("mbarrier_init: not aligned to 8 bytes");
+  const Mbarrier fresh{static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0, 0};
+  std::memcpy(static_cast<void*>(mbarrier), &fresh, sizeof fresh);
+  ++world().progress;
+}
+
+HOST_RAW inline void mbarrier_update(uint64_t* mbarrier, int arrivals, int bytes) {
+  Mbarrier* m = reinterpret_cast<Mbarrier*>(mbarrier);
+  if (m->missing < arrivals) fail("mbarrier: more arrivals than the phase has");
+  m->missing -= arrivals;
+  m->bytes += bytes;
+  ++world().progress;
+  if (m->missing || m->bytes) return;
+  m->missing = m->arrivals;
+  m->parity = !m->parity;
+}
+
+HOST_RAW inline void mbarrier_arrive_expect(uint64_t* mbarrier, unsigned bytes) {
+  __tsan_release(mbarrier);
+  mbarrier_update(mbarrier, 1, static_cast<int>(bytes));
+}
+
+HOST_RAW inline void store_async(void* to, uint64_t* mbarrier, uint64_t value, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes) fail("store_async: not aligned to " + std::to_string(bytes) + " bytes");
+  __tsan_write_range(to, bytes);  // from now on it may change
+  __tsan_release(mbarrier);
+  world().deliveries.push_back({to, value, bytes, mbarrier});
+  ++world().progress;
+}
+
+// Whether the phase of this parity has ended; what is on its way to this mbarrier arrives first.
+HOST_RAW inline bool mbarrier_phase_ended(uint64_t* mbarrier, unsigned parity) {
+  poll();
+  std::vector<Delivery> others;
+  std::vector<Delivery> own;
+  for (const Delivery& d : world().deliveries) (d.mbarrier == mbarrier ? own : others).push_back(d);
+  world().deliveries.swap(others);
+  for (const Delivery& d : own) {
+    for (int i = 0; i < d.bytes; ++i) {
+      static_cast<volatile char*>(d.to)[i] = reinterpret_cast<const volatile char*>(&d.value)[i];
+    }
+    mbarrier_update(d.mbarrier, 0, -d.bytes);
+  }
+  if (reinterpret_cast<Mbarrier*>(mbarrier)->parity == parity) return false;
+  __tsan_acquire(mbarrier);
+  return true;
+}
+
+}  // namespace host

@@ -1,0 +1,126 @@
+// A fiber is a call stack of its own that runs until it switches back: one stands for one CUDA thread. ThreadSanitizer
+// is told of every switch, without a happens-before edge: only barriers, shuffles and release/acquire pairs make those,
+// so that it finds the races of a kernel as it would those of threads.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <vector>
+
+#if defined(__SANITIZE_THREAD__)
+#define HOST_TSAN 1
+// The scheduler itself is not looked at.
+#define HOST_RAW __attribute__((no_sanitize_thread, noinline))
+extern "C" {
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned);
+void __tsan_destroy_fiber(void*);
+void __tsan_switch_to_fiber(void*, unsigned);
+void __tsan_acquire(void*);
+void __tsan_release(void*);
+void __tsan_read_range(void*, size_t);
+void __tsan_write_range(void*, size_t);
+}
+#else
+#define HOST_TSAN 0
+#define HOST_RAW
+inline void __tsan_acquire(void*) {}
+inline void __tsan_release(void*) {}
+inline void __tsan_read_range(void*, size_t) {}
+inline void __tsan_write_range(void*, size_t) {}
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" {
+void __asan_poison_memory_region(void const volatile*, size_t);
+void __asan_unpoison_memory_region(void const volatile*, size_t);
+}
+#else
+inline void __asan_poison_memory_region(void const volatile*, size_t) {}
+inline void __asan_unpoison_memory_region(void const volatile*, size_t) {}
+#endif
+
+namespace host {
+
+// Saves the running stack's pointer in *from and goes on at `to`. What a function call must preserve lies on the
+// stacks.
+#if defined(__x86_64__)
+extern "C" void fastseq_host_switch(void** from, void* to);
+asm(R"(
+.text
+.weak fastseq_host_switch
+.type fastseq_host_switch,@function
+fastseq_host_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp,(%rdi)
+  movq %rsi,%rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size fastseq_host_switch,.-fastseq_host_switch
+)");
+constexpr int kSavedRegisters = 6;
+#else
+#error "the host-side device switches stacks on x86-64 only: port fastseq_host_switch"
+#endif
+
+constexpr size_t kStackBytes = 64 << 10;
+
+// Stacks are kept for the next launch: mapping one costs more than a small kernel's thread.
+inline std::vector<char*>& idle_stacks() {
+  static std::vector<char*> stacks;
+  return stacks;
+}
+
+struct Stack {
+  char* memory = nullptr;
+  void* pointer = nullptr;  // where it was left
+  void* tsan = nullptr;
+
+  HOST_RAW void start(void (*entry)()) {
+    if (idle_stacks().empty()) {
+      const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+      memory = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, flags, -1, 0));
+    } else {
+      memory = idle_stacks().back();
+      idle_stacks().pop_back();
+      __asan_unpoison_memory_region(memory, kStackBytes);
+    }
+    void** top = reinterpret_cast<void**>(memory + kStackBytes);
+    *--top = nullptr;  // entry() never returns
+    *--top = reinterpret_cast<void*>(entry);
+    for (int i = 0; i < kSavedRegisters; ++i) *--top = nullptr;
+    pointer = top;
+#if HOST_TSAN
+    tsan = __tsan_create_fiber(0);
+#endif
+  }
+
+  HOST_RAW void end() {
+    idle_stacks().push_back(memory);
+#if HOST_TSAN
+    __tsan_destroy_fiber(tsan);
+#endif
+  }
+};
+
+// From the stack that runs to `to`.
+HOST_RAW inline void switch_stack(Stack& from, Stack& to) {
+#if HOST_TSAN
+  constexpr unsigned kNoEdge = 1;
+  __tsan_switch_to_fiber(to.tsan, kNoEdge);
+#endif
+  fastseq_host_switch(&from.pointer, to.pointer);
+}
+
+}  // namespace host

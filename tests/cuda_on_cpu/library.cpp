@@ -1,0 +1,21 @@
+// The CUDA operators on the host-side device: torch.ops.fastseq_sim, CPU tensors. Python sets how threads are
+// scheduled.
+#include "../../csrc/cuda/operators.h"
+#include "../../csrc/schemas.h"
+#include "world.h"
+
+STABLE_TORCH_LIBRARY(fastseq_sim, m) { fastseq::define_operators(m); }
+
+extern "C" __attribute__((visibility("default"))) void fastseq_host_schedule(int shuffle, uint64_t seed) {
+  host::options().shuffle = shuffle;
+  host::options().seed = seed;
+}
+
+// A device of `multiprocessors`, of compute capability `capability` / 10, with this much shared memory for a block.
+extern "C" __attribute__((visibility("default"))) void fastseq_host_device(int multiprocessors,
+                                                                           int capability,
+                                                                           size_t shared_memory) {
+  host::options().multiprocessors = host::options().resident_blocks = multiprocessors;
+  host::options().capability = capability;
+  host::options().shared_memory = shared_memory;
+}

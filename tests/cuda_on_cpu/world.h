@@ -1,0 +1,370 @@
+// The host-side device: blocks, warps, barriers, shared memory and a scheduler, enough to run a kernel's own source on
+// the CPU and to say what is wrong with it. One thread at a time runs; it gives way at barriers, shuffles and polls.
+//
+// Reported with block and thread: deadlock (somebody waits for a barrier that others never reach, or everybody polls),
+// a shuffle with lanes missing, more shared memory than asked for, shared memory of a block that has ended. Found by
+// the tools: out of bounds (AddressSanitizer: red zones between arrays), misaligned vectors (UBSan), races
+// (ThreadSanitizer). Shared memory begins as NaN.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  constexpr unsigned count() const { return x * y * z; }
+};
+
+namespace host {
+
+constexpr int kWarpSize = 32;
+constexpr size_t kRedZone = 128;
+
+struct Barrier {
+  int arrived = 0;
+  unsigned generation = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  int size = 0, live = 0;
+  uint64_t slots[2][kWarpSize][8];  // what the lanes of a shuffle show each other; two, so that the next can begin
+};
+
+struct Block {
+  dim3 index;
+  int size = 0, live = 0;
+  unsigned cluster = 0, rank = 0;  // of a cluster launch
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::unique_ptr<char[]> memory;
+  char* shared = nullptr;  // dynamic shared memory, then static arrays, red zones between
+  size_t used = 0, capacity = 0;
+  std::vector<std::pair<const void*, char*>> arrays;  // static ones, by their declaration
+
+  ~Block() {
+    if (memory) __asan_unpoison_memory_region(shared, capacity);
+  }
+  Block() = default;
+  Block(Block&&) = default;
+};
+
+struct PendingCopy {
+  void* to;
+  const void* from;
+  int bytes, group;
+};
+
+// Bytes on the way to a block of the cluster; they arrive when somebody waits for their mbarrier.
+struct Delivery {
+  void* to;
+  uint64_t value;
+  int bytes;
+  uint64_t* mbarrier;
+};
+
+struct Thread {
+  Stack stack;
+  uint3 index;
+  int linear = 0;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  Barrier* waits_for = nullptr;
+  unsigned generation = 0;  // of that barrier when it began to wait
+  const char* waits_in = "";
+  bool done = false;
+  std::vector<PendingCopy> copies;  // cp.async not yet waited for
+  int groups = 0;                   // committed
+};
+
+struct Options {
+  uint64_t seed = 0;
+  bool shuffle = false;     // random order of threads, half of the warps held back for a while
+  long idle_passes = 2000;  // rounds in which everybody only polls before that is called a deadlock
+  int multiprocessors = 132;
+  int resident_blocks = 132;  // more in a cooperative launch are refused
+  int capability = 90;
+  size_t shared_memory = 227 << 10;  // that a block may have
+  size_t static_shared = 16 << 10;
+};
+
+struct World {
+  dim3 grid, block;
+  const std::function<void()>* body = nullptr;
+  Stack scheduler;
+  Thread* running = nullptr;
+  std::string error;
+  long progress = 0;  // anything but polling
+  char launch_edge = 0;
+  std::vector<Block*> blocks;             // of a cooperative or cluster launch, by linear index
+  std::vector<Barrier> cluster_barriers;  // by cluster
+  unsigned cluster_size = 1;
+  std::vector<Delivery> deliveries;
+};
+
+inline Options& options() {
+  static Options value;
+  return value;
+}
+
+inline World& world() {
+  static World value;
+  return value;
+}
+
+HOST_RAW inline void give_way() { switch_stack(world().running->stack, world().scheduler); }
+
+HOST_RAW inline std::string describe(const Thread& t) {
+  const dim3& b = t.block->index;
+  return "block (" + std::to_string(b.x) + ", " + std::to_string(b.y) + ", " + std::to_string(b.z) + ") thread " +
+         std::to_string(t.linear);
+}
+
+// Ends the launch with this message.
+[[noreturn]] HOST_RAW inline void fail(const std::string& message) {
+  World& w = world();
+  if (w.error.empty()) w.error = message + " [" + describe(*w.running) + "]";
+  for (;;) give_way();
+}
+
+HOST_RAW inline void release_when_full(Barrier& barrier, int live) {
+  if (barrier.arrived == 0 || barrier.arrived < live) return;
+  barrier.arrived = 0;
+  ++barrier.generation;
+  ++world().progress;
+}
+
+HOST_RAW inline void arrive_and_wait(Barrier& barrier, int live, const char* name) {
+  Thread* t = world().running;
+  const unsigned generation = barrier.generation;
+  __tsan_release(&barrier);
+  ++barrier.arrived;
+  release_when_full(barrier, live);
+  if (barrier.generation == generation) {
+    t->waits_for = &barrier;
+    t->generation = generation;
+    t->waits_in = name;
+    give_way();
+  }
+  __tsan_acquire(&barrier);
+}
+
+// Between two looks at a flag.
+HOST_RAW inline void poll() {
+  world().running->waits_in = "a poll";
+  give_way();
+}
+
+HOST_RAW inline void thread_main() {
+  World& w = world();
+  __tsan_acquire(&w.launch_edge);
+  (*w.body)();
+  __tsan_release(&w.launch_edge);
+  Thread* t = w.running;
+  if (!t->copies.empty()) fail("the thread ends before its cp.async copies were waited for");
+  t->done = true;
+  ++w.progress;
+  --t->block->live;
+  --t->warp->live;
+  release_when_full(t->block->barrier, t->block->live);
+  release_when_full(t->warp->barrier, t->warp->live);
+  for (;;) give_way();
+}
+
+// Runs the threads of blocks that are all resident at once.
+class Scheduler {
+ public:
+  HOST_RAW explicit Scheduler(std::vector<Block>& blocks)
+      : threads_(blocks.size() * world().block.count()), warps_((world().block.count() + kWarpSize - 1) / kWarpSize) {
+    const dim3 shape = world().block;
+    size_t k = 0;
+    for (Block& block : blocks) {
+      for (unsigned i = 0; i < shape.count(); ++i, ++k) {
+        Thread& t = threads_[k];
+        t.block = &block;
+        t.warp = &block.warps[i / kWarpSize];
+        t.linear = static_cast<int>(i);
+        t.index = {i % shape.x, i / shape.x % shape.y, i / (shape.x * shape.y)};
+        order_.push_back(static_cast<int>(k));
+      }
+    }
+    held_.assign(blocks.size() * warps_, 0);
+  }
+
+  HOST_RAW void run() {
+    World& w = world();
+#if HOST_TSAN
+    w.scheduler.tsan = __tsan_get_current_fiber();
+#endif
+    __tsan_release(&w.launch_edge);
+    for (Thread& t : threads_) t.stack.start(thread_main);
+    left_ = threads_.size();
+    if (options().shuffle) hold_back(true);
+    while (left_ && w.error.empty()) pass();
+    __tsan_acquire(&w.launch_edge);
+    for (Thread& t : threads_) t.stack.end();
+  }
+
+ private:
+  // Every thread that can go on does so once.
+  HOST_RAW void pass() {
+    World& w = world();
+    const long before = w.progress;
+    bool ran = false, held = false;
+    if (options().shuffle) std::shuffle(order_.begin(), order_.end(), random_);
+    for (int i : order_) {
+      Thread& t = threads_[i];
+      if (t.done || (t.waits_for && t.waits_for->generation == t.generation)) continue;
+      if (held_[i / w.block.count() * warps_ + t.linear / kWarpSize]) {
+        held = true;
+        continue;
+      }
+      t.waits_for = nullptr;
+      w.running = &t;
+      ran = true;
+      switch_stack(w.scheduler, t.stack);
+      left_ -= t.done;
+      if (!w.error.empty()) return;
+    }
+    const bool stuck = !ran || w.progress == before;
+    idle_ = stuck ? idle_ + 1 : 0;
+    if (held && stuck) return hold_back(idle_ < 64);
+    if (left_ && stuck && (!ran || idle_ > options().idle_passes)) w.error = deadlock();
+  }
+
+  // The others run as far as they can: what they do not wait for, they will find missing.
+  HOST_RAW void hold_back(bool half) {
+    for (char& held : held_) held = half && (random_() & 1);
+  }
+
+  HOST_RAW std::string deadlock() const {
+    std::string text = "deadlock: ";
+    int named = 0;
+    for (const Thread& t : threads_) {
+      if (t.done || named++ >= 3) continue;
+      text += describe(t) + " waits in " + t.waits_in + "; ";
+    }
+    return text;
+  }
+
+  std::vector<Thread> threads_;
+  size_t warps_;  // of a block
+  std::vector<int> order_;
+  std::vector<char> held_;  // by warp
+  std::mt19937_64 random_{options().seed};
+  size_t left_ = 0;
+  long idle_ = 0;
+};
+
+inline void prepare_block(Block& b, int id, size_t dynamic_shared) {
+  const World& w = world();
+  b.index = dim3(id % w.grid.x, id / w.grid.x % w.grid.y, id / (w.grid.x * w.grid.y));
+  b.cluster = id / w.cluster_size;
+  b.rank = id % w.cluster_size;
+  b.size = b.live = static_cast<int>(w.block.count());
+  b.warps.resize((b.size + kWarpSize - 1) / kWarpSize);
+  for (int i = 0; i < b.size; ++i) {
+    ++b.warps[i / kWarpSize].size;
+    ++b.warps[i / kWarpSize].live;
+  }
+  b.capacity = dynamic_shared + options().static_shared + 4 * kRedZone;
+  b.memory.reset(new char[b.capacity + kRedZone]);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(b.memory.get());
+  b.shared = b.memory.get() + (kRedZone - address % kRedZone) % kRedZone;
+  std::memset(b.shared, 0xFF, b.capacity);  // NaN in every floating-point type
+  b.used = (dynamic_shared + kRedZone - 1) / kRedZone * kRedZone + kRedZone;
+  __asan_poison_memory_region(b.shared + dynamic_shared, b.capacity - dynamic_shared);
+}
+
+// together: all blocks are resident at once (cooperative and cluster launches), else one after the other.
+// Returns an empty string, or what went wrong.
+inline std::string launch(dim3 grid,
+                          dim3 block,
+                          size_t dynamic_shared,
+                          bool together,
+                          unsigned cluster_size,
+                          const std::function<void()>& body) {
+  World& w = world();
+  const int count = static_cast<int>(grid.count());
+  if (block.count() > 1024) return "a block has at most 1024 threads, asked for " + std::to_string(block.count());
+  if (dynamic_shared > options().shared_memory) return "a block has no " + std::to_string(dynamic_shared) + " bytes";
+  if (grid.x % cluster_size) return "grid.x is no multiple of the cluster size";
+  if (together && cluster_size == 1 && count > options().resident_blocks) {
+    return "a cooperative launch of " + std::to_string(count) + " blocks, more than are resident at once";
+  }
+  w.grid = grid;
+  w.block = block;
+  w.cluster_size = cluster_size;
+  w.body = &body;
+  w.error.clear();
+  w.deliveries.clear();
+  std::vector<int> ids(count);
+  for (int i = 0; i < count; ++i) ids[i] = i;
+  std::mt19937_64 random(options().seed + 1);
+  // Clusters stay together.
+  if (options().shuffle && cluster_size == 1) std::shuffle(ids.begin(), ids.end(), random);
+  const size_t at_once = together ? (cluster_size > 1 ? cluster_size : count) : 1;
+  for (size_t first = 0; first < ids.size() && w.error.empty(); first += at_once) {
+    std::vector<Block> blocks(at_once);
+    w.blocks.assign(count, nullptr);
+    w.cluster_barriers.assign(count / cluster_size, Barrier());
+    for (size_t k = 0; k < at_once; ++k) {
+      prepare_block(blocks[k], ids[first + k], dynamic_shared);
+      w.blocks[ids[first + k]] = &blocks[k];
+    }
+    Scheduler(blocks).run();
+  }
+  return w.error;
+}
+
+// Static shared memory: one array per declaration and block.
+HOST_RAW inline void* shared_array(const void* declaration, size_t bytes) {
+  Block& b = *world().running->block;
+  for (auto& [key, array] : b.arrays) {
+    if (key == declaration) return array;
+  }
+  if (b.used + bytes + kRedZone > b.capacity) fail("more static shared memory than options().static_shared");
+  char* array = b.shared + b.used;
+  __asan_unpoison_memory_region(array, bytes);
+  b.used += (bytes + kRedZone - 1) / kRedZone * kRedZone + kRedZone;
+  b.arrays.emplace_back(declaration, array);
+  return array;
+}
+
+// Every lane shows `value` and sees those of all: the base of all shuffles, votes and matrix instructions.
+template <class T>
+HOST_RAW std::array<T, kWarpSize> exchange(unsigned mask, const T& value, const char* name) {
+  static_assert(sizeof(T) <= sizeof(uint64_t[8]));
+  Warp& warp = *world().running->warp;
+  const int lane = world().running->linear % kWarpSize;
+  const unsigned all = warp.size == kWarpSize ? ~0u : (1u << warp.size) - 1;
+  if ((mask & all) != all) fail(std::string(name) + ": the mask leaves lanes out, which is not modelled");
+  if (warp.live != warp.size) fail(std::string(name) + ": a lane of the mask has ended");
+  auto& slots = warp.slots[warp.barrier.generation & 1];
+  const volatile char* from = reinterpret_cast<const volatile char*>(&value);
+  volatile char* to = reinterpret_cast<volatile char*>(slots[lane]);
+  for (size_t i = 0; i < sizeof(T); ++i) to[i] = from[i];
+  arrive_and_wait(warp.barrier, warp.live, name);
+  std::array<T, kWarpSize> seen;
+  for (int k = 0; k < kWarpSize; ++k) {
+    const volatile char* slot = reinterpret_cast<const volatile char*>(slots[k < warp.size ? k : lane]);
+    for (size_t i = 0; i < sizeof(T); ++i) reinterpret_cast<volatile char*>(&seen[k])[i] = slot[i];
+  }
+  return seen;
+}
+
+}  // namespace host
