@@ -26,10 +26,11 @@ SOURCES = [
     *sorted((ROOT / "csrc/cuda").glob("*_ops.cpp")),
     HERE / "library.cpp",
 ]
-FLAGS = (
-    "-std=c++20 -O2 -g1 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas -Wno-unused-function -Wno-psabi "
-    "-ffp-contract=fast -DFASTSEQ_HOST_DEVICE -DTORCH_TARGET_VERSION=0x020b000000000000"
-).split()
+FLAGS = [
+    *("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"),
+    *("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-psabi"),
+    *("-DFASTSEQ_HOST_DEVICE", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
+]
 
 
 def compiler() -> str | None:
@@ -47,7 +48,7 @@ def load():
 
 
 def build(name: str, flags: list[str], sources: list[Path] = SOURCES, program: bool = False) -> Path:
-    """Objects by the hash of all they are made of, in build/cuda_on_cpu -> the library, or the program, made of them."""
+    """Objects by the hash of all they are made of, in build/cuda_on_cpu -> the library, or the program, of them."""
     folder = ROOT / "build/cuda_on_cpu" / name
     folder.mkdir(parents=True, exist_ok=True)
     headers = [*ROOT.glob("csrc/**/*.[hi]*"), *ROOT.glob("csrc/**/*.cu*"), *HERE.glob("*.h")]
