@@ -8,7 +8,7 @@ from cuda_cases import DTYPES, on, place  # noqa: F401
 from fastseq.ops.lstm_cell import reference
 from fastseq.testing import Results, compare
 
-SHAPES = [(1, 1), (3, 8), (5, 63), (2, 257), (33, 64), (0, 8)]
+SHAPES = [(17, 1), (1, 16), (3, 8), (5, 63), (2, 257), (33, 64), (0, 8)]
 
 
 def _inputs(B, H, dtype):
