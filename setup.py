@@ -2,13 +2,20 @@
 
 FASTSEQ_NATIVE=0 leaves them out, FASTSEQ_NATIVE=1 turns a missing compiler into an error.
 Without either they are built where a C++ compiler is found. FASTSEQ_CXXFLAGS are flags for the compiler, after our own.
+
+The CUDA kernels are built too where nvcc is found (CUDA_HOME, PATH, /usr/local/cuda), with or without a GPU, beside a
+CPU build of torch as well. FASTSEQ_CUDA=0 leaves them out, FASTSEQ_CUDA=1 turns a missing nvcc into an error.
+TORCH_CUDA_ARCH_LIST names the architectures.
 """
 
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -26,6 +33,8 @@ FLAGS = [
     "-Wall",
     "-Wno-psabi",
 ]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-warn-spills"]
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # Ampere and Hopper; what is newer compiles the PTX when it loads the library
 TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that the built library loads in
 
 
@@ -56,6 +65,79 @@ def why_not_native() -> str | None:
     return None
 
 
+def find_cuda() -> Path | None:
+    """The folder of the CUDA toolkit whose nvcc is used, or None."""
+    on_path = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), on_path and Path(on_path).resolve().parents[1], "/usr/local/cuda"]
+    needed = ("bin/nvcc", "include/cuda_runtime.h")  # an nvcc on PATH may be a script that calls the real one
+    return next((Path(c) for c in candidates if c and all(Path(c, name).exists() for name in needed)), None)
+
+
+def why_not_cuda() -> str | None:
+    """The reason for leaving the CUDA kernels out, or None."""
+    if switch("FASTSEQ_CUDA") == "0":
+        return "FASTSEQ_CUDA=0"
+    if find_cuda() is None:
+        return "no nvcc was found (install the CUDA toolkit, or set CUDA_HOME to its folder)"
+    return None
+
+
+def cuda_architectures() -> list[str]:
+    """From TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX" -> ["8.0", "9.0+PTX"]."""
+    names = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or CUDA_ARCHITECTURES)
+    for name in names:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+            raise SystemExit(
+                f"fastseq: TORCH_CUDA_ARCH_LIST names {name!r}; expected versions such as 8.0;9.0+PTX, from 8.0 on."
+            )
+        if float(re.match(r"[\d.]+", name)[0]) < 8.0:
+            raise SystemExit(
+                f"fastseq: the CUDA kernels need compute capability 8.0 (TORCH_CUDA_ARCH_LIST has {name})."
+            )
+    return names
+
+
+def generate_code(architectures: list[str]) -> list[str]:
+    """["8.0", "9.0+PTX"] -> the -gencode flags of nvcc."""
+    flags = []
+    for name in architectures:
+        number = name.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def compile_cuda(folder: Path) -> list[str]:
+    """Compile every csrc/cuda/*.cu with nvcc -> the object files. They include no header of torch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    headers = max(p.stat().st_mtime for p in (*ROOT.glob("csrc/**/*.*h"), ROOT / "setup.py"))
+    command = [str(find_cuda() / "bin/nvcc"), *NVCC_FLAGS, *generate_code(cuda_architectures())]
+    command += shlex.split(os.environ.get("FASTSEQ_NVCCFLAGS", ""))
+
+    def compile_one(source: Path) -> str:
+        out = folder / f"{source.stem}.cuda.o"
+        if not out.exists() or out.stat().st_mtime < max(headers, source.stat().st_mtime):
+            print(shlex.join([*command, "-c", str(source), "-o", str(out)]), flush=True)
+            subprocess.run([*command, "-c", str(source), "-o", str(out)], check=True)
+        return str(out)
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        return list(pool.map(compile_one, sorted(ROOT.glob("csrc/cuda/*.cu"))))
+
+
+def cuda_link_flags() -> list[str]:
+    """The CUDA runtime goes into the library: a machine without CUDA has none to load."""
+    home = find_cuda()
+    folder = next((home / name for name in ("lib64", "lib", f"targets/{os.uname().machine}-linux/lib")
+                   if (home / name / "libcudart_static.a").exists()), None)  # fmt: skip
+    if folder is None:
+        raise SystemExit(f"fastseq: {home} has nvcc but no libcudart_static.a; install all of the CUDA toolkit.")
+    # -ltorch: its libtorch_cuda, where there is one, has the current stream. The library must load without it, too.
+    return [f"-L{folder}", "-lcudart_static", "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL",
+            "-Wl,--no-as-needed", "-ltorch"]  # fmt: skip
+
+
 def native_build() -> dict:
     """The arguments of setup() that build fastseq._C."""
     try:
@@ -68,28 +150,33 @@ def native_build() -> dict:
         ) from error
 
     os.environ["CXX"] = find_compiler()
+    cuda = why_not_cuda() is None
     defines = [
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         f'-DFASTSEQ_BUILD_FLAGS="{" ".join(FLAGS)}"',
         f'-DFASTSEQ_BUILD_TORCH="{torch.__version__}"',
+        f'-DFASTSEQ_CUDA_ARCHITECTURES="{" ".join(cuda_architectures()) if cuda else ""}"',
         f"-fmacro-prefix-map={ROOT}/=",  # paths in error messages are relative to the project, wherever it was built
     ]
 
     class Build(BuildExtension):
         def build_extensions(self):
             try:
+                if cuda:
+                    self.extensions[0].extra_objects += compile_cuda(Path(self.build_temp, "cuda"))
                 super().build_extensions()
             except Exception as error:
                 raise SystemExit(
-                    f"fastseq: compiling the operators with {os.environ['CXX']} failed ({error}); its output is above. "
+                    f"fastseq: compiling the operators failed ({error}); its output is above. "
                     "Set FASTSEQ_NATIVE=0 to install without them."
                 ) from error
 
     extension = CppExtension(
         "fastseq._C",
-        sources=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp") if p.parent.name != "cuda"),
+        sources=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp") if cuda or p.parent.name != "cuda"),
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.[hi]*")),
         extra_compile_args=FLAGS + defines + shlex.split(os.environ.get("FASTSEQ_CXXFLAGS", "")),
+        extra_link_args=cuda_link_flags() if cuda else [],
         py_limited_api=True,  # abi3: torch adds Py_LIMITED_API
     )
     return {
@@ -100,9 +187,12 @@ def native_build() -> dict:
 
 
 def main() -> None:
-    if switch("FASTSEQ_CUDA") == "1":
-        raise SystemExit("fastseq: FASTSEQ_CUDA=1, but there are no CUDA kernels in this version yet; unset it.")
     reason = why_not_native()
+    without_cuda = reason or why_not_cuda()
+    if without_cuda and switch("FASTSEQ_CUDA") == "1":
+        raise SystemExit(f"fastseq: FASTSEQ_CUDA=1, but {without_cuda}.")
+    if reason is None and without_cuda:
+        print(f"fastseq: installing without the CUDA kernels: {without_cuda}.", file=sys.stderr)
     if reason is None:
         return setup(**native_build())
     if switch("FASTSEQ_NATIVE") == "1":

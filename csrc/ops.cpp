@@ -29,6 +29,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   if (!module || PyModule_AddStringConstant(module, "compiler", kCompiler) < 0 ||
       PyModule_AddStringConstant(module, "flags", FASTSEQ_BUILD_FLAGS) < 0 ||
       PyModule_AddStringConstant(module, "torch", FASTSEQ_BUILD_TORCH) < 0 ||
+      PyModule_AddStringConstant(module, "cuda_architectures", FASTSEQ_CUDA_ARCHITECTURES) < 0 ||
       PyModule_AddStringConstant(module, "cpu", fastseq::isa_name(fastseq::machine_isa())) < 0) {
     Py_XDECREF(module);
     return nullptr;
