@@ -8,6 +8,8 @@ BUILD_HINT = (
     "To build it, install g++ and run: FASTSEQ_NATIVE=1 pip install --no-build-isolation --force-reinstall --no-deps ."
 )
 
+operators = torch.ops.fastseq  # what the native backend calls
+
 _module = None
 _error: ImportError | OSError | None = None
 
@@ -38,11 +40,20 @@ def why_not() -> str:
     return f"the compiled library fastseq._C failed to load ({_error}). {BUILD_HINT}"
 
 
+def why_not_cuda() -> str:
+    """Why there are no compiled CUDA kernels and how to build them, as sentences; empty where there are."""
+    if not available():
+        return why_not()
+    if not _module.cuda_architectures:
+        return "the compiled library was built without nvcc. To build them, install the CUDA toolkit and fastseq again."
+    return ""
+
+
 def build_info() -> dict[str, str | tuple[str, ...]]:
     """How the library was built and what it uses here; empty where it is missing.
 
     compiler, flags, torch (the version built against), cpu (the instruction set in use on this machine),
-    cuda_architectures (none yet).
+    cuda_architectures (those that CUDA kernels were compiled for).
     """
     if _module is None:
         return {}
@@ -51,7 +62,7 @@ def build_info() -> dict[str, str | tuple[str, ...]]:
         "flags": _module.flags,
         "torch": _module.torch,
         "cpu": _module.cpu,
-        "cuda_architectures": (),
+        "cuda_architectures": tuple(_module.cuda_architectures.split()),
     }
 
 
@@ -63,7 +74,7 @@ def empty_cache() -> int:
     Returns:
         How many bytes that were; 0 where the library is missing.
     """
-    return torch.ops.fastseq.cpu_empty_cache() if available() else 0
+    return operators.cpu_empty_cache() if available() else 0
 
 
 def _missing() -> bool:

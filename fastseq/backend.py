@@ -125,6 +125,10 @@ def _matrix_unit() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
+def _eager_on_cuda(call: LSTMCall) -> bool:
+    return call.device == "cuda" and not (call.autocast or call.compiling)
+
+
 def _dot_on_cpu(call: AttentionCall) -> bool:
     return call.device == "cpu" and call.score == "dot" and not call.compiling
 
@@ -171,6 +175,18 @@ RULES = (
         "without a matrix unit: native is 1.4 to 2.0 times as fast",
     ),
     Rule(
+        "lstm",
+        "native",
+        lambda c: _eager_on_cuda(c) and _variable(c),
+        "not measured yet: variable lengths, for which cuDNN launches kernels step by step",
+    ),
+    Rule(
+        "lstm",
+        "native",
+        lambda c: _eager_on_cuda(c) and c.dtype in (_F32, _BF16) and 192 < c.hidden_size <= 1024,
+        "not measured yet: torch takes cuDNN's persistent kernels only for float16, or up to hidden_size=192",
+    ),
+    Rule(
         "lstm", "torch", lambda c: True, "the vendor's kernel (oneDNN, cuDNN): no own kernel was measured faster here"
     ),
     Rule("lstm", "triton", lambda c: c.device == "cuda", "the vendor's kernel refuses this call; not measured yet"),
@@ -195,6 +211,12 @@ RULES = (
         "torch",
         lambda c: c.device != "cpu" and c.score == "dot" and not c.requires_grad and not c.need_weights,
         "the vendor's fused kernel (SDPA); not measured by this project yet",
+    ),
+    Rule(
+        "attention",
+        "native",
+        lambda c: c.device == "cuda" and c.score == "additive",
+        "not measured yet: one pass over the keys, no (B, T, S, A) intermediate",
     ),
     Rule(
         "attention",

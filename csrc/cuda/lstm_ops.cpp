@@ -149,10 +149,29 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward_cuda(OptionalTensor 
   return {grad_gates, grad_h0, grad_c0};
 }
 
+bool lstm_recurrence_fits_cuda(int64_t batch, int64_t directions, int64_t hidden, int64_t itemsize, bool tf32) {
+  const LstmShape s{.steps = 1,
+                    .batch = batch,
+                    .directions = directions,
+                    .hidden = hidden,
+                    .lengths = nullptr,
+                    .reverse = false,
+                    .tf32 = tf32};
+  const Type type = itemsize == 2 ? Type::kBFloat16 : Type::kFloat;
+  return ((allowed("cluster") && lstm_cluster_forward_fits(s, type)) ||
+          (allowed("grid") && lstm_grid_forward_fits(s, type))) &&
+         ((allowed("cluster") && lstm_cluster_backward_fits(s, type)) ||
+          (allowed("grid") && lstm_grid_backward_fits(s, type)));
+}
+
 }  // namespace
 }  // namespace fastseq::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_LIBRARY, FASTSEQ_DISPATCH, m) {
   m.impl("lstm_recurrence_forward", TORCH_BOX(&fastseq::cuda::lstm_recurrence_forward_cuda));
   m.impl("lstm_recurrence_backward", TORCH_BOX(&fastseq::cuda::lstm_recurrence_backward_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_LIBRARY, CompositeExplicitAutograd, m) {
+  m.impl("lstm_recurrence_fits", TORCH_BOX(&fastseq::cuda::lstm_recurrence_fits_cuda));
 }

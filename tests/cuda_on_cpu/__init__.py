@@ -105,3 +105,28 @@ def device(multiprocessors: int = 132, capability: int = 90, shared_memory: int 
         yield
     finally:
         load.handle.fastseq_host_device(132, 90, ctypes.c_size_t(227 << 10))
+
+
+@contextlib.contextmanager
+def as_native() -> Iterator[None]:
+    """``backend="native"`` runs the CUDA operators on CPU tensors, through all of the Python that CUDA tensors take."""
+    from fastseq import _native
+    from fastseq.ops.attention import native as attention
+    from fastseq.ops.lstm import native as lstm
+    from fastseq.ops.lstm import native_cuda
+
+    patches = [
+        (_native, "operators", load()),
+        (_native, "why_not_cuda", lambda: ""),
+        (lstm, "CPU", "none"),
+        (lstm, "unsupported", native_cuda.unsupported),
+        (attention, "DTYPES", tuple(d for d in attention.DTYPES if d != torch.float64)),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
+    for owner, name, value in patches:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)

@@ -23,7 +23,7 @@ def forward(
     prepared: Tensor | None = None,  # prepare(keys, lengths)
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """-> context (B, T, D), weights (B, T, S) or None, saved for ``backward``."""
-    context, weights = torch.ops.fastseq.attention_forward(
+    context, weights = _native.operators.attention_forward(
         query, keys, values, *_small(weight, bias, lengths), mask, prepared, scale, need_weights or need_backward
     )
     saved = () if not need_backward else (weights,) if prepared is None else (weights, prepared)
@@ -48,7 +48,7 @@ def backward(
     """Gradients of query, keys, values, weight, bias; None where not needed."""
     weights, prepared = saved if len(saved) == 2 else (*saved, None)
     need_query, need_keys, need_values, need_weight, need_bias = needs
-    grads = torch.ops.fastseq.attention_backward(
+    grads = _native.operators.attention_backward(
         grad_context,
         grad_weights,
         query,
@@ -67,19 +67,21 @@ def backward(
 
 def prepare(keys: Tensor, lengths: Tensor | None) -> Tensor:
     """What the additive score computes of its keys (B, S, A) up to their lengths (B,), for many calls with them."""
-    return torch.ops.fastseq.attention_prepare(keys.detach(), _small(None, None, lengths)[2])
+    return _native.operators.attention_prepare(keys.detach(), _small(None, None, lengths)[2])
 
 
 def unsupported(call) -> str | None:
     """Why this backend cannot serve the call (an ``AttentionCall``) and the way out, or None."""
     if not _native.available():
         return f"attention: the native backend is missing: {_native.why_not()}"
-    if call.device != "cpu":
+    if call.device == "cuda" and _native.why_not_cuda():
+        return f"attention: the native backend has no CUDA kernels here: {_native.why_not_cuda()}"
+    if call.device not in ("cpu", "cuda"):
         return (
-            f"attention: the native backend runs on CPU tensors (got {call.device}); "
+            f"attention: the native backend runs on CPU and CUDA (got {call.device}); "
             "use backend='torch' or 'reference'."
         )
-    if call.dtype not in DTYPES:
+    if call.dtype not in DTYPES or (call.device == "cuda" and call.dtype == torch.float64):
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         return f"attention: the native backend computes in {names} (got {call.dtype}); use backend='reference'."
     return None

@@ -1,10 +1,15 @@
-"""The ``native`` backend of ``lstm``: one compiled operator runs all steps of a layer in all its directions."""
+"""The ``native`` backend of ``lstm``: one compiled operator runs all steps of a layer in all its directions.
+
+On a GPU ``native_cuda`` serves the calls.
+"""
 
 import torch
 from torch import Tensor
 
 from fastseq import _native
+from fastseq.ops.lstm import native_cuda
 
+CPU = "cpu"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -20,7 +25,11 @@ def forward(
     need_cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
     """-> output (..., D*H), h_n and c_n (D, B, H), cell states like output or None, saved for ``backward``."""
-    output, h_n, c_n, activations, cell_states = torch.ops.fastseq.lstm_forward(
+    if input.device.type != CPU:
+        return native_cuda.forward(
+            input, h0, c0, weights, lengths, batch_sizes, reverse, need_backward, need_cell_states
+        )
+    output, h_n, c_n, activations, cell_states = _native.operators.lstm_forward(
         input.contiguous(),
         h0.contiguous(),
         c0.contiguous(),
@@ -52,8 +61,13 @@ def backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of input, h0, c0 and, five per direction, the weights; None where not needed."""
+    if input.device.type != CPU:
+        return native_cuda.backward(
+            grad_output, grad_h_n, grad_c_n, grad_cell_states, input, h0, c0, weights, saved, lengths, batch_sizes,
+            reverse, needs,
+        )  # fmt: skip
     need_input, need_h0, need_c0, *need_weights = needs
-    grad_input, grad_h0, grad_c0, grads = torch.ops.fastseq.lstm_backward(
+    grad_input, grad_h0, grad_c0, grads = _native.operators.lstm_backward(
         _contiguous(grad_output),
         _contiguous(grad_h_n),
         _contiguous(grad_c_n),
@@ -81,8 +95,10 @@ def unsupported(call) -> str | None:
     """Why this backend cannot serve the call (an ``LSTMCall``) and the way out, or None."""
     if not _native.available():
         return f"lstm: the native backend is missing: {_native.why_not()}"
-    if call.device != "cpu":
-        return f"lstm: the native backend runs on CPU tensors (got {call.device}); use backend='torch' or 'reference'."
+    if call.device == "cuda":
+        return native_cuda.unsupported(call)
+    if call.device != CPU:
+        return f"lstm: the native backend runs on CPU and CUDA (got {call.device}); use backend='torch' or 'reference'."
     if call.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         return f"lstm: the native backend computes in {names} (got {call.dtype}); use backend='reference'."

@@ -10,7 +10,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def forward(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """gates (N, 4H) pre-activations, order i f g o; c (N, H) -> h (N, H), c_n (N, H), saved for ``backward``."""
-    h, c_n, activations = torch.ops.fastseq.lstm_cell_forward(gates.contiguous(), c.contiguous())
+    h, c_n, activations = _native.operators.lstm_cell_forward(gates.contiguous(), c.contiguous())
     return h, c_n, (activations, c_n)
 
 
@@ -19,7 +19,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the results (N, H), each may be None -> grad_gates (N, 4H), grad_c (N, H)."""
     activations, c_n = saved
-    return torch.ops.fastseq.lstm_cell_backward(
+    return _native.operators.lstm_cell_backward(
         activations, c.contiguous(), c_n, _contiguous(grad_h), _contiguous(grad_c_n)
     )
 
@@ -34,7 +34,7 @@ def step(
     bias_hh: Tensor | None,  # (4H,)
 ) -> tuple[Tensor, Tensor]:
     """Both products and the cell in one pass over the weights, which are read as they are; no gradients -> h, c."""
-    return torch.ops.fastseq.lstm_step.default(
+    return _native.operators.lstm_step.default(
         input.contiguous(),
         h.contiguous(),
         c.contiguous(),
@@ -49,8 +49,10 @@ def unsupported(call) -> str | None:
     """Why this backend cannot serve the call (an ``LSTMCellCall``) and the way out, or None."""
     if not _native.available():
         return f"lstm_cell: the native backend is missing: {_native.why_not()}"
-    if call.device != "cpu":
-        return f"lstm_cell: the native backend runs on CPU tensors (got {call.device}); use backend='reference'."
+    if call.device == "cuda" and _native.why_not_cuda():
+        return f"lstm_cell: the native backend has no CUDA kernels here: {_native.why_not_cuda()}"
+    if call.device not in ("cpu", "cuda"):
+        return f"lstm_cell: the native backend runs on CPU and CUDA (got {call.device}); use backend='reference'."
     if call.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         return f"lstm_cell: the native backend computes in {names} (got {call.dtype}); use backend='reference'."
