@@ -1,4 +1,4 @@
-"""The device that lets CUDA kernels run without a GPU: it must run right kernels, and find what is wrong with others."""
+"""The device that lets CUDA kernels run without a GPU: it must run right kernels, and find what is wrong in others."""
 
 import os
 import subprocess
