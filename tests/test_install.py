@@ -1,15 +1,18 @@
 """Installing without a compiler, and importing where a part is missing: fresh directories, fresh processes."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastseq import _native
+from fastseq.backend import LSTMCall, objection
 
 ROOT = Path(__file__).parent.parent
 HIDE_LIBRARY = """
@@ -104,10 +107,14 @@ def test_install_with_no_compiler_on_the_path(tmp_path, no_compiler):
     ("environment", "sentence"),
     [
         ({"FASTSEQ_NATIVE": "yes"}, "FASTSEQ_NATIVE must be 0, 1 or unset, got 'yes'"),
-        ({"FASTSEQ_CUDA": "1"}, "there are no CUDA kernels in this version yet"),
+        (
+            {"FASTSEQ_CUDA": "1", "FASTSEQ_NATIVE": "0"},
+            "FASTSEQ_CUDA=1, but FASTSEQ_NATIVE=0",
+        ),
+        ({"FASTSEQ_CUDA": "2"}, "FASTSEQ_CUDA must be 0, 1 or unset, got '2'"),
         ({"FASTSEQ_NATIVE": "1", "CXX": "no-such-compiler"}, "FASTSEQ_NATIVE=1, but no C++ compiler was found"),
     ],
-    ids=["unknown value", "CUDA", "forced without compiler"],
+    ids=["unknown value", "CUDA without native", "unknown CUDA value", "forced without compiler"],
 )
 def test_setup_refuses_with_a_sentence(tmp_path, environment, sentence):
     process = subprocess.run(
@@ -119,6 +126,57 @@ def test_setup_refuses_with_a_sentence(tmp_path, environment, sentence):
     )
     assert process.returncode != 0
     assert sentence in process.stderr
+
+
+def load_setup(monkeypatch):
+    """The functions of setup.py, which calls setup() when it is run."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("FASTSEQ_NATIVE", "0")
+    monkeypatch.delenv("FASTSEQ_CUDA", raising=False)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    functions = runpy.run_path(str(ROOT / "setup.py"))
+    monkeypatch.delenv("FASTSEQ_NATIVE")
+    return functions
+
+
+def test_the_toolkit_is_found_by_cuda_home_only_where_it_is_whole(tmp_path, monkeypatch):
+    find_cuda = load_setup(monkeypatch)["find_cuda"]
+    for name in ("bin/nvcc", "include/cuda_runtime.h"):
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        assert find_cuda() != tmp_path
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    assert find_cuda() == tmp_path
+
+
+def test_architectures(monkeypatch):
+    setup = load_setup(monkeypatch)
+    assert setup["generate_code"](setup["cuda_architectures"]()) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a")
+    assert setup["cuda_architectures"]() == ["8.6", "9.0a"]
+    for wrong, sentence in (("Hopper", "expected versions such as 8.0;9.0"), ("7.5", "need compute capability 8.0")):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
+        with pytest.raises(SystemExit, match=sentence):
+            setup["cuda_architectures"]()
+
+
+@pytest.mark.skipif(_native.why_not_cuda() != "", reason=_native.why_not_cuda())
+def test_cuda_operators_are_registered_without_a_gpu():
+    """The library that nvcc helped to build loads beside any build of torch; here it is loaded."""
+    names = ("lstm_cell_forward", "lstm_cell_backward", "lstm_recurrence_forward", "lstm_recurrence_backward")
+    for name in (*names, "attention_forward", "attention_backward", "lstm_step"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastseq::{name}", "CUDA"), name
+
+
+def test_a_library_without_cuda_kernels_says_so(monkeypatch):
+    monkeypatch.setattr(_native, "_module", SimpleNamespace(cuda_architectures=""))
+    assert "built without nvcc" in _native.why_not_cuda()
+    call = LSTMCall("cuda", torch.float32, 8, 8, batch=2, steps=3)
+    assert "built without nvcc" in objection("lstm", "native", call)
 
 
 def test_a_failing_compiler_is_an_error(tmp_path):
@@ -168,7 +226,7 @@ def test_build_info():
     assert info["compiler"].startswith(("GCC", "Clang"))
     assert info["cpu"] in ("baseline", "avx2", "avx512")
     assert "-O3" in info["flags"]
-    assert info["cuda_architectures"] == ()
+    assert all(float(name.removesuffix("+PTX").rstrip("af")) >= 8 for name in info["cuda_architectures"])
 
 
 @pytest.mark.skipif(not _native.available(), reason="the compiled operators are not part of this install")
