@@ -18,7 +18,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LINT_READY := $(VENV)/.lint-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+TEST_SOURCES := $(wildcard tests/*.cpp tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
 
 .PHONY: demo test lint sanitize clean
 
@@ -33,13 +34,13 @@ test: $(READY)
 lint: $(LINT_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(TEST_SOURCES)
 
 # A second build of the operators, in build/sanitize. -O1: with -O3 it takes GCC ten times as long. The sanitizers' own
 # libraries must be loaded before everything else. Leaks are not looked for: Python itself frees little at its end.
 SANITIZE := build/sanitize
 sanitize: $(READY)
-	FASTSEQ_NATIVE=1 LDFLAGS="-fsanitize=address,undefined" \
+	FASTSEQ_NATIVE=1 FASTSEQ_CUDA=0 LDFLAGS="-fsanitize=address,undefined" \
 	FASTSEQ_CXXFLAGS="-O1 -g1 -w -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
 	$(BIN)/python setup.py --quiet build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	for isa in baseline avx2 avx512 avx512_bf16; do \
