@@ -240,6 +240,29 @@ FASTSEQ_DEVICE unsigned load_acquire(const unsigned* flag) {
 #endif
 }
 
+// Words that carry their own news: who reads the new value of a word may use that word, and knows of no other. Of one
+// word, a thread never sees an older value after a newer one. p of load_relaxed is aligned to 16 bytes.
+FASTSEQ_DEVICE void load_relaxed(uint32_t (&out)[4], const uint32_t* p) {
+#ifdef FASTSEQ_HOST_DEVICE
+  host::poll();
+  for (int k = 0; k < 4; ++k) out[k] = __atomic_load_n(p + k, __ATOMIC_RELAXED);
+#else
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "l"(p)
+               : "memory");
+#endif
+}
+
+FASTSEQ_DEVICE void store_relaxed(uint32_t* p, uint32_t x) {
+#ifdef FASTSEQ_HOST_DEVICE
+  __atomic_store_n(p, x, __ATOMIC_RELAXED);
+  ++host::world().progress;
+#else
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+#endif
+}
+
 // Ends the kernel with an error that the next CUDA call of the host reports.
 FASTSEQ_DEVICE void abort_kernel(const char* message) {
 #ifdef FASTSEQ_HOST_DEVICE

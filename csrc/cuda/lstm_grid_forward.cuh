@@ -1,0 +1,612 @@
+// The recurrence of one LSTM layer, whole sequence, on a grid that spans the device.
+//
+// A team of blocks computes some rows of the batch in one direction; rows never meet, so teams never talk. A block
+// owns groups of 8 hidden units, their 4 gates and the whole K = H of their weights. Its 8 warps share out K in chunks
+// of 64 bytes (32 units of 16 bits, 16 floats), and every weight stays where it is for the whole sequence: a lane's
+// slice (a group, a chunk: 64 bytes) in registers, the slices that do not fit there in shared memory.
+//
+// Fragments. Lane 4 r + q holds, of a chunk, vector q (16 bytes: kVector units): of weights the rows i, f, g, o of
+// unit r of the group; of h, row r of a tile of 8 rows. The matrix instruction wants other columns of K in a lane, but
+// any order of K will do that is the same in both operands: step s of a chunk multiplies words 2 s and 2 s + 1.
+//   tile 0: rows r and r + 8 are gates i and f of unit r          word   0    1    2    3   of a lane
+//   tile 1: rows r and r + 8 are gates g and o of unit r          step  |-- 0 --||-- 1 --|
+// So a lane's sums are i, f, g, o of unit r for two rows of the batch. The warps add theirs up through shared memory.
+//
+// Exchange of h. Two buffers of (tile, chunk, row, 64 bytes): a lane's vector is one load, a warp's load one line of
+// 512 bytes. There are no flags and no fences: a word says itself that it is new. |h| <= 1, so bit 30 (the upper
+// number's highest bit of exponent) is never set; in a word of TF32 the lowest bit is free. That bit is the stamp of
+// step t, (t + 1) / 2 mod 2: it alternates from one use of a buffer to the next, and zeroed memory is older than the
+// first. A lane loads its own vectors until all four words have the stamp.
+//   Why a word that has the stamp is h of step t, and not of t - 4: a thread reads a word in every use of the buffer,
+//   and once it has seen h of t - 2 there it can see nothing older (coherence of one word; loads are relaxed, not
+//   weak). Why nobody overwrites h of step t that is still to be read: a block stores h of t + 2 (same buffer, same
+//   rows) only after it has all of h of t + 1 of these rows, of which each word was computed from sums over all of h of
+//   t, by warps that met at a barrier after their last look at it. Words follow from words, so no order of memory can
+//   turn that round.
+// NaN has no such free bit: a NaN in the upper half of a word of two is sent as a NaN in the lower half, which makes
+// the same sums NaN.
+#pragma once
+
+#include "device.cuh"
+#include "lstm.h"
+
+namespace fastseq::cuda::grid_forward {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kUnits = 8;                      // of a group
+constexpr int kTile = 8;                       // rows
+constexpr int kPair = 2 * kTile;               // rows that are computed at once
+constexpr int kStage = 4;                      // chunks whose loads are in flight at once
+constexpr int kChunkWords = 16;                // 32-bit words of a row of a chunk
+constexpr size_t kSliceBytes = 64 * kThreads;  // of all lanes of a block
+
+// How the layer lies on the device; found by the launcher.
+struct Plan {
+  int blocks;         // of a team
+  int groups;         // of a block; the last block may have fewer
+  int splits;         // of the batch: teams of a direction
+  int tiles;          // of a team; the last team may have fewer
+  int chunks;         // of K
+  int warp_chunks;    // of a warp; the last ones may have fewer, or none
+  int warps;          // that have any
+  int shared_slices;  // of a lane, in shared memory
+  size_t shared_memory;
+
+  FASTSEQ_INLINE int pairs() const { return (tiles + 1) / 2; }
+  FASTSEQ_INLINE size_t buffer_words() const { return static_cast<size_t>(tiles) * chunks * kTile * kChunkWords; }
+  FASTSEQ_INLINE size_t team_words() const { return 2 * buffer_words(); }
+};
+
+FASTSEQ_DEVICE float as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+FASTSEQ_DEVICE uint32_t as_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// A lane's sums of one group and one tile on tensor cores: d[tile][2 k + e] is gate 2 tile + k, row 2 q + e.
+struct TensorSum {
+  float d[2][4] = {};
+
+  // w: gates i, f, g, o of a slice; h: a vector.
+  template <class Multiply>
+  FASTSEQ_DEVICE void add(const uint32_t (&w)[4][4], const uint32_t (&h)[4], const Multiply& multiply) {
+#pragma unroll
+    for (int s = 0; s < 4; s += 2) {
+      const uint32_t b[2] = {h[s], h[s + 1]};
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        const uint32_t (&upper)[4] = w[2 * tile], (&lower)[4] = w[2 * tile + 1];
+        const uint32_t a[4] = {upper[s], lower[s], upper[s + 1], lower[s + 1]};
+        multiply(d[tile], a, b);
+      }
+    }
+  }
+
+  // gates i, f, g, o of rows 2 q and 2 q + 1
+  FASTSEQ_DEVICE void finish(float (&gates)[2][4]) const {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) gates[e][gate] = d[gate / 2][2 * (gate % 2) + e];
+    }
+  }
+};
+
+// Arithmetic of a product: what a word holds, how h travels in it, how slices and vectors are multiplied.
+template <class Number>
+struct Tensor16 {
+  using T = Number;
+  using Sum = TensorSum;
+  static constexpr int kVector = 8, kWord = 2;  // numbers of 16 and of 4 bytes
+  static constexpr int kKeptSlices = 8;         // in registers
+  static constexpr uint32_t kStamp = 1u << 30;
+
+  static FASTSEQ_DEVICE uint32_t operand(uint32_t word) { return word; }
+  // h of units u and u + 1, stamp 0
+  static FASTSEQ_DEVICE uint32_t encode(float h, float next) {
+    const bool bad = next != next;
+    return pack_pair<T>(bad ? next : h, bad ? 0.0f : next);
+  }
+  static FASTSEQ_DEVICE uint32_t decode(uint32_t word) { return word; }
+  static FASTSEQ_DEVICE void multiply(Sum& sum, const uint32_t (&w)[4][4], const uint32_t (&h)[4]) {
+    sum.add(w, h, [](auto& d, const auto& a, const auto& b) { multiply_16x8x16<T>(d, a, b); });
+  }
+};
+
+struct TensorFloat {
+  using T = float;
+  using Sum = TensorSum;
+  static constexpr int kVector = 4, kWord = 1;
+  static constexpr int kKeptSlices = 8;
+  static constexpr uint32_t kStamp = 1;
+
+  static FASTSEQ_DEVICE uint32_t operand(uint32_t word) { return to_tf32(as_float(word)); }
+  static FASTSEQ_DEVICE uint32_t encode(float h, float) { return to_tf32(h) & ~kStamp; }
+  static FASTSEQ_DEVICE uint32_t decode(uint32_t word) { return word; }
+  static FASTSEQ_DEVICE void multiply(Sum& sum, const uint32_t (&w)[4][4], const uint32_t (&h)[4]) {
+    sum.add(w, h, [](auto& d, const auto& a, const auto& b) { multiply_16x8x8_tf32(d, a, b); });
+  }
+};
+
+// A lane's sums without tensor cores: of unit r, over its own quarter of K, for all 8 rows of the tile.
+struct PlainSum {
+  float d[8][4] = {};
+
+  // The 4 lanes of a unit add up: each sends half of its rows away, then half of what is left.
+  FASTSEQ_DEVICE void finish(float (&gates)[2][4]) const {
+    const bool upper = lane_id() & 2, odd = lane_id() & 1;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) {
+      float half[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float keep = upper ? d[n + 4][gate] : d[n][gate], send = upper ? d[n][gate] : d[n + 4][gate];
+        half[n] = keep + __shfl_xor_sync(kAllLanes, send, 2);
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float keep = odd ? half[e + 2] : half[e], send = odd ? half[e] : half[e + 2];
+        gates[e][gate] = keep + __shfl_xor_sync(kAllLanes, send, 1);
+      }
+    }
+  }
+};
+
+struct PlainFloat {
+  using T = float;
+  using Sum = PlainSum;
+  static constexpr int kVector = 4, kWord = 1;
+  static constexpr int kKeptSlices = 4;
+  static constexpr uint32_t kStamp = 1u << 30;
+  static constexpr uint32_t kNaN = kStamp - 1;  // 1.9999999, sent for NaN
+
+  static FASTSEQ_DEVICE uint32_t operand(uint32_t word) { return word; }
+  static FASTSEQ_DEVICE uint32_t encode(float h, float) { return h == h ? as_bits(h) : kNaN; }
+  static FASTSEQ_DEVICE uint32_t decode(uint32_t word) { return word == kNaN ? 0x7fffffffu : word; }
+  static FASTSEQ_DEVICE void multiply(Sum& sum, const uint32_t (&w)[4][4], const uint32_t (&h)[4]) {
+    const int q = lane_id() % 4;
+#pragma unroll
+    for (int n = 0; n < kTile; ++n) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float x = __shfl_sync(kAllLanes, as_float(h[k]), 4 * n + q);
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) sum.d[n][gate] += as_float(w[gate][k]) * x;
+      }
+    }
+  }
+};
+
+// kVector numbers of a row, which begin at `unit`; zero from `hidden` on.
+template <class M>
+FASTSEQ_DEVICE void load_operand(uint32_t (&out)[4], const typename M::T* row, int unit, int hidden) {
+  using T = typename M::T;
+  Vector<T, M::kVector> v;
+  if (hidden % M::kVector == 0 && unit < hidden) {
+    v = *reinterpret_cast<const Vector<T, M::kVector>*>(row + unit);
+  } else {
+#pragma unroll
+    for (int k = 0; k < M::kVector; ++k) {
+      from_float(0.0f, &v.element[k]);
+      if (unit + k < hidden) v.element[k] = row[unit + k];
+    }
+  }
+  memcpy(out, &v, sizeof out);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) out[k] = M::operand(out[k]);
+}
+
+// What a block works on.
+struct Team {
+  int direction;
+  bool backwards;
+  int64_t first_row;  // of the batch
+  int rows;
+  int group, groups;  // first of this block, and how many
+  int passes;         // none is empty: see the exchange of h
+};
+
+template <int G>
+FASTSEQ_DEVICE Team team_of(const LstmShape& s, const Plan& plan) {
+  const int team = blockIdx.x / plan.blocks, member = blockIdx.x % plan.blocks;
+  const int64_t first = static_cast<int64_t>(team % plan.splits) * plan.tiles * kTile;
+  const int all = (static_cast<int>(s.hidden) + kUnits - 1) / kUnits, group = member * plan.groups;
+  Team t;
+  t.direction = team / plan.splits;
+  t.backwards = s.directions == 2 ? t.direction == 1 : s.reverse;
+  t.first_row = first;
+  t.rows = static_cast<int>(min(static_cast<int64_t>(plan.tiles) * kTile, s.batch - first));
+  t.group = group;
+  t.groups = min(plan.groups, all - group);
+  t.passes = (t.groups + G - 1) / G;
+  return t;
+}
+
+// Shared memory of a block.
+template <int G>
+struct Shared {
+  uint32_t* weights;  // (shared_slices, 4 gates, threads, 4): a thread reads what it wrote
+  float* partial;     // (2, warps, G groups, 16 rows, 8 units, 4 gates), units permuted
+  float* cells;       // (rows, 8 * groups) cell states; each is one thread's own
+  int* lengths;       // (rows)
+  int* longest;       // (pairs) length of each pair of tiles
+
+  static constexpr size_t kPartial = static_cast<size_t>(G) * kPair * kUnits * 4;  // of a warp
+  static size_t bytes(const Plan& plan) {
+    const size_t rows = static_cast<size_t>(plan.tiles) * kTile;
+    const size_t words = 2 * kWarps * kPartial + rows * plan.groups * kUnits + rows + plan.pairs();
+    return plan.shared_slices * kSliceBytes + 4 * words;
+  }
+  FASTSEQ_DEVICE Shared(unsigned char* memory, const Plan& plan) {
+    const size_t rows = static_cast<size_t>(plan.tiles) * kTile;
+    weights = reinterpret_cast<uint32_t*>(memory);
+    partial = reinterpret_cast<float*>(memory + plan.shared_slices * kSliceBytes);
+    cells = partial + 2 * kWarps * kPartial;
+    lengths = reinterpret_cast<int*>(cells + rows * plan.groups * kUnits);
+    longest = lengths + rows;
+  }
+  // Of a unit of a group for a row of a pair; the permutation lets 8 lanes meet 8 different banks, in rows or in units.
+  static FASTSEQ_DEVICE size_t at(int warp, int group, int row, int unit) {
+    return ((static_cast<size_t>(warp * G + group) * kPair + row) * kUnits + (unit ^ (row & 6))) * 4;
+  }
+  FASTSEQ_DEVICE uint32_t* slice(int index, int gate) const {
+    return weights + (static_cast<size_t>(index * 4 + gate) * kThreads + threadIdx.x) * 4;
+  }
+};
+
+// The slices of this lane: the first chunks of the first pass in registers, all others in shared memory.
+template <class M, int G>
+struct Weights {
+  static constexpr int kKept = M::kKeptSlices / G;  // chunks
+  static_assert(kKept % kStage == 0);
+  uint32_t kept[kKept][G][4][4];
+
+  // weight: (4H, H) of the direction; chunks [first, first + count) are the warp's.
+  FASTSEQ_DEVICE void load(
+      const typename M::T* weight, int hidden, const Team& team, const Plan& plan, const Shared<G>& shared) {
+    const int first = static_cast<int>(threadIdx.x / 32) * plan.warp_chunks;
+#pragma unroll
+    for (int c = 0; c < kKept; ++c) {
+#pragma unroll
+      for (int g = 0; g < G; ++g) load_slice(kept[c][g], weight, hidden, team, g, first + c);
+    }
+    for (int pass = 0; pass < team.passes; ++pass) {
+      for (int c = pass ? 0 : kKept; c < plan.warp_chunks; ++c) {
+        for (int g = 0; g < G; ++g) {
+          uint32_t w[4][4];
+          load_slice(w, weight, hidden, team, pass * G + g, first + c);
+          for (int gate = 0; gate < 4; ++gate) store_wide(shared.slice(index(plan, pass, c, g), gate), w[gate]);
+        }
+      }
+    }
+  }
+
+  static FASTSEQ_DEVICE int index(const Plan& plan, int pass, int chunk, int group) {
+    return (pass * plan.warp_chunks + chunk - min(kKept, plan.warp_chunks)) * G + group;
+  }
+
+  static FASTSEQ_DEVICE void load_slice(uint32_t (&w)[4][4],
+                                        const typename M::T* weight,
+                                        int hidden,
+                                        const Team& team,
+                                        int group,  // of the block
+                                        int chunk) {
+    const int unit = (team.group + group) * kUnits + lane_id() / 4;
+    const int column = (4 * chunk + lane_id() % 4) * M::kVector;
+    const bool exists = group < team.groups && unit < hidden;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) {
+      const int64_t row = exists ? static_cast<int64_t>(gate) * hidden + unit : 0;
+      load_operand<M>(w[gate], weight + row * hidden, exists ? column : hidden, hidden);
+    }
+  }
+};
+
+// h of one step and one pair of tiles, as a warp reads it.
+template <class M>
+struct Hidden {
+  const typename M::T* h0;  // (B, H) of the direction from the team's first row on; step 0
+  const uint32_t* buffer;   // (tiles, chunks, 8 rows, 16 words); later steps
+  uint32_t stamp;
+  bool initial;
+  int hidden, rows, pair, chunks;  // of K
+  int end;                         // of the warp's chunks
+
+  static FASTSEQ_DEVICE uint32_t stamp_of(int64_t step) { return (step + 1) / 2 % 2 ? M::kStamp : 0; }
+
+  FASTSEQ_DEVICE bool has(int chunk, int tile) const {
+    const int row = pair * kPair + tile * kTile + lane_id() / 4;
+    return row < rows && chunk < end && (4 * chunk + lane_id() % 4) * M::kVector < hidden;
+  }
+  FASTSEQ_DEVICE const uint32_t* at(int chunk, int tile) const {
+    return buffer + (static_cast<int64_t>(2 * pair + tile) * chunks + chunk) * (kTile * kChunkWords) + 4 * lane_id();
+  }
+
+  // One look at kStage chunks of both tiles; whether all there is has the stamp.
+  FASTSEQ_DEVICE bool look(uint32_t (&h)[kStage][2][4], int first) const {
+    uint32_t news = 0;
+#pragma unroll
+    for (int c = 0; c < kStage; ++c) {
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        uint32_t (&words)[4] = h[c][tile];
+        words[0] = words[1] = words[2] = words[3] = stamp;
+        if (has(first + c, tile)) load_relaxed(words, at(first + c, tile));
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kStage; ++c) {
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          h[c][tile][k] ^= stamp;
+          news |= h[c][tile][k];
+        }
+      }
+    }
+    return !(news & M::kStamp);
+  }
+
+  FASTSEQ_DEVICE void read_initial(uint32_t (&h)[kStage][2][4], int first) const {
+#pragma unroll
+    for (int c = 0; c < kStage; ++c) {
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        const int unit = has(first + c, tile) ? (4 * (first + c) + lane_id() % 4) * M::kVector : hidden;
+        const int64_t row = pair * kPair + tile * kTile + lane_id() / 4;
+        load_operand<M>(h[c][tile], h0 + row * hidden, unit, hidden);
+      }
+    }
+  }
+
+  FASTSEQ_DEVICE void read(uint32_t (&h)[kStage][2][4], int first) const {
+    if (initial) return read_initial(h, first);
+    Patience patience;
+    while (!look(h, first)) patience.look();
+    __syncwarp();
+#pragma unroll
+    for (int c = 0; c < kStage; ++c) {
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) h[c][tile][k] = M::decode(h[c][tile][k]);
+      }
+    }
+  }
+};
+
+// This warp's part of W h of one pass, for both tiles, to shared memory.
+template <class M, int G>
+FASTSEQ_DEVICE void multiply_pair(const Weights<M, G>& weights,
+                                  const Shared<G>& shared,
+                                  float* partial,
+                                  const Plan& plan,
+                                  const Hidden<M>& hidden,
+                                  int pass) {
+  constexpr int kKept = Weights<M, G>::kKept;
+  const int warp = threadIdx.x / 32, first = warp * plan.warp_chunks, count = hidden.end - first;
+  if (count <= 0) return;
+  typename M::Sum sums[G][2];
+  uint32_t h[kStage][2][4];
+#pragma unroll
+  for (int stage = 0; stage < kKept; stage += kStage) {
+    if (pass || stage >= count) continue;
+    hidden.read(h, first + stage);
+#pragma unroll
+    for (int c = 0; c < kStage; ++c) {
+      if (stage + c >= count) continue;
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) M::multiply(sums[g][tile], weights.kept[stage + c][g], h[c][tile]);
+      }
+    }
+  }
+  for (int stage = pass ? 0 : kKept; stage < count; stage += kStage) {
+    hidden.read(h, first + stage);
+#pragma unroll
+    for (int c = 0; c < kStage; ++c) {
+      if (stage + c >= count) continue;
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+        uint32_t w[4][4];
+        const int index = Weights<M, G>::index(plan, pass, stage + c, g);
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) load_wide(w[gate], shared.slice(index, gate));
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) M::multiply(sums[g][tile], w, h[c][tile]);
+      }
+    }
+  }
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      float gates[2][4];
+      sums[g][tile].finish(gates);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int row = tile * kTile + 2 * (lane_id() % 4) + e;
+        store_wide(partial + Shared<G>::at(warp, g, row, lane_id() / 4), gates[e]);
+      }
+    }
+  }
+}
+
+// The cell of one thread: one unit of one row. Threads beyond a pass's units and a pair's rows have none.
+template <class M, int G>
+struct Cell {
+  using T = typename M::T;
+  int unit, row;   // of the pass, of the pair
+  int64_t column;  // of the direction: the unit
+  int team_row;
+  bool exists, active;
+  int length;
+  int64_t at;  // (T, B, D) of this step, where it is active
+  float gates[4];
+  float* c;
+
+  // gates of this step, which need no other block
+  FASTSEQ_DEVICE Cell(const LstmForward& p,
+                      const Team& team,
+                      const Plan& plan,
+                      const Shared<G>& shared,
+                      int64_t step,
+                      int pair,
+                      int pass) {
+    const LstmShape& s = p.shape;
+    unit = threadIdx.x % (G * kUnits);
+    row = threadIdx.x / (G * kUnits);
+    const int block_unit = pass * G * kUnits + unit;
+    column = team.group * kUnits + block_unit;
+    team_row = pair * kPair + row;
+    exists = row < kPair && team_row < team.rows && block_unit < team.groups * kUnits && column < s.hidden;
+    length = exists ? shared.lengths[team_row] : 0;
+    active = step < length;
+    c = shared.cells + (team_row * plan.groups * kUnits + block_unit);
+    if (!active) return;
+    const int64_t t = team.backwards ? length - 1 - step : step;
+    at = (t * s.batch + team.first_row + team_row) * s.directions + team.direction;
+    const T* from = static_cast<const T*>(p.gates) + at * 4 * s.hidden + column;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) gates[gate] = to_float(from[gate * s.hidden]);
+  }
+
+  FASTSEQ_DEVICE void add(const float* partial, int warps) {
+    if (!active) return;
+    for (int warp = 0; warp < warps; ++warp) {
+      float part[4];
+      load_wide(part, partial + Shared<G>::at(warp, unit / kUnits, row, unit % kUnits));
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) gates[gate] += part[gate];
+    }
+  }
+
+  // c' and h of this step, written where they belong; zero past the row's length. Returns h.
+  FASTSEQ_DEVICE float update(const LstmForward& p, const Team& team, int64_t step) {
+    const LstmShape& s = p.shape;
+    const int64_t batch_row = team.first_row + team_row;
+    T* output = static_cast<T*>(p.output);
+    if (!active) {
+      if (exists) {
+        from_float(0.0f, output + ((step * s.batch + batch_row) * s.directions + team.direction) * s.hidden + column);
+      }
+      return 0.0f;
+    }
+    const float i = sigmoid_for<T>(gates[0]), f = sigmoid_for<T>(gates[1]);
+    const float g = tanh_for<T>(gates[2]), o = sigmoid_for<T>(gates[3]);
+    const float state = f * *c + i * g, h = o * tanh_for<T>(state);
+    *c = state;
+    from_float(h, output + at * s.hidden + column);
+    if (p.cell_states) p.cell_states[at * s.hidden + column] = state;
+    if (p.activations) {
+      T* to = static_cast<T*>(p.activations) + at * 4 * s.hidden + column;
+      from_float(i, to);
+      from_float(f, to + s.hidden);
+      from_float(g, to + 2 * s.hidden);
+      from_float(o, to + 3 * s.hidden);
+    }
+    if (step + 1 == length) finish(p, (team.direction * s.batch + batch_row) * s.hidden + column, h, state);
+    return h;
+  }
+
+  static FASTSEQ_DEVICE void finish(const LstmForward& p, int64_t index, float h, float state) {
+    from_float(h, static_cast<T*>(p.h_n) + index);
+    from_float(state, static_cast<T*>(p.c_n) + index);
+  }
+
+  // buffer: of the next step. Whole warps: neighbours make a word.
+  FASTSEQ_DEVICE void send(uint32_t* buffer, uint32_t stamp, const Plan& plan, int rows, float h) const {
+    if (row >= kPair) return;
+    constexpr int kChunk = 4 * M::kVector;
+    const float next = M::kWord == 2 ? __shfl_down_sync(kAllLanes, h, 1) : 0.0f;
+    if (team_row >= rows || unit % M::kWord || column / kChunk >= plan.chunks) return;
+    const int64_t tile = team_row / kTile, chunk = column / kChunk;
+    const int64_t line = (tile * plan.chunks + chunk) * kTile + team_row % kTile;
+    store_relaxed(buffer + line * kChunkWords + column % kChunk / M::kWord, M::encode(h, next) | stamp);
+  }
+};
+
+// Lengths and cell states to shared memory. Rows of no steps are done.
+template <class M, int G>
+FASTSEQ_DEVICE void begin(const LstmForward& p, const Team& team, const Plan& plan, const Shared<G>& shared) {
+  using T = typename M::T;
+  const LstmShape& s = p.shape;
+  for (int row = threadIdx.x; row < team.rows; row += kThreads) {
+    const int64_t length = s.lengths ? s.lengths[team.first_row + row] : s.steps;
+    shared.lengths[row] = static_cast<int>(min(max(length, static_cast<int64_t>(0)), s.steps));
+  }
+  __syncthreads();
+  for (int pair = threadIdx.x; pair < plan.pairs(); pair += kThreads) {
+    int longest = 0;
+    for (int row = pair * kPair; row < min(team.rows, (pair + 1) * kPair); ++row) {
+      longest = max(longest, shared.lengths[row]);
+    }
+    shared.longest[pair] = longest;
+  }
+  const int units = team.groups * kUnits;
+  for (int k = threadIdx.x; k < team.rows * units; k += kThreads) {
+    const int row = k / units, unit = k % units, column = team.group * kUnits + unit;
+    if (column >= s.hidden) continue;
+    const int64_t index = (team.direction * s.batch + team.first_row + row) * s.hidden + column;
+    const float c = to_float(static_cast<const T*>(p.c0)[index]);
+    shared.cells[row * plan.groups * kUnits + unit] = c;
+    if (shared.lengths[row]) continue;
+    Cell<M, G>::finish(p, index, to_float(static_cast<const T*>(p.h0)[index]), c);
+  }
+  __syncthreads();
+}
+
+// A cooperative grid: (directions * splits * blocks) blocks.
+template <class M, int G>
+__global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const LstmForward p, const Plan plan) {
+  FASTSEQ_DYNAMIC_SHARED(memory);
+  using T = typename M::T;
+  const LstmShape& s = p.shape;
+  const int hidden_size = static_cast<int>(s.hidden), warp = threadIdx.x / 32;
+  const Team team = team_of<G>(s, plan);
+  const Shared<G> shared(memory, plan);
+  Weights<M, G> weights;
+  weights.load(static_cast<const T*>(p.weight_hh) + team.direction * 4 * s.hidden * s.hidden, hidden_size, team, plan,
+               shared);
+  begin<M, G>(p, team, plan, shared);
+
+  uint32_t* exchange = static_cast<uint32_t*>(p.workspace) + blockIdx.x / plan.blocks * plan.team_words();
+  Hidden<M> h;
+  h.h0 = static_cast<const T*>(p.h0) + (team.direction * s.batch + team.first_row) * s.hidden;
+  h.hidden = hidden_size;
+  h.rows = team.rows;
+  h.chunks = plan.chunks;
+  h.end = min((warp + 1) * plan.warp_chunks, plan.chunks);
+  unsigned round = 0;
+  for (int64_t step = 0; step < s.steps; ++step) {
+    h.initial = step == 0;
+    h.buffer = exchange + step % 2 * plan.buffer_words();
+    h.stamp = Hidden<M>::stamp_of(step);
+    uint32_t* next = exchange + (step + 1) % 2 * plan.buffer_words();
+    for (h.pair = 0; h.pair * kPair < team.rows; ++h.pair) {
+      const int longest = shared.longest[h.pair];
+      for (int pass = 0; pass < team.passes; ++pass) {
+        Cell<M, G> cell(p, team, plan, shared, step, h.pair, pass);
+        if (step < longest) {
+          // Two, by turns: who is through the barrier reads one while others begin to write the other.
+          float* partial = shared.partial + round++ % 2 * kWarps * Shared<G>::kPartial;
+          multiply_pair(weights, shared, partial, plan, h, pass);
+          __syncthreads();
+          cell.add(partial, plan.warps);
+        }
+        const float out = cell.update(p, team, step);
+        if (step + 1 < longest) cell.send(next, Hidden<M>::stamp_of(step + 1), plan, team.rows, out);
+      }
+    }
+  }
+}
+
+}  // namespace fastseq::cuda::grid_forward
