@@ -241,16 +241,21 @@ FASTSEQ_DEVICE unsigned load_acquire(const unsigned* flag) {
 }
 
 // Words that carry their own news: who reads the new value of a word may use that word, and knows of no other. Of one
-// word, a thread never sees an older value after a newer one. p of load_relaxed is aligned to 16 bytes.
-FASTSEQ_DEVICE void load_relaxed(uint32_t (&out)[4], const uint32_t* p) {
+// word, a thread never sees an older value after a newer one. load_relaxed leaves `words` alone where `wanted` is false
+// (in place: a branch around it would cost a second set of registers); p is aligned to 16 bytes.
+FASTSEQ_DEVICE void load_relaxed(uint32_t (&words)[4], const uint32_t* p, bool wanted) {
 #ifdef FASTSEQ_HOST_DEVICE
+  if (!wanted) return;
   host::poll();
-  for (int k = 0; k < 4; ++k) out[k] = __atomic_load_n(p + k, __ATOMIC_RELAXED);
+  for (int k = 0; k < 4; ++k) words[k] = __atomic_load_n(p + k, __ATOMIC_RELAXED);
 #else
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "l"(p)
-               : "memory");
+  asm volatile(
+      "{\n.reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %5, 0;\n"
+      "@wanted ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+      : "l"(p), "r"(static_cast<unsigned>(wanted))
+      : "memory");
 #endif
 }
 

@@ -36,7 +36,6 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kUnits = 8;                      // of a group
 constexpr int kTile = 8;                       // rows
 constexpr int kPair = 2 * kTile;               // rows that are computed at once
-constexpr int kStage = 4;                      // chunks whose loads are in flight at once
 constexpr int kChunkWords = 16;                // 32-bit words of a row of a chunk
 constexpr size_t kSliceBytes = 64 * kThreads;  // of all lanes of a block
 
@@ -54,7 +53,7 @@ struct Plan {
 
   FASTSEQ_INLINE int pairs() const { return (tiles + 1) / 2; }
   FASTSEQ_INLINE size_t buffer_words() const { return static_cast<size_t>(tiles) * chunks * kTile * kChunkWords; }
-  FASTSEQ_INLINE size_t team_words() const { return 2 * buffer_words(); }
+  FASTSEQ_INLINE size_t team_words() const { return kChunkWords + 3 * buffer_words(); }  // a counter, h0, two of h
 };
 
 FASTSEQ_DEVICE float as_float(uint32_t bits) {
@@ -69,22 +68,26 @@ FASTSEQ_DEVICE uint32_t as_bits(float x) {
   return bits;
 }
 
+// 64 bytes of weights, as A operands: a[2 tile + step].
+struct Slice {
+  uint32_t a[4][4];
+
+  FASTSEQ_DEVICE uint32_t word(int gate, int k) const { return a[at(gate, k) / 4][at(gate, k) % 4]; }
+  // Where word k of a gate (i, f, g, o) is, of 16.
+  static FASTSEQ_DEVICE int at(int gate, int k) { return (2 * (gate / 2) + k / 2) * 4 + 2 * (k % 2) + gate % 2; }
+};
+
 // A lane's sums of one group and one tile on tensor cores: d[tile][2 k + e] is gate 2 tile + k, row 2 q + e.
 struct TensorSum {
   float d[2][4] = {};
 
-  // w: gates i, f, g, o of a slice; h: a vector.
   template <class Multiply>
-  FASTSEQ_DEVICE void add(const uint32_t (&w)[4][4], const uint32_t (&h)[4], const Multiply& multiply) {
+  FASTSEQ_DEVICE void add(const Slice& w, const uint32_t (&h)[4], const Multiply& multiply) {
 #pragma unroll
-    for (int s = 0; s < 4; s += 2) {
-      const uint32_t b[2] = {h[s], h[s + 1]};
+    for (int s = 0; s < 2; ++s) {
+      const uint32_t b[2] = {h[2 * s], h[2 * s + 1]};
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        const uint32_t (&upper)[4] = w[2 * tile], (&lower)[4] = w[2 * tile + 1];
-        const uint32_t a[4] = {upper[s], lower[s], upper[s + 1], lower[s + 1]};
-        multiply(d[tile], a, b);
-      }
+      for (int tile = 0; tile < 2; ++tile) multiply(d[tile], w.a[2 * tile + s], b);
     }
   }
 
@@ -104,6 +107,7 @@ struct Tensor16 {
   using T = Number;
   using Sum = TensorSum;
   static constexpr int kVector = 8, kWord = 2;  // numbers of 16 and of 4 bytes
+  static constexpr int kStage = 4;              // chunks whose loads are on their way at once
   static constexpr int kKeptSlices = 8;         // in registers
   static constexpr uint32_t kStamp = 1u << 30;
 
@@ -114,7 +118,7 @@ struct Tensor16 {
     return pack_pair<T>(bad ? next : h, bad ? 0.0f : next);
   }
   static FASTSEQ_DEVICE uint32_t decode(uint32_t word) { return word; }
-  static FASTSEQ_DEVICE void multiply(Sum& sum, const uint32_t (&w)[4][4], const uint32_t (&h)[4]) {
+  static FASTSEQ_DEVICE void multiply(Sum& sum, const Slice& w, const uint32_t (&h)[4]) {
     sum.add(w, h, [](auto& d, const auto& a, const auto& b) { multiply_16x8x16<T>(d, a, b); });
   }
 };
@@ -123,13 +127,14 @@ struct TensorFloat {
   using T = float;
   using Sum = TensorSum;
   static constexpr int kVector = 4, kWord = 1;
+  static constexpr int kStage = 4;
   static constexpr int kKeptSlices = 8;
   static constexpr uint32_t kStamp = 1;
 
   static FASTSEQ_DEVICE uint32_t operand(uint32_t word) { return to_tf32(as_float(word)); }
   static FASTSEQ_DEVICE uint32_t encode(float h, float) { return to_tf32(h) & ~kStamp; }
   static FASTSEQ_DEVICE uint32_t decode(uint32_t word) { return word; }
-  static FASTSEQ_DEVICE void multiply(Sum& sum, const uint32_t (&w)[4][4], const uint32_t (&h)[4]) {
+  static FASTSEQ_DEVICE void multiply(Sum& sum, const Slice& w, const uint32_t (&h)[4]) {
     sum.add(w, h, [](auto& d, const auto& a, const auto& b) { multiply_16x8x8_tf32(d, a, b); });
   }
 };
@@ -162,14 +167,15 @@ struct PlainFloat {
   using T = float;
   using Sum = PlainSum;
   static constexpr int kVector = 4, kWord = 1;
-  static constexpr int kKeptSlices = 4;
+  static constexpr int kStage = 2;
+  static constexpr int kKeptSlices = 2;
   static constexpr uint32_t kStamp = 1u << 30;
   static constexpr uint32_t kNaN = kStamp - 1;  // 1.9999999, sent for NaN
 
   static FASTSEQ_DEVICE uint32_t operand(uint32_t word) { return word; }
   static FASTSEQ_DEVICE uint32_t encode(float h, float) { return h == h ? as_bits(h) : kNaN; }
   static FASTSEQ_DEVICE uint32_t decode(uint32_t word) { return word == kNaN ? 0x7fffffffu : word; }
-  static FASTSEQ_DEVICE void multiply(Sum& sum, const uint32_t (&w)[4][4], const uint32_t (&h)[4]) {
+  static FASTSEQ_DEVICE void multiply(Sum& sum, const Slice& w, const uint32_t (&h)[4]) {
     const int q = lane_id() % 4;
 #pragma unroll
     for (int n = 0; n < kTile; ++n) {
@@ -177,7 +183,7 @@ struct PlainFloat {
       for (int k = 0; k < 4; ++k) {
         const float x = __shfl_sync(kAllLanes, as_float(h[k]), 4 * n + q);
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate) sum.d[n][gate] += as_float(w[gate][k]) * x;
+        for (int gate = 0; gate < 4; ++gate) sum.d[n][gate] += as_float(w.word(gate, k)) * x;
       }
     }
   }
@@ -255,124 +261,111 @@ struct Shared {
   static FASTSEQ_DEVICE size_t at(int warp, int group, int row, int unit) {
     return ((static_cast<size_t>(warp * G + group) * kPair + row) * kUnits + (unit ^ (row & 6))) * 4;
   }
-  FASTSEQ_DEVICE uint32_t* slice(int index, int gate) const {
-    return weights + (static_cast<size_t>(index * 4 + gate) * kThreads + threadIdx.x) * 4;
-  }
 };
 
 // The slices of this lane: the first chunks of the first pass in registers, all others in shared memory.
 template <class M, int G>
 struct Weights {
+  using T = typename M::T;
   static constexpr int kKept = M::kKeptSlices / G;  // chunks
-  static_assert(kKept % kStage == 0);
-  uint32_t kept[kKept][G][4][4];
+  static_assert(kKept % M::kStage == 0);
+  Slice kept[kKept][G] = {};
 
-  // weight: (4H, H) of the direction; chunks [first, first + count) are the warp's.
-  FASTSEQ_DEVICE void load(
-      const typename M::T* weight, int hidden, const Team& team, const Plan& plan, const Shared<G>& shared) {
+  // weight: (4H, H) of the direction. One loop that is not unrolled: what goes to registers goes through `partial`.
+  FASTSEQ_DEVICE void load(const T* weight, int hidden, const Team& team, const Plan& plan, const Shared<G>& shared) {
     const int first = static_cast<int>(threadIdx.x / 32) * plan.warp_chunks;
+#pragma unroll 1
+    for (int k = 0; k < team.passes * plan.warp_chunks * G; ++k) {
+      const int group = k % G, chunk = k / G % plan.warp_chunks, pass = k / G / plan.warp_chunks;
+      const bool keep = pass == 0 && chunk < kKept;
+      uint32_t* to = keep ? reinterpret_cast<uint32_t*>(shared.partial) : slice(plan, shared, pass, chunk, group);
+      put_slice(to, weight, hidden, team, pass * G + group, first + chunk);
 #pragma unroll
-    for (int c = 0; c < kKept; ++c) {
+      for (int c = 0; c < kKept; ++c) {
 #pragma unroll
-      for (int g = 0; g < G; ++g) load_slice(kept[c][g], weight, hidden, team, g, first + c);
-    }
-    for (int pass = 0; pass < team.passes; ++pass) {
-      for (int c = pass ? 0 : kKept; c < plan.warp_chunks; ++c) {
         for (int g = 0; g < G; ++g) {
-          uint32_t w[4][4];
-          load_slice(w, weight, hidden, team, pass * G + g, first + c);
-          for (int gate = 0; gate < 4; ++gate) store_wide(shared.slice(index(plan, pass, c, g), gate), w[gate]);
+          if (keep && c == chunk && g == group) get_slice(kept[c][g], to);
         }
       }
     }
   }
 
-  static FASTSEQ_DEVICE int index(const Plan& plan, int pass, int chunk, int group) {
-    return (pass * plan.warp_chunks + chunk - min(kKept, plan.warp_chunks)) * G + group;
+  static FASTSEQ_DEVICE uint32_t* slice(const Plan& plan, const Shared<G>& shared, int pass, int chunk, int group) {
+    const int index = (pass * plan.warp_chunks + chunk - min(kKept, plan.warp_chunks)) * G + group;
+    return shared.weights + static_cast<size_t>(index) * (kSliceBytes / 4);
   }
 
-  static FASTSEQ_DEVICE void load_slice(uint32_t (&w)[4][4],
-                                        const typename M::T* weight,
-                                        int hidden,
-                                        const Team& team,
-                                        int group,  // of the block
-                                        int chunk) {
-    const int unit = (team.group + group) * kUnits + lane_id() / 4;
-    const int column = (4 * chunk + lane_id() % 4) * M::kVector;
-    const bool exists = group < team.groups && unit < hidden;
+  // slice: (4, threads, 4) words
+  static FASTSEQ_DEVICE void get_slice(Slice& w, const uint32_t* slice) {
 #pragma unroll
+    for (int k = 0; k < 4; ++k) load_wide(w.a[k], slice + (k * kThreads + threadIdx.x) * 4);
+  }
+
+  // group: of the block
+  static FASTSEQ_DEVICE void put_slice(
+      uint32_t* slice, const T* weight, int hidden, const Team& team, int group, int chunk) {
+    const int unit = (team.group + group) * kUnits + lane_id() / 4;
+    const bool exists = group < team.groups && unit < hidden;
+    const int column = exists ? (4 * chunk + lane_id() % 4) * M::kVector : hidden;
+#pragma unroll 1
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t row = exists ? static_cast<int64_t>(gate) * hidden + unit : 0;
-      load_operand<M>(w[gate], weight + row * hidden, exists ? column : hidden, hidden);
+      uint32_t words[4];
+      load_operand<M>(words, weight + row * hidden, column, hidden);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int at = Slice::at(gate, k);
+        slice[(at / 4 * kThreads + threadIdx.x) * 4 + at % 4] = words[k];
+      }
     }
   }
 };
 
-// h of one step and one pair of tiles, as a warp reads it.
+// h of one step, as a lane reads it: vectors of its own chunks and rows.
 template <class M>
 struct Hidden {
-  const typename M::T* h0;  // (B, H) of the direction from the team's first row on; step 0
-  const uint32_t* buffer;   // (tiles, chunks, 8 rows, 16 words); later steps
+  const uint32_t* buffer;  // (tiles, chunks, 8 rows, 16 words)
   uint32_t stamp;
-  bool initial;
-  int hidden, rows, pair, chunks;  // of K
-  int end;                         // of the warp's chunks
+  bool initial;  // h0 bears no stamp
+  int rows;      // of the team
+  int chunks;    // of K
+  int end;       // of this lane's chunks
 
-  static FASTSEQ_DEVICE uint32_t stamp_of(int64_t step) { return (step + 1) / 2 % 2 ? M::kStamp : 0; }
+  static FASTSEQ_DEVICE uint32_t stamp_of(int step) { return (step + 1) / 2 % 2 ? M::kStamp : 0; }
 
-  FASTSEQ_DEVICE bool has(int chunk, int tile) const {
-    const int row = pair * kPair + tile * kTile + lane_id() / 4;
-    return row < rows && chunk < end && (4 * chunk + lane_id() % 4) * M::kVector < hidden;
-  }
-  FASTSEQ_DEVICE const uint32_t* at(int chunk, int tile) const {
-    return buffer + (static_cast<int64_t>(2 * pair + tile) * chunks + chunk) * (kTile * kChunkWords) + 4 * lane_id();
-  }
-
-  // One look at kStage chunks of both tiles; whether all there is has the stamp.
-  FASTSEQ_DEVICE bool look(uint32_t (&h)[kStage][2][4], int first) const {
-    uint32_t news = 0;
+  // One look at M::kStage chunks of both tiles; whether all there is has the stamp.
+  FASTSEQ_DEVICE bool look(uint32_t (&h)[M::kStage][2][4], int pair, int first) const {
+    uint32_t wrong = 0;
 #pragma unroll
-    for (int c = 0; c < kStage; ++c) {
+    for (int tile = 0; tile < 2; ++tile) {
+      const bool exists = pair * kPair + tile * kTile + lane_id() / 4 < rows;
+      const int64_t line = (static_cast<int64_t>(2 * pair + tile) * chunks + first) * kTile;
+      const uint32_t* from = buffer + line * kChunkWords + 4 * lane_id();
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
+      for (int c = 0; c < M::kStage; ++c) {
         uint32_t (&words)[4] = h[c][tile];
         words[0] = words[1] = words[2] = words[3] = stamp;
-        if (has(first + c, tile)) load_relaxed(words, at(first + c, tile));
+        load_relaxed(words, from + c * kTile * kChunkWords, exists && first + c < end);
       }
     }
 #pragma unroll
-    for (int c = 0; c < kStage; ++c) {
+    for (int c = 0; c < M::kStage; ++c) {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          h[c][tile][k] ^= stamp;
-          news |= h[c][tile][k];
-        }
+        for (int k = 0; k < 4; ++k) wrong |= h[c][tile][k] ^= stamp;
       }
     }
-    return !(news & M::kStamp);
+    return initial || !(wrong & M::kStamp);
   }
 
-  FASTSEQ_DEVICE void read_initial(uint32_t (&h)[kStage][2][4], int first) const {
-#pragma unroll
-    for (int c = 0; c < kStage; ++c) {
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        const int unit = has(first + c, tile) ? (4 * (first + c) + lane_id() % 4) * M::kVector : hidden;
-        const int64_t row = pair * kPair + tile * kTile + lane_id() / 4;
-        load_operand<M>(h[c][tile], h0 + row * hidden, unit, hidden);
-      }
-    }
-  }
-
-  FASTSEQ_DEVICE void read(uint32_t (&h)[kStage][2][4], int first) const {
-    if (initial) return read_initial(h, first);
+  FASTSEQ_DEVICE void read(uint32_t (&h)[M::kStage][2][4], int pair, int first) const {
     Patience patience;
-    while (!look(h, first)) patience.look();
+    while (!look(h, pair, first)) patience.look();
     __syncwarp();
+    if (initial) return;
 #pragma unroll
-    for (int c = 0; c < kStage; ++c) {
+    for (int c = 0; c < M::kStage; ++c) {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll
@@ -382,25 +375,55 @@ struct Hidden {
   }
 };
 
-// This warp's part of W h of one pass, for both tiles, to shared memory.
+template <class M>
+FASTSEQ_DEVICE Hidden<M> hidden_of(const Team& team, const Plan& plan, int hidden) {
+  const int chunk = 4 * M::kVector, before = lane_id() % 4 * M::kVector;  // units of a chunk, those before this lane's
+  const int warp_end = min((static_cast<int>(threadIdx.x / 32) + 1) * plan.warp_chunks, plan.chunks);
+  Hidden<M> h{};
+  h.rows = team.rows;
+  h.chunks = plan.chunks;
+  h.end = min(warp_end, (hidden - before + chunk - 1) / chunk);
+  return h;
+}
+
+// h0 of this block's units, to be read without stamps. (B, H) of the direction from the team's first row on.
+template <class M>
+FASTSEQ_DEVICE void send_initial(
+    uint32_t* buffer, const typename M::T* h0, int hidden, const Team& team, const Plan& plan) {
+  constexpr int kVectors = kUnits / M::kVector;  // of a group
+  const int vectors = team.groups * kVectors;
+#pragma unroll 1
+  for (int k = threadIdx.x; k < team.rows * vectors; k += kThreads) {
+    const int row = k / vectors, vector = team.group * kVectors + k % vectors;
+    if (vector >= 4 * plan.chunks) continue;
+    uint32_t words[4];
+    load_operand<M>(words, h0 + static_cast<int64_t>(row) * hidden, vector * M::kVector, hidden);
+    const int64_t line = (static_cast<int64_t>(row / kTile) * plan.chunks + vector / 4) * kTile + row % kTile;
+    store_wide(buffer + line * kChunkWords + vector % 4 * 4, words);
+  }
+}
+
+// This warp's part of W h of one pass and one pair of tiles, to `partial`.
 template <class M, int G>
-FASTSEQ_DEVICE void multiply_pair(const Weights<M, G>& weights,
+FASTSEQ_DEVICE void multiply_pair(float* partial,
+                                  const Weights<M, G>& weights,
                                   const Shared<G>& shared,
-                                  float* partial,
                                   const Plan& plan,
                                   const Hidden<M>& hidden,
+                                  int pair,
                                   int pass) {
   constexpr int kKept = Weights<M, G>::kKept;
-  const int warp = threadIdx.x / 32, first = warp * plan.warp_chunks, count = hidden.end - first;
+  const int warp = threadIdx.x / 32, first = warp * plan.warp_chunks;
+  const int count = min(plan.warp_chunks, plan.chunks - first);
   if (count <= 0) return;
   typename M::Sum sums[G][2];
-  uint32_t h[kStage][2][4];
+  uint32_t h[M::kStage][2][4];
 #pragma unroll
-  for (int stage = 0; stage < kKept; stage += kStage) {
+  for (int stage = 0; stage < kKept; stage += M::kStage) {
     if (pass || stage >= count) continue;
-    hidden.read(h, first + stage);
+    hidden.read(h, pair, first + stage);
 #pragma unroll
-    for (int c = 0; c < kStage; ++c) {
+    for (int c = 0; c < M::kStage; ++c) {
       if (stage + c >= count) continue;
 #pragma unroll
       for (int g = 0; g < G; ++g) {
@@ -409,17 +432,15 @@ FASTSEQ_DEVICE void multiply_pair(const Weights<M, G>& weights,
       }
     }
   }
-  for (int stage = pass ? 0 : kKept; stage < count; stage += kStage) {
-    hidden.read(h, first + stage);
+  for (int stage = pass ? 0 : kKept; stage < count; stage += M::kStage) {
+    hidden.read(h, pair, first + stage);
 #pragma unroll
-    for (int c = 0; c < kStage; ++c) {
+    for (int c = 0; c < M::kStage; ++c) {
       if (stage + c >= count) continue;
 #pragma unroll
       for (int g = 0; g < G; ++g) {
-        uint32_t w[4][4];
-        const int index = Weights<M, G>::index(plan, pass, stage + c, g);
-#pragma unroll
-        for (int gate = 0; gate < 4; ++gate) load_wide(w[gate], shared.slice(index, gate));
+        Slice w;
+        Weights<M, G>::get_slice(w, Weights<M, G>::slice(plan, shared, pass, stage + c, g));
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) M::multiply(sums[g][tile], w, h[c][tile]);
       }
@@ -444,93 +465,85 @@ FASTSEQ_DEVICE void multiply_pair(const Weights<M, G>& weights,
 template <class M, int G>
 struct Cell {
   using T = typename M::T;
-  int unit, row;   // of the pass, of the pair
-  int64_t column;  // of the direction: the unit
-  int team_row;
-  bool exists, active;
-  int length;
-  int64_t at;  // (T, B, D) of this step, where it is active
-  float gates[4];
+  int row, unit;  // of the team, of the direction
+  int length;     // of the row
+  bool owned, exists, active;
   float* c;
+  float gates[4];
 
-  // gates of this step, which need no other block
-  FASTSEQ_DEVICE Cell(const LstmForward& p,
-                      const Team& team,
-                      const Plan& plan,
-                      const Shared<G>& shared,
-                      int64_t step,
-                      int pair,
-                      int pass) {
-    const LstmShape& s = p.shape;
-    unit = threadIdx.x % (G * kUnits);
-    row = threadIdx.x / (G * kUnits);
-    const int block_unit = pass * G * kUnits + unit;
-    column = team.group * kUnits + block_unit;
-    team_row = pair * kPair + row;
-    exists = row < kPair && team_row < team.rows && block_unit < team.groups * kUnits && column < s.hidden;
-    length = exists ? shared.lengths[team_row] : 0;
+  // With the gates of this step, which need no other block.
+  FASTSEQ_DEVICE Cell(
+      const LstmForward& p, const Team& team, const Plan& plan, const Shared<G>& shared, int step, int pair, int pass) {
+    const int own_unit = pass * G * kUnits + unit_of_pass();
+    row = pair * kPair + row_of_pair();
+    unit = team.group * kUnits + own_unit;
+    owned = row_of_pair() < kPair && row < team.rows && own_unit < team.groups * kUnits;
+    exists = owned && unit < p.shape.hidden;
+    length = exists ? shared.lengths[row] : 0;
     active = step < length;
-    c = shared.cells + (team_row * plan.groups * kUnits + block_unit);
+    c = shared.cells + row * plan.groups * kUnits + own_unit;
     if (!active) return;
-    const int64_t t = team.backwards ? length - 1 - step : step;
-    at = (t * s.batch + team.first_row + team_row) * s.directions + team.direction;
-    const T* from = static_cast<const T*>(p.gates) + at * 4 * s.hidden + column;
+    const T* from = static_cast<const T*>(p.gates) + place(p.shape, team, step) * 4 * p.shape.hidden + unit;
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) gates[gate] = to_float(from[gate * s.hidden]);
+    for (int gate = 0; gate < 4; ++gate) gates[gate] = to_float(from[gate * p.shape.hidden]);
+  }
+
+  static FASTSEQ_DEVICE int unit_of_pass() { return threadIdx.x % (G * kUnits); }
+  static FASTSEQ_DEVICE int row_of_pair() { return threadIdx.x / (G * kUnits); }
+
+  // (T, B, D) of this step; past the length: of as many zeros
+  FASTSEQ_DEVICE int64_t place(const LstmShape& s, const Team& team, int step) const {
+    const int64_t t = active && team.backwards ? length - 1 - step : step;
+    return (t * s.batch + team.first_row + row) * s.directions + team.direction;
   }
 
   FASTSEQ_DEVICE void add(const float* partial, int warps) {
     if (!active) return;
+#pragma unroll 4
     for (int warp = 0; warp < warps; ++warp) {
       float part[4];
-      load_wide(part, partial + Shared<G>::at(warp, unit / kUnits, row, unit % kUnits));
+      load_wide(part, partial + Shared<G>::at(warp, unit_of_pass() / kUnits, row_of_pair(), unit_of_pass() % kUnits));
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) gates[gate] += part[gate];
     }
   }
 
-  // c' and h of this step, written where they belong; zero past the row's length. Returns h.
-  FASTSEQ_DEVICE float update(const LstmForward& p, const Team& team, int64_t step) {
-    const LstmShape& s = p.shape;
-    const int64_t batch_row = team.first_row + team_row;
-    T* output = static_cast<T*>(p.output);
-    if (!active) {
-      if (exists) {
-        from_float(0.0f, output + ((step * s.batch + batch_row) * s.directions + team.direction) * s.hidden + column);
-      }
-      return 0.0f;
-    }
-    const float i = sigmoid_for<T>(gates[0]), f = sigmoid_for<T>(gates[1]);
-    const float g = tanh_for<T>(gates[2]), o = sigmoid_for<T>(gates[3]);
-    const float state = f * *c + i * g, h = o * tanh_for<T>(state);
-    *c = state;
-    from_float(h, output + at * s.hidden + column);
-    if (p.cell_states) p.cell_states[at * s.hidden + column] = state;
-    if (p.activations) {
-      T* to = static_cast<T*>(p.activations) + at * 4 * s.hidden + column;
-      from_float(i, to);
-      from_float(f, to + s.hidden);
-      from_float(g, to + 2 * s.hidden);
-      from_float(o, to + 3 * s.hidden);
-    }
-    if (step + 1 == length) finish(p, (team.direction * s.batch + batch_row) * s.hidden + column, h, state);
-    return h;
+  // The step: gates become activations. Returns h; 0 past the length.
+  FASTSEQ_DEVICE float update() {
+    if (!active) return 0.0f;
+    gates[0] = sigmoid_for<T>(gates[0]);
+    gates[1] = sigmoid_for<T>(gates[1]);
+    gates[2] = tanh_for<T>(gates[2]);
+    gates[3] = sigmoid_for<T>(gates[3]);
+    *c = gates[1] * *c + gates[0] * gates[2];
+    return gates[3] * tanh_for<T>(*c);
   }
 
-  static FASTSEQ_DEVICE void finish(const LstmForward& p, int64_t index, float h, float state) {
-    from_float(h, static_cast<T*>(p.h_n) + index);
-    from_float(state, static_cast<T*>(p.c_n) + index);
-  }
-
-  // buffer: of the next step. Whole warps: neighbours make a word.
-  FASTSEQ_DEVICE void send(uint32_t* buffer, uint32_t stamp, const Plan& plan, int rows, float h) const {
-    if (row >= kPair) return;
+  // buffer: of the next step. Called by whole warps: neighbours make a word.
+  FASTSEQ_DEVICE void send(uint32_t* buffer, uint32_t stamp, const Plan& plan, float h) const {
     constexpr int kChunk = 4 * M::kVector;
     const float next = M::kWord == 2 ? __shfl_down_sync(kAllLanes, h, 1) : 0.0f;
-    if (team_row >= rows || unit % M::kWord || column / kChunk >= plan.chunks) return;
-    const int64_t tile = team_row / kTile, chunk = column / kChunk;
-    const int64_t line = (tile * plan.chunks + chunk) * kTile + team_row % kTile;
-    store_relaxed(buffer + line * kChunkWords + column % kChunk / M::kWord, M::encode(h, next) | stamp);
+    if (!owned || unit % M::kWord) return;
+    const int64_t line = (static_cast<int64_t>(row / kTile) * plan.chunks + unit / kChunk) * kTile + row % kTile;
+    store_relaxed(buffer + line * kChunkWords + unit % kChunk / M::kWord, M::encode(h, next) | stamp);
+  }
+
+  FASTSEQ_DEVICE void store(const LstmForward& p, const Team& team, int step, float h) const {
+    if (!exists) return;
+    const LstmShape& s = p.shape;
+    const int64_t at = place(s, team, step);
+    from_float(h, static_cast<T*>(p.output) + at * s.hidden + unit);
+    if (!active) return;
+    if (p.cell_states) p.cell_states[at * s.hidden + unit] = *c;
+    if (p.activations) {
+      T* to = static_cast<T*>(p.activations) + at * 4 * s.hidden + unit;
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) from_float(gates[gate], to + gate * s.hidden);
+    }
+    if (step + 1 < length) return;
+    const int64_t last = (team.direction * s.batch + team.first_row + row) * s.hidden + unit;
+    from_float(h, static_cast<T*>(p.h_n) + last);
+    from_float(*c, static_cast<T*>(p.c_n) + last);
   }
 };
 
@@ -552,6 +565,7 @@ FASTSEQ_DEVICE void begin(const LstmForward& p, const Team& team, const Plan& pl
     shared.longest[pair] = longest;
   }
   const int units = team.groups * kUnits;
+#pragma unroll 1
   for (int k = threadIdx.x; k < team.rows * units; k += kThreads) {
     const int row = k / units, unit = k % units, column = team.group * kUnits + unit;
     if (column >= s.hidden) continue;
@@ -559,51 +573,54 @@ FASTSEQ_DEVICE void begin(const LstmForward& p, const Team& team, const Plan& pl
     const float c = to_float(static_cast<const T*>(p.c0)[index]);
     shared.cells[row * plan.groups * kUnits + unit] = c;
     if (shared.lengths[row]) continue;
-    Cell<M, G>::finish(p, index, to_float(static_cast<const T*>(p.h0)[index]), c);
+    static_cast<T*>(p.h_n)[index] = static_cast<const T*>(p.h0)[index];
+    static_cast<T*>(p.c_n)[index] = static_cast<const T*>(p.c0)[index];
   }
   __syncthreads();
 }
 
-// A cooperative grid: (directions * splits * blocks) blocks.
+// A cooperative grid: (directions * splits * blocks) blocks. Workspace: (teams, Plan::team_words()).
 template <class M, int G>
 __global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const LstmForward p, const Plan plan) {
   FASTSEQ_DYNAMIC_SHARED(memory);
   using T = typename M::T;
   const LstmShape& s = p.shape;
-  const int hidden_size = static_cast<int>(s.hidden), warp = threadIdx.x / 32;
+  const int hidden_size = static_cast<int>(s.hidden);
   const Team team = team_of<G>(s, plan);
   const Shared<G> shared(memory, plan);
+  begin<M, G>(p, team, plan, shared);
+
+  uint32_t* counter = static_cast<uint32_t*>(p.workspace) + blockIdx.x / plan.blocks * plan.team_words();
+  uint32_t* initial = counter + kChunkWords;
+  uint32_t* exchange = initial + plan.buffer_words();  // of even steps, of odd steps
+  const int64_t first = (team.direction * s.batch + team.first_row) * s.hidden;
+  send_initial<M>(initial, static_cast<const T*>(p.h0) + first, hidden_size, team, plan);
   Weights<M, G> weights;
   weights.load(static_cast<const T*>(p.weight_hh) + team.direction * 4 * s.hidden * s.hidden, hidden_size, team, plan,
                shared);
-  begin<M, G>(p, team, plan, shared);
+  grid_barrier(counter, 1, plan.blocks);
 
-  uint32_t* exchange = static_cast<uint32_t*>(p.workspace) + blockIdx.x / plan.blocks * plan.team_words();
-  Hidden<M> h;
-  h.h0 = static_cast<const T*>(p.h0) + (team.direction * s.batch + team.first_row) * s.hidden;
-  h.hidden = hidden_size;
-  h.rows = team.rows;
-  h.chunks = plan.chunks;
-  h.end = min((warp + 1) * plan.warp_chunks, plan.chunks);
+  Hidden<M> h = hidden_of<M>(team, plan, hidden_size);
   unsigned round = 0;
-  for (int64_t step = 0; step < s.steps; ++step) {
+  for (int step = 0; step < s.steps; ++step) {
     h.initial = step == 0;
-    h.buffer = exchange + step % 2 * plan.buffer_words();
+    h.buffer = h.initial ? initial : exchange + step % 2 * plan.buffer_words();
     h.stamp = Hidden<M>::stamp_of(step);
     uint32_t* next = exchange + (step + 1) % 2 * plan.buffer_words();
-    for (h.pair = 0; h.pair * kPair < team.rows; ++h.pair) {
-      const int longest = shared.longest[h.pair];
+    for (int pair = 0; pair * kPair < team.rows; ++pair) {
+      const int longest = shared.longest[pair];
       for (int pass = 0; pass < team.passes; ++pass) {
-        Cell<M, G> cell(p, team, plan, shared, step, h.pair, pass);
+        Cell<M, G> cell(p, team, plan, shared, step, pair, pass);
         if (step < longest) {
           // Two, by turns: who is through the barrier reads one while others begin to write the other.
           float* partial = shared.partial + round++ % 2 * kWarps * Shared<G>::kPartial;
-          multiply_pair(weights, shared, partial, plan, h, pass);
+          multiply_pair(partial, weights, shared, plan, h, pair, pass);
           __syncthreads();
           cell.add(partial, plan.warps);
         }
-        const float out = cell.update(p, team, step);
-        if (step + 1 < longest) cell.send(next, Hidden<M>::stamp_of(step + 1), plan, team.rows, out);
+        const float out = cell.update();
+        if (step + 1 < longest) cell.send(next, Hidden<M>::stamp_of(step + 1), plan, out);
+        cell.store(p, team, step, out);
       }
     }
   }
