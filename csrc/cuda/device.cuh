@@ -240,6 +240,34 @@ FASTSEQ_DEVICE unsigned load_acquire(const unsigned* flag) {
 #endif
 }
 
+// Words that carry their own news: who reads the new value of a word may use that word, and knows of no other. Of one
+// word, a thread never sees an older value after a newer one. load_relaxed leaves `words` alone where `wanted` is false
+// (in place: a branch around it would cost a second set of registers); p is aligned to 16 bytes.
+FASTSEQ_DEVICE void load_relaxed(uint32_t (&words)[4], const uint32_t* p, bool wanted) {
+#ifdef FASTSEQ_HOST_DEVICE
+  if (!wanted) return;
+  host::poll();
+  for (int k = 0; k < 4; ++k) words[k] = __atomic_load_n(p + k, __ATOMIC_RELAXED);
+#else
+  asm volatile(
+      "{\n.reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %5, 0;\n"
+      "@wanted ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+      : "l"(p), "r"(static_cast<unsigned>(wanted))
+      : "memory");
+#endif
+}
+
+FASTSEQ_DEVICE void store_relaxed(uint32_t* p, uint32_t x) {
+#ifdef FASTSEQ_HOST_DEVICE
+  __atomic_store_n(p, x, __ATOMIC_RELAXED);
+  ++host::world().progress;
+#else
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+#endif
+}
+
 // Ends the kernel with an error that the next CUDA call of the host reports.
 FASTSEQ_DEVICE void abort_kernel(const char* message) {
 #ifdef FASTSEQ_HOST_DEVICE

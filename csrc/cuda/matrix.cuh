@@ -64,7 +64,7 @@ FASTSEQ_DEVICE uint32_t to_tf32(float x) {
   uint32_t bits;
 #ifdef FASTSEQ_HOST_DEVICE
   memcpy(&bits, &x, sizeof bits);
-  bits = (bits + 0x1000u) & ~0x1fffu;  // ties away from zero
+  bits = x == x ? (bits + 0x1000u) & ~0x1fffu : 0x7fffffffu;  // ties away from zero
 #else
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
 #endif
