@@ -214,7 +214,7 @@ FASTSEQ_DEVICE void store_l2(T* p, T x) {
 FASTSEQ_DEVICE void add_release(unsigned* flag, unsigned x) {
 #ifdef FASTSEQ_HOST_DEVICE
   __atomic_fetch_add(flag, x, __ATOMIC_RELEASE);
-  ++host::world().progress;
+  host::note_progress();
 #else
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(x) : "memory");
 #endif
@@ -223,7 +223,7 @@ FASTSEQ_DEVICE void add_release(unsigned* flag, unsigned x) {
 FASTSEQ_DEVICE void store_release(unsigned* flag, unsigned x) {
 #ifdef FASTSEQ_HOST_DEVICE
   __atomic_store_n(flag, x, __ATOMIC_RELEASE);
-  ++host::world().progress;
+  host::note_progress();
 #else
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(x) : "memory");
 #endif
@@ -287,7 +287,7 @@ FASTSEQ_DEVICE void copy_async16(void* shared, const void* global) {
 
 FASTSEQ_DEVICE void commit_copies() {
 #ifdef FASTSEQ_HOST_DEVICE
-  ++host::world().running->groups;
+  host::commit_copies();
 #else
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif

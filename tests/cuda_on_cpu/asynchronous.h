@@ -7,13 +7,16 @@
 namespace host {
 
 HOST_RAW inline void copy_async(void* to, const void* from, int bytes) {
+  __tsan_read_range(const_cast<void*>(from), bytes);
+  const Unseen unseen;
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes) {
     fail("copy_async: an address is not aligned to " + std::to_string(bytes) + " bytes");
   }
-  __tsan_read_range(const_cast<void*>(from), bytes);
   Thread* t = world().running;
   t->copies.push_back({to, from, bytes, t->groups});
 }
+
+HOST_RAW inline void commit_copies() { ++world().running->groups; }
 
 // Instrumented: the writes are the thread's own.
 inline void copy_bytes(void* to, const void* from, int bytes) {
@@ -39,6 +42,7 @@ HOST_RAW inline void need_cluster(const char* name) {
 }
 
 HOST_RAW inline void cluster_barrier() {
+  const Unseen unseen;
   World& w = world();
   need_cluster("cluster_barrier");
   const Block& own = *w.running->block;
@@ -48,6 +52,7 @@ HOST_RAW inline void cluster_barrier() {
 }
 
 HOST_RAW inline void* peer_address(const void* p, unsigned rank) {
+  const Unseen unseen;
   World& w = world();
   need_cluster("peer_address");
   if (rank >= w.cluster_size) fail("peer_address: rank " + std::to_string(rank) + " is not in the cluster");
@@ -95,6 +100,7 @@ HOST_RAW inline void store_async(void* to, uint64_t* mbarrier, uint64_t value, i
   if (reinterpret_cast<uintptr_t>(to) % bytes) fail("store_async: not aligned to " + std::to_string(bytes) + " bytes");
   __tsan_write_range(to, bytes);  // from now on it may change
   __tsan_release(mbarrier);
+  const Unseen unseen;
   world().deliveries.push_back({to, value, bytes, mbarrier});
   ++world().progress;
 }
@@ -102,6 +108,7 @@ HOST_RAW inline void store_async(void* to, uint64_t* mbarrier, uint64_t value, i
 // Whether the phase of this parity has ended; what is on its way to this mbarrier arrives first.
 HOST_RAW inline bool mbarrier_phase_ended(uint64_t* mbarrier, unsigned parity) {
   poll();
+  const Unseen unseen;
   std::vector<Delivery> others;
   std::vector<Delivery> own;
   for (const Delivery& d : world().deliveries) (d.mbarrier == mbarrier ? own : others).push_back(d);

@@ -10,7 +10,7 @@
 
 #if defined(__SANITIZE_THREAD__)
 #define HOST_TSAN 1
-// The scheduler itself is not looked at.
+// The device itself is not looked at; Unseen does for what a function calls what this does for its own lines.
 #define HOST_RAW __attribute__((no_sanitize_thread, noinline))
 extern "C" {
 void* __tsan_get_current_fiber();
@@ -21,6 +21,10 @@ void __tsan_acquire(void*);
 void __tsan_release(void*);
 void __tsan_read_range(void*, size_t);
 void __tsan_write_range(void*, size_t);
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
 }
 #else
 #define HOST_TSAN 0
@@ -42,6 +46,21 @@ inline void __asan_unpoison_memory_region(void const volatile*, size_t) {}
 #endif
 
 namespace host {
+
+struct Unseen {
+#if HOST_TSAN
+  Unseen() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unseen() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+#else
+  ~Unseen() {}  // so that nobody calls it unused
+#endif
+};
 
 // Saves the running stack's pointer in *from and goes on at `to`. What a function call must preserve lies on the
 // stacks.

@@ -108,8 +108,8 @@ struct World {
   Stack scheduler;
   Thread* running = nullptr;
   std::string error;
-  long progress = 0;  // anything but polling
-  char launch_edge = 0;
+  long progress = 0;                      // anything but polling
+  char start_edge = 0, end_edge = 0;      // happens-before of the launch and of its end
   std::vector<Block*> blocks;             // of a cooperative or cluster launch, by linear index
   std::vector<Barrier> cluster_barriers;  // by cluster
   unsigned cluster_size = 1;
@@ -163,6 +163,8 @@ HOST_RAW inline void arrive_and_wait(Barrier& barrier, int live, const char* nam
   __tsan_acquire(&barrier);
 }
 
+HOST_RAW inline void note_progress() { ++world().progress; }
+
 // Between two looks at a flag.
 HOST_RAW inline void poll() {
   world().running->waits_in = "a poll";
@@ -171,9 +173,8 @@ HOST_RAW inline void poll() {
 
 HOST_RAW inline void thread_main() {
   World& w = world();
-  __tsan_acquire(&w.launch_edge);
+  __tsan_acquire(&w.start_edge);
   (*w.body)();
-  __tsan_release(&w.launch_edge);
   Thread* t = w.running;
   if (!t->copies.empty()) fail("the thread ends before its cp.async copies were waited for");
   t->done = true;
@@ -182,6 +183,7 @@ HOST_RAW inline void thread_main() {
   --t->warp->live;
   release_when_full(t->block->barrier, t->block->live);
   release_when_full(t->warp->barrier, t->warp->live);
+  __tsan_release(&w.end_edge);
   for (;;) give_way();
 }
 
@@ -210,12 +212,12 @@ class Scheduler {
 #if HOST_TSAN
     w.scheduler.tsan = __tsan_get_current_fiber();
 #endif
-    __tsan_release(&w.launch_edge);
+    __tsan_release(&w.start_edge);
     for (Thread& t : threads_) t.stack.start(thread_main);
     left_ = threads_.size();
     if (options().shuffle) hold_back(true);
     while (left_ && w.error.empty()) pass();
-    __tsan_acquire(&w.launch_edge);
+    __tsan_acquire(&w.end_edge);
     for (Thread& t : threads_) t.stack.end();
   }
 
@@ -333,6 +335,7 @@ inline std::string launch(dim3 grid,
 
 // Static shared memory: one array per declaration and block.
 HOST_RAW inline void* shared_array(const void* declaration, size_t bytes) {
+  const Unseen unseen;
   Block& b = *world().running->block;
   for (auto& [key, array] : b.arrays) {
     if (key == declaration) return array;
@@ -349,21 +352,17 @@ HOST_RAW inline void* shared_array(const void* declaration, size_t bytes) {
 template <class T>
 HOST_RAW std::array<T, kWarpSize> exchange(unsigned mask, const T& value, const char* name) {
   static_assert(sizeof(T) <= sizeof(uint64_t[8]));
+  const Unseen unseen;
   Warp& warp = *world().running->warp;
   const int lane = world().running->linear % kWarpSize;
   const unsigned all = warp.size == kWarpSize ? ~0u : (1u << warp.size) - 1;
   if ((mask & all) != all) fail(std::string(name) + ": the mask leaves lanes out, which is not modelled");
   if (warp.live != warp.size) fail(std::string(name) + ": a lane of the mask has ended");
   auto& slots = warp.slots[warp.barrier.generation & 1];
-  const volatile char* from = reinterpret_cast<const volatile char*>(&value);
-  volatile char* to = reinterpret_cast<volatile char*>(slots[lane]);
-  for (size_t i = 0; i < sizeof(T); ++i) to[i] = from[i];
+  std::memcpy(slots[lane], &value, sizeof(T));
   arrive_and_wait(warp.barrier, warp.live, name);
   std::array<T, kWarpSize> seen;
-  for (int k = 0; k < kWarpSize; ++k) {
-    const volatile char* slot = reinterpret_cast<const volatile char*>(slots[k < warp.size ? k : lane]);
-    for (size_t i = 0; i < sizeof(T); ++i) reinterpret_cast<volatile char*>(&seen[k])[i] = slot[i];
-  }
+  for (int k = 0; k < kWarpSize; ++k) std::memcpy(&seen[k], slots[k < warp.size ? k : lane], sizeof(T));
   return seen;
 }
 
