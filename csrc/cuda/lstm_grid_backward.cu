@@ -18,7 +18,7 @@ void add_shared_memory(GridBackwardPlan& plan, size_t limit) {
   const size_t fixed = plan.warps * in_shared * R * Product::kParts * 32 * sizeof(uint4) +
                        plan.group_tiles * kTileRows * (Block::kOwnUnits * sizeof(float2) + sizeof(int));
   const size_t of_tile = plan.warps * kTileRows * Block::kStride * sizeof(float);
-  constexpr int kMostTiles = 4;  // by then a pass has a cell for every thread of 16 warps
+  constexpr int kMostTiles = 4;
   plan.pass_tiles = std::min(plan.group_tiles, kMostTiles);
   while (plan.pass_tiles > 1 && fixed + plan.pass_tiles * of_tile > limit) --plan.pass_tiles;
   plan.shared_memory = fixed + plan.pass_tiles * of_tile;

@@ -34,7 +34,7 @@ namespace fastseq::cuda {
 
 constexpr int kTileRows = 8;
 constexpr int kTileUnits = 16;
-constexpr int kMaxWarps = 16;
+constexpr int kMaxWarps = 8;     // each thread may have 255 registers
 constexpr int kFlagStride = 32;  // a line for each flag: dozens of warps poll it
 
 struct GridBackwardPlan {
@@ -50,15 +50,15 @@ struct GridBackwardPlan {
   size_t shared_memory;
 };
 
-// What a warp's lanes sum of 16 own units and 8 rows: D of an m16n8 instruction.
+// What a warp's lanes sum of 16 own units and 8 rows: D of m16n8 instructions, in two chains that overlap.
 struct MatrixSums {
-  float d[4];
+  float d[2][4];
 
   // -> to[row * stride + own unit]
   FASTSEQ_DEVICE void store(float* to, int stride) const {
     const int r = lane_id() / 4, q = lane_id() % 4;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) to[(2 * q + k % 2) * stride + r + k / 2 * 8] = d[k];
+    for (int k = 0; k < 4; ++k) to[(2 * q + k % 2) * stride + r + k / 2 * 8] = d[0][k] + d[1][k];
   }
 };
 
@@ -66,24 +66,26 @@ struct MatrixSums {
 struct ExactSums {
   float d[kTileRows][4];
 
-  // Adds over the eight lanes that have the same own units: of each pair one goes on with half of the rows, the other
-  // with the other half, so that lane u ends with row u.
-  FASTSEQ_DEVICE void store(float* to, int stride) const {
-    ExactSums left = *this;
+  // Over pairs of lanes: one goes on with the first `Rows` of its rows, the other with the rest.
+  template <int Rows>
+  FASTSEQ_DEVICE void share() {
+    const bool upper = lane_id() & Rows;
 #pragma unroll
-    for (int rows = kTileRows / 2; rows; rows /= 2) {
-      const bool upper = lane_id() & rows;
+    for (int r = 0; r < Rows; ++r) {
 #pragma unroll
-      for (int r = 0; r < rows; ++r) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float sent = upper ? left.d[r][k] : left.d[r + rows][k];
-          const float kept = upper ? left.d[r + rows][k] : left.d[r][k];
-          left.d[r][k] = kept + __shfl_xor_sync(kAllLanes, sent, rows);
-        }
+      for (int k = 0; k < 4; ++k) {
+        const float sent = upper ? d[r][k] : d[r + Rows][k], kept = upper ? d[r + Rows][k] : d[r][k];
+        d[r][k] = kept + __shfl_xor_sync(kAllLanes, sent, Rows);
       }
     }
-    store_wide(to + lane_id() % 8 * stride + lane_id() / 8 * 4, left.d[0]);
+  }
+
+  // Adds over the eight lanes that have the same own units; lane u ends with row u.
+  FASTSEQ_DEVICE void store(float* to, int stride) {
+    share<4>();
+    share<2>();
+    share<1>();
+    store_wide(to + lane_id() % 8 * stride + lane_id() / 8 * 4, d[0]);
   }
 };
 
@@ -93,7 +95,7 @@ struct HalfProduct {
   using Element = T;
   using Word = uint32_t;
   using Fragment = uint4;
-  static constexpr int kUnits = 8, kParts = 2, kHeldParts = 16, kAhead = 8;
+  static constexpr int kUnits = 8, kParts = 2, kHeldParts = 32, kAhead = 8;
   using Sums = MatrixSums;
 
   // weight(unit of the chunk, gate, own unit)
@@ -112,8 +114,8 @@ struct HalfProduct {
   }
 
   static FASTSEQ_DEVICE void multiply(Sums& sums, const Vector<Word, 4> (&w)[kParts], const Fragment& f) {
-    multiply_16x8x16<T>(sums.d, w[0].element, {f.x, f.y});
-    multiply_16x8x16<T>(sums.d, w[1].element, {f.z, f.w});
+    multiply_16x8x16<T>(sums.d[0], w[0].element, {f.x, f.y});
+    multiply_16x8x16<T>(sums.d[1], w[1].element, {f.z, f.w});
   }
 
   // As dgates go to the exchange.
@@ -125,7 +127,7 @@ struct Tf32Product {
   using Element = float;
   using Word = uint32_t;
   using Fragment = uint4;
-  static constexpr int kUnits = 4, kParts = 2, kHeldParts = 16, kAhead = 8;
+  static constexpr int kUnits = 4, kParts = 2, kHeldParts = 32, kAhead = 8;
   using Sums = MatrixSums;
 
   template <class Weight>
@@ -140,8 +142,8 @@ struct Tf32Product {
   }
 
   static FASTSEQ_DEVICE void multiply(Sums& sums, const Vector<Word, 4> (&w)[kParts], const Fragment& f) {
-    multiply_16x8x8_tf32(sums.d, w[0].element, {f.x, f.y});
-    multiply_16x8x8_tf32(sums.d, w[1].element, {f.z, f.w});
+    multiply_16x8x8_tf32(sums.d[0], w[0].element, {f.x, f.y});
+    multiply_16x8x8_tf32(sums.d[1], w[1].element, {f.z, f.w});
   }
 
   static FASTSEQ_DEVICE float exchanged(float x) {
@@ -155,7 +157,7 @@ struct Tf32Product {
 struct ExactProduct {
   using Element = float;
   using Word = float;
-  static constexpr int kUnits = 8, kParts = 4, kHeldParts = 8, kAhead = 1;
+  static constexpr int kUnits = 8, kParts = 4, kHeldParts = 32, kAhead = 1;
   struct Fragment {
     float4 row[kTileRows];
   };
