@@ -1,13 +1,11 @@
 """The backward recurrence of csrc/cuda on a grid: on the host-side device everywhere, on a GPU where there is one."""
 
-import os
 import subprocess
-from pathlib import Path
 
 import cuda_on_cpu
 import pytest
 import torch
-from cuda_cases import DTYPES, Recurrence, on, place, plain, recurrence  # noqa: F401
+from cuda_cases import Recurrence, on, place, place_of, plain, recurrence  # noqa: F401
 from torch import Tensor
 
 from fastseq.testing import Results, compare, evaluate
@@ -82,3 +80,82 @@ def check(actual: dict[str, Tensor], case: Recurrence, given=GIVEN) -> None:
 def test_parity(place, T, B, H, D, lengths, reverse, dtype, tf32):  # noqa: F811
     case = recurrence(T, B, H, D, dtype, lengths, reverse, tf32)
     check(run(place, case), case)
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), KINDS, ids=NAMES)
+@pytest.mark.parametrize("given", [("output",), ("h_n", "cell_states"), ("c_n",)], ids=" ".join)
+def test_gradients_that_are_not_given(place, given, dtype, tf32):  # noqa: F811
+    case = recurrence(3, 4, 24, 2, dtype, LENGTHS, tf32=tf32)
+    check(run(place, case, given), case, given)
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), KINDS, ids=NAMES)
+def test_saturated_gates(place, dtype, tf32):  # noqa: F811
+    case = recurrence(4, 5, 32, 1, dtype, tf32=tf32, scale=100)
+    check(run(place, case), case)
+
+
+def test_no_steps(place):  # noqa: F811
+    """The gradients of the final states pass through."""
+    case = recurrence(0, 3, 8)
+    nothing, grad_h, grad_c = torch.empty(0, 3, 32), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    call = (None, grad_h, grad_c, None, nothing, torch.empty(0, 3, 8), case.c0, case.weight_hh, None)
+    gates, h0, c0 = place.operators.lstm_recurrence_backward(*on(place, *call), False, False)
+    assert gates.shape == (0, 3, 32)
+    torch.testing.assert_close((h0.cpu(), c0.cpu()), (grad_h, grad_c), rtol=0, atol=0)
+
+
+SMALL_DEVICES = [  # multiprocessors, KiB of shared memory, dtype, tf32, T, B, H, D: what it is about
+    (2, 227, torch.bfloat16, NO_TF32, 3, 77, 20, 1, "three passes over the rows"),
+    (3, 48, torch.float32, TF32, 3, 41, 40, 1, "shared memory for the sums of few rows"),
+    (4, 227, torch.float32, NO_TF32, 3, 70, 60, 2, "blocks of 32 units, two directions, two passes"),
+    (17, 227, torch.bfloat16, NO_TF32, 2, 3, 528, 1, "32 units, weights in shared memory"),
+    (9, 227, torch.float32, TF32, 2, 3, 272, 1, "32 units, weights in shared memory"),
+    (7, 227, torch.float32, NO_TF32, 2, 3, 216, 1, "32 units, weights in shared memory"),
+    (132, 227, torch.float32, NO_TF32, 2, 2, 400, 1, "weights in shared memory"),
+    (132, 227, torch.float32, TF32, 1, 2, 528, 1, "weights in shared memory"),
+]
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "kilobytes", "dtype", "tf32", "T", "B", "H", "D", "about"), SMALL_DEVICES, ids=str
+)
+def test_small_devices(multiprocessors, kilobytes, dtype, tf32, T, B, H, D, about):
+    case = recurrence(T, B, H, D, dtype, LENGTHS, tf32=tf32)
+    host = place_of("host")
+    with cuda_on_cpu.device(multiprocessors, 80, kilobytes << 10):
+        check(run(host, case), case)
+
+
+def test_what_does_not_fit_is_refused():
+    host = place_of("host")
+    case = recurrence(1, 1, 100)
+    for limits in ((3, 90, 227 << 10), (132, 75, 227 << 10), (132, 90, 1 << 10)):
+        with cuda_on_cpu.device(*limits), pytest.raises(RuntimeError, match="no CUDA kernel fits batch 1"):
+            run(host, case)
+    with cuda_on_cpu.device(4, 80, 227 << 10):
+        check(run(host, case), case)
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), KINDS, ids=NAMES)
+def test_any_order_of_threads_gives_the_same_bits(dtype, tf32):
+    case = recurrence(3, 9, 40, 2, dtype, LENGTHS, tf32=tf32)
+    host = place_of("host")
+    with cuda_on_cpu.device(multiprocessors=6):
+        first = run(host, case)
+        for seed in range(20):
+            with cuda_on_cpu.schedule(seed):
+                again = run(host, case)
+            torch.testing.assert_close(again, first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_sanitizers(sanitizer):
+    """The kernel alone under ThreadSanitizer (races) and AddressSanitizer (bounds)."""
+    if cuda_on_cpu.compiler() is None:
+        pytest.skip("the host-side device needs a C++ compiler")
+    sources = [cuda_on_cpu.ROOT / "csrc/cuda/lstm_grid_backward.cu", cuda_on_cpu.HERE / "race_lstm_grid_backward.cpp"]
+    flags = [*cuda_on_cpu.FLAGS, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    program = cuda_on_cpu.build(f"race-{sanitizer}", flags, sources, program=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[:4000]

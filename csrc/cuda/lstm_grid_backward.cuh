@@ -157,7 +157,7 @@ struct Tf32Product {
 struct ExactProduct {
   using Element = float;
   using Word = float;
-  static constexpr int kUnits = 8, kParts = 4, kHeldParts = 32, kAhead = 1;
+  static constexpr int kUnits = 8, kParts = 4, kHeldParts = 24, kAhead = 1;
   struct Fragment {
     float4 row[kTileRows];
   };
