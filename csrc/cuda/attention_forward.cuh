@@ -98,7 +98,7 @@ FASTSEQ_DEVICE void finish_weights(
 
 // T = 1. A block for a part of the positions of one sentence and kStepColumns columns of the context.
 template <class T, int N, bool kAdditive>
-__global__ void __launch_bounds__(kStepThreads) attention_step_kernel(AttentionForward p) {
+__global__ void __launch_bounds__(kStepThreads, 2) attention_step_kernel(AttentionForward p) {
   FASTSEQ_SHARED(float, sums, kStepColumns);
   FASTSEQ_SHARED(float, scores, kStepKeys);
   FASTSEQ_SHARED(float, probabilities, kStepKeys);
@@ -328,7 +328,7 @@ FASTSEQ_DEVICE float softmax_tile(SoftmaxState& state, const float* scores, T* x
 
 // 32 steps and `columns` (whole tiles) columns of the context, a block.
 template <class T, int N, bool kAdditive>
-__global__ void __launch_bounds__(kTileThreads) attention_forward_kernel(AttentionForward p, int columns) {
+__global__ void __launch_bounds__(kTileThreads, 4) attention_forward_kernel(AttentionForward p, int columns) {
   FASTSEQ_DYNAMIC_SHARED(memory);
   auto& tiles = *reinterpret_cast<ForwardTilesOf<T, kAdditive>*>(memory);
   float* sums = reinterpret_cast<float*>(memory + sizeof tiles);  // (columns / 64, 16, threads): each thread its own
