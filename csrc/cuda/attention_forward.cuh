@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kStepThreads, 2) attention_step_kernel(Attenti
   const AttentionInputs& in = p.in;
   const int64_t b = blockIdx.x / p.splits, split = blockIdx.x % p.splits, column = blockIdx.y * kStepColumns;
   const int columns = static_cast<int>(in.width - column < kStepColumns ? in.width - column : kStepColumns);
-  const int groups = columns < kStepThreads * N ? kStepThreads * N / columns : 1;
+  const int groups = columns > 0 && columns < kStepThreads * N ? kStepThreads * N / columns : 1;
   const int64_t part = parts_of(parts_of(in.positions, kStepKeys), p.splits) * kStepKeys;
   const int64_t limit = position_limit(in, b), begin = split * part;
   const int64_t end = limit - begin < part ? limit : begin + part;

@@ -1,6 +1,5 @@
-// The operators attention_forward and attention_backward on CUDA: checks, outputs, workspace, launch. What the keys of
-// the additive score give alone is not prepared here: for one step the kernel is bound by the bytes of the keys, and
-// what is prepared has as many or twice as many.
+// The attention operators on CUDA: checks, outputs, workspace, launch. There is nothing to prepare of the keys here:
+// one step is bound by their bytes, and what could be prepared has as many, or twice as many.
 #include <tuple>
 
 #include "attention.h"
@@ -61,7 +60,9 @@ void Arguments::check(const char* op, const OptionalTensor& prepared) const {
     check_rank(op, "mask", *mask, 3, "(B, 1 or T, S)");
     check_strided(op, "mask", *mask, {B, mask->size(1) == 1 ? 1 : T, S}, ScalarType::Bool, query);
   }
-  STD_TORCH_CHECK(!prepared, op, ": prepared keys are for the CPU; leave them out");
+  STD_TORCH_CHECK(!prepared || prepared->numel() == 0, op,
+                  ": prepared must be what attention_prepare returned on this ", "device: (0,), got ",
+                  to_string(prepared->sizes()));
 }
 
 AttentionInputs Arguments::inputs() const {
@@ -105,6 +106,7 @@ std::tuple<Tensor, Tensor> attention_forward_cuda(Tensor query,
     torch::stable::zero_(context);
     return {context, weights};
   }
+  if (D == 0 && !need_weights) return {context, weights};
   for (Tensor* t : {&arguments.query, &arguments.keys, &arguments.values}) *t = with_whole_rows(*t);
   AttentionForward p{.in = arguments.inputs(), .context = write(context), .weights = floats(weights)};
   p.splits = attention_splits(p.in);
@@ -186,9 +188,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(Tenso
   return {grad_query, grad_keys, grad_values, grad_weight, grad_bias};
 }
 
-Tensor attention_prepare_cuda(Tensor, OptionalTensor) {
-  STD_TORCH_CHECK(false,
-                  "attention_prepare: keys are prepared on the CPU only; call attention_forward without prepared");
+Tensor attention_prepare_cuda(Tensor keys, OptionalTensor lengths) {
+  const char* op = "attention_prepare";
+  Arguments{keys, keys, keys, {}, {}, lengths, {}, 1.0}.check(op, {});
+  type_of(op, keys.scalar_type(), false);
+  return empty(keys, {0}, ScalarType::Float);
 }
 
 }  // namespace

@@ -122,8 +122,10 @@ struct RowProduct<float> {
         load_wide(left, x + row(i, 0) * kStride + k);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
+          float four = 0;  // a chain of additions a quarter as long rounds half as much
 #pragma unroll
-          for (int e = 0; e < 4; ++e) sum[i][j] = Form::add(sum[i][j], w[e], left[e], right[j][e]);
+          for (int e = 0; e < 4; ++e) four = Form::add(four, w[e], left[e], right[j][e]);
+          sum[i][j] += four;
         }
       }
     }
