@@ -62,7 +62,7 @@ void define_operators(Library& m) {
       "bool need_scores, bool need_values) "
       "-> (Tensor grad_query, Tensor grad_keys, Tensor grad_values, Tensor grad_weight, Tensor grad_bias)");
   // What the additive score computes of its keys (B, S, A) up to the lengths (B,), for many calls with these keys:
-  // (B, S, A16 + 16) acc, where A16 is A rounded up to 16.
+  // (B, S, A16 + 16) acc, where A16 is A rounded up to 16. On CUDA nothing: (0,).
   m.def("attention_prepare(Tensor keys, Tensor? lengths) -> Tensor");
   // Gives the memory that finished calls left for later ones back to the system; returns how many bytes.
   m.def("cpu_empty_cache() -> int");

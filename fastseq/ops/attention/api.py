@@ -39,7 +39,8 @@ def prepare_keys(
         backend: of the calls to come.
 
     Returns:
-        What to pass as ``prepared``; None where it would save nothing: another score, another backend, a traced graph.
+        What to pass as ``prepared``; None where it would save nothing: another score, another backend, a GPU, a traced
+        graph.
     """
     if score not in ("additive", "normed_additive") or torch.compiler.is_compiling() or keys.dim() != 3:
         return None
@@ -48,7 +49,8 @@ def prepare_keys(
     call = call._replace(positions=keys.size(1), padded=lengths is not None)
     if select("attention", backend, call) != "native":
         return None
-    return PreparedKeys(keys, _version(keys), cast.dtype, implementation("attention", "native").prepare(cast, lengths))
+    data = implementation("attention", "native").prepare(cast, lengths)
+    return PreparedKeys(keys, _version(keys), cast.dtype, data) if data.numel() else None
 
 
 def _version(x: Tensor) -> int:

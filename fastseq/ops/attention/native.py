@@ -66,7 +66,10 @@ def backward(
 
 
 def prepare(keys: Tensor, lengths: Tensor | None) -> Tensor:
-    """What the additive score computes of its keys (B, S, A) up to their lengths (B,), for many calls with them."""
+    """What the additive score computes of its keys (B, S, A) up to their lengths (B,), for many calls with them.
+
+    Empty on CUDA: one step is bound by the bytes of the keys there, and these would be as many or twice as many.
+    """
     return _native.operators.attention_prepare(keys.detach(), _small(None, None, lengths)[2])
 
 
@@ -163,7 +166,8 @@ def _fake_backward(
 
 def _fake_prepare(keys, lengths):
     B, S, A = keys.shape
-    return keys.new_empty(B, S, (A + 15) // 16 * 16 + 16, dtype=_accumulate_dtype(keys.dtype))
+    shape = (0,) if keys.device.type == "cuda" else (B, S, (A + 15) // 16 * 16 + 16)
+    return keys.new_empty(shape, dtype=_accumulate_dtype(keys.dtype))
 
 
 if _native.available():
