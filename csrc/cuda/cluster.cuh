@@ -95,10 +95,11 @@ FASTSEQ_DEVICE void mbarrier_arrive_expect(uint64_t* mbarrier, unsigned bytes) {
 
 // Waits for the end of the phase of this parity (0 the first, then 1, 0, ...).
 FASTSEQ_DEVICE void mbarrier_wait(uint64_t* mbarrier, unsigned parity) {
-  Patience patience;
 #ifdef FASTSEQ_HOST_DEVICE
+  Patience patience;
   while (!host::mbarrier_phase_ended(mbarrier, parity)) patience.look();
 #elif FASTSEQ_HAS_CLUSTERS
+  Patience patience;
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(mbarrier));
   for (;;) {
     unsigned ended;

@@ -75,7 +75,7 @@ FASTSEQ_DEVICE ClusterPlace cluster_place(const LstmShape& s, const ClusterTile&
   at.direction = cluster / tile.tiles;
   at.unit = static_cast<int64_t>(cluster_rank()) * tile.units + at.warp / 2 * 8 + at.r;
   at.row = cluster % tile.tiles * row_tiles * 8 + 4 * at.half + at.q;
-  at.backwards = s.backwards(at.direction);
+  at.backwards = s.directions == 2 ? at.direction == 1 : s.reverse;
   return at;
 }
 
