@@ -187,12 +187,41 @@ FASTSEQ_DEVICE float tanh_fast(float x) {
 #endif
 }
 
+// lstm_cell_forward where results are kept in T: the pre-activations become activations, c becomes c'. Returns h.
+template <class T>
+FASTSEQ_DEVICE Acc<T> lstm_cell_for(Acc<T>& i, Acc<T>& f, Acc<T>& g, Acc<T>& o, Acc<T>& c) {
+  i = sigmoid_for<T>(i);
+  f = sigmoid_for<T>(f);
+  g = tanh_for<T>(g);
+  o = sigmoid_for<T>(o);
+  c = f * c + i * g;
+  return o * tanh_for<T>(c);
+}
+
 FASTSEQ_DEVICE int lane_id() { return threadIdx.x & 31; }
 
 FASTSEQ_DEVICE float warp_sum(float x) {
 #pragma unroll
   for (int with = 16; with; with >>= 1) x += __shfl_xor_sync(kAllLanes, x, with);
   return x;
+}
+
+// N sums at once, N a power of 2 up to 32: lane k gets the sum over the lanes of x[k / (32 / N)]. x is spent.
+template <int N, int With = 16, class A, int Size>
+FASTSEQ_DEVICE A warp_sums(A (&x)[Size]) {
+  if constexpr (N > 1) {
+    const bool upper = lane_id() & With;
+#pragma unroll
+    for (int k = 0; k < N / 2; ++k) {
+      const A kept = upper ? x[k + N / 2] : x[k], given = upper ? x[k] : x[k + N / 2];
+      x[k] = kept + __shfl_xor_sync(kAllLanes, given, With);
+    }
+    return warp_sums<N / 2, With / 2>(x);
+  } else {
+#pragma unroll
+    for (int with = With; with; with /= 2) x[0] += __shfl_xor_sync(kAllLanes, x[0], with);
+    return x[0];
+  }
 }
 
 FASTSEQ_DEVICE float warp_max(float x) {
@@ -209,6 +238,20 @@ FASTSEQ_DEVICE T load_l2(const T* p) {
 #else
   return __ldcg(p);
 #endif
+}
+
+// N elements that are read once, where they make 16 bytes past L1, which is left to others.
+template <int N, class T>
+FASTSEQ_DEVICE void load_vector_l2(Acc<T> (&out)[N], const T* p) {
+  if constexpr (sizeof(T) * N == 16) {
+    const uint4 bits = load_l2(reinterpret_cast<const uint4*>(p));
+    Vector<T, N> v;
+    memcpy(&v, &bits, sizeof v);
+#pragma unroll
+    for (int k = 0; k < N; ++k) out[k] = to_float(v.element[k]);
+  } else {
+    load_vector(out, p);
+  }
 }
 
 template <class T>

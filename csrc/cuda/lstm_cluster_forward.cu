@@ -1,13 +1,101 @@
-// Launcher of the recurrence in clusters.
+// Launcher of the recurrence in clusters: which cluster, which tile of the batch.
+#include <limits>
+
 #include "launch.cuh"
 #include "lstm.h"
+#include "lstm_cluster_forward.cuh"
 
 namespace fastseq::cuda {
+namespace {
 
-bool lstm_cluster_forward_fits(const LstmShape&, Type) { return false; }
+struct Plan {
+  ClusterTile tile;
+  Launch launch;
+  int registers = 0, row_tiles = 0;  // R, N
+};
+
+// run(kernel) with the kernel of these template arguments, or a null pointer: there is none.
+template <class Run>
+auto with_kernel(const Plan& plan, Type type, const Run& run) {
+  return with_float_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    using Kernel = void (*)(LstmForward, ClusterTile);
+    const int R = plan.registers, N = plan.row_tiles;
+    Kernel kernel = nullptr;
+    if (plan.launch.block.x > 256) {
+      if (R == 8 && N == 1) kernel = lstm_cluster_forward_kernel<T, 512, 8, 1>;
+      if (R == 8 && N == 2) kernel = lstm_cluster_forward_kernel<T, 512, 8, 2>;
+    } else {
+      if (R == 4 && N == 1) kernel = lstm_cluster_forward_kernel<T, 256, 4, 1>;
+      if (R == 4 && N == 2) kernel = lstm_cluster_forward_kernel<T, 256, 4, 2>;
+      if (R == 4 && N == 4) kernel = lstm_cluster_forward_kernel<T, 256, 4, 4>;
+      if (R == 8 && N == 1) kernel = lstm_cluster_forward_kernel<T, 256, 8, 1>;
+      if (R == 8 && N == 2) kernel = lstm_cluster_forward_kernel<T, 256, 8, 2>;
+      if (R == 8 && N == 4) kernel = lstm_cluster_forward_kernel<T, 256, 8, 4>;
+      if (R == 16 && N == 1) kernel = lstm_cluster_forward_kernel<T, 256, 16, 1>;
+      if (R == 16 && N == 2) kernel = lstm_cluster_forward_kernel<T, 256, 16, 2>;
+      if (R == 16 && N == 4) kernel = lstm_cluster_forward_kernel<T, 256, 16, 4>;
+    }
+    return run(kernel);
+  });
+}
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// A launch with clusters of so many blocks and tiles of 8 * row_tiles sequences; row_tiles 0 where it cannot be.
+Plan plan_of(const LstmShape& s, Type type, int blocks, int row_tiles) {
+  Plan plan;
+  const int step = type == Type::kFloat ? kStep<float> : kStep<bf16>;
+  const int units = static_cast<int>(round_up((s.hidden + blocks - 1) / blocks, 8));
+  const int threads = 8 * units;  // two warps for 8 units
+  const int steps = static_cast<int>(round_up(static_cast<int64_t>(blocks) * units, 2 * step) / (2 * step));
+  const int64_t tiles = (s.batch + 8 * row_tiles - 1) / (8 * row_tiles), clusters = tiles * s.directions;
+  if (threads > 512 || clusters * blocks > std::numeric_limits<int32_t>::max()) return plan;
+  plan.registers = threads > 256 || (steps > 4 && steps <= 8) ? 8 : steps <= 4 ? 4 : 16;
+  plan.tile = {blocks, units, std::max(steps, plan.registers), static_cast<int>(tiles)};
+  plan.launch = {.grid = dim3(static_cast<unsigned>(clusters * blocks)),
+                 .block = dim3(threads),
+                 .shared_memory = ClusterMemory(plan.tile, plan.registers, row_tiles).bytes,
+                 .cluster = static_cast<unsigned>(blocks)};
+  if (plan.launch.shared_memory <= device_limits().shared_memory) plan.row_tiles = row_tiles;
+  return plan;
+}
+
+int resident(const Plan& plan, Type type) {
+  return with_kernel(plan, type, [&](auto* kernel) { return kernel ? resident_clusters(plan.launch, kernel) : 0; });
+}
+
+// The smallest cluster whose blocks have 32 units (a block has 256 threads then, and so the most registers), else what
+// fits; of its tiles of the batch the smallest that are all resident at once, else the largest.
+Plan choose(const LstmShape& s, Type type) {
+  Plan best;
+  if (device_limits().capability < 90 || (type == Type::kFloat && !s.tf32)) return best;
+  for (const int most_units : {32, 64}) {
+    for (const int blocks : {2, 4, 8, 16}) {
+      if (s.hidden > static_cast<int64_t>(most_units) * blocks) continue;
+      for (const int row_tiles : {1, 2, 4}) {
+        const Plan plan = plan_of(s, type, blocks, row_tiles);
+        const int together = plan.row_tiles ? resident(plan, type) : 0;
+        if (together) best = plan;
+        if (together && static_cast<int64_t>(plan.tile.tiles) * s.directions <= together) return plan;
+      }
+      if (best.row_tiles) return best;
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+bool lstm_cluster_forward_fits(const LstmShape& s, Type type) { return choose(s, type).row_tiles > 0; }
 
 size_t lstm_cluster_forward_workspace(const LstmShape&, Type) { return 0; }
 
-std::string launch_lstm_cluster_forward(const LstmForward&, Type, Stream) { return "not built"; }
+std::string launch_lstm_cluster_forward(const LstmForward& p, Type type, Stream stream) {
+  Plan plan = choose(p.shape, type);
+  if (!plan.row_tiles) return "no cluster of this device holds the recurrent weights";
+  plan.launch.stream = stream;
+  return with_kernel(plan, type, [&](auto* kernel) { return launch(plan.launch, kernel, p, plan.tile); });
+}
 
 }  // namespace fastseq::cuda

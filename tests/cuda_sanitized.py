@@ -1,0 +1,19 @@
+"""Programs of tests/cuda_on_cpu that launch one kernel on the host-side device, built with sanitizers."""
+
+import os
+import subprocess
+
+import cuda_on_cpu
+import pytest
+
+
+def sanitized(sanitizers: str, program: str, *kernels: str) -> subprocess.CompletedProcess:
+    """Build ``program`` of tests/cuda_on_cpu with ``kernels`` of csrc/cuda by ``-fsanitize=sanitizers`` and run it."""
+    if cuda_on_cpu.compiler() is None:
+        pytest.skip("the host-side device needs a C++ compiler")
+    stem = program.removesuffix(".cpp")
+    sources = [*(cuda_on_cpu.ROOT / "csrc/cuda" / name for name in kernels), cuda_on_cpu.HERE / program]
+    flags = [*cuda_on_cpu.FLAGS, "-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    path = cuda_on_cpu.build(f"{stem}-{sanitizers}", flags, sources, program=True)
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([path], capture_output=True, text=True, env=environment, timeout=300)
