@@ -13,7 +13,9 @@ pytestmark = pytest.mark.skipif(cuda_on_cpu.compiler() is None, reason="the host
 
 
 @pytest.fixture
-def as_native():
+def as_native(monkeypatch):
+    """With exact float32 products, as the CPU's are."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with cuda_on_cpu.as_native():
         yield
 
@@ -30,7 +32,6 @@ def results(module, input, hx, packed=None, **options):
 
 def check(T, B, I, H, dtype=torch.float32, packed=None, lengths=None, layers=1, bidirectional=False, bias=True):  # noqa: E741
     """The native module beside nn.LSTM, in the dtype and in float64."""
-    torch.backends.cudnn.allow_tf32 = False
     options = {"num_layers": layers, "bidirectional": bidirectional, "bias": bias}
     directions = layers * (2 if bidirectional else 1)
     input, hx = torch.randn(T, B, I).to(dtype), [torch.randn(directions, B, H).to(dtype) for _ in range(2)]
@@ -46,7 +47,6 @@ def check(T, B, I, H, dtype=torch.float32, packed=None, lengths=None, layers=1, 
         results(module, input.to(kind), [h.to(kind) for h in hx], packed, **extra)
         for module, kind in ((ours, dtype), (oracle, torch.float64), (baseline, dtype))
     ]
-    torch.backends.cudnn.allow_tf32 = True
     wrong = [str(c) for c in compare(*found) if not c.ok]
     assert not wrong, "\n".join(wrong)
 
@@ -76,6 +76,15 @@ def test_cell_states(as_native):
     ours.backend = "reference"
     *_, expected = ours(input, lengths=lengths, return_cell_states=True)
     torch.testing.assert_close(cells, expected)
+
+
+def test_tf32_follows_the_flag_of_torch(as_native, monkeypatch):
+    module, input = fastseq.LSTM(5, 8, backend="native"), torch.randn(4, 3, 5)
+    exact = module(input)[0]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    rounded = module(input)[0]
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(exact, rounded, rtol=0, atol=1e-3)
 
 
 def test_directions_run_one_after_the_other_where_the_device_keeps_the_weights_of_one_only(as_native, monkeypatch):
