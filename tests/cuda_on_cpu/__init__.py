@@ -6,6 +6,7 @@ with cuda_on_cpu.as_native(): ...    # backend="native" runs them
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -64,19 +65,20 @@ def build(name: str, flags: list[str], sources: list[Path] = SOURCES, program: b
             run([*flags, *(f"-I{path}" for path in (HERE, *include_paths())), "-x", "c++", "-c", source], out)
         return out
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with (folder / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two test processes, one builds and the other waits
         objects = sorted(pool.map(compiled, sources))
-    digest = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
-    out = folder / f"{name}-{digest}{'' if program else '.so'}"
-    if not out.exists():
-        kind = [] if program else ["-shared"]
-        libraries = [] if program else [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-        run([*kind, *[f for f in flags if f.startswith("-fsanitize")], *objects, *libraries], out)
+        digest = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
+        out = folder / f"{name}-{digest}{'' if program else '.so'}"
+        if not out.exists():
+            kind = [] if program else ["-shared"]
+            libraries = [] if program else [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+            run([*kind, *[f for f in flags if f.startswith("-fsanitize")], *objects, *libraries], out)
     return out
 
 
 def run(arguments: list, out: Path) -> None:
-    """The compiler into a file of its own, which then takes its place: two processes may build at once."""
+    """The compiler into a file of its own, which then takes its place: an interrupted one leaves nothing half done."""
     partial = out.with_suffix(f".{os.getpid()}{out.suffix}")
     command = [*shlex.split(compiler()), *map(str, arguments), "-o", str(partial)]
     done = subprocess.run(command, capture_output=True, text=True)
