@@ -200,6 +200,18 @@ FASTSEQ_DEVICE Acc<T> lstm_cell_for(Acc<T>& i, Acc<T>& f, Acc<T>& g, Acc<T>& o, 
 
 FASTSEQ_DEVICE int lane_id() { return threadIdx.x & 31; }
 
+// threadIdx.x, read anew: in a long loop that is short of registers, what follows from it is computed again where it is
+// needed instead of kept.
+FASTSEQ_DEVICE int thread_now() {
+#ifdef FASTSEQ_HOST_DEVICE
+  return threadIdx.x;
+#else
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+#endif
+}
+
 FASTSEQ_DEVICE float warp_sum(float x) {
 #pragma unroll
   for (int with = 16; with; with >>= 1) x += __shfl_xor_sync(kAllLanes, x, with);

@@ -101,6 +101,9 @@ struct TensorSum {
   }
 };
 
+// Of the buffers of h: 0 is h0, then odd and even steps.
+FASTSEQ_DEVICE int buffer_of(int step) { return step == 0 ? 0 : 2 - step % 2; }
+
 // Arithmetic of a product: what a word holds, how h travels in it, how slices and vectors are multiplied.
 template <class Number>
 struct Tensor16 {
@@ -298,7 +301,7 @@ struct Weights {
   // slice: (4, threads, 4) words
   static FASTSEQ_DEVICE void get_slice(Slice& w, const uint32_t* slice) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) load_wide(w.a[k], slice + (k * kThreads + threadIdx.x) * 4);
+    for (int k = 0; k < 4; ++k) load_wide(w.a[k], slice + (k * kThreads + thread_now()) * 4);
   }
 
   // group: of the block
@@ -325,22 +328,23 @@ struct Weights {
 template <class M>
 struct Hidden {
   const uint32_t* buffer;  // (tiles, chunks, 8 rows, 16 words)
-  uint32_t stamp;
-  bool initial;  // h0 bears no stamp
-  int rows;      // of the team
-  int chunks;    // of K
-  int end;       // of this lane's chunks
+  int step;
+  int rows;    // of the team
+  int chunks;  // of K
+  int end;     // of this lane's chunks
 
   static FASTSEQ_DEVICE uint32_t stamp_of(int step) { return (step + 1) / 2 % 2 ? M::kStamp : 0; }
 
   // One look at M::kStage chunks of both tiles; whether all there is has the stamp.
   FASTSEQ_DEVICE bool look(uint32_t (&h)[M::kStage][2][4], int pair, int first) const {
+    const uint32_t stamp = stamp_of(step);
     uint32_t wrong = 0;
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
-      const bool exists = pair * kPair + tile * kTile + lane_id() / 4 < rows;
+      const int lane = thread_now() % 32;
+      const bool exists = pair * kPair + tile * kTile + lane / 4 < rows;
       const int64_t line = (static_cast<int64_t>(2 * pair + tile) * chunks + first) * kTile;
-      const uint32_t* from = buffer + line * kChunkWords + 4 * lane_id();
+      const uint32_t* from = buffer + line * kChunkWords + 4 * lane;
 #pragma unroll
       for (int c = 0; c < M::kStage; ++c) {
         uint32_t (&words)[4] = h[c][tile];
@@ -356,14 +360,14 @@ struct Hidden {
         for (int k = 0; k < 4; ++k) wrong |= h[c][tile][k] ^= stamp;
       }
     }
-    return initial || !(wrong & M::kStamp);
+    return step == 0 || !(wrong & M::kStamp);  // h0 bears no stamp
   }
 
   FASTSEQ_DEVICE void read(uint32_t (&h)[M::kStage][2][4], int pair, int first) const {
     Patience patience;
     while (!look(h, pair, first)) patience.look();
     __syncwarp();
-    if (initial) return;
+    if (step == 0) return;
 #pragma unroll
     for (int c = 0; c < M::kStage; ++c) {
 #pragma unroll
@@ -413,7 +417,7 @@ FASTSEQ_DEVICE void multiply_pair(float* partial,
                                   int pair,
                                   int pass) {
   constexpr int kKept = Weights<M, G>::kKept;
-  const int warp = threadIdx.x / 32, first = warp * plan.warp_chunks;
+  const int warp = thread_now() / 32, first = warp * plan.warp_chunks;
   const int count = min(plan.warp_chunks, plan.chunks - first);
   if (count <= 0) return;
   typename M::Sum sums[G][2];
@@ -446,6 +450,7 @@ FASTSEQ_DEVICE void multiply_pair(float* partial,
       }
     }
   }
+  const int lane = thread_now() % 32;
 #pragma unroll
   for (int g = 0; g < G; ++g) {
 #pragma unroll
@@ -454,8 +459,8 @@ FASTSEQ_DEVICE void multiply_pair(float* partial,
       sums[g][tile].finish(gates);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int row = tile * kTile + 2 * (lane_id() % 4) + e;
-        store_wide(partial + Shared<G>::at(warp, g, row, lane_id() / 4), gates[e]);
+        const int row = tile * kTile + 2 * (lane % 4) + e;
+        store_wide(partial + Shared<G>::at(warp, g, row, lane / 4), gates[e]);
       }
     }
   }
@@ -468,7 +473,6 @@ struct Cell {
   int row, unit;  // of the team, of the direction
   int length;     // of the row
   bool owned, exists, active;
-  float* c;
   float gates[4];
 
   // With the gates of this step, which need no other block.
@@ -481,15 +485,14 @@ struct Cell {
     exists = owned && unit < p.shape.hidden;
     length = exists ? shared.lengths[row] : 0;
     active = step < length;
-    c = shared.cells + row * plan.groups * kUnits + own_unit;
     if (!active) return;
     const T* from = static_cast<const T*>(p.gates) + place(p.shape, team, step) * 4 * p.shape.hidden + unit;
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) gates[gate] = to_float(from[gate * p.shape.hidden]);
   }
 
-  static FASTSEQ_DEVICE int unit_of_pass() { return threadIdx.x % (G * kUnits); }
-  static FASTSEQ_DEVICE int row_of_pair() { return threadIdx.x / (G * kUnits); }
+  static FASTSEQ_DEVICE int unit_of_pass() { return thread_now() % (G * kUnits); }
+  static FASTSEQ_DEVICE int row_of_pair() { return thread_now() / (G * kUnits); }
 
   // (T, B, D) of this step; past the length: of as many zeros
   FASTSEQ_DEVICE int64_t place(const LstmShape& s, const Team& team, int step) const {
@@ -509,7 +512,7 @@ struct Cell {
   }
 
   // The step: gates become activations. Returns h; 0 past the length.
-  FASTSEQ_DEVICE float update() {
+  FASTSEQ_DEVICE float update(float* c) {
     if (!active) return 0.0f;
     gates[0] = sigmoid_for<T>(gates[0]);
     gates[1] = sigmoid_for<T>(gates[1]);
@@ -528,7 +531,7 @@ struct Cell {
     store_relaxed(buffer + line * kChunkWords + unit % kChunk / M::kWord, M::encode(h, next) | stamp);
   }
 
-  FASTSEQ_DEVICE void store(const LstmForward& p, const Team& team, int step, float h) const {
+  FASTSEQ_DEVICE void store(const LstmForward& p, const Team& team, int step, float h, const float* c) const {
     if (!exists) return;
     const LstmShape& s = p.shape;
     const int64_t at = place(s, team, step);
@@ -591,10 +594,9 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const Ls
   begin<M, G>(p, team, plan, shared);
 
   uint32_t* counter = static_cast<uint32_t*>(p.workspace) + blockIdx.x / plan.blocks * plan.team_words();
-  uint32_t* initial = counter + kChunkWords;
-  uint32_t* exchange = initial + plan.buffer_words();  // of even steps, of odd steps
+  uint32_t* buffers = counter + kChunkWords;
   const int64_t first = (team.direction * s.batch + team.first_row) * s.hidden;
-  send_initial<M>(initial, static_cast<const T*>(p.h0) + first, hidden_size, team, plan);
+  send_initial<M>(buffers, static_cast<const T*>(p.h0) + first, hidden_size, team, plan);
   Weights<M, G> weights;
   weights.load(static_cast<const T*>(p.weight_hh) + team.direction * 4 * s.hidden * s.hidden, hidden_size, team, plan,
                shared);
@@ -603,10 +605,8 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const Ls
   Hidden<M> h = hidden_of<M>(team, plan, hidden_size);
   unsigned round = 0;
   for (int step = 0; step < s.steps; ++step) {
-    h.initial = step == 0;
-    h.buffer = h.initial ? initial : exchange + step % 2 * plan.buffer_words();
-    h.stamp = Hidden<M>::stamp_of(step);
-    uint32_t* next = exchange + (step + 1) % 2 * plan.buffer_words();
+    h.step = step;
+    h.buffer = buffers + buffer_of(step) * plan.buffer_words();
     for (int pair = 0; pair * kPair < team.rows; ++pair) {
       const int longest = shared.longest[pair];
       for (int pass = 0; pass < team.passes; ++pass) {
@@ -618,9 +618,13 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const Ls
           __syncthreads();
           cell.add(partial, plan.warps);
         }
-        const float out = cell.update();
-        if (step + 1 < longest) cell.send(next, Hidden<M>::stamp_of(step + 1), plan, out);
-        cell.store(p, team, step, out);
+        float* c = shared.cells + cell.row * plan.groups * kUnits + cell.unit - team.group * kUnits;
+        const float out = cell.update(c);
+        if (step + 1 < longest) {
+          uint32_t* next = buffers + buffer_of(step + 1) * plan.buffer_words();
+          cell.send(next, Hidden<M>::stamp_of(step + 1), plan, out);
+        }
+        cell.store(p, team, step, out, c);
       }
     }
   }
