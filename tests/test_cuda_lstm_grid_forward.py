@@ -10,7 +10,7 @@ from fastseq.testing import Results
 NAMES = ("output", "h_n", "c_n", "activations", "cell_states")
 KINDS = [*DTYPES, "tf32"]
 # Both buffers of h, each with either stamp, take five steps.
-SHAPES = [(1, 3, 16), (6, 1, 1), (3, 33, 16), (5, 17, 63), (2, 33, 128), (3, 2, 257)]
+SHAPES = [(1, 3, 16), (6, 1, 1), (3, 33, 16), (5, 17, 63), (2, 17, 128), (3, 2, 257)]
 
 
 @pytest.fixture(autouse=True)
@@ -125,9 +125,9 @@ def _host():
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("multiprocessors", [132, 3])
+@pytest.mark.parametrize("multiprocessors", [6, 2])
 def test_any_order_of_threads_gives_the_same_bits(multiprocessors, kind):
-    case = _case(6, 19, 40, kind, lengths="mixed")
+    case = _case(5, 19, 24, kind, lengths="mixed")
     with cuda_on_cpu.device(multiprocessors=multiprocessors):
         first = _run(_host(), case)
         for seed in range(20):

@@ -48,6 +48,7 @@ std::optional<Plan> plan_of(const LstmShape& s, const DeviceLimits& device, int6
   plan.chunks = static_cast<int>(divide_up(s.hidden, 4 * M::kVector));
   plan.warp_chunks = static_cast<int>(divide_up(plan.chunks, kWarps));
   plan.warps = static_cast<int>(divide_up(plan.chunks, plan.warp_chunks));
+  plan.buffer_words = static_cast<size_t>(plan.tiles) * plan.chunks * kTile * kChunkWords;
   const int kept = std::min(M::kKeptSlices / at_once, plan.warp_chunks);
   plan.shared_slices = (passes * plan.warp_chunks - kept) * at_once;
   plan.shared_memory = at_once == 1 ? Shared<1>::bytes(plan) : Shared<2>::bytes(plan);
@@ -94,7 +95,7 @@ std::string launch_plan(const LstmForward& p, const Plan& plan, Stream stream) {
 
 bool lstm_grid_forward_fits(const LstmShape& s, Type type) {
   if (type == Type::kDouble || device_limits().capability < 80) return false;
-  if (s.steps > std::numeric_limits<int>::max() || s.hidden > 65536) return false;
+  if (std::max(s.steps, s.batch + kPair) > std::numeric_limits<int>::max() || s.hidden > 65536) return false;
   if (s.batch >= 256 && s.hidden >= 1024) return false;  // matrix products without recurrence's latency: the vendor's
   return with_arithmetic(s, type, [&](auto m) { return best_plan<decltype(m)>(s).has_value(); });
 }

@@ -41,19 +41,19 @@ constexpr size_t kSliceBytes = 64 * kThreads;  // of all lanes of a block
 
 // How the layer lies on the device; found by the launcher.
 struct Plan {
-  int blocks;         // of a team
-  int groups;         // of a block; the last block may have fewer
-  int splits;         // of the batch: teams of a direction
-  int tiles;          // of a team; the last team may have fewer
-  int chunks;         // of K
-  int warp_chunks;    // of a warp; the last ones may have fewer, or none
-  int warps;          // that have any
-  int shared_slices;  // of a lane, in shared memory
+  int blocks;           // of a team
+  int groups;           // of a block; the last block may have fewer
+  int splits;           // of the batch: teams of a direction
+  int tiles;            // of a team; the last team may have fewer
+  int chunks;           // of K
+  int warp_chunks;      // of a warp; the last ones may have fewer, or none
+  int warps;            // that have any
+  int shared_slices;    // of a lane, in shared memory
+  size_t buffer_words;  // (tiles, chunks, 8 rows, 16)
   size_t shared_memory;
 
   FASTSEQ_INLINE int pairs() const { return (tiles + 1) / 2; }
-  FASTSEQ_INLINE size_t buffer_words() const { return static_cast<size_t>(tiles) * chunks * kTile * kChunkWords; }
-  FASTSEQ_INLINE size_t team_words() const { return kChunkWords + 3 * buffer_words(); }  // a counter, h0, two of h
+  FASTSEQ_INLINE size_t team_words() const { return kChunkWords + 3 * buffer_words; }  // a counter, h0, two of h
 };
 
 FASTSEQ_DEVICE float as_float(uint32_t bits) {
@@ -214,26 +214,26 @@ FASTSEQ_DEVICE void load_operand(uint32_t (&out)[4], const typename M::T* row, i
 // What a block works on.
 struct Team {
   int direction;
-  bool backwards;
-  int64_t first_row;  // of the batch
+  int first_row;  // of the batch
   int rows;
   int group, groups;  // first of this block, and how many
-  int passes;         // none is empty: see the exchange of h
 };
 
 template <int G>
+FASTSEQ_DEVICE int passes_of(const Team& team) {  // none is empty: see the exchange of h
+  return (team.groups + G - 1) / G;
+}
+
 FASTSEQ_DEVICE Team team_of(const LstmShape& s, const Plan& plan) {
   const int team = blockIdx.x / plan.blocks, member = blockIdx.x % plan.blocks;
-  const int64_t first = static_cast<int64_t>(team % plan.splits) * plan.tiles * kTile;
+  const int first = team % plan.splits * plan.tiles * kTile;
   const int all = (static_cast<int>(s.hidden) + kUnits - 1) / kUnits, group = member * plan.groups;
   Team t;
   t.direction = team / plan.splits;
-  t.backwards = s.directions == 2 ? t.direction == 1 : s.reverse;
   t.first_row = first;
-  t.rows = static_cast<int>(min(static_cast<int64_t>(plan.tiles) * kTile, s.batch - first));
+  t.rows = min(plan.tiles * kTile, static_cast<int>(s.batch) - first);
   t.group = group;
   t.groups = min(plan.groups, all - group);
-  t.passes = (t.groups + G - 1) / G;
   return t;
 }
 
@@ -278,7 +278,7 @@ struct Weights {
   FASTSEQ_DEVICE void load(const T* weight, int hidden, const Team& team, const Plan& plan, const Shared<G>& shared) {
     const int first = static_cast<int>(threadIdx.x / 32) * plan.warp_chunks;
 #pragma unroll 1
-    for (int k = 0; k < team.passes * plan.warp_chunks * G; ++k) {
+    for (int k = 0; k < passes_of<G>(team) * plan.warp_chunks * G; ++k) {
       const int group = k % G, chunk = k / G % plan.warp_chunks, pass = k / G / plan.warp_chunks;
       const bool keep = pass == 0 && chunk < kKept;
       uint32_t* to = keep ? reinterpret_cast<uint32_t*>(shared.partial) : slice(plan, shared, pass, chunk, group);
@@ -330,26 +330,33 @@ struct Hidden {
   const uint32_t* buffer;  // (tiles, chunks, 8 rows, 16 words)
   int step;
   int rows;    // of the team
-  int chunks;  // of K
-  int end;     // of this lane's chunks
+  int hidden;  // H
+
+  // Of the chunks in which this lane has a vector: the warp's, up to the end of K.
+  static FASTSEQ_DEVICE int end(const Plan& plan, int hidden) {
+    constexpr int kChunk = 4 * M::kVector;
+    const int thread = thread_now(), before = thread % 4 * M::kVector;
+    return min((thread / 32 + 1) * plan.warp_chunks, (hidden - before + kChunk - 1) / kChunk);
+  }
 
   static FASTSEQ_DEVICE uint32_t stamp_of(int step) { return (step + 1) / 2 % 2 ? M::kStamp : 0; }
 
   // One look at M::kStage chunks of both tiles; whether all there is has the stamp.
-  FASTSEQ_DEVICE bool look(uint32_t (&h)[M::kStage][2][4], int pair, int first) const {
+  FASTSEQ_DEVICE bool look(uint32_t (&h)[M::kStage][2][4], const Plan& plan, int pair, int first) const {
+    const int last = end(plan, hidden);
     const uint32_t stamp = stamp_of(step);
     uint32_t wrong = 0;
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
       const int lane = thread_now() % 32;
       const bool exists = pair * kPair + tile * kTile + lane / 4 < rows;
-      const int64_t line = (static_cast<int64_t>(2 * pair + tile) * chunks + first) * kTile;
+      const int64_t line = (static_cast<int64_t>(2 * pair + tile) * plan.chunks + first) * kTile;
       const uint32_t* from = buffer + line * kChunkWords + 4 * lane;
 #pragma unroll
       for (int c = 0; c < M::kStage; ++c) {
         uint32_t (&words)[4] = h[c][tile];
         words[0] = words[1] = words[2] = words[3] = stamp;
-        load_relaxed(words, from + c * kTile * kChunkWords, exists && first + c < end);
+        load_relaxed(words, from + c * kTile * kChunkWords, exists && first + c < last);
       }
     }
 #pragma unroll
@@ -363,9 +370,9 @@ struct Hidden {
     return step == 0 || !(wrong & M::kStamp);  // h0 bears no stamp
   }
 
-  FASTSEQ_DEVICE void read(uint32_t (&h)[M::kStage][2][4], int pair, int first) const {
+  FASTSEQ_DEVICE void read(uint32_t (&h)[M::kStage][2][4], const Plan& plan, int pair, int first) const {
     Patience patience;
-    while (!look(h, pair, first)) patience.look();
+    while (!look(h, plan, pair, first)) patience.look();
     __syncwarp();
     if (step == 0) return;
 #pragma unroll
@@ -378,17 +385,6 @@ struct Hidden {
     }
   }
 };
-
-template <class M>
-FASTSEQ_DEVICE Hidden<M> hidden_of(const Team& team, const Plan& plan, int hidden) {
-  const int chunk = 4 * M::kVector, before = lane_id() % 4 * M::kVector;  // units of a chunk, those before this lane's
-  const int warp_end = min((static_cast<int>(threadIdx.x / 32) + 1) * plan.warp_chunks, plan.chunks);
-  Hidden<M> h{};
-  h.rows = team.rows;
-  h.chunks = plan.chunks;
-  h.end = min(warp_end, (hidden - before + chunk - 1) / chunk);
-  return h;
-}
 
 // h0 of this block's units, to be read without stamps. (B, H) of the direction from the team's first row on.
 template <class M>
@@ -407,6 +403,35 @@ FASTSEQ_DEVICE void send_initial(
   }
 }
 
+template <int G, class Sum>
+FASTSEQ_DEVICE void put_sums(float* partial, const Sum& sum, int warp, int group, int tile) {
+  const int lane = thread_now() % 32;
+  float gates[2][4];
+  sum.finish(gates);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    store_wide(partial + Shared<G>::at(warp, group, tile * kTile + 2 * (lane % 4) + e, lane / 4), gates[e]);
+  }
+}
+
+// Kept slices times the first tiles of a stage. `count`: chunks from `first` on that are the warp's.
+template <int kTiles, class M, int G>
+FASTSEQ_DEVICE void multiply_kept(typename M::Sum (&sums)[G][2],
+                                  const Weights<M, G>& weights,
+                                  const uint32_t (&h)[M::kStage][2][4],
+                                  int first,
+                                  int count) {
+#pragma unroll
+  for (int c = 0; c < M::kStage; ++c) {
+    if (c >= count) continue;
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) M::multiply(sums[g][tile], weights.kept[first + c][g], h[c][tile]);
+    }
+  }
+}
+
 // This warp's part of W h of one pass and one pair of tiles, to `partial`.
 template <class M, int G>
 FASTSEQ_DEVICE void multiply_pair(float* partial,
@@ -420,24 +445,21 @@ FASTSEQ_DEVICE void multiply_pair(float* partial,
   const int warp = thread_now() / 32, first = warp * plan.warp_chunks;
   const int count = min(plan.warp_chunks, plan.chunks - first);
   if (count <= 0) return;
+  const bool second = pair * kPair + kTile < hidden.rows;
   typename M::Sum sums[G][2];
   uint32_t h[M::kStage][2][4];
 #pragma unroll
   for (int stage = 0; stage < kKept; stage += M::kStage) {
     if (pass || stage >= count) continue;
-    hidden.read(h, pair, first + stage);
-#pragma unroll
-    for (int c = 0; c < M::kStage; ++c) {
-      if (stage + c >= count) continue;
-#pragma unroll
-      for (int g = 0; g < G; ++g) {
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) M::multiply(sums[g][tile], weights.kept[stage + c][g], h[c][tile]);
-      }
+    hidden.read(h, plan, pair, first + stage);
+    if (second) {
+      multiply_kept<2>(sums, weights, h, stage, count - stage);
+    } else {
+      multiply_kept<1>(sums, weights, h, stage, count - stage);
     }
   }
   for (int stage = pass ? 0 : kKept; stage < count; stage += M::kStage) {
-    hidden.read(h, pair, first + stage);
+    hidden.read(h, plan, pair, first + stage);
 #pragma unroll
     for (int c = 0; c < M::kStage; ++c) {
       if (stage + c >= count) continue;
@@ -450,69 +472,67 @@ FASTSEQ_DEVICE void multiply_pair(float* partial,
       }
     }
   }
-  const int lane = thread_now() % 32;
 #pragma unroll
   for (int g = 0; g < G; ++g) {
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      float gates[2][4];
-      sums[g][tile].finish(gates);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int row = tile * kTile + 2 * (lane % 4) + e;
-        store_wide(partial + Shared<G>::at(warp, g, row, lane / 4), gates[e]);
-      }
-    }
+    put_sums<G>(partial, sums[g][0], warp, g, 0);
+    if (second) put_sums<G>(partial, sums[g][1], warp, g, 1);
   }
 }
 
-// The cell of one thread: one unit of one row. Threads beyond a pass's units and a pair's rows have none.
+// The cell of one thread: one unit of one row. Threads beyond a pass's units and a pair's rows have none. Cheap to make
+// anew: `gates` (i, f, g, o) are all that a thread keeps of it while it waits for h.
 template <class M, int G>
 struct Cell {
   using T = typename M::T;
   int row, unit;  // of the team, of the direction
-  int length;     // of the row
+  int pass_row, pass_unit;
+  int length;  // of the row
   bool owned, exists, active;
-  float gates[4];
+  float* c;
 
-  // With the gates of this step, which need no other block.
   FASTSEQ_DEVICE Cell(
-      const LstmForward& p, const Team& team, const Plan& plan, const Shared<G>& shared, int step, int pair, int pass) {
-    const int own_unit = pass * G * kUnits + unit_of_pass();
-    row = pair * kPair + row_of_pair();
+      const Team& team, const Plan& plan, const Shared<G>& shared, int hidden, int step, int pair, int pass) {
+    const int thread = thread_now();
+    pass_row = thread / (G * kUnits);
+    pass_unit = thread % (G * kUnits);
+    const int own_unit = pass * G * kUnits + pass_unit;
+    row = pair * kPair + pass_row;
     unit = team.group * kUnits + own_unit;
-    owned = row_of_pair() < kPair && row < team.rows && own_unit < team.groups * kUnits;
-    exists = owned && unit < p.shape.hidden;
+    owned = pass_row < kPair && row < team.rows && own_unit < team.groups * kUnits;
+    exists = owned && unit < hidden;
     length = exists ? shared.lengths[row] : 0;
     active = step < length;
+    c = shared.cells + row * plan.groups * kUnits + own_unit;
+  }
+
+  // (T, B, D) of this step; past the length: of as many zeros
+  FASTSEQ_DEVICE int64_t place(const LstmShape& s, const Team& team, int step) const {
+    const bool backwards = s.directions == 2 ? team.direction : s.reverse;
+    const int64_t t = active && backwards ? length - 1 - step : step;
+    return (t * s.batch + team.first_row + row) * s.directions + team.direction;
+  }
+
+  // What needs no other block.
+  FASTSEQ_DEVICE void load(float (&gates)[4], const LstmForward& p, const Team& team, int step) const {
     if (!active) return;
     const T* from = static_cast<const T*>(p.gates) + place(p.shape, team, step) * 4 * p.shape.hidden + unit;
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) gates[gate] = to_float(from[gate * p.shape.hidden]);
   }
 
-  static FASTSEQ_DEVICE int unit_of_pass() { return thread_now() % (G * kUnits); }
-  static FASTSEQ_DEVICE int row_of_pair() { return thread_now() / (G * kUnits); }
-
-  // (T, B, D) of this step; past the length: of as many zeros
-  FASTSEQ_DEVICE int64_t place(const LstmShape& s, const Team& team, int step) const {
-    const int64_t t = active && team.backwards ? length - 1 - step : step;
-    return (t * s.batch + team.first_row + row) * s.directions + team.direction;
-  }
-
-  FASTSEQ_DEVICE void add(const float* partial, int warps) {
+  FASTSEQ_DEVICE void add(float (&gates)[4], const float* partial, int warps) const {
     if (!active) return;
 #pragma unroll 4
     for (int warp = 0; warp < warps; ++warp) {
       float part[4];
-      load_wide(part, partial + Shared<G>::at(warp, unit_of_pass() / kUnits, row_of_pair(), unit_of_pass() % kUnits));
+      load_wide(part, partial + Shared<G>::at(warp, pass_unit / kUnits, pass_row, pass_unit % kUnits));
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) gates[gate] += part[gate];
     }
   }
 
-  // The step: gates become activations. Returns h; 0 past the length.
-  FASTSEQ_DEVICE float update(float* c) {
+  // Gates become activations. Returns h; 0 past the length.
+  FASTSEQ_DEVICE float update(float (&gates)[4]) const {
     if (!active) return 0.0f;
     gates[0] = sigmoid_for<T>(gates[0]);
     gates[1] = sigmoid_for<T>(gates[1]);
@@ -531,7 +551,8 @@ struct Cell {
     store_relaxed(buffer + line * kChunkWords + unit % kChunk / M::kWord, M::encode(h, next) | stamp);
   }
 
-  FASTSEQ_DEVICE void store(const LstmForward& p, const Team& team, int step, float h, const float* c) const {
+  FASTSEQ_DEVICE void store(
+      const LstmForward& p, const Team& team, int step, const float (&activations)[4], float h) const {
     if (!exists) return;
     const LstmShape& s = p.shape;
     const int64_t at = place(s, team, step);
@@ -541,7 +562,7 @@ struct Cell {
     if (p.activations) {
       T* to = static_cast<T*>(p.activations) + at * 4 * s.hidden + unit;
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) from_float(gates[gate], to + gate * s.hidden);
+      for (int gate = 0; gate < 4; ++gate) from_float(activations[gate], to + gate * s.hidden);
     }
     if (step + 1 < length) return;
     const int64_t last = (team.direction * s.batch + team.first_row + row) * s.hidden + unit;
@@ -589,7 +610,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const Ls
   using T = typename M::T;
   const LstmShape& s = p.shape;
   const int hidden_size = static_cast<int>(s.hidden);
-  const Team team = team_of<G>(s, plan);
+  const Team team = team_of(s, plan);
   const Shared<G> shared(memory, plan);
   begin<M, G>(p, team, plan, shared);
 
@@ -602,29 +623,31 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const Ls
                shared);
   grid_barrier(counter, 1, plan.blocks);
 
-  Hidden<M> h = hidden_of<M>(team, plan, hidden_size);
+  Hidden<M> h{.buffer = buffers, .step = 0, .rows = team.rows, .hidden = hidden_size};
   unsigned round = 0;
   for (int step = 0; step < s.steps; ++step) {
     h.step = step;
-    h.buffer = buffers + buffer_of(step) * plan.buffer_words();
+    h.buffer = buffers + buffer_of(step) * plan.buffer_words;
     for (int pair = 0; pair * kPair < team.rows; ++pair) {
       const int longest = shared.longest[pair];
-      for (int pass = 0; pass < team.passes; ++pass) {
-        Cell<M, G> cell(p, team, plan, shared, step, pair, pass);
+      for (int pass = 0; pass < passes_of<G>(team); ++pass) {
+        float gates[4] = {};
+        Cell<M, G>(team, plan, shared, hidden_size, step, pair, pass).load(gates, p, team, step);
+        // Two, by turns: who is through the barrier reads one while others begin to write the other.
+        float* partial = shared.partial + round % 2 * kWarps * Shared<G>::kPartial;
         if (step < longest) {
-          // Two, by turns: who is through the barrier reads one while others begin to write the other.
-          float* partial = shared.partial + round++ % 2 * kWarps * Shared<G>::kPartial;
           multiply_pair(partial, weights, shared, plan, h, pair, pass);
           __syncthreads();
-          cell.add(partial, plan.warps);
+          ++round;
         }
-        float* c = shared.cells + cell.row * plan.groups * kUnits + cell.unit - team.group * kUnits;
-        const float out = cell.update(c);
+        const Cell<M, G> cell(team, plan, shared, hidden_size, step, pair, pass);
+        cell.add(gates, partial, plan.warps);
+        const float out = cell.update(gates);
         if (step + 1 < longest) {
-          uint32_t* next = buffers + buffer_of(step + 1) * plan.buffer_words();
+          uint32_t* next = buffers + buffer_of(step + 1) * plan.buffer_words;
           cell.send(next, Hidden<M>::stamp_of(step + 1), plan, out);
         }
-        cell.store(p, team, step, out, c);
+        cell.store(p, team, step, gates, out);
       }
     }
   }
