@@ -3,7 +3,8 @@
 import cuda_on_cpu
 import pytest
 import torch
-from cuda_cases import DTYPES, check, on, place, recurrence  # noqa: F401
+from cuda_cases import DTYPES, check, on, place, place_of, recurrence  # noqa: F401
+from cuda_sanitized import sanitized
 
 from fastseq.testing import Results
 
@@ -47,7 +48,7 @@ def test_parity(place, T, B, H, kind):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("D, reverse", [(1, False), (1, True), (2, False)])
+@pytest.mark.parametrize(("D", "reverse"), [(1, False), (1, True), (2, False)])
 def test_lengths(place, D, reverse, kind):  # noqa: F811
     """From 0 to T: frozen rows, the reverse direction from each row's own last step."""
     _check(place, _case(6, 19, 24, kind, D=D, reverse=reverse, lengths="mixed"))
@@ -107,7 +108,7 @@ def test_nan_stays_in_its_row(place, kind, unit):  # noqa: F811
 def test_few_multiprocessors(multiprocessors, T, B, H, D, kind):
     """Blocks of many groups: two at once, several passes, the last block with fewer of them; the batch in teams."""
     with cuda_on_cpu.device(multiprocessors=multiprocessors):
-        _check(_host(), _case(T, B, H, kind, D=D, lengths="mixed"))
+        _check(place_of("host"), _case(T, B, H, kind, D=D, lengths="mixed"))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -115,13 +116,7 @@ def test_few_multiprocessors(multiprocessors, T, B, H, D, kind):
 def test_weights_in_shared_memory(multiprocessors, H, kind):
     """More chunks of K, or more groups, than registers hold."""
     with cuda_on_cpu.device(multiprocessors=multiprocessors, shared_memory=4 << 20):
-        _check(_host(), _case(2, 9, H, kind))
-
-
-def _host():
-    from cuda_cases import place_of
-
-    return place_of("host")
+        _check(place_of("host"), _case(2, 9, H, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -129,32 +124,50 @@ def _host():
 def test_any_order_of_threads_gives_the_same_bits(multiprocessors, kind):
     case = _case(5, 19, 24, kind, lengths="mixed")
     with cuda_on_cpu.device(multiprocessors=multiprocessors):
-        first = _run(_host(), case)
+        first = _run(place_of("host"), case)
         for seed in range(20):
             with cuda_on_cpu.schedule(seed):
-                _same_bits(_run(_host(), case), first)
+                _same_bits(_run(place_of("host"), case), first)
 
 
-def test_what_fits():
-    def fits(B, H, kind, D=1, **device):
-        with cuda_on_cpu.device(**device):
-            try:
-                _run(_host(), _case(0, B, H, kind, D=D))
-            except RuntimeError as error:
-                assert "no CUDA kernel fits" in str(error)
-                return False
-            return True
+def _launch_nothing(B, H, kind, D):
+    """No steps: only what fits is launched."""
+    _run(place_of("host"), _case(0, B, H, kind, D=D))
 
-    assert fits(16, 1024, torch.bfloat16)
-    assert fits(16, 1024, "tf32")
-    assert fits(1, 1024, torch.bfloat16, D=2)
-    assert fits(1, 2048, torch.bfloat16)
-    assert not fits(1, 2048, torch.float32)
-    assert not fits(1, 2048, "tf32")
-    assert not fits(256, 1024, torch.bfloat16)
-    assert not fits(1, 2048, torch.bfloat16, multiprocessors=108, shared_memory=163 << 10)
-    assert not fits(1, 16, torch.bfloat16, capability=75)
-    assert not fits(1, 16, torch.bfloat16, D=2, multiprocessors=1)
+
+H100 = {}
+A100 = {"multiprocessors": 108, "capability": 80, "shared_memory": 163 << 10}
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "kind", "D", "device"),
+    [
+        (16, 1024, torch.bfloat16, 1, H100),
+        (16, 1024, "tf32", 1, H100),
+        (1, 1024, torch.bfloat16, 2, H100),
+        (1, 2048, torch.bfloat16, 1, H100),
+        (16, 1024, torch.bfloat16, 1, A100),
+    ],
+)
+def test_fits(B, H, kind, D, device):
+    with cuda_on_cpu.device(**device):
+        _launch_nothing(B, H, kind, D)
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "kind", "D", "device"),
+    [
+        (1, 2048, torch.float32, 1, H100),
+        (1, 2048, "tf32", 1, H100),
+        (256, 1024, torch.bfloat16, 1, H100),
+        (1, 2048, torch.bfloat16, 1, A100),
+        (1, 16, torch.bfloat16, 1, {"capability": 75}),
+        (1, 16, torch.bfloat16, 2, {"multiprocessors": 1}),
+    ],
+)
+def test_does_not_fit(B, H, kind, D, device):
+    with cuda_on_cpu.device(**device), pytest.raises(RuntimeError, match="no CUDA kernel fits"):
+        _launch_nothing(B, H, kind, D)
 
 
 def test_no_steps_return_the_initial_state(place):  # noqa: F811
@@ -162,3 +175,9 @@ def test_no_steps_return_the_initial_state(place):  # noqa: F811
     found = _run(place, case)
     assert found["output"].shape == (0, 3, 16)
     _same_bits({n: found[n] for n in ("h_n", "c_n")}, {"h_n": case.h0, "c_n": case.c0})
+
+
+@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
+def test_sanitizers_find_nothing(sanitizers):
+    run = sanitized(sanitizers, "race_lstm_grid_forward.cpp", "lstm_grid_forward.cu")
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -328,7 +328,7 @@ FASTSEQ_DEVICE void load_relaxed(uint32_t (&words)[4], const uint32_t* p, bool w
 FASTSEQ_DEVICE void store_relaxed(uint32_t* p, uint32_t x) {
 #ifdef FASTSEQ_HOST_DEVICE
   __atomic_store_n(p, x, __ATOMIC_RELAXED);
-  ++host::world().progress;
+  host::note_progress();
 #else
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 #endif
