@@ -109,10 +109,10 @@ SMALL_DEVICES = [  # multiprocessors, KiB of shared memory, dtype, tf32, T, B, H
     (2, 227, torch.bfloat16, NO_TF32, 3, 77, 20, 1, "three passes over the rows"),
     (3, 48, torch.float32, TF32, 3, 41, 40, 1, "shared memory for the sums of few rows"),
     (4, 227, torch.float32, NO_TF32, 3, 70, 60, 2, "blocks of 32 units, two directions, two passes"),
-    (17, 227, torch.bfloat16, NO_TF32, 2, 3, 528, 1, "32 units, weights in shared memory"),
-    (9, 227, torch.float32, TF32, 2, 3, 272, 1, "32 units, weights in shared memory"),
-    (7, 227, torch.float32, NO_TF32, 2, 3, 216, 1, "32 units, weights in shared memory"),
-    (132, 227, torch.float32, NO_TF32, 2, 2, 400, 1, "weights in shared memory"),
+    (18, 227, torch.bfloat16, NO_TF32, 2, 3, 576, 1, "32 units, weights in shared memory"),
+    (9, 227, torch.float32, TF32, 2, 3, 288, 1, "32 units, weights in shared memory"),
+    (8, 227, torch.float32, NO_TF32, 2, 3, 256, 1, "32 units, weights in shared memory"),
+    (132, 227, torch.float32, NO_TF32, 2, 2, 448, 1, "weights in shared memory"),
     (132, 227, torch.float32, TF32, 1, 2, 528, 1, "weights in shared memory"),
 ]
 
