@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(kStepThreads, 2) attention_step_kernel(Attenti
   FASTSEQ_SHARED(float, scores, kStepKeys);
   FASTSEQ_SHARED(float, probabilities, kStepKeys);
   const AttentionInputs& in = p.in;
-  const int64_t b = blockIdx.x / p.splits, split = blockIdx.x % p.splits, column = blockIdx.y * kStepColumns;
+  const int64_t b = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
+  const int64_t column = blockIdx.y * kStepColumns;
   const int columns = static_cast<int>(in.width - column < kStepColumns ? in.width - column : kStepColumns);
   const int groups = columns > 0 && columns < kStepThreads * N ? kStepThreads * N / columns : 1;
   const int64_t part = parts_of(parts_of(in.positions, kStepKeys), p.splits) * kStepKeys;
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kStepThreads, 2) attention_step_kernel(Attenti
     unsigned open = 0;
 #pragma unroll
     for (int j = 0; j < kWarpKeys; ++j) {
-      const bool attended = attending_steps(in, b, 0, own + j, end);
+      const bool attended = attends(in, b, own + j, end);
       open |= static_cast<unsigned>(attended) << j;
       keys[j] = attended ? row_of<T>(in.keys, b, own + j) : query;  // what is not attended to may be anything
     }
@@ -205,27 +206,25 @@ using ForwardTilesOf = ForwardTiles<std::conditional_t<kAdditive, float, T>>;
 template <int kRows>
 FASTSEQ_DEVICE float largest_of(const float* tile) {
   float largest = 0;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kRows * 16; i += kTileThreads) {
+  for_tile<kRows * 16>([&](int i) {
     float x[4];
     load_wide(x, tile + i / 16 * kTileStride<float> + i % 16 * 4);
 #pragma unroll
     for (int e = 0; e < 4; ++e) largest = fmaxf(largest, fabsf(x[e]));
-  }
+  });
   return warp_max(largest);
 }
 
 // In place; each thread the elements that it looked at in largest_of().
 template <class Tanh, int kRows>
 FASTSEQ_DEVICE void prepare_tile(float* tile) {
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kRows * 16; i += kTileThreads) {
+  for_tile<kRows * 16>([&](int i) {
     float x[4], *at = tile + i / 16 * kTileStride<float> + i % 16 * 4;
     load_wide(x, at);
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[e] = Tanh::prepare(x[e]);
     store_wide(at, x);
-  }
+  });
 }
 
 // In one way for all of the tiles' columns that are there.
