@@ -7,6 +7,7 @@ import pytest
 import torch
 from attention_cases import allowed_positions, make_padding
 from cuda_cases import DTYPES, on, place, place_of  # noqa: F401
+from cuda_sanitized import sanitized
 
 from fastseq.testing import compare, evaluate, plain_attention
 
@@ -335,3 +336,10 @@ def test_backward_refuses_gradients_of_another_shape(place, i, name):  # noqa: F
         changed = on(place, *arguments[:i], wrong, *arguments[i + 1 :])
         with pytest.raises(RuntimeError, match=f"attention_backward: {name} must have the"):
             place.operators.attention_backward(*changed, 1.0, True, True)
+
+
+@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
+def test_sanitizers_find_nothing(sanitizers):
+    """No race between threads of a block, nothing out of bounds or misaligned; three shuffled schedules."""
+    run = sanitized(sanitizers, "race_attention.cpp", "attention_forward.cu", "attention_backward.cu")
+    assert run.returncode == 0, run.stdout + run.stderr
