@@ -14,7 +14,6 @@ struct SoftmaxState {
   // What to subtract from scores: with nothing but -infinity so far all exponentials are 0, not NaN.
   FASTSEQ_DEVICE float base() const { return largest == -INFINITY ? 0.0f : largest; }
   FASTSEQ_DEVICE float divisor() const { return total == 0.0f ? 1.0f : total; }
-  FASTSEQ_DEVICE float weight(float score) const { return exp_fast(score - base()) / divisor(); }
 
   // Scores up to `score` come next: what sums over the earlier ones shrink by.
   FASTSEQ_DEVICE float raise(float score) {
@@ -124,10 +123,10 @@ FASTSEQ_DEVICE void step_context(const AttentionInputs& in,
   }
 }
 
-// The weights of one row from its scores, in place, by all threads of the block. limit: zero from here on.
+// The weights of one row from its scores, in place, by `threads` threads. limit: zero from here on.
 FASTSEQ_DEVICE void finish_weights(
-    float* row, int64_t positions, int64_t limit, const SoftmaxState& state, int thread, int threads) {
-  for (int64_t s = thread; s < positions; s += threads) row[s] = s < limit ? state.weight(row[s]) : 0.0f;
+    float* row, int64_t positions, int64_t limit, float base, float divisor, int thread, int threads) {
+  for (int64_t s = thread; s < positions; s += threads) row[s] = s < limit ? exp_fast(row[s] - base) / divisor : 0.0f;
 }
 
 // The context, or what one part of the positions adds to it, from sums (groups, columns).
@@ -184,7 +183,8 @@ __global__ void __launch_bounds__(kStepThreads, 2) attention_step_kernel(Attenti
   }
   __syncthreads();
   finish_step<T>(p, b, split, column, columns, groups, state, sums);
-  if (weights && p.splits == 1) finish_weights(weights, in.positions, limit, state, threadIdx.x, kStepThreads);
+  if (!weights || p.splits > 1) return;
+  finish_weights(weights, in.positions, limit, state.base(), state.divisor(), threadIdx.x, kStepThreads);
 }
 
 // What the parts of attention_step_kernel come to: a thread for a column of the context and a position.
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kStepThreads) attention_combine_kernel(Attenti
   if (index < in.width) from_float(sum / all.divisor(), static_cast<T*>(p.context) + b * in.width + index);
   if (!p.weights || index >= in.positions) return;
   float* weight = p.weights + b * in.positions + index;
-  *weight = index < position_limit(in, b) ? all.weight(*weight) : 0.0f;
+  *weight = index < position_limit(in, b) ? exp_fast(*weight - all.base()) / all.divisor() : 0.0f;
 }
 
 // Shared memory of attention_forward_kernel; behind it lie its sums. E: float, or 16 bits where no float tile is
@@ -215,7 +215,7 @@ struct ForwardTiles {
   E x[kTileRows * kTileStride<E>];
   E y[kTileColumns * kTileStride<E>];
   float weight[kTileDepth];
-  float factor[kTileRows];
+  float factor[kTileRows], base[kTileRows];
   float largest[2][kTileThreads / 32];
   unsigned open[kTileColumns];  // attending_steps() of each position
 };
@@ -452,11 +452,15 @@ __global__ void __launch_bounds__(kTileThreads, 4) attention_forward_kernel(Atte
     if (threadIdx.x % 4 == 0) tiles.factor[row] = factor;
     add_context<T, N>(block, in, first, count, tiles, sums);
   }
-  if (threadIdx.x % 4 == 0) tiles.factor[row] = state.divisor();
-  if (weights && row < block.rows) {
-    finish_weights(weights + row * in.positions, in.positions, limit, state, threadIdx.x % 4, 4);
+  if (threadIdx.x % 4 == 0) {
+    tiles.factor[row] = state.divisor();
+    tiles.base[row] = state.base();
   }
   __syncthreads();
+  for (int m = threadIdx.x / 32; weights && m < block.rows; m += kTileThreads / 32) {
+    float* own = weights + m * in.positions;
+    finish_weights(own, in.positions, limit, tiles.base[m], tiles.factor[m], lane_id(), 32);
+  }
   store_context<T, N>(block, p, tiles.factor, sums);
 }
 
