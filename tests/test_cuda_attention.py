@@ -7,7 +7,10 @@ import pytest
 import torch
 from attention_cases import allowed_positions, make_padding
 from cuda_cases import DTYPES, on, place, place_of  # noqa: F401
+from cuda_sanitized import sanitized
 
+from fastseq import _native
+from fastseq.ops.attention import attention, prepare_keys
 from fastseq.testing import compare, evaluate, plain_attention
 
 SCORES = ("dot", "additive")
@@ -335,3 +338,26 @@ def test_backward_refuses_gradients_of_another_shape(place, i, name):  # noqa: F
         changed = on(place, *arguments[:i], wrong, *arguments[i + 1 :])
         with pytest.raises(RuntimeError, match=f"attention_backward: {name} must have the"):
             place.operators.attention_backward(*changed, 1.0, True, True)
+
+
+@pytest.mark.skipif(not _native.available(), reason=f"{_native.why_not()}")
+@pytest.mark.parametrize("score", SCORES)
+def test_the_public_op_runs_them(score):
+    """With a mask for all steps, without gradients for the values, and nothing prepared."""
+    tensors, (_, mask, allowed) = make_inputs((3, 2, 9, 6, 5), score, torch.float32), padding_for("mask", (3, 2, 9))
+    leaves = {name: x.requires_grad_(name != "values") for name, x in tensors.items()}
+    with cuda_on_cpu.as_native():
+        assert prepare_keys(tensors["keys"], score=score, backend="native") is None
+        outputs = attention(**leaves, score=score, mask=mask.squeeze(1), need_weights=True, backend="native")
+        grads = torch.autograd.grad(outputs[0].square().sum(), [x for x in leaves.values() if x.requires_grad])
+    expected = plain_attention(**leaves, score=score, allowed=allowed)
+    wanted = torch.autograd.grad(expected[0].square().sum(), [x for x in leaves.values() if x.requires_grad])
+    torch.testing.assert_close(outputs, expected)
+    torch.testing.assert_close(grads, wanted)
+
+
+@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
+def test_sanitizers_find_nothing(sanitizers):
+    """No race between threads of a block, nothing out of bounds or misaligned; three shuffled schedules."""
+    run = sanitized(sanitizers, "race_attention.cpp", "attention_forward.cu", "attention_backward.cu")
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -40,7 +40,7 @@ struct ProductTiles {
 
 // 32 steps and 64 positions a block.
 template <class T, int N>
-__global__ void __launch_bounds__(kTileThreads) attention_grad_softmax_kernel(AttentionBackward p) {
+__global__ void __launch_bounds__(kTileThreads, 4) attention_grad_softmax_kernel(AttentionBackward p) {
   FASTSEQ_DYNAMIC_SHARED(memory);
   auto& tiles = *reinterpret_cast<ProductTiles<T>*>(memory);
   using Tile = RowProduct<T>;
@@ -99,7 +99,7 @@ FASTSEQ_DEVICE void load_factor(const AttentionBackward& p,
                                 int64_t inner,
                                 int64_t depth,
                                 ProductTiles<T>& tiles) {
-  for (int i = threadIdx.x; i < kTileRows * kTileDepth; i += kTileThreads) {
+  for_tile<kTileRows * kTileDepth>([&](int i) {
     constexpr bool kSteps = kGradient == Gradient::kQuery;  // rows are steps
     const int m = kSteps ? i / kTileDepth : i % kTileRows, k = kSteps ? i % kTileDepth : i / kTileRows;
     const int64_t step = kSteps ? row + m : inner + k, s = kSteps ? inner + k : row + m;
@@ -111,12 +111,12 @@ FASTSEQ_DEVICE void load_factor(const AttentionBackward& p,
         x = score_gradient(p, b, step, s, tiles.row_value[kSteps ? m : k]);
     }
     from_float(x, tiles.x + m * kTileStride<T> + k);
-  }
+  });
 }
 
 // 32 rows and 64 columns a block.
 template <class T, int N, Gradient kGradient>
-__global__ void __launch_bounds__(kTileThreads) attention_product_kernel(AttentionBackward p) {
+__global__ void __launch_bounds__(kTileThreads, 4) attention_product_kernel(AttentionBackward p) {
   FASTSEQ_DYNAMIC_SHARED(memory);
   auto& tiles = *reinterpret_cast<ProductTiles<T>*>(memory);
   constexpr bool kSteps = kGradient == Gradient::kQuery, kValues = kGradient == Gradient::kValues;
@@ -256,7 +256,7 @@ FASTSEQ_DEVICE float tanh_gradients(const AttentionBackward& p,
 
 // 128 positions and 32 columns a block, for all steps: a thread for 16 positions of one column.
 template <class T>
-__global__ void __launch_bounds__(kTanhThreads) attention_tanh_kernel(AttentionBackward p) {
+__global__ void __launch_bounds__(kTanhThreads, 2) attention_tanh_kernel(AttentionBackward p) {
   FASTSEQ_DYNAMIC_SHARED(memory);
   auto& tiles = *reinterpret_cast<TanhTiles*>(memory);
   const AttentionInputs& in = p.in;

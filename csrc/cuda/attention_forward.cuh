@@ -14,7 +14,6 @@ struct SoftmaxState {
   // What to subtract from scores: with nothing but -infinity so far all exponentials are 0, not NaN.
   FASTSEQ_DEVICE float base() const { return largest == -INFINITY ? 0.0f : largest; }
   FASTSEQ_DEVICE float divisor() const { return total == 0.0f ? 1.0f : total; }
-  FASTSEQ_DEVICE float weight(float score) const { return exp_fast(score - base()) / divisor(); }
 
   // Scores up to `score` come next: what sums over the earlier ones shrink by.
   FASTSEQ_DEVICE float raise(float score) {
@@ -60,6 +59,40 @@ FASTSEQ_DEVICE void step_scores(const AttentionInputs& in,
   for (int j = 0; j < kWarpKeys; ++j) score[j] = warp_sum(score[j]);
 }
 
+// Scores of kStepKeys positions from `first` on; -infinity where not attended to, and from `end` on.
+template <class T, int N, bool kAdditive>
+FASTSEQ_DEVICE void step_tile(const AttentionInputs& in, int64_t b, int64_t first, int64_t end, float* scores) {
+  const T* query = row_of<T>(in.query, b, 0);
+  const int own = static_cast<int>(threadIdx.x) / 32 * kWarpKeys;
+  const T* keys[kWarpKeys];
+  float score[kWarpKeys];
+  unsigned open = 0;
+#pragma unroll
+  for (int j = 0; j < kWarpKeys; ++j) {
+    const bool attended = attends(in, b, first + own + j, end);
+    open |= static_cast<unsigned>(attended) << j;
+    keys[j] = attended ? row_of<T>(in.keys, b, first + own + j) : query;  // the others may be anything
+  }
+  if (open) step_scores<T, N, kAdditive>(in, query, keys, score);
+#pragma unroll
+  for (int j = 0; j < kWarpKeys; ++j) {
+    if (lane_id() == j) scores[own + j] = open >> j & 1 ? in.scale * score[j] : -INFINITY;
+  }
+}
+
+// Scores (kStepKeys) to exponentials; every warp computes the same state. Returns what earlier sums shrink by.
+FASTSEQ_DEVICE float step_softmax(SoftmaxState& state, const float* scores, float* probabilities) {
+  const float upper = scores[lane_id()], lower = scores[lane_id() + 32];
+  const float factor = state.raise(warp_max(fmaxf(upper, lower)));
+  const float p_upper = exp_fast(upper - state.base()), p_lower = exp_fast(lower - state.base());
+  state.total += warp_sum(p_upper + p_lower);
+  if (threadIdx.x < 32) {
+    probabilities[lane_id()] = p_upper;
+    probabilities[lane_id() + 32] = p_lower;
+  }
+  return factor;
+}
+
 // sums (groups, columns) += probabilities (kStepKeys) * values, group g taking keys g, g + groups, ...; N columns each.
 template <class T, int N>
 FASTSEQ_DEVICE void step_context(const AttentionInputs& in,
@@ -90,10 +123,35 @@ FASTSEQ_DEVICE void step_context(const AttentionInputs& in,
   }
 }
 
-// The weights of one row from its scores, in place, by all threads of the block. limit: zero from here on.
+// The weights of one row from its scores, in place, by `threads` threads. limit: zero from here on.
 FASTSEQ_DEVICE void finish_weights(
-    float* row, int64_t positions, int64_t limit, const SoftmaxState& state, int thread, int threads) {
-  for (int64_t s = thread; s < positions; s += threads) row[s] = s < limit ? state.weight(row[s]) : 0.0f;
+    float* row, int64_t positions, int64_t limit, float base, float divisor, int thread, int threads) {
+  for (int64_t s = thread; s < positions; s += threads) row[s] = s < limit ? exp_fast(row[s] - base) / divisor : 0.0f;
+}
+
+// The context, or what one part of the positions adds to it, from sums (groups, columns).
+template <class T>
+FASTSEQ_DEVICE void finish_step(const AttentionForward& p,
+                                int64_t b,
+                                int64_t split,
+                                int64_t column,
+                                int columns,
+                                int groups,
+                                const SoftmaxState& state,
+                                const float* sums) {
+  T* context = static_cast<T*>(p.context) + b * p.in.width + column;
+  float* partial = p.sums + (b * p.splits + split) * p.in.width + column;
+  for (int c = threadIdx.x; c < columns; c += kStepThreads) {
+    float sum = 0;
+    for (int g = 0; g < groups; ++g) sum += sums[g * columns + c];
+    if (p.splits == 1)
+      from_float(sum / state.divisor(), context + c);
+    else
+      partial[c] = sum;
+  }
+  if (p.splits == 1 || threadIdx.x != 0 || column != 0) return;
+  p.states[(b * p.splits + split) * 2] = state.largest;
+  p.states[(b * p.splits + split) * 2 + 1] = state.total;
 }
 
 // T = 1. A block for a part of the positions of one sentence and kStepColumns columns of the context.
@@ -103,66 +161,30 @@ __global__ void __launch_bounds__(kStepThreads, 2) attention_step_kernel(Attenti
   FASTSEQ_SHARED(float, scores, kStepKeys);
   FASTSEQ_SHARED(float, probabilities, kStepKeys);
   const AttentionInputs& in = p.in;
-  const int64_t b = blockIdx.x / p.splits, split = blockIdx.x % p.splits, column = blockIdx.y * kStepColumns;
+  const int64_t b = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
+  const int64_t column = blockIdx.y * kStepColumns;
   const int columns = static_cast<int>(in.width - column < kStepColumns ? in.width - column : kStepColumns);
   const int groups = columns > 0 && columns < kStepThreads * N ? kStepThreads * N / columns : 1;
   const int64_t part = parts_of(parts_of(in.positions, kStepKeys), p.splits) * kStepKeys;
   const int64_t limit = position_limit(in, b), begin = split * part;
   const int64_t end = limit - begin < part ? limit : begin + part;
-  const T* query = row_of<T>(in.query, b, 0);
   float* weights = p.weights && column == 0 ? p.weights + b * in.positions : nullptr;
   for (int i = threadIdx.x; i < kStepColumns; i += kStepThreads) sums[i] = 0;
 
   SoftmaxState state;
   for (int64_t first = begin; first < end; first += kStepKeys) {
-    const int64_t own = first + threadIdx.x / 32 * kWarpKeys;
-    const T* keys[kWarpKeys];
-    float score[kWarpKeys];
-    unsigned open = 0;
-#pragma unroll
-    for (int j = 0; j < kWarpKeys; ++j) {
-      const bool attended = attending_steps(in, b, 0, own + j, end);
-      open |= static_cast<unsigned>(attended) << j;
-      keys[j] = attended ? row_of<T>(in.keys, b, own + j) : query;  // what is not attended to may be anything
-    }
-    if (open) step_scores<T, N, kAdditive>(in, query, keys, score);
-#pragma unroll
-    for (int j = 0; j < kWarpKeys; ++j) {
-      if (lane_id() == j) scores[own - first + j] = open >> j & 1 ? in.scale * score[j] : -INFINITY;
-    }
+    step_tile<T, N, kAdditive>(in, b, first, end, scores);
     __syncthreads();
-    // Every warp computes the same.
-    const float upper = scores[lane_id()], lower = scores[lane_id() + 32];
-    const float factor = state.raise(warp_max(fmaxf(upper, lower)));
-    const float p_upper = exp_fast(upper - state.base()), p_lower = exp_fast(lower - state.base());
-    state.total += warp_sum(p_upper + p_lower);
-    if (threadIdx.x < 32) {
-      probabilities[lane_id()] = p_upper;
-      probabilities[lane_id() + 32] = p_lower;
-    }
-    if (weights && threadIdx.x < kStepKeys && first + threadIdx.x < end) {
-      weights[first + threadIdx.x] = scores[threadIdx.x];
-    }
+    const float factor = step_softmax(state, scores, probabilities);
+    const int64_t s = first + threadIdx.x;
+    if (weights && threadIdx.x < kStepKeys && s < end) weights[s] = scores[threadIdx.x];
     __syncthreads();
     step_context<T, N>(in, b, first, probabilities, factor, column, columns, groups, sums);
   }
   __syncthreads();
-  T* context = static_cast<T*>(p.context) + b * in.width + column;
-  float* partial = p.sums + (b * p.splits + split) * in.width + column;
-  for (int c = threadIdx.x; c < columns; c += kStepThreads) {
-    float sum = 0;
-    for (int g = 0; g < groups; ++g) sum += sums[g * columns + c];
-    if (p.splits == 1)
-      from_float(sum / state.divisor(), context + c);
-    else
-      partial[c] = sum;
-  }
-  if (p.splits == 1) {
-    if (weights) finish_weights(weights, in.positions, limit, state, threadIdx.x, kStepThreads);
-  } else if (threadIdx.x == 0 && column == 0) {
-    p.states[(b * p.splits + split) * 2] = state.largest;
-    p.states[(b * p.splits + split) * 2 + 1] = state.total;
-  }
+  finish_step<T>(p, b, split, column, columns, groups, state, sums);
+  if (!weights || p.splits > 1) return;
+  finish_weights(weights, in.positions, limit, state.base(), state.divisor(), threadIdx.x, kStepThreads);
 }
 
 // What the parts of attention_step_kernel come to: a thread for a column of the context and a position.
@@ -182,7 +204,7 @@ __global__ void __launch_bounds__(kStepThreads) attention_combine_kernel(Attenti
   if (index < in.width) from_float(sum / all.divisor(), static_cast<T*>(p.context) + b * in.width + index);
   if (!p.weights || index >= in.positions) return;
   float* weight = p.weights + b * in.positions + index;
-  *weight = index < position_limit(in, b) ? all.weight(*weight) : 0.0f;
+  *weight = index < position_limit(in, b) ? exp_fast(*weight - all.base()) / all.divisor() : 0.0f;
 }
 
 // Shared memory of attention_forward_kernel; behind it lie its sums. E: float, or 16 bits where no float tile is
@@ -193,7 +215,7 @@ struct ForwardTiles {
   E x[kTileRows * kTileStride<E>];
   E y[kTileColumns * kTileStride<E>];
   float weight[kTileDepth];
-  float factor[kTileRows];
+  float factor[kTileRows], base[kTileRows];
   float largest[2][kTileThreads / 32];
   unsigned open[kTileColumns];  // attending_steps() of each position
 };
@@ -205,27 +227,25 @@ using ForwardTilesOf = ForwardTiles<std::conditional_t<kAdditive, float, T>>;
 template <int kRows>
 FASTSEQ_DEVICE float largest_of(const float* tile) {
   float largest = 0;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kRows * 16; i += kTileThreads) {
+  for_tile<kRows * 16>([&](int i) {
     float x[4];
     load_wide(x, tile + i / 16 * kTileStride<float> + i % 16 * 4);
 #pragma unroll
     for (int e = 0; e < 4; ++e) largest = fmaxf(largest, fabsf(x[e]));
-  }
+  });
   return warp_max(largest);
 }
 
 // In place; each thread the elements that it looked at in largest_of().
 template <class Tanh, int kRows>
 FASTSEQ_DEVICE void prepare_tile(float* tile) {
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kRows * 16; i += kTileThreads) {
+  for_tile<kRows * 16>([&](int i) {
     float x[4], *at = tile + i / 16 * kTileStride<float> + i % 16 * 4;
     load_wide(x, at);
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[e] = Tanh::prepare(x[e]);
     store_wide(at, x);
-  }
+  });
 }
 
 // In one way for all of the tiles' columns that are there.
@@ -326,72 +346,122 @@ FASTSEQ_DEVICE float softmax_tile(SoftmaxState& state, const float* scores, T* x
   return factor;
 }
 
+// What a block of attention_forward_kernel works at: steps from `step` on, columns of the context from `column` on.
+struct ForwardBlock {
+  int64_t b, step, column;
+  int rows, chunks;  // of 64 columns
+
+  FASTSEQ_DEVICE ForwardBlock(const AttentionInputs& in, int columns) {
+    const int64_t blocks = parts_of(in.steps, kTileRows);
+    b = blockIdx.x / blocks;
+    step = blockIdx.x % blocks * kTileRows;
+    column = static_cast<int64_t>(blockIdx.y) * columns;
+    rows = in.steps - step < kTileRows ? static_cast<int>(in.steps - step) : kTileRows;
+    chunks = static_cast<int>(parts_of(in.width - column < columns ? in.width - column : columns, 64));
+  }
+};
+
+// Scaled and masked scores to shared memory, and to `weights` (rows, S) unless it is null.
+template <class Tile, class Tiles>
+FASTSEQ_DEVICE void keep_scores(const float (&sum)[4][4],
+                                const AttentionInputs& in,
+                                int64_t first,
+                                int rows,
+                                int count,
+                                Tiles& tiles,
+                                float* weights) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int m = Tile::row(i / 4, i % 4), n = Tile::column(i / 4, i % 4);
+    const float score = tiles.open[n] >> m & 1 ? in.scale * sum[i / 4][i % 4] : -INFINITY;
+    tiles.scores[m * kTileStride<float> + n] = score;
+    if (weights && m < rows && n < count) weights[m * in.positions + first + n] = score;
+  }
+}
+
+// sums = factor * sums + x * values, `count` positions from `first` on; sums (chunks, 16, threads), each thread its
+// own.
+template <class T, int N, class Tiles>
+FASTSEQ_DEVICE void add_context(
+    const ForwardBlock& block, const AttentionInputs& in, int64_t first, int count, Tiles& tiles, float* sums) {
+  T *x = reinterpret_cast<T*>(tiles.x), *y = reinterpret_cast<T*>(tiles.y);
+  for (int chunk = 0; chunk < block.chunks; ++chunk, sums += 16 * kTileThreads) {
+    const int64_t c = block.column + 64 * chunk;
+    load_tile<N, kTileColumns>(y, row_of<T>(in.values, block.b, first) + c, in.values.row, in.width - c,
+                               [&](int r) { return tiles.open[r] != 0; });
+    __syncthreads();
+    float sum[4][4];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float factor = tiles.factor[ColumnProduct<T>::row(i / 4, i % 4)];
+      sum[i / 4][i % 4] = factor * sums[i * kTileThreads + threadIdx.x];
+    }
+    ColumnProduct<T>::add(sum, x, y, block.rows, count);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sums[i * kTileThreads + threadIdx.x] = sum[i / 4][i % 4];
+    __syncthreads();
+  }
+}
+
+// sums / divisors (kTileRows) to the context.
+template <class T, int N>
+FASTSEQ_DEVICE void store_context(const ForwardBlock& block,
+                                  const AttentionForward& p,
+                                  const float* divisors,
+                                  const float* sums) {
+  const int64_t width = p.in.width;
+  T* context = static_cast<T*>(p.context) + (block.b * p.in.steps + block.step) * width + block.column;
+  for (int chunk = 0; chunk < block.chunks; ++chunk, sums += 16 * kTileThreads) {
+    float sum[4][4];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      sum[i / 4][i % 4] = sums[i * kTileThreads + threadIdx.x] / divisors[ColumnProduct<T>::row(i / 4, i % 4)];
+    }
+    store_tile<N>(sum, context + 64 * chunk, width, block.rows, width - block.column - 64 * chunk);
+  }
+}
+
 // 32 steps and `columns` (whole tiles) columns of the context, a block.
 template <class T, int N, bool kAdditive>
 __global__ void __launch_bounds__(kTileThreads, 4) attention_forward_kernel(AttentionForward p, int columns) {
   FASTSEQ_DYNAMIC_SHARED(memory);
   auto& tiles = *reinterpret_cast<ForwardTilesOf<T, kAdditive>*>(memory);
-  float* sums = reinterpret_cast<float*>(memory + sizeof tiles);  // (columns / 64, 16, threads): each thread its own
-  T *x = reinterpret_cast<T*>(tiles.x), *y = reinterpret_cast<T*>(tiles.y);
+  float* sums = reinterpret_cast<float*>(memory + sizeof tiles);
   const AttentionInputs& in = p.in;
-  const int64_t blocks = parts_of(in.steps, kTileRows), b = blockIdx.x / blocks;
-  const int64_t step = blockIdx.x % blocks * kTileRows, column = static_cast<int64_t>(blockIdx.y) * columns;
-  const int rows = in.steps - step < kTileRows ? static_cast<int>(in.steps - step) : kTileRows;
-  const int chunks = static_cast<int>(parts_of(in.width - column < columns ? in.width - column : columns, 64));
-  const int64_t limit = position_limit(in, b);
+  const ForwardBlock block(in, columns);
+  const int64_t limit = position_limit(in, block.b);
   const int row = threadIdx.x / 4;  // whose softmax this thread works at
-  float* weights = p.weights && column == 0 ? p.weights + (b * in.steps + step) * in.positions : nullptr;
-  for (int i = 0; i < chunks * 16; ++i) sums[i * kTileThreads + threadIdx.x] = 0;
+  float* weights =
+      p.weights && block.column == 0 ? p.weights + (block.b * in.steps + block.step) * in.positions : nullptr;
+  for (int i = 0; i < block.chunks * 16; ++i) sums[i * kTileThreads + threadIdx.x] = 0;
 
   SoftmaxState state;
   for (int64_t first = 0; first < limit; first += kTileColumns) {
     const int count = limit - first < kTileColumns ? static_cast<int>(limit - first) : kTileColumns;
-    if (threadIdx.x < kTileColumns) tiles.open[threadIdx.x] = attending_steps(in, b, step, first + threadIdx.x, limit);
+    if (threadIdx.x < kTileColumns) {
+      tiles.open[threadIdx.x] = attending_steps(in, block.b, block.step, first + threadIdx.x, limit);
+    }
     __syncthreads();
     float sum[4][4];
     clear(sum);
-    add_scores<T, N, kAdditive>(sum, in, b, step, first, rows, tiles);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      using Tile = RowProduct<std::conditional_t<kAdditive, float, T>>;
-      const int m = Tile::row(i / 4, i % 4), n = Tile::column(i / 4, i % 4);
-      const float score = tiles.open[n] >> m & 1 ? in.scale * sum[i / 4][i % 4] : -INFINITY;
-      tiles.scores[m * kTileStride<float> + n] = score;
-      if (weights && m < rows && n < count) weights[m * in.positions + first + n] = score;
-    }
+    add_scores<T, N, kAdditive>(sum, in, block.b, block.step, first, block.rows, tiles);
+    using Tile = RowProduct<std::conditional_t<kAdditive, float, T>>;
+    keep_scores<Tile>(sum, in, first, block.rows, count, tiles, weights);
     __syncthreads();
-    const float factor = softmax_tile(state, tiles.scores, x);
+    const float factor = softmax_tile(state, tiles.scores, reinterpret_cast<T*>(tiles.x));
     if (threadIdx.x % 4 == 0) tiles.factor[row] = factor;
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t c = column + 64 * chunk;
-      load_tile<N, kTileColumns>(y, row_of<T>(in.values, b, first) + c, in.values.row, in.width - c,
-                                 [&](int r) { return tiles.open[r] != 0; });
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const float kept = sums[(chunk * 16 + i) * kTileThreads + threadIdx.x];
-        sum[i / 4][i % 4] = kept * tiles.factor[ColumnProduct<T>::row(i / 4, i % 4)];
-      }
-      ColumnProduct<T>::add(sum, x, y, rows, count);
-#pragma unroll
-      for (int i = 0; i < 16; ++i) sums[(chunk * 16 + i) * kTileThreads + threadIdx.x] = sum[i / 4][i % 4];
-      __syncthreads();
-    }
+    add_context<T, N>(block, in, first, count, tiles, sums);
   }
-  if (threadIdx.x % 4 == 0) tiles.factor[row] = state.divisor();
-  if (weights && row < rows)
-    finish_weights(weights + row * in.positions, in.positions, limit, state, threadIdx.x % 4, 4);
+  if (threadIdx.x % 4 == 0) {
+    tiles.factor[row] = state.divisor();
+    tiles.base[row] = state.base();
+  }
   __syncthreads();
-  T* context = static_cast<T*>(p.context) + (b * in.steps + step) * in.width + column;
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    float sum[4][4];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float total = sums[(chunk * 16 + i) * kTileThreads + threadIdx.x];
-      sum[i / 4][i % 4] = total / tiles.factor[ColumnProduct<T>::row(i / 4, i % 4)];
-    }
-    store_tile<N>(sum, context + 64 * chunk, in.width, rows, in.width - column - 64 * chunk);
+  for (int m = threadIdx.x / 32; weights && m < block.rows; m += kTileThreads / 32) {
+    float* own = weights + m * in.positions;
+    finish_weights(own, in.positions, limit, tiles.base[m], tiles.factor[m], lane_id(), 32);
   }
+  store_context<T, N>(block, p, tiles.factor, sums);
 }
 
 }  // namespace fastseq::cuda

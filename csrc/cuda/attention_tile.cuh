@@ -23,14 +23,17 @@ FASTSEQ_DEVICE int64_t position_limit(const AttentionInputs& in, int64_t b) {
   return length < 0 ? 0 : length < in.positions ? length : in.positions;
 }
 
-// Bit i: step first + i attends to position s. `limit`: position_limit().
+// Whether the only step, or each one, attends to position s. `limit`: position_limit().
+FASTSEQ_DEVICE bool attends(const AttentionInputs& in, int64_t b, int64_t s, int64_t limit) {
+  return s < limit && (!in.mask || in.mask[b * in.mask_batch + s * in.mask_column]);
+}
+
+// Bit i: step first + i attends to position s.
 FASTSEQ_DEVICE unsigned attending_steps(const AttentionInputs& in, int64_t b, int64_t first, int64_t s, int64_t limit) {
-  if (s >= limit) return 0;
   const int steps = in.steps - first < 32 ? static_cast<int>(in.steps - first) : 32;
-  const unsigned all = ~0u >> (32 - steps);
-  if (!in.mask) return all;
+  if (!in.mask || in.mask_row == 0) return attends(in, b, s, limit) ? ~0u >> (32 - steps) : 0;
+  if (s >= limit) return 0;
   const bool* mask = in.mask + b * in.mask_batch + first * in.mask_row + s * in.mask_column;
-  if (in.mask_row == 0) return *mask ? all : 0;
   unsigned bits = 0;
   for (int i = 0; i < steps; ++i) bits |= static_cast<unsigned>(mask[i * in.mask_row]) << i;
   return bits;
@@ -62,12 +65,18 @@ FASTSEQ_DEVICE void clear_vector(E* to) {
     store_vector(to, zeros);
 }
 
+// body(i) for i < kCount, over the threads of a block; kCount is a multiple of theirs.
+template <int kCount, class Body>
+FASTSEQ_DEVICE void for_tile(Body body) {
+#pragma unroll 8
+  for (int k = 0; k < kCount / kTileThreads; ++k) body(k * kTileThreads + static_cast<int>(threadIdx.x));
+}
+
 // 64 columns of up to kRows rows into a tile, zeros where there are none. present(r): whether there is a row r.
 template <int N, int kRows, class E, class T, class Present>
 FASTSEQ_DEVICE void load_tile(E* tile, const T* rows, int64_t row_stride, int64_t columns, Present present) {
   constexpr int kVectors = 64 / N;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kRows * kVectors; i += kTileThreads) {
+  for_tile<kRows * kVectors>([&](int i) {
     const int r = i / kVectors, c = i % kVectors * N;
     E* to = tile + r * kTileStride<E> + c;
     if (c < columns && present(r)) {
@@ -75,7 +84,7 @@ FASTSEQ_DEVICE void load_tile(E* tile, const T* rows, int64_t row_stride, int64_
     } else {
       clear_vector<N>(to);
     }
-  }
+  });
 }
 
 FASTSEQ_DEVICE void clear(float (&sum)[4][4]) {
