@@ -3,7 +3,8 @@
 import cuda_on_cpu
 import pytest
 import torch
-from cuda_cases import DTYPES, check, on, place, recurrence  # noqa: F401
+from cuda_cases import DTYPES, check, on, place, place_of, recurrence  # noqa: F401
+from cuda_sanitized import sanitized
 
 from fastseq.testing import Results
 
@@ -36,3 +37,89 @@ SHAPES = [(1, 3, 16), (5, 1, 1), (4, 17, 63), (3, 9, 128), (2, 3, 200), (2, 2, 2
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parity(place, shape, dtype):  # noqa: F811
     _check_forward(place, _case(*shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"lengths": "mixed"}, {"reverse": True, "lengths": "mixed"}], ids=str)
+@pytest.mark.parametrize("D", [1, 2])
+def test_lengths_and_directions(place, options, D, dtype):  # noqa: F811
+    if D == 2:
+        options = {**options, "reverse": False}
+    _check_forward(place, _case(6, 9, 24, dtype, D=D, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_values_and_unneeded_results(place, dtype):  # noqa: F811
+    case = _case(4, 3, 16, dtype, scale=100.0)
+    _check_forward(place, case)
+    whole, part = _forward(place, case), _forward(place, case, activations=False, cell_states=False)
+    assert part[3].numel() == part[4].numel() == 0
+    assert whole[3].shape == (4, 3, 64) and torch.isfinite(whole[3]).all()
+    assert all(torch.equal(a, b) for a, b in zip(whole[:3], part[:3], strict=True))
+
+
+def test_activations(place):  # noqa: F811
+    """i f g o of the steps that count: c = f c_before + i g and h = o tanh(c)."""
+    case = _case(5, 3, 24, torch.bfloat16, lengths="mixed")
+    output, _, _, activations, cells = (t.float() for t in _forward(place, case))
+    i, f, g, o = activations.chunk(4, dim=-1)
+    valid = (torch.arange(5).unsqueeze(1) < case.lengths).unsqueeze(-1)
+    before = torch.cat((case.c0.float(), cells[:-1]))
+    torch.testing.assert_close(
+        torch.where(valid, f * before + i * g, 0), torch.where(valid, cells, 0), rtol=0.02, atol=0.02
+    )
+    torch.testing.assert_close(torch.where(valid, o * cells.tanh(), 0), output, rtol=0.02, atol=0.02)
+
+
+def test_no_steps(place):  # noqa: F811
+    case = _case(0, 2, 16, torch.bfloat16)
+    output, h_n, c_n, *_ = _forward(place, case)
+    assert output.shape == (0, 2, 16) and torch.equal(h_n, case.h0) and torch.equal(c_n, case.c0)
+
+
+# A few multiprocessors: tiles of 16 and 32 sequences, more clusters than are resident; no cluster of 16: twice the
+# units and threads a block, part of the weights in shared memory.
+@pytest.mark.parametrize(
+    ("multiprocessors", "shape", "dtype"),
+    [
+        (4, (3, 17, 16), torch.bfloat16),
+        (4, (3, 33, 16), torch.float32),
+        (2, (3, 70, 8), torch.float16),
+        (8, (2, 2, 257), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_small_devices(multiprocessors, shape, dtype):
+    with cuda_on_cpu.device(multiprocessors=multiprocessors):
+        _check_forward(place_of("host"), _case(*shape, dtype, lengths="mixed"))
+
+
+def test_what_does_not_fit_is_refused():
+    host = place_of("host")
+    case = _case(2, 2, 16, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="no CUDA kernel fits"):
+        _forward(host, recurrence(2, 2, 16))  # exact float32
+    with pytest.raises(RuntimeError, match="no CUDA kernel fits"):
+        _forward(host, _case(1, 1, 520, torch.bfloat16))
+    for limits in [{"capability": 80}, {"multiprocessors": 1}, {"shared_memory": 8 << 10}]:
+        with cuda_on_cpu.device(**limits), pytest.raises(RuntimeError, match="no CUDA kernel fits"):
+            _forward(host, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_order_of_threads_gives_the_same_bits(dtype):
+    host, case = place_of("host"), _case(5, 9, 24, dtype, D=2, lengths="mixed")
+    first = _forward(host, case)
+    valid = (torch.arange(5).unsqueeze(1) < case.lengths).unsqueeze(-1)
+    for seed in range(20):
+        with cuda_on_cpu.schedule(seed):
+            again = _forward(host, case)
+        for a, b in zip(first, again, strict=True):
+            a, b = (torch.where(valid, t, 0) if t.dim() == 3 and len(t) == 5 else t for t in (a, b))
+            assert torch.equal(a, b), seed
+
+
+@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
+def test_sanitizers_find_nothing(sanitizers):
+    run = sanitized(sanitizers, "race_lstm_cluster.cpp", "lstm_cluster_forward.cu")
+    assert run.returncode == 0, run.stdout + run.stderr

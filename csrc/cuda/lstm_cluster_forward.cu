@@ -69,7 +69,10 @@ int resident(const Plan& plan, Type type) {
 // fits; of its tiles of the batch the smallest that are all resident at once, else the largest.
 Plan choose(const LstmShape& s, Type type) {
   Plan best;
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (device_limits().capability < 90 || (type == Type::kFloat && !s.tf32)) return best;
+  constexpr int64_t kMostHidden = 512;  // beyond it shared memory would be read longer than h travels through L2
+  if (s.hidden > kMostHidden || s.steps > kMost || s.batch > kMost - 32) return best;
   for (const int most_units : {32, 64}) {
     for (const int blocks : {2, 4, 8, 16}) {
       if (s.hidden > static_cast<int64_t>(most_units) * blocks) continue;
