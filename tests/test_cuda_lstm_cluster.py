@@ -48,6 +48,13 @@ def test_lengths_and_directions(place, options, D, dtype):  # noqa: F811
     _check_forward(place, _case(6, 9, 24, dtype, D=D, **options))
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("longest", [0, 3])
+def test_steps_that_no_sequence_has(place, longest, reverse):  # noqa: F811
+    case = _case(5, 3, 12, torch.bfloat16, reverse=reverse)
+    _check_forward(place, case._replace(lengths=torch.tensor([1, 0, 3]).clamp(max=longest)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_values_and_unneeded_results(place, dtype):  # noqa: F811
     case = _case(4, 3, 16, dtype, scale=100.0)
@@ -101,7 +108,7 @@ def test_what_does_not_fit_is_refused():
         _forward(host, recurrence(2, 2, 16))  # exact float32
     with pytest.raises(RuntimeError, match="no CUDA kernel fits"):
         _forward(host, _case(1, 1, 520, torch.bfloat16))
-    for limits in [{"capability": 80}, {"multiprocessors": 1}, {"shared_memory": 8 << 10}]:
+    for limits in [{"capability": 80}, {"multiprocessors": 1}, {"shared_memory": 4 << 10}]:
         with cuda_on_cpu.device(**limits), pytest.raises(RuntimeError, match="no CUDA kernel fits"):
             _forward(host, case)
 

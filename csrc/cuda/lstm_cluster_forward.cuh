@@ -312,6 +312,31 @@ FASTSEQ_DEVICE void load_states(
   }
 }
 
+// The most steps of a tile's sequences: the same in all threads of the cluster.
+template <int N>
+FASTSEQ_DEVICE int longest_of(const LstmShape& s, int64_t first_row) {
+  static_assert(N * 8 <= 32, "a lane for each sequence");
+  if (!s.lengths) return static_cast<int>(s.steps);
+  const int64_t row = first_row + lane_id() % (N * 8);
+  int longest = row < s.batch ? max(static_cast<int>(s.lengths[row]), 0) : 0;
+#pragma unroll
+  for (int with = 16; with; with /= 2) longest = max(longest, __shfl_xor_sync(kAllLanes, longest, with));
+  return min(longest, static_cast<int>(s.steps));
+}
+
+// Steps from `begin` on, which no sequence of the tile has.
+template <class T, int N>
+FASTSEQ_DEVICE void clear_output(const LstmForward& p, const ClusterPlace& at, int begin) {
+  const LstmShape& s = p.shape;
+  if (at.unit >= s.hidden) return;
+  for (int64_t t = begin; t < s.steps; ++t) {
+    for (int n = 0; n < N; ++n) {
+      const int64_t row = at.row + 8 * n, slot = (t * s.batch + row) * s.directions + at.direction;
+      if (row < s.batch) from_float(0.0f, static_cast<T*>(p.output) + slot * s.hidden + at.unit);
+    }
+  }
+}
+
 template <class T, int N>
 FASTSEQ_DEVICE void store_states(const T (&h)[N], const float (&c)[N], const LstmForward& p, const ClusterPlace& at) {
   const LstmShape& s = p.shape;
@@ -335,7 +360,7 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
   const ClusterPlace at = cluster_place(p.shape, tile, N);
   uint4* more_weights = reinterpret_cast<uint4*>(memory + parts.weights) + at.warp * (tile.steps - R) * 64;
   const int64_t H = p.shape.hidden;
-  const int last = static_cast<int>(p.shape.steps) - 1;
+  const int first_row = at.row - 4 * at.half - at.q, last = longest_of<N>(p.shape, first_row) - 1;
   const int buffer = 2 * tile.steps * N * 32;  // pieces
   const unsigned bytes = tile.blocks * tile.units * N * 8 * sizeof(T);
 
@@ -343,7 +368,7 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
   load_all_weights(weights, more_weights, static_cast<const T*>(p.weight_hh) + at.direction * 4 * H * H, H, at,
                    tile.steps);
   const T* h0 = static_cast<const T*>(p.h0) + at.direction * p.shape.batch * H;
-  fill_states<T, N>(h_pieces, h0, p.shape, tile, at.row - 4 * at.half - at.q);
+  fill_states<T, N>(h_pieces, h0, p.shape, tile, first_row);
   T h[N];
   float c[N];
   int lengths[N];
@@ -374,6 +399,7 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
     if (s < last) send_states(h, h_pieces + (s + 1) % 2 * buffer, arrived + (s + 1) % 2, tile, at);
   }
   store_states(h, c, p, at);
+  clear_output<T, N>(p, at, last + 1);
   cluster_barrier();
 }
 
