@@ -8,6 +8,8 @@
 namespace fastseq::cuda {
 namespace {
 
+using namespace cluster;
+
 struct Plan {
   ClusterTile tile;
   Launch launch;
@@ -22,9 +24,8 @@ auto with_kernel(const Plan& plan, Type type, const Run& run) {
     using Kernel = void (*)(LstmForward, ClusterTile);
     const int R = plan.registers, N = plan.row_tiles;
     Kernel kernel = nullptr;
-    if (plan.launch.block.x > 256) {
+    if (plan.launch.block.x > 256) {  // 128 registers a thread: for one tile
       if (R == 8 && N == 1) kernel = lstm_cluster_forward_kernel<T, 512, 8, 1>;
-      if (R == 8 && N == 2) kernel = lstm_cluster_forward_kernel<T, 512, 8, 2>;
     } else {
       if (R == 4 && N == 1) kernel = lstm_cluster_forward_kernel<T, 256, 4, 1>;
       if (R == 4 && N == 2) kernel = lstm_cluster_forward_kernel<T, 256, 4, 2>;

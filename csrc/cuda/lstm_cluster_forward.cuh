@@ -28,10 +28,9 @@
 // chain, so padded units are computed and sent as well (weights, gates and states 0: h = 0).
 #pragma once
 
-#include "device.cuh"
-#include "lstm.h"
+#include "lstm_cluster.cuh"
 
-namespace fastseq::cuda {
+namespace fastseq::cuda::cluster {
 
 // What a launch has decided.
 struct ClusterTile {
@@ -40,11 +39,6 @@ struct ClusterTile {
   int steps;   // of K a warp multiplies: as many as its registers hold, the rest from shared memory
   int tiles;   // of the batch
 };
-
-template <class T>
-constexpr int kPiece = 8 / static_cast<int>(sizeof(T));
-template <class T>
-constexpr int kStep = 4 * kPiece<T>;
 
 // Shared memory: bytes before each part, and in all. Registers: steps of K whose weights a warp keeps in registers.
 struct ClusterMemory {
@@ -77,15 +71,6 @@ FASTSEQ_DEVICE ClusterPlace cluster_place(const LstmShape& s, const ClusterTile&
   at.row = cluster % tile.tiles * row_tiles * 8 + 4 * at.half + at.q;
   at.backwards = s.directions == 2 ? at.direction == 1 : s.reverse;
   return at;
-}
-
-// Two words of fragments from P numbers.
-template <class T>
-FASTSEQ_DEVICE uint2 piece_of(const float (&x)[kPiece<T>]) {
-  if constexpr (sizeof(T) == 2)
-    return {pack_pair<T>(x[0], x[1]), pack_pair<T>(x[2], x[3])};
-  else
-    return {to_tf32(x[0]), to_tf32(x[1])};
 }
 
 // Columns [column, column + P) of a row (columns,), zero past its end; a null row is zero.
@@ -131,14 +116,6 @@ FASTSEQ_DEVICE void load_all_weights(uint32_t (&weights)[R][2][4],
     more_weights[(s - R) * 64 + lane_id()] = uint4{a[0][0], a[0][1], a[0][2], a[0][3]};
     more_weights[(s - R) * 64 + 32 + lane_id()] = uint4{a[1][0], a[1][1], a[1][2], a[1][3]};
   }
-}
-
-template <class T>
-FASTSEQ_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (sizeof(T) == 2)
-    multiply_16x8x16<T>(d, a, b);
-  else
-    multiply_16x8x8_tf32(d, a, b);
 }
 
 // Both buffers of h: h0 (B, H) in the first; what is never sent stays zero in both.
@@ -312,18 +289,6 @@ FASTSEQ_DEVICE void load_states(
   }
 }
 
-// The most steps of a tile's sequences: the same in all threads of the cluster.
-template <int N>
-FASTSEQ_DEVICE int longest_of(const LstmShape& s, int64_t first_row) {
-  static_assert(N * 8 <= 32, "a lane for each sequence");
-  if (!s.lengths) return static_cast<int>(s.steps);
-  const int64_t row = first_row + lane_id() % (N * 8);
-  int longest = row < s.batch ? max(static_cast<int>(s.lengths[row]), 0) : 0;
-#pragma unroll
-  for (int with = 16; with; with /= 2) longest = max(longest, __shfl_xor_sync(kAllLanes, longest, with));
-  return min(longest, static_cast<int>(s.steps));
-}
-
 // Steps from `begin` on, which no sequence of the tile has.
 template <class T, int N>
 FASTSEQ_DEVICE void clear_output(const LstmForward& p, const ClusterPlace& at, int begin) {
@@ -403,4 +368,4 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
   cluster_barrier();
 }
 
-}  // namespace fastseq::cuda
+}  // namespace fastseq::cuda::cluster

@@ -7,7 +7,7 @@
 
 using namespace fastseq::cuda;
 
-static bool forward(int64_t T, int64_t B, int64_t H) {
+static bool both(int64_t T, int64_t B, int64_t H) {
   constexpr int64_t D = 2;
   std::vector<int64_t> lengths(B);
   for (int64_t b = 0; b < B; ++b) lengths[b] = b % (T + 1);
@@ -27,19 +27,34 @@ static bool forward(int64_t T, int64_t B, int64_t H) {
                       .activations = activations.data(),
                       .cell_states = cell_states.data(),
                       .workspace = nullptr};
-  const std::string error = launch_lstm_cluster_forward(p, Type::kFloat, nullptr);
+  std::string error = launch_lstm_cluster_forward(p, Type::kFloat, nullptr);
+  std::vector<float> grad_gates(gates.size()), grad_h0(h0.size()), grad_c0(c0.size());
+  const LstmBackward b{.shape = shape,
+                       .grad_output = output.data(),
+                       .grad_h_n = h_n.data(),
+                       .grad_c_n = nullptr,
+                       .grad_cell_states = nullptr,
+                       .activations = activations.data(),
+                       .cell_states = cell_states.data(),
+                       .c0 = c0.data(),
+                       .weight_hh = weight.data(),
+                       .grad_gates = grad_gates.data(),
+                       .grad_h0 = grad_h0.data(),
+                       .grad_c0 = grad_c0.data(),
+                       .workspace = nullptr};
+  if (error.empty()) error = launch_lstm_cluster_backward(b, Type::kFloat, nullptr);
   if (!error.empty()) std::printf("%s\n", error.c_str());
   return error.empty();
 }
 
 int main() {
-  bool fine = forward(4, 3, 24);
+  bool fine = both(4, 3, 24);
   host::options().shuffle = true;
   for (uint64_t seed = 0; seed < 3; ++seed) {
     host::options().seed = seed;
-    fine = fine && forward(4, 3, 24);
+    fine = fine && both(4, 3, 24);
   }
   host::options().multiprocessors = 2;  // a tile of 16 sequences
-  fine = fine && forward(2, 9, 8);
+  fine = fine && both(2, 9, 8);
   return fine ? 0 : 1;
 }
