@@ -13,7 +13,13 @@ def sanitized(sanitizers: str, program: str, *kernels: str) -> subprocess.Comple
         pytest.skip("the host-side device needs a C++ compiler")
     stem = program.removesuffix(".cpp")
     sources = [*(cuda_on_cpu.ROOT / "csrc/cuda" / name for name in kernels), cuda_on_cpu.HERE / program]
-    flags = [*cuda_on_cpu.FLAGS, "-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    flags = [
+        *cuda_on_cpu.FLAGS,
+        "-O1",
+        f"-fsanitize={sanitizers}",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+    ]
     path = cuda_on_cpu.build(f"{stem}-{sanitizers}", flags, sources, program=True)
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
     return subprocess.run([path], capture_output=True, text=True, env=environment, timeout=300)

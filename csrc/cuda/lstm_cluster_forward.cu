@@ -8,6 +8,8 @@
 namespace fastseq::cuda {
 namespace {
 
+using namespace cluster;
+
 struct Plan {
   ClusterTile tile;
   Launch launch;
@@ -22,9 +24,8 @@ auto with_kernel(const Plan& plan, Type type, const Run& run) {
     using Kernel = void (*)(LstmForward, ClusterTile);
     const int R = plan.registers, N = plan.row_tiles;
     Kernel kernel = nullptr;
-    if (plan.launch.block.x > 256) {
+    if (plan.launch.block.x > 256) {  // 128 registers a thread: for one tile
       if (R == 8 && N == 1) kernel = lstm_cluster_forward_kernel<T, 512, 8, 1>;
-      if (R == 8 && N == 2) kernel = lstm_cluster_forward_kernel<T, 512, 8, 2>;
     } else {
       if (R == 4 && N == 1) kernel = lstm_cluster_forward_kernel<T, 256, 4, 1>;
       if (R == 4 && N == 2) kernel = lstm_cluster_forward_kernel<T, 256, 4, 2>;
@@ -69,7 +70,10 @@ int resident(const Plan& plan, Type type) {
 // fits; of its tiles of the batch the smallest that are all resident at once, else the largest.
 Plan choose(const LstmShape& s, Type type) {
   Plan best;
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (device_limits().capability < 90 || (type == Type::kFloat && !s.tf32)) return best;
+  constexpr int64_t kMostHidden = 512;  // beyond it shared memory would be read longer than h travels through L2
+  if (s.hidden > kMostHidden || s.steps > kMost || s.batch > kMost - 32) return best;
   for (const int most_units : {32, 64}) {
     for (const int blocks : {2, 4, 8, 16}) {
       if (s.hidden > static_cast<int64_t>(most_units) * blocks) continue;

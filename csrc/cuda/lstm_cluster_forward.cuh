@@ -28,10 +28,9 @@
 // chain, so padded units are computed and sent as well (weights, gates and states 0: h = 0).
 #pragma once
 
-#include "device.cuh"
-#include "lstm.h"
+#include "lstm_cluster.cuh"
 
-namespace fastseq::cuda {
+namespace fastseq::cuda::cluster {
 
 // What a launch has decided.
 struct ClusterTile {
@@ -40,11 +39,6 @@ struct ClusterTile {
   int steps;   // of K a warp multiplies: as many as its registers hold, the rest from shared memory
   int tiles;   // of the batch
 };
-
-template <class T>
-constexpr int kPiece = 8 / static_cast<int>(sizeof(T));
-template <class T>
-constexpr int kStep = 4 * kPiece<T>;
 
 // Shared memory: bytes before each part, and in all. Registers: steps of K whose weights a warp keeps in registers.
 struct ClusterMemory {
@@ -60,32 +54,23 @@ struct ClusterMemory {
 
 // Where a thread stands.
 struct ClusterPlace {
-  int64_t direction, unit, row;  // unit of the layer, first sequence; the others follow by 8
-  int warp, half, r, q;          // half: of K, and of the columns
+  int direction, unit, row;  // unit of the layer, first sequence; the others follow by 8
+  int warp, half, r, q;      // half: of K, and of the columns
   bool backwards;
 };
 
 FASTSEQ_DEVICE ClusterPlace cluster_place(const LstmShape& s, const ClusterTile& tile, int row_tiles) {
   ClusterPlace at;
-  const int64_t cluster = cluster_index(), lane = lane_id();
+  const int cluster = static_cast<int>(cluster_index()), lane = lane_id();
   at.warp = threadIdx.x / 32;
   at.half = at.warp % 2;
   at.r = lane / 4;
   at.q = lane % 4;
   at.direction = cluster / tile.tiles;
-  at.unit = static_cast<int64_t>(cluster_rank()) * tile.units + at.warp / 2 * 8 + at.r;
+  at.unit = static_cast<int>(cluster_rank()) * tile.units + at.warp / 2 * 8 + at.r;
   at.row = cluster % tile.tiles * row_tiles * 8 + 4 * at.half + at.q;
   at.backwards = s.directions == 2 ? at.direction == 1 : s.reverse;
   return at;
-}
-
-// Two words of fragments from P numbers.
-template <class T>
-FASTSEQ_DEVICE uint2 piece_of(const float (&x)[kPiece<T>]) {
-  if constexpr (sizeof(T) == 2)
-    return {pack_pair<T>(x[0], x[1]), pack_pair<T>(x[2], x[3])};
-  else
-    return {to_tf32(x[0]), to_tf32(x[1])};
 }
 
 // Columns [column, column + P) of a row (columns,), zero past its end; a null row is zero.
@@ -115,12 +100,22 @@ FASTSEQ_DEVICE void load_weights(
   }
 }
 
-template <class T>
-FASTSEQ_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (sizeof(T) == 2)
-    multiply_16x8x16<T>(d, a, b);
-  else
-    multiply_16x8x8_tf32(d, a, b);
+// This warp's half of K: R steps into registers, the others, each lane what it will read, into shared memory.
+template <class T, int R>
+FASTSEQ_DEVICE void load_all_weights(uint32_t (&weights)[R][2][4],
+                                     uint4* more_weights,
+                                     const T* weight,
+                                     int64_t hidden,
+                                     const ClusterPlace& at,
+                                     int steps) {
+#pragma unroll
+  for (int s = 0; s < R; ++s) load_weights(weights[s], weight, hidden, at, 2 * s + at.half);
+  for (int s = R; s < steps; ++s) {
+    uint32_t a[2][4];
+    load_weights(a, weight, hidden, at, 2 * s + at.half);
+    more_weights[(s - R) * 64 + lane_id()] = uint4{a[0][0], a[0][1], a[0][2], a[0][3]};
+    more_weights[(s - R) * 64 + 32 + lane_id()] = uint4{a[1][0], a[1][1], a[1][2], a[1][3]};
+  }
 }
 
 // Both buffers of h: h0 (B, H) in the first; what is never sent stays zero in both.
@@ -191,6 +186,19 @@ FASTSEQ_DEVICE void share_sums(float (&own)[N][4],
   }
 }
 
+// The own sums become pre-activations, with the other warp's sums and the gates' own part.
+template <class T, int N>
+FASTSEQ_DEVICE void add_sums(float (&own)[N][4], const T (&gates)[N][4], const float4* shown, const ClusterPlace& at) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const float4 other = shown[((at.warp ^ 1) * N + n) * 32 + lane_id()];
+    own[n][0] = to_float(gates[n][0]) + (own[n][0] + other.x);
+    own[n][1] = to_float(gates[n][1]) + (own[n][1] + other.y);
+    own[n][2] = to_float(gates[n][2]) + (own[n][2] + other.z);
+    own[n][3] = to_float(gates[n][3]) + (own[n][3] + other.w);
+  }
+}
+
 // The gates of step t, as they are stored; zero outside of the tensor.
 template <class T, int N>
 FASTSEQ_DEVICE void fetch_gates(T (&gates)[N][4], const LstmForward& p, const ClusterPlace& at, int64_t t) {
@@ -228,8 +236,8 @@ FASTSEQ_DEVICE uint64_t gather_piece(T h, int r) {
 template <class T, int N>
 FASTSEQ_DEVICE void send_states(
     const T (&h)[N], const uint2* to, const uint64_t* arrived, const ClusterTile& tile, const ClusterPlace& at) {
-  const int64_t unit = at.unit / kPiece<T> * kPiece<T>;
-  const int64_t step = unit / kStep<T>, place = unit % kStep<T> / kPiece<T> * 8 + 4 * at.half + at.q;
+  const int unit = at.unit / kPiece<T> * kPiece<T>, step = unit / kStep<T>;
+  const int place = unit % kStep<T> / kPiece<T> * 8 + 4 * at.half + at.q;
   uint64_t pieces[N];
 #pragma unroll
   for (int n = 0; n < N; ++n) pieces[n] = gather_piece(h[n], at.r);
@@ -267,18 +275,30 @@ FASTSEQ_DEVICE void finish_unit(
 // States of the own units: h0, c0 (D, B, H) into registers, and lengths.
 template <class T, int N>
 FASTSEQ_DEVICE void load_states(
-    T (&h)[N], float (&c)[N], int64_t (&lengths)[N], const LstmForward& p, const ClusterPlace& at) {
+    T (&h)[N], float (&c)[N], int (&lengths)[N], const LstmForward& p, const ClusterPlace& at) {
   const LstmShape& s = p.shape;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const int64_t row = at.row + 8 * n, slot = (at.direction * s.batch + row) * s.hidden + at.unit;
     from_float(0.0f, &h[n]);
     c[n] = 0;
-    lengths[n] = s.steps;
-    if (row < s.batch && s.lengths) lengths[n] = s.lengths[row];
+    lengths[n] = static_cast<int>(row < s.batch && s.lengths ? s.lengths[row] : s.steps);
     if (row >= s.batch || at.unit >= s.hidden) continue;
     h[n] = static_cast<const T*>(p.h0)[slot];
     c[n] = to_float(static_cast<const T*>(p.c0)[slot]);
+  }
+}
+
+// Steps from `begin` on, which no sequence of the tile has.
+template <class T, int N>
+FASTSEQ_DEVICE void clear_output(const LstmForward& p, const ClusterPlace& at, int begin) {
+  const LstmShape& s = p.shape;
+  if (at.unit >= s.hidden) return;
+  for (int64_t t = begin; t < s.steps; ++t) {
+    for (int n = 0; n < N; ++n) {
+      const int64_t row = at.row + 8 * n, slot = (t * s.batch + row) * s.directions + at.direction;
+      if (row < s.batch) from_float(0.0f, static_cast<T*>(p.output) + slot * s.hidden + at.unit);
+    }
   }
 }
 
@@ -304,25 +324,19 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
   float4* shown = reinterpret_cast<float4*>(memory + parts.sums);
   const ClusterPlace at = cluster_place(p.shape, tile, N);
   uint4* more_weights = reinterpret_cast<uint4*>(memory + parts.weights) + at.warp * (tile.steps - R) * 64;
-  const int64_t T_ = p.shape.steps, H = p.shape.hidden;
+  const int64_t H = p.shape.hidden;
+  const int first_row = at.row - 4 * at.half - at.q, last = longest_of<N>(p.shape, first_row) - 1;
   const int buffer = 2 * tile.steps * N * 32;  // pieces
   const unsigned bytes = tile.blocks * tile.units * N * 8 * sizeof(T);
 
   uint32_t weights[R][2][4];
-  const T* weight = static_cast<const T*>(p.weight_hh) + at.direction * 4 * H * H;
-#pragma unroll
-  for (int s = 0; s < R; ++s) load_weights(weights[s], weight, H, at, 2 * s + at.half);
-  for (int s = R; s < tile.steps; ++s) {  // each lane what it will read
-    uint32_t a[2][4];
-    load_weights(a, weight, H, at, 2 * s + at.half);
-    more_weights[(s - R) * 64 + lane_id()] = uint4{a[0][0], a[0][1], a[0][2], a[0][3]};
-    more_weights[(s - R) * 64 + 32 + lane_id()] = uint4{a[1][0], a[1][1], a[1][2], a[1][3]};
-  }
+  load_all_weights(weights, more_weights, static_cast<const T*>(p.weight_hh) + at.direction * 4 * H * H, H, at,
+                   tile.steps);
   const T* h0 = static_cast<const T*>(p.h0) + at.direction * p.shape.batch * H;
-  fill_states<T, N>(h_pieces, h0, p.shape, tile, at.row - 4 * at.half - at.q);
+  fill_states<T, N>(h_pieces, h0, p.shape, tile, first_row);
   T h[N];
   float c[N];
-  int64_t lengths[N];
+  int lengths[N];
   load_states(h, c, lengths, p, at);
   if (threadIdx.x == 0) {
     for (int b = 0; b < 2; ++b) {
@@ -333,9 +347,9 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
   cluster_barrier();
 
   T gates[N][4];
-  if (T_) fetch_gates(gates, p, at, at.backwards ? T_ - 1 : 0);
-  for (int64_t s = 0; s < T_; ++s) {
-    const int64_t t = at.backwards ? T_ - 1 - s : s;
+  if (last >= 0) fetch_gates(gates, p, at, at.backwards ? last : 0);
+  for (int s = 0; s <= last; ++s) {
+    const int t = at.backwards ? last - s : s;
     if (s) mbarrier_wait(arrived + s % 2, (s - 1) / 2 % 2);
     if (s && threadIdx.x == 0) mbarrier_arrive_expect(arrived + s % 2, bytes);  // step s + 2
     constexpr int kChains = N == 1 ? 2 : 1;                                     // that do not wait for each other
@@ -343,21 +357,15 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
     multiply_states<T>(sums, weights, more_weights, h_pieces + s % 2 * buffer, at, tile.steps);
     share_sums(pre, sums, shown, at);
     __syncthreads();
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const float4 other = shown[((at.warp ^ 1) * N + n) * 32 + lane_id()];
-      pre[n][0] = to_float(gates[n][0]) + (pre[n][0] + other.x);
-      pre[n][1] = to_float(gates[n][1]) + (pre[n][1] + other.y);
-      pre[n][2] = to_float(gates[n][2]) + (pre[n][2] + other.z);
-      pre[n][3] = to_float(gates[n][3]) + (pre[n][3] + other.w);
-    }
-    if (s + 1 < T_) fetch_gates(gates, p, at, at.backwards ? t - 1 : t + 1);
+    add_sums(pre, gates, shown, at);
+    if (s < last) fetch_gates(gates, p, at, at.backwards ? t - 1 : t + 1);
 #pragma unroll
     for (int n = 0; n < N; ++n) finish_unit(p, at, n, t, t < lengths[n], pre[n], c[n], h[n]);
-    if (s + 1 < T_) send_states(h, h_pieces + (s + 1) % 2 * buffer, arrived + (s + 1) % 2, tile, at);
+    if (s < last) send_states(h, h_pieces + (s + 1) % 2 * buffer, arrived + (s + 1) % 2, tile, at);
   }
   store_states(h, c, p, at);
+  clear_output<T, N>(p, at, last + 1);
   cluster_barrier();
 }
 
-}  // namespace fastseq::cuda
+}  // namespace fastseq::cuda::cluster

@@ -1,5 +1,6 @@
 // Copies and stores that arrive later: cp.async, clusters, mbarrier, st.async. Each takes effect as late as it may, so
-// that a wait that is missing reads what was there before.
+// that a wait that is missing reads what was there before. With shuffled threads half of the stores take effect at
+// once, so that one which overwrites what is still read shows as well.
 #pragma once
 
 #include "world.h"
@@ -96,13 +97,24 @@ HOST_RAW inline void mbarrier_arrive_expect(uint64_t* mbarrier, unsigned bytes) 
   mbarrier_update(mbarrier, 1, static_cast<int>(bytes));
 }
 
+HOST_RAW inline void deliver(const Delivery& d) {
+  for (int i = 0; i < d.bytes; ++i) {
+    static_cast<volatile char*>(d.to)[i] = reinterpret_cast<const volatile char*>(&d.value)[i];
+  }
+  mbarrier_update(d.mbarrier, 0, -d.bytes);
+}
+
 HOST_RAW inline void store_async(void* to, uint64_t* mbarrier, uint64_t value, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % bytes) fail("store_async: not aligned to " + std::to_string(bytes) + " bytes");
   __tsan_write_range(to, bytes);  // from now on it may change
   __tsan_release(mbarrier);
   const Unseen unseen;
-  world().deliveries.push_back({to, value, bytes, mbarrier});
-  ++world().progress;
+  World& w = world();
+  if (options().shuffle && w.random() % 2)
+    deliver({to, value, bytes, mbarrier});
+  else
+    w.deliveries.push_back({to, value, bytes, mbarrier});
+  ++w.progress;
 }
 
 // Whether the phase of this parity has ended; what is on its way to this mbarrier arrives first.
@@ -113,12 +125,7 @@ HOST_RAW inline bool mbarrier_phase_ended(uint64_t* mbarrier, unsigned parity) {
   std::vector<Delivery> own;
   for (const Delivery& d : world().deliveries) (d.mbarrier == mbarrier ? own : others).push_back(d);
   world().deliveries.swap(others);
-  for (const Delivery& d : own) {
-    for (int i = 0; i < d.bytes; ++i) {
-      static_cast<volatile char*>(d.to)[i] = reinterpret_cast<const volatile char*>(&d.value)[i];
-    }
-    mbarrier_update(d.mbarrier, 0, -d.bytes);
-  }
+  for (const Delivery& d : own) deliver(d);
   if (reinterpret_cast<Mbarrier*>(mbarrier)->parity == parity) return false;
   __tsan_acquire(mbarrier);
   return true;

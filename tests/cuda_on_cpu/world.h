@@ -114,6 +114,7 @@ struct World {
   std::vector<Barrier> cluster_barriers;  // by cluster
   unsigned cluster_size = 1;
   std::vector<Delivery> deliveries;
+  std::mt19937_64 random;  // whether a delivery comes at once
 };
 
 inline Options& options() {
@@ -314,6 +315,7 @@ inline std::string launch(dim3 grid,
   w.body = &body;
   w.error.clear();
   w.deliveries.clear();
+  w.random.seed(options().seed + 2);
   std::vector<int> ids(count);
   for (int i = 0; i < count; ++i) ids[i] = i;
   std::mt19937_64 random(options().seed + 1);
