@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
@@ -70,18 +72,36 @@ def quiet_torch() -> Iterator[None]:
 def environment(command: list[str]) -> dict[str, object]:
     """What the figures of a command depend on."""
     switches = {name: value for name, value in os.environ.items() if name.startswith(("FASTSEQ_", "OMP_", "MKL_"))}
+    return (
+        {
+            "command": shlex.join(command),
+            "date": datetime.date.today().isoformat(),
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load average at the start": load_average(),
+            "fastseq": fastseq.__version__,
+            "native": _native.build_info().get("cpu", "missing"),
+            "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
+            "python": platform.python_version(),
+        }
+        | gpu_facts()
+        | ({"environment": " ".join(f"{name}={value}" for name, value in switches.items())} if switches else {})
+    )
+
+
+def gpu_facts() -> dict[str, object]:
+    """The GPU and what belongs to it; empty where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
     return {
-        "command": shlex.join(command),
-        "date": datetime.date.today().isoformat(),
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load average at the start": load_average(),
-        "fastseq": fastseq.__version__,
-        "native": _native.build_info().get("cpu", "missing"),
-        "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
-        "python": platform.python_version(),
-    } | ({"environment": " ".join(f"{name}={value}" for name, value in switches.items())} if switches else {})
+        "gpu": f"{properties.name}, {properties.multi_processor_count} multiprocessors, "
+        f"compute capability {properties.major}.{properties.minor}, {properties.total_memory >> 30} GiB",
+        "cuda": f"torch built for {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}",
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",
+        "native cuda": " ".join(_native.build_info().get("cuda_architectures", ())) or "missing",
+    }
 
 
 def load_average() -> str:
