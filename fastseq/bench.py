@@ -173,9 +173,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
     suite, _ = SUITES[args.suite]
     on_gpu = suite[0].device == "cuda"
     if on_gpu and not torch.cuda.is_available():
-        parser.error(
-            f"--suite {args.suite} needs a GPU and a torch built for it; torch sees none: try --suite cpu."
-        )
+        parser.error(f"--suite {args.suite} needs a GPU and a torch built for it; torch sees none: try --suite cpu.")
     if args.backends is None:
         args.backends = "native,triton,auto" if on_gpu else "auto"
     args.backends = _names(parser, "--backends", args.backends, BACKENDS)

@@ -63,9 +63,10 @@ def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 @contextlib.contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Without torch's warning that a projection is not oneDNN's: that is what is measured."""
+    """Without torch's warnings about what is meant: projections, weights that lie apart, bits that may change."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LSTM with projections is not supported")
+        for message in ("LSTM with projections is not", "RNN module weights are not", ".*deterministic"):
+            warnings.filterwarnings("ignore", message=message)
         yield
 
 

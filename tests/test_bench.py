@@ -196,9 +196,7 @@ def test_no_gpu_is_a_sentence(capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(["--suite", "cuda"])
     assert stopped.value.code == 2
-    assert (
-        "--suite cuda needs a GPU and a torch built for it; torch sees none" in capsys.readouterr().err
-    )
+    assert "--suite cuda needs a GPU and a torch built for it; torch sees none" in capsys.readouterr().err
 
 
 LIMITS = {  # microseconds a step of the best design, as first derived by hand
