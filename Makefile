@@ -1,6 +1,7 @@
 # make demo   train and evaluate on real data      make test   run the tests
 # make lint   check the style                      make clean  remove what make built (not data/ and runs/)
 # make sanitize   random calls of the compiled operators under AddressSanitizer and UBSan
+# make latencies   compile benchmarks/latencies.cu for a machine that has a GPU but no nvcc
 # make triton-versions   the Triton tests on each version of Triton that a supported torch brings
 #
 # Variables: PYTHON, TORCH (a pip requirement; add an index with --index-url), TRITON (the same; empty for none),
@@ -21,9 +22,9 @@ READY := $(VENV)/.ready
 LINT_READY := $(VENV)/.lint-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
-TEST_SOURCES := $(wildcard tests/*.cpp tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
+TEST_SOURCES := $(wildcard tests/*.cpp tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h benchmarks/*.cu)
 
-.PHONY: demo test lint sanitize triton-versions clean
+.PHONY: demo test lint sanitize triton-versions latencies clean
 
 demo: $(READY)
 	$(BIN)/fastseq data cmudict $(DATA)
@@ -67,6 +68,14 @@ build/triton-%/.ready: $(READY)
 	rm -rf $(@D)
 	$(PIP) --target $(@D) --no-deps triton==$* "numpy<2.4"
 	touch $@
+
+latencies: build/latencies
+
+# The architectures of gpu_check.py, which compiles it itself where it can.
+build/latencies: benchmarks/latencies.cu
+	mkdir -p $(@D)
+	nvcc -O3 -std=c++17 -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a \
+	  -gencode=arch=compute_90,code=compute_90 $< -o $@
 
 # The environment; rebuilt when the compiled sources or the metadata change.
 $(READY): setup.py pyproject.toml $(CXX_SOURCES)

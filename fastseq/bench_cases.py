@@ -108,6 +108,7 @@ PRECISIONS = {
     "f16": {"dtype": torch.float16},
     "float32": {"dtype": torch.float32},
 }
+HIDDEN_SIZES = (512, 1024, 256, 128, 768, 2048, 64, 192)
 LAYERS = {
     "one layer": {"kind": "lstm"},
     "packed": {"kind": "packed"},
@@ -126,8 +127,7 @@ def _cuda_cases() -> tuple[Case, ...]:
         options |= PRECISIONS[precision] | {"device": "cuda"}
         found.append((rank, Case(f"{precision} {group}", kind, steps, batch, hidden, hidden, **options)))
 
-    hidden_sizes = (512, 1024, 256, 128, 768, 2048, 64, 192)
-    for rank, group, batch, hidden, precision in _ranked(LAYERS, (16, 64, 1, 128), hidden_sizes, PRECISIONS):
+    for rank, group, batch, hidden, precision in _ranked(LAYERS, (16, 64, 1, 128), HIDDEN_SIZES, PRECISIONS):
         add(rank, group, steps=256, batch=batch, hidden=hidden, precision=precision, **LAYERS[group])
     for rank, batch, hidden, precision in _ranked((1, 16, 64), (512, 1024, 256), ("bf16", "float32")):
         add(rank, "decode step", "cell", 1, batch, hidden, precision)

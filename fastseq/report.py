@@ -101,7 +101,7 @@ def gpu_facts() -> dict[str, object]:
         f"compute capability {properties.major}.{properties.minor}, {properties.total_memory >> 30} GiB",
         "cuda": f"torch built for {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}",
         "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",
-        "native cuda": " ".join(_native.build_info().get("cuda_architectures", ())) or "missing",
+        "native cuda": _native.why_not_cuda() or " ".join(_native.build_info()["cuda_architectures"]),
     }
 
 
