@@ -1,13 +1,16 @@
 # make demo   train and evaluate on real data      make test   run the tests
 # make lint   check the style                      make clean  remove what make built (not data/ and runs/)
 # make sanitize   random calls of the compiled operators under AddressSanitizer and UBSan
+# make latencies   compile benchmarks/latencies.cu for a machine that has a GPU but no nvcc
+# make triton-versions   the Triton tests on each version of Triton that a supported torch brings
 #
-# Variables: PYTHON, TORCH (a pip requirement; add an index with --index-url), TRITON (the same; empty for none), DATA, RUN,
-# PYTEST_ARGS, FUZZ_ARGS.
+# Variables: PYTHON, TORCH (a pip requirement; add an index with --index-url), TRITON (the same; empty for none),
+# TRITON_VERSIONS, DATA, RUN, PYTEST_ARGS, FUZZ_ARGS.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),triton==3.7.1)
+TRITON_VERSIONS ?= 3.6.0 3.7.1
 DATA ?= data/cmudict
 RUN ?= runs/cmudict
 PYTEST_ARGS ?= -q -n logical --maxprocesses 8
@@ -19,9 +22,9 @@ READY := $(VENV)/.ready
 LINT_READY := $(VENV)/.lint-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
-TEST_SOURCES := $(wildcard tests/*.cpp tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
+TEST_SOURCES := $(wildcard tests/*.cpp tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h benchmarks/*.cu)
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo test lint sanitize triton-versions latencies clean
 
 demo: $(READY)
 	$(BIN)/fastseq data cmudict $(DATA)
@@ -50,6 +53,29 @@ sanitize: $(READY)
 	  FASTSEQ_CPU_ISA=$$isa FASTSEQ_POISON=1 OMP_NUM_THREADS=1 \
 	  $(BIN)/python tests/fuzz_native.py $(FUZZ_ARGS) --library $(SANITIZE) || exit 1; \
 	done
+
+# Each Triton in a folder of its own, in front of the environment's packages; one process, one after the other. A cold
+# cache, so that what is tested is compiled now. Triton 3.6's interpreter needs an older numpy.
+triton-versions: $(TRITON_VERSIONS:%=build/triton-%/.ready)
+	@for version in $(TRITON_VERSIONS); do \
+	  packages="$(CURDIR)/build/triton-$$version" && rm -rf "$$packages/cache" && export PYTHONPATH="$$packages" && \
+	  $(BIN)/python -c "import triton; assert triton.__version__ == '$$version'; print('Triton', '$$version')" && \
+	  TRITON_CACHE_DIR="$$packages/cache" OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -q -p no:xdist tests/test_triton.py tests/test_triton_binaries.py || exit 1; \
+	done
+
+build/triton-%/.ready: $(READY)
+	rm -rf $(@D)
+	$(PIP) --target $(@D) --no-deps triton==$* "numpy<2.4"
+	touch $@
+
+latencies: build/latencies
+
+# The architectures of gpu_check.py, which compiles it itself where it can.
+build/latencies: benchmarks/latencies.cu
+	mkdir -p $(@D)
+	nvcc -O3 -std=c++17 -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a \
+	  -gencode=arch=compute_90,code=compute_90 $< -o $@
 
 # The environment; rebuilt when the compiled sources or the metadata change.
 $(READY): setup.py pyproject.toml $(CXX_SOURCES)

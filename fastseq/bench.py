@@ -25,7 +25,8 @@ how it measures:
   take turns in one process, in an order drawn anew for each round, for --seconds per case and mode, at least 5
   rounds. "ratio" is the median over rounds of peer time / own time in the same round: above 1 is faster than the
   peer. "floor" is the time that the matrix products alone must take on this machine, at the peak and the cache
-  bandwidth measured in the same run.
+  bandwidth measured in the same run. On a GPU times are those of its own events, cases named float32 multiply in full
+  float32 on both sides and those named tf32 in TF32, and the floor is a model of a Hopper (fastseq/bench_floor.py).
 
 examples:
   fastseq bench                                       # the small cases, about a minute
@@ -33,6 +34,7 @@ examples:
   fastseq bench --suite cpu --filter "packed (50"     # cases whose name contains the text
   fastseq bench --backends native,torch --mode training
   fastseq bench --peers all --filter decode           # more peers: loops of cells, torch.compile, onnxruntime
+  fastseq bench --suite cuda --output gpu             # native, triton and auto against cuDNN, SDPA and eager torch
   fastseq bench --memory                              # bytes kept for the backward, instead of times
 
 Exit code: 0; 1 where a parity check was red, and then there is no figure; 2 for an option that does not exist.
@@ -142,7 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", choices=SUITES, default="quick", help=f"{suites} (default: %(default)s)")
     parser.add_argument("--filter", default="", help="only cases whose group or name contains this text")
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="what to time (default: %(default)s)")
-    parser.add_argument("--backends", default="auto", help=f"comma-separated, of {', '.join(BACKENDS)} (default: auto)")
+    parser.add_argument(
+        "--backends", help=f"comma-separated, of {', '.join(BACKENDS)} (default: auto; on a GPU native,triton,auto)"
+    )
     parser.add_argument(
         "--peers",
         default="",
@@ -166,13 +170,18 @@ def _names(parser: argparse.ArgumentParser, option: str, given: str, known: tupl
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
     parser = _parser()
     args = parser.parse_args(argv)
+    suite, _ = SUITES[args.suite]
+    on_gpu = suite[0].device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error(f"--suite {args.suite} needs a GPU and a torch built for it; torch sees none: try --suite cpu.")
+    if args.backends is None:
+        args.backends = "native,triton,auto" if on_gpu else "auto"
     args.backends = _names(parser, "--backends", args.backends, BACKENDS)
     args.peers = _names(parser, "--peers", args.peers, tuple(PEERS))
     if not args.backends:
         parser.error(f"--backends: name at least one of {', '.join(BACKENDS)}")
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")
-    suite, _ = SUITES[args.suite]
     cases = [case for case in suite if args.filter in f"{case.group}: {case.name}"]
     if not cases:
         names = "\n  ".join(f"{case.group}: {case.name}" for case in suite)
@@ -200,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def times(args: argparse.Namespace, cases: list[Case], facts: dict) -> tuple[str, dict]:
     """Time the cases; the report as Markdown, and as data."""
-    facts |= bench_floor.describe()
+    facts |= bench_floor.describe(cases[0].device)
     modes = (False, True) if args.mode == "both" else (args.mode == "training",)
     rows, remarks, bar = [], [], Bar(len(cases) * len(modes))
     for case in cases:

@@ -1,5 +1,6 @@
 """The one table of benchmark cases, their modules and their inputs: for ``fastseq bench`` and ``benchmarks/``."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ KINDS = {  # kind -> the peer that ratios refer to, and the call that is measure
     "dot": ("SDPA", "dot attention"),
 }
 
+SHORT = {torch.float32: "", torch.bfloat16: " bf16", torch.float16: " f16", torch.float64: " f64"}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -31,6 +34,7 @@ class Case:
         steps, batch, input_size, hidden_size: T, B, I, H; for attention I counts nothing and H is the size of queries,
             keys and values.
         keys: S, attention only.
+        tf32: float32 on a GPU whose products may be rounded to TF32; else they are full float32.
         goals: ratios that the project wants to reach, for inference and training; under 0.97 a user is slower off.
     """
 
@@ -45,6 +49,8 @@ class Case:
     proj_size: int = 0
     keys: int = 0
     dtype: torch.dtype = torch.float32
+    tf32: bool = False
+    device: str = "cpu"
     goals: tuple[float, float] = (0.97, 0.97)
 
     @property
@@ -55,9 +61,10 @@ class Case:
         else:
             sizes = (self.steps, self.batch, self.input_size, self.hidden_size)
         sizes = sizes[1:] if self.kind == "cell" else sizes
-        short = {torch.float32: "", torch.bfloat16: " bf16", torch.float16: " f16", torch.float64: " f64"}[self.dtype]
+        short = " tf32" if self.tf32 else SHORT[self.dtype]
         shape = f" {self.layers}-layer bidirectional" if self.bidirectional else ""
-        return f"{self.kind} {sizes}{short}{shape}" + (f" proj {self.proj_size}" if self.proj_size else "")
+        place = f" {self.device}" if self.device != "cpu" else ""
+        return f"{self.kind} {sizes}{short}{shape}" + (f" proj {self.proj_size}" if self.proj_size else "") + place
 
 
 SIZES = {  # (T, B, I, H) -> goals of one float32 layer: inference, training
@@ -93,12 +100,58 @@ CPU_CASES = (
     Case("other forms", "lstm", *MIDDLE, dtype=torch.float16),
     Case("other forms", "lstm", *MIDDLE, dtype=torch.float64),
 )
+
+
+PRECISIONS = {
+    "bf16": {"dtype": torch.bfloat16},
+    "tf32": {"dtype": torch.float32, "tf32": True},
+    "f16": {"dtype": torch.float16},
+    "float32": {"dtype": torch.float32},
+}
+HIDDEN_SIZES = (512, 1024, 256, 128, 768, 2048, 64, 192)
+LAYERS = {
+    "one layer": {"kind": "lstm"},
+    "packed": {"kind": "packed"},
+    "2-layer bidirectional": {"kind": "lstm", "layers": 2, "bidirectional": True},
+}
+
+
+def _cuda_cases() -> tuple[Case, ...]:
+    """All combinations, the most telling ones first, so that a run that is cut short has what matters.
+
+    Each axis lists its values by how much they tell; a case comes the earlier, the nearer it is to the front of all.
+    """
+    found = []
+
+    def add(rank: int, group: str, kind: str, steps: int, batch: int, hidden: int, precision: str, **options) -> None:
+        options |= PRECISIONS[precision] | {"device": "cuda"}
+        found.append((rank, Case(f"{precision} {group}", kind, steps, batch, hidden, hidden, **options)))
+
+    for rank, group, batch, hidden, precision in _ranked(LAYERS, (16, 64, 1, 128), HIDDEN_SIZES, PRECISIONS):
+        add(rank, group, steps=256, batch=batch, hidden=hidden, precision=precision, **LAYERS[group])
+    for rank, batch, hidden, precision in _ranked((1, 16, 64), (512, 1024, 256), ("bf16", "float32")):
+        add(rank, "decode step", "cell", 1, batch, hidden, precision)
+    for rank, kind, steps, hidden, precision in _ranked(("additive", "dot"), (1, 100), (512, 256), ("bf16", "float32")):
+        add(rank, f"{kind} attention", kind, steps, 32, hidden, precision, keys=100)
+    return tuple(case for _, case in sorted(found, key=lambda pair: pair[0]))
+
+
+def _ranked(*axes):
+    """All combinations, each after the sum of the places of its values on their axes."""
+    for pairs in itertools.product(*map(enumerate, axes)):
+        places, values = zip(*pairs, strict=True)
+        yield sum(places), *values
+
+
+CUDA_CASES = _cuda_cases()
 SUITES = {  # name -> cases, and what they are
     "quick": (
         tuple(case for case in CPU_CASES if case.batch * case.steps * case.hidden_size < 6e5 and case.layers == 1),
         "the small cases, about a minute",
     ),
     "cpu": (CPU_CASES, "everything on the CPU, about six minutes"),
+    "cuda": (CUDA_CASES[:40], "the most telling cases on a GPU, some minutes"),
+    "cuda-full": (CUDA_CASES, "everything on a GPU, about an hour"),
 }
 CASES = tuple(dict.fromkeys(case for cases, _ in SUITES.values() for case in cases))  # each once
 MEAN_GOALS = {("bfloat16", "inference"): 1.05, ("bfloat16", "training"): 1.4}  # of a group's geometric mean
@@ -112,7 +165,7 @@ class PackAndPad(nn.Module):
         self.lstm = lstm
 
     def forward(self, input: Tensor, *, lengths: Tensor):
-        packed, states = self.lstm(pack_padded_sequence(input, lengths, enforce_sorted=False))
+        packed, states = self.lstm(pack_padded_sequence(input, lengths.cpu(), enforce_sorted=False))
         return pad_packed_sequence(packed, total_length=input.size(0))[0], states
 
 
@@ -141,6 +194,10 @@ class AttentionOp(nn.Module):
 def make_module(case: Case, backend: str | None) -> nn.Module:
     """The main peer for None, else fastseq's with that backend; the same weights for all."""
     torch.manual_seed(0)
+    return _on_cpu(case, backend).to(case.device)
+
+
+def _on_cpu(case: Case, backend: str | None) -> nn.Module:
     if case.kind in ("additive", "dot"):
         return AttentionOp(case, backend)
     options = {"dtype": case.dtype} if backend is None else {"dtype": case.dtype, "backend": backend}
@@ -156,7 +213,7 @@ def make_inputs(case: Case) -> dict[str, object]:
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(case.dtype).requires_grad_()
+        return torch.randn(shape, generator=generator).to(case.device, case.dtype).requires_grad_()
 
     size = case.hidden_size
     if case.keys:
@@ -169,7 +226,7 @@ def make_inputs(case: Case) -> dict[str, object]:
         return {"input": input}
     lengths = case_lengths(case)
     if case.kind == "lengths":
-        return {"input": input, "lengths": lengths}
+        return {"input": input, "lengths": lengths.to(case.device)}
     packed = pack_padded_sequence(input.detach(), lengths, enforce_sorted=False)
     return {"input": packed._replace(data=packed.data.requires_grad_())}
 

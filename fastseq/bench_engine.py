@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastseq.backend import record
 from fastseq.bench_cases import KINDS, Case, make_inputs, make_module, tensors_of
-from fastseq.testing import Results, compare, evaluate, is_refusal
+from fastseq.testing import Results, compare, evaluate, float32_products, is_refusal
 
 ROUNDS = 5  # at least
 SAMPLE_MS = 3.0  # short calls are repeated for about this long between two looks at the clock
@@ -112,31 +112,49 @@ class Timing:
     rounds: int
 
 
-def time_interleaved(runs: dict[str, Callable[[], None]], seconds: float) -> dict[str, list[float]]:
+def wall_ms(run: Callable[[], None], calls: int) -> float:
+    """Milliseconds that ``calls`` calls take by the clock on the wall."""
+    start = time.perf_counter_ns()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter_ns() - start) / 1e6
+
+
+def cuda_ms(run: Callable[[], None], calls: int) -> float:
+    """Milliseconds from the first to the last of what the calls give the GPU to do, gaps included: its own events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+CLOCKS = {"cpu": wall_ms, "cuda": cuda_ms}
+
+
+def time_interleaved(
+    runs: dict[str, Callable[[], None]], seconds: float, clock: Callable[[Callable[[], None], int], float] = wall_ms
+) -> dict[str, list[float]]:
     """Milliseconds per call, the candidates taking turns; at least ``ROUNDS`` rounds.
 
     Each round has an order of its own, drawn: who runs after whom, and so finds whose caches, favours none.
     """
-    repeats = {name: _calls_per_sample(run) for name, run in runs.items()}
+    repeats = {name: _calls_per_sample(run, clock) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     generator, order, end = random.Random(0), list(runs), time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[order[0]]) < ROUNDS:
         generator.shuffle(order)
         for name in order:
-            run, calls = runs[name], repeats[name]
-            start = time.perf_counter_ns()
-            for _ in range(calls):
-                run()
-            times[name].append((time.perf_counter_ns() - start) / calls / 1e6)
+            times[name].append(clock(runs[name], repeats[name]) / repeats[name])
     return times
 
 
-def _calls_per_sample(run: Callable[[], None]) -> int:
+def _calls_per_sample(run: Callable[[], None], clock: Callable[[Callable[[], None], int], float]) -> int:
     """Warm up, and count how many calls fill SAMPLE_MS."""
     for _ in range(2):
-        start = time.perf_counter_ns()
-        run()
-        milliseconds = (time.perf_counter_ns() - start) / 1e6
+        milliseconds = clock(run, 1)
         if milliseconds > 20 * SAMPLE_MS:  # warm or not, one call is enough
             return 1
     return max(1, round(SAMPLE_MS / milliseconds))
@@ -183,15 +201,24 @@ def measure(
     Raises:
         AssertionError: a backend's result is wrong; nothing of this case is timed then.
     """
-    found, remarks = candidates(problem, backends, train)
-    for name, module in (peers or {}).items():
-        try:
-            check_parity(problem, module, train)
-        except AssertionError as error:
-            remarks.append(f"peer {name}: {error}")
-        found.append(Candidate(name, module, name))
-    times = time_interleaved({c.name: problem.step(c.module, train) for c in found}, seconds)
-    return [_timing(c.name, c.served_by, times[c.name], times[found[0].name]) for c in found], remarks
+    with float32_products(problem.case.tf32):
+        found, remarks = candidates(problem, backends, train)
+        for name, module in (peers or {}).items():
+            try:
+                check_parity(problem, module, train)
+            except AssertionError as error:
+                remarks.append(f"peer {name}: {error}")
+            found.append(Candidate(name, module, name))
+        runs = {c.name: problem.step(c.module, train) for c in found}
+        return time_candidates(problem.case, found, runs, seconds), remarks
+
+
+def time_candidates(
+    case: Case, found: list[Candidate], runs: dict[str, Callable[[], None]], seconds: float
+) -> list[Timing]:
+    """Time the ``runs`` of candidates, by name; the first one is the peer of the ratios."""
+    times = time_interleaved(runs, seconds, CLOCKS[case.device])
+    return [_timing(c.name, c.served_by, times[c.name], times[found[0].name]) for c in found]
 
 
 def _timing(name: str, served_by: str, own: list[float], peer: list[float]) -> Timing:

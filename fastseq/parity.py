@@ -15,7 +15,7 @@ from fastseq.backend import BACKENDS
 from fastseq.parity_cases import GRIDS, PROBLEMS, Case
 from fastseq.parity_ops import Problem
 from fastseq.report import Bar, environment, markdown_table, quiet_torch
-from fastseq.testing import Comparison, Results, compare, evaluate, is_refusal, nan_filled_memory
+from fastseq.testing import Comparison, Results, compare, evaluate, float32_products, is_refusal, nan_filled_memory
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EPILOG = """\
@@ -29,6 +29,7 @@ examples:
   fastseq parity                                      # all backends, float32 and bfloat16, half a minute
   fastseq parity --cases full --dtype all             # some minutes
   fastseq parity --backend native --dtype float32 --verbose
+  fastseq parity --device cuda --backend native,triton --dtype float32,bfloat16,float16
   FASTSEQ_CPU_ISA=avx2 fastseq parity --backend native --json avx2.json
 
 A backend that has no kernel for a call refuses it with a sentence; that is listed and is no failure.
@@ -63,14 +64,22 @@ def of_bound(c: Comparison) -> float:
     return c.error / c.limit if c.limit else (float("inf") if c.error else 0.0)
 
 
-def check(case: Case, dtype: torch.dtype, backends: tuple[str, ...]) -> list[Row]:
-    """Compare one case on each backend: outputs with and without gradients, and the gradient of every leaf."""
+def check(case: Case, dtype: torch.dtype, backends: tuple[str, ...], device: str = "cpu") -> list[Row]:
+    """Compare one case on each backend: outputs with and without gradients, and the gradient of every leaf.
+
+    On a GPU, too, float64 is computed on the CPU; torch's own computation on the GPU, float32 without TF32.
+    """
     problems = [_round(problem, dtype) for problem in _problems(case)]
     modes = (False,) if dtype == torch.float64 and not _well_conditioned(case) else (False, True)
-    with one_thread():  # torch's many small calls are no faster with more, and far slower beside a busy neighbour
-        oracle = {train: _run([(p.plain, p.leaves) for p in problems], torch.float64, case, train) for train in modes}
-        plain = {train: _run([(p.plain, p.leaves) for p in problems], dtype, case, train) for train in modes}
-    return [_row(case, dtype, backend, problems, oracle, plain) for backend in backends]
+    with (
+        one_thread(),
+        float32_products(tf32=False),
+    ):  # torch's many small calls are no faster with more, and far slower beside a busy neighbour
+        calls = [(p.plain, p.leaves) for p in problems]
+        oracle = {train: _run(calls, torch.float64, case, train, "cpu") for train in modes}
+        plain = {train: _run(calls, dtype, case, train, device) for train in modes}
+    with float32_products(tf32=False):
+        return [_row(case, dtype, backend, problems, oracle, plain, device) for backend in backends]
 
 
 @contextlib.contextmanager
@@ -84,14 +93,16 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _row(case: Case, dtype: torch.dtype, backend: str, problems: list[Problem], oracle: dict, plain: dict) -> Row:
+def _row(
+    case: Case, dtype: torch.dtype, backend: str, problems: list[Problem], oracle: dict, plain: dict, device: str
+) -> Row:
     about = (case.op, case.name, str(dtype).removeprefix("torch."), backend)
     comparisons = []
     try:
         with nan_filled_memory():
             for train in oracle:
                 calls = [(lambda x, p=p: p.ours(x, backend), p.leaves) for p in problems]
-                found = compare(_run(calls, dtype, case, train), oracle[train], plain[train])
+                found = compare(_run(calls, dtype, case, train, device), oracle[train], plain[train])
                 comparisons += found if train else [c._replace(name=f"{c.name} (inference)") for c in found]
             if dtype == torch.float64:  # a rounding of a pre-activation of 100 is a hundred roundings of a gate
                 comparisons = [c._replace(limit=c.limit * case.options.get("spread", 1.0)) for c in comparisons]
@@ -129,14 +140,16 @@ def _round(problem: Problem, dtype: torch.dtype) -> Problem:
     return problem._replace(leaves={name: t.to(dtype).double() for name, t in problem.leaves.items()})
 
 
-def _run(calls: list, dtype: torch.dtype, case: Case, train: bool) -> Results:
-    """The results of all draws, stacked."""
+def _run(calls: list, dtype: torch.dtype, case: Case, train: bool, device: str) -> Results:
+    """The results of all draws, stacked, on the CPU."""
     results = []
     for function, values in calls:
-        leaves = {name: _leaf(t.to(dtype), case.slices) for name, t in values.items()}
+        leaves = {name: _leaf(t.to(device, dtype), case.slices) for name, t in values.items()}
         with torch.set_grad_enabled(train):
             results.append(evaluate(function(leaves), leaves if train else {}, strided=case.slices))
-    return Results(*({name: torch.stack([r[k][name] for r in results]) for name in results[0][k]} for k in (0, 1)))
+    return Results(
+        *({name: torch.stack([r[k][name] for r in results]).cpu() for name in results[0][k]} for k in (0, 1))
+    )
 
 
 def _leaf(t: Tensor, sliced: bool) -> Tensor:
@@ -213,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32,bfloat16", help=known.format(", ".join(DTYPES)))
     parser.add_argument("--op", default="all", help=known.format(", ".join(PROBLEMS)))
     parser.add_argument("--cases", choices=GRIDS, default="quick", help="how many (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--verbose", action="store_true", help="show every case, not just the worst")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
@@ -229,6 +243,8 @@ def main(argv: list[str] | None = None) -> None:
     ops = _choices(parser, "--op", args.op, tuple(PROBLEMS))
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU and a torch built for it; torch sees none: leave the option out")
     if args.threads:
         torch.set_num_threads(args.threads)
     cases = [case for case in GRIDS[args.cases]() if case.op in ops]
@@ -237,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         for case in cases:
             bar.show(f"{case.op} {case.name} {dtype}")
             with quiet_torch():
-                rows += check(case, DTYPES[dtype], backends)
+                rows += check(case, DTYPES[dtype], backends, args.device)
             bar.step()
     bar.close()
     report(rows, args.verbose)

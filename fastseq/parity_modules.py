@@ -12,7 +12,7 @@ from fastseq.nn.attention import Attention
 from fastseq.nn.rnn import LSTM, LSTMCell
 from fastseq.nn.seq2seq import Seq2Seq
 from fastseq.nn.seq2seq_config import Seq2SeqConfig
-from fastseq.parity_ops import Draw, Leaves, Problem, make_padding, uneven_lengths
+from fastseq.parity_ops import Draw, Leaves, Problem, beside, make_padding, uneven_lengths
 from fastseq.testing import plain_attention
 
 
@@ -57,7 +57,7 @@ def lstm_module_problem(
 
     def ours(x: Leaves, backend: str) -> Leaves:
         module = LSTM(inputs, hidden, dtype=x["input"].dtype, backend=backend, **options)
-        return run(module, x, *given(x), **({"lengths": lengths} if form == "lengths" else {}))
+        return run(module, x, *given(x), **({"lengths": lengths.to(x["input"].device)} if form == "lengths" else {}))
 
     def plain(x: Leaves) -> Leaves:
         module = nn.LSTM(inputs, hidden, dtype=x["input"].dtype, **options)
@@ -132,7 +132,8 @@ def attention_module_problem(
     def ours(x: Leaves, backend: str) -> Leaves:
         own = {name: x[name] for name in weights}
         args = (x["query"], x["memory"])
-        called = functional_call(module(x["query"].dtype, backend), own, args, padded | {"need_weights": True})
+        options = beside(padded, x["query"]) | {"need_weights": True}
+        called = functional_call(module(x["query"].dtype, backend), own, args, options)
         return dict(zip(("context", "weights"), called, strict=True))
 
     def plain(x: Leaves) -> Leaves:
@@ -143,7 +144,9 @@ def attention_module_problem(
             rest = {"weight": x["v"], "gain": x.get("gain")}
         kind = "dot" if score == "general" else score  # the keys are projected already
         scale = options.get("scale", 1.0)
-        called = plain_attention(query, keys, memory, score=kind, scale=scale, allowed=allowed, **rest)
+        called = plain_attention(
+            query, keys, memory, score=kind, scale=scale, **beside({"allowed": allowed}, query), **rest
+        )
         return dict(zip(("context", "weights"), called, strict=True))
 
     return Problem(leaves, ours, plain)
@@ -162,8 +165,8 @@ def seq2seq_problem(draw: Draw, **options) -> Problem:
     target = torch.randint(4, 13, (3, 4), generator=tokens)
 
     def run(x: Leaves, backend: str) -> Leaves:
-        dtype = next(iter(x.values())).dtype
-        args = (source, torch.tensor([0, 5, 3]), target)
-        return {"logits": functional_call(module(dtype, backend), x, args).logits}
+        some = next(iter(x.values()))
+        args = (t.to(some.device) for t in (source, torch.tensor([0, 5, 3]), target))
+        return {"logits": functional_call(module(some.dtype, backend), x, tuple(args)).logits}
 
     return Problem(leaves, run, lambda x: run(x, "torch"))

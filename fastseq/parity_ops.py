@@ -73,7 +73,7 @@ def lstm_problem(
         options = {"reverse": reverse, "return_cell_states": cell_states, "backend": backend}
         input = x["input"]
         if form == "lengths":
-            options["lengths"] = lengths
+            options["lengths"] = lengths.to(input.device)
         if form == "packed":
             packed = pack_padded_sequence(input, lengths)
             input, options["batch_sizes"] = packed.data, packed.batch_sizes
@@ -161,17 +161,19 @@ def attention_problem(
     def ours(x: Leaves, backend: str) -> Leaves:
         tensors, rest = parts(x)
         options = {"score": score, "scale": scale, "need_weights": True, "backend": backend}
-        context, weights = attention(*tensors, **rest, **padded, **options)
-        alone = attention(*tensors, **rest, **padded, **options | {"need_weights": False})[0]
+        options |= beside(padded, tensors[0])
+        context, weights = attention(*tensors, **rest, **options)
+        alone = attention(*tensors, **rest, **options | {"need_weights": False})[0]
         return {"contexts": torch.stack((context, alone)), "weights": weights}
 
     def plain(x: Leaves) -> Leaves:
         (query, keys, values), rest = parts(x)
         query = query.unsqueeze(1) if one_step else query
-        context, weights = plain_attention(query, keys, values, score=score, scale=scale, allowed=allowed, **rest)
+        own = beside({"allowed": allowed}, query)["allowed"]
+        context, weights = plain_attention(query, keys, values, score=score, scale=scale, allowed=own, **rest)
         alone = context
         if score in ("dot", "general") and query.dtype != torch.float64:
-            alone = _sdpa(query if score == "dot" else query @ x["weight"], keys, values, scale, allowed)
+            alone = _sdpa(query if score == "dot" else query @ x["weight"], keys, values, scale, own)
         context, weights, alone = (t.squeeze(1) if one_step else t for t in (context, weights, alone))
         return {"contexts": torch.stack((context, alone)), "weights": weights}
 
@@ -205,6 +207,11 @@ def _sdpa(query: Tensor, keys: Tensor, values: Tensor, scale: float, allowed: Te
     empty = ~allowed.any(-1, keepdim=True)  # such rows may be NaN in torch
     context = F.scaled_dot_product_attention(*heads, attn_mask=(allowed | empty).unsqueeze(1), scale=scale)
     return context.squeeze(1).masked_fill(empty, 0)
+
+
+def beside(arguments: dict[str, Tensor | None], t: Tensor) -> dict[str, Tensor | None]:
+    """The arguments on the device of ``t``."""
+    return {name: value if value is None else value.to(t.device) for name, value in arguments.items()}
 
 
 def make_padding(kind: str, batch: int, steps: int, keys: int) -> tuple[dict[str, Tensor], Tensor | None]:

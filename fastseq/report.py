@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
@@ -61,27 +63,46 @@ def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 @contextlib.contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Without torch's warning that a projection is not oneDNN's: that is what is measured."""
+    """Without torch's warnings about what is meant: projections, weights that lie apart, bits that may change."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LSTM with projections is not supported")
+        for message in ("LSTM with projections is not", "RNN module weights are not", ".*deterministic"):
+            warnings.filterwarnings("ignore", message=message)
         yield
 
 
 def environment(command: list[str]) -> dict[str, object]:
     """What the figures of a command depend on."""
     switches = {name: value for name, value in os.environ.items() if name.startswith(("FASTSEQ_", "OMP_", "MKL_"))}
+    return (
+        {
+            "command": shlex.join(command),
+            "date": datetime.date.today().isoformat(),
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load average at the start": load_average(),
+            "fastseq": fastseq.__version__,
+            "native": _native.build_info().get("cpu", "missing"),
+            "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
+            "python": platform.python_version(),
+        }
+        | gpu_facts()
+        | ({"environment": " ".join(f"{name}={value}" for name, value in switches.items())} if switches else {})
+    )
+
+
+def gpu_facts() -> dict[str, object]:
+    """The GPU and what belongs to it; empty where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
     return {
-        "command": shlex.join(command),
-        "date": datetime.date.today().isoformat(),
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load average at the start": load_average(),
-        "fastseq": fastseq.__version__,
-        "native": _native.build_info().get("cpu", "missing"),
-        "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
-        "python": platform.python_version(),
-    } | ({"environment": " ".join(f"{name}={value}" for name, value in switches.items())} if switches else {})
+        "gpu": f"{properties.name}, {properties.multi_processor_count} multiprocessors, "
+        f"compute capability {properties.major}.{properties.minor}, {properties.total_memory >> 30} GiB",
+        "cuda": f"torch built for {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}",
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",
+        "native cuda": _native.why_not_cuda() or " ".join(_native.build_info()["cuda_architectures"]),
+    }
 
 
 def load_average() -> str:

@@ -81,13 +81,13 @@ class Comparison(NamedTuple):
 def evaluate(outputs: dict[str, Tensor], leaves: dict[str, Tensor], strided: bool = False) -> Results:
     """Outputs, and the gradients at ``leaves`` of a loss in which every output element has a factor of its own.
 
-    The factors hold in bfloat16, so that they are the same in every dtype. ``strided``: they come transposed in memory.
-    A leaf without influence gets a gradient of zeros.
+    The factors hold in bfloat16, so that they are the same in every dtype and on every device. ``strided``: they come
+    transposed in memory. A leaf without influence gets a gradient of zeros.
     """
     if not leaves:
         return Results(outputs, {})
     generator = torch.Generator().manual_seed(3)
-    factors = [torch.randn(t.shape, generator=generator).bfloat16().to(t.dtype) for t in outputs.values()]
+    factors = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in outputs.values()]
     if strided:
         factors = [
             f.permute(*reversed(range(f.dim()))).contiguous().permute(*reversed(range(f.dim()))) for f in factors
@@ -181,11 +181,27 @@ def is_refusal(error: RuntimeError) -> bool:
 def nan_filled_memory() -> Iterator[None]:
     """New memory holds NaN, so that what a kernel forgets to write is no lucky zero."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # the filling is what is wanted; CUDA would refuse some ops
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextlib.contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """On CUDA: float32 products of cuBLAS, cuDNN and fastseq in TF32, or in full. torch's default is a mixture."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
 
 
 def plain_attention(

@@ -149,6 +149,85 @@ def test_suites():
     assert sum(case.group == "bfloat16" for case in SUITES["cpu"][0]) == 6
 
 
+def test_cases_of_a_gpu_come_by_what_they_tell():
+    """A run that is cut short has the middle sizes in bfloat16, of every kind; no combination is missing."""
+    cases = SUITES["cuda-full"][0]
+    assert SUITES["cuda"][0] == cases[:40]
+    assert cases[0].name == "lstm (256, 16, 512, 512) bf16 cuda"
+    assert {case.kind for case in cases[:20]} == {"lstm", "packed", "cell", "additive", "dot"}
+    assert cases[-1].name == "lstm (256, 128, 192, 192) 2-layer bidirectional cuda"
+    lstm = {(c.kind, c.layers, c.hidden_size, c.batch, c.dtype, c.tf32) for c in cases if c.kind in ("lstm", "packed")}
+    assert len(lstm) == 3 * 8 * 4 * 4
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_case_differs_in_device_alone(kind, train, small, monkeypatch):
+    """On a GPU the engine moves modules and inputs, and asks the GPU's events; here a CPU stands for it."""
+    case, calls = replace(tiny(kind), device="meta"), []
+    inputs = bench_cases.tensors_of(tuple(bench_cases.make_inputs(case).values()))
+    places = [*inputs, *bench_cases.make_module(case, None).parameters()]
+    assert {t.device.type for t in places} == {"meta"}
+    assert all(t.is_leaf and t.requires_grad for t in inputs)
+
+    def clock(run, count):
+        calls.append(count)
+        run()
+        return 5.0
+
+    monkeypatch.setitem(bench_engine.CLOCKS, "cpu", clock)
+    timings, _ = measure(Problem(tiny(kind)), ("reference",), train, 0.0)
+    assert [t.median_ms for t in timings] == [5.0, 5.0]
+    assert calls
+
+
+def test_float32_products_are_set_and_given_back(small, monkeypatch):
+    seen, flags = [], (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [flag.allow_tf32 for flag in flags]
+    monkeypatch.setattr(bench_engine, "check_parity", lambda *_: seen.append([flag.allow_tf32 for flag in flags]))
+    for tf32 in (False, True):
+        measure(Problem(replace(TINY, tf32=tf32)), ("reference",), False, 0.0)
+    assert seen == [[False, False], [True, True]]
+    assert [flag.allow_tf32 for flag in flags] == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu_is_a_sentence(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--suite", "cuda"])
+    assert stopped.value.code == 2
+    assert "--suite cuda needs a GPU and a torch built for it; torch sees none" in capsys.readouterr().err
+
+
+LIMITS = {  # microseconds a step of the best design, as first derived by hand
+    ("bf16", 256): {1: 0.31, 16: 0.31, 64: 0.31, 128: 0.40},
+    ("bf16", 512): {1: 0.40, 16: 0.40, 64: 0.61},
+    ("bf16", 1024): {1: 0.56, 16: 0.68, 256: 4.15},
+    ("bf16", 2048): {1: 0.96, 64: 4.15},
+    ("tf32", 512): {1: 0.56, 16: 0.68, 256: 2.51},
+    ("tf32", 1024): {1: 0.65},
+}
+
+
+@pytest.mark.parametrize(("precision", "hidden"), LIMITS)
+def test_limit_of_a_gpu_step(precision, hidden):
+    for batch, expected in LIMITS[precision, hidden].items():
+        assert bench_floor.gpu_step_us(hidden, batch, precision, saved=6) == pytest.approx(expected, abs=0.006)
+
+
+def test_limit_of_a_gpu_grows_with_the_work():
+    limit = bench_floor.gpu_limit_us
+    base = Case("", "lstm", 256, 16, 512, 512, dtype=torch.bfloat16, device="cuda")
+    assert limit(base, False) < limit(base, True)
+    for more in ({"steps": 512}, {"batch": 64}, {"hidden_size": 768}, {"layers": 2}, {"dtype": torch.float32}):
+        assert limit(base, True) < limit(replace(base, **more), True), more
+    assert limit(replace(base, kind="packed"), True) < limit(base, True)
+    assert limit(replace(base, dtype=torch.float32, tf32=True), True) < limit(replace(base, dtype=torch.float32), True)
+    assert bench_floor.gpu_step_us(2048, 16, "tf32") > 64 * 2**20 / 4.3e6, "no chip keeps it: memory is read each step"
+    for case in SUITES["cuda-full"][0]:
+        assert 0 < limit(case, False) < limit(case, True)
+
+
 def test_command_writes_both_files(tmp_path, capsys, small):
     bench.main(["--seconds", "0", "--backends", "reference", "--output", str(tmp_path / "v1.2")])
     out, err = capsys.readouterr()

@@ -176,6 +176,11 @@ def test_command(tmp_path, capsys):
         (["--op", "gru"], "--op: unknown name 'gru'"),
         (["--cases", "all"], "invalid choice"),
         (["--threads", "0"], "at least 1"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
     ],
 )
 def test_bad_options_get_a_sentence(arguments, sentence, capsys):
