@@ -1,9 +1,12 @@
 """Instructions of several threads: branches, barriers, shuffles, votes, matrix products."""
 
+import re
+
 import numpy as np
 
 from .arithmetic import kind_of
-from .parse import Pair, PtxError
+from .memory import LOCAL
+from .parse import Address, Pair, PtxError, Symbol
 from .program import LANES, Control, opcode
 from .transfers import address, load
 
@@ -24,9 +27,38 @@ def ret(program, i):
 @opcode("trap")
 def trap(program, i):
     def step(warp, mask):
-        raise PtxError("trap: the kernel stopped itself")
+        raise PtxError(f"trap: the kernel stopped itself; it had printed: {warp.block.launch.printed[-1:]}")
 
     return step
+
+
+@opcode("call", allow="uni")
+def call(program, i):
+    """printf, of the first lane that calls it; it lies before every trap."""
+    function = re.search(r"\), ?vprintf, ?\( ?(\w+) ?, ?(\w+) ?\)", i.text)
+    if not function:
+        raise PtxError("a call of a function")
+    template, values = (address(program, Address(Symbol(name), 0)) for name in function.groups())
+
+    def step(warp, mask):
+        lane = 0 if mask is None else int(np.flatnonzero(mask)[0])
+        form, at = (int(warp.local.load(where(warp)[lane : lane + 1], 8)[0][0]) for where in (template, values))
+        warp.block.launch.printed.append(_format(warp, warp.block.launch.memory.text(form), at - LOCAL))
+
+    return step
+
+
+def _format(warp, form: str, at: int) -> str:
+    """What printf makes of arguments that lie at ``at`` in local memory, each aligned to its size."""
+
+    def argument(match):
+        nonlocal at
+        size = 4 if match[0] in ("%d", "%u", "%x", "%i") else 8
+        at = -(-at // size) * size + size
+        value = int(warp.local.load(np.array([at - size], np.uint64), size)[0][0])
+        return warp.block.launch.memory.text(value) if match[0] == "%s" else str(value)
+
+    return re.sub(r"%\w+", argument, form)
 
 
 @opcode("nanosleep")

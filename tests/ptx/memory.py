@@ -1,9 +1,11 @@
-"""Memory of the pretended device: global, shared and parameter space, every access checked.
+"""Memory of the pretended device, every access checked.
 
 An address outside every buffer and an address that is no multiple of the access are errors. Shared memory starts as
 NaN. What was read through the read-only cache (ld.global.nc) must not change during a launch: that is an error too,
 and one that no run of the C++ source can show, since the compiler chooses that instruction.
 """
+
+import bisect
 
 import numpy as np
 
@@ -11,94 +13,122 @@ from .formats import BITS
 from .parse import PtxError
 
 GLOBAL = 1 << 40  # address of the first buffer
-SHARED = 1 << 56  # generic address of shared memory; below it, 8 bits of rank + 1 and 24 bits of offset
+SHARED = 1 << 56  # generic address of shared memory; above it 24 bits of offset, then the rank + 1 of another block
+LOCAL = 1 << 57  # generic address of a thread's own memory
 RANK_SHIFT = 24
 GUARD = 1 << 16  # bytes between buffers
+_ONES = 0x0101010101010101
+
+
+class Buffer:
+    """Consecutive bytes that may be accessed."""
+
+    def __init__(self, start: int, data: np.ndarray, size: int, dtype=np.uint8, shape=None):
+        """``data``: uint8, a multiple of 16 bytes, of which the first ``size`` count."""
+        self.start, self.end, self.data = start, start + size, data
+        self.dtype, self.shape = np.dtype(dtype), (size,) if shape is None else shape
+        self.read_only = np.zeros(len(data), bool)  # was read through the read-only cache
+        self.written = np.zeros(len(data), bool)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}, {self.end - self.start} bytes"
 
 
 class Space:
-    """A range of addresses."""
+    """An address space."""
 
-    def __init__(self, name: str, base: int = 0, size: int = 0):
-        self.name, self.base = name, base
-        room = -(-size // 16) * 16
-        self.bytes = np.full(room, 0xFF, np.uint8)
-        self.valid = np.arange(room) < size
-        self.read_only = np.zeros(room, bool)  # was read through the read-only cache
-        self.written = np.zeros(room, bool)
+    def __init__(self, name: str, size: int | None = None):
+        """``size``: of one buffer of poison at address 0."""
+        self.name = name
+        self.buffers: list[Buffer] = []  # by address
         self.changes = 0  # number of stores that changed something
         self.owner = None  # the block, of shared memory
-        self.arrays: dict[int, tuple[np.dtype, tuple]] = {}
+        if size is not None:
+            self.add(Buffer(0, np.full(-(-size // 16) * 16, 0xFF, np.uint8), size))
 
-    def put(self, array: np.ndarray, align: int = 256) -> int:
+    def add(self, buffer: Buffer) -> None:
+        bisect.insort(self.buffers, buffer, key=lambda b: b.start)
+
+    def put(self, array: np.ndarray) -> int:
         """Copy an array into a buffer of its own; returns its address."""
         array = np.ascontiguousarray(array)
-        start = -(-(len(self.bytes) + GUARD) // align) * align
-        size = -(-(start + array.nbytes + GUARD) // 256) * 256
-        for name, fill in (("bytes", 0xFF), ("valid", False), ("read_only", False), ("written", False)):
-            old = getattr(self, name)
-            setattr(self, name, np.concatenate((old, np.full(size - len(old), fill, old.dtype))))
-        self.bytes[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
-        self.valid[start : start + array.nbytes] = True
-        self.arrays[self.base + start] = array.dtype, array.shape
-        return self.base + start
+        used = [b.end for b in self.buffers if GLOBAL <= b.start < SHARED]
+        start = -(-(max(used, default=GLOBAL) + GUARD) // 256) * 256
+        data = np.full(-(-array.nbytes // 16) * 16, 0xFF, np.uint8)
+        data[: array.nbytes] = array.reshape(-1).view(np.uint8)
+        self.add(Buffer(start, data, array.nbytes, array.dtype, array.shape))
+        return start
 
     def get(self, address: int) -> np.ndarray:
         """A copy of the array that was put at an address."""
-        dtype, shape = self.arrays[address]
-        start, count = address - self.base, int(np.prod(shape, dtype=np.int64))
-        return self.bytes[start : start + count * dtype.itemsize].view(dtype).reshape(shape).copy()
+        buffer = next(b for b in self.buffers if b.start == address)
+        return buffer.data[: buffer.end - buffer.start].view(buffer.dtype).reshape(buffer.shape).copy()
+
+    def text(self, address: int) -> str:
+        """The C string at an address."""
+        buffer, _, _ = self._places(np.array([address], np.uint64), 1, "load")[0]
+        return buffer.data[address - buffer.start : buffer.end - buffer.start].tobytes().split(b"\0")[0].decode()
 
     def forget_accesses(self) -> None:
-        self.read_only[:] = self.written[:] = False
+        for buffer in self.buffers:
+            buffer.read_only[:] = buffer.written[:] = False
 
     def load(self, addresses: np.ndarray, size: int, count: int = 1, read_only: bool = False) -> list[np.ndarray]:
         """``count`` consecutive elements of ``size`` bytes at each address."""
-        first = self._check(addresses, size * count, "load") // size
-        elements, written, marks = (a.view(BITS[size]) for a in (self.bytes, self.written, self.read_only))
-        if read_only:
-            for i in range(count):
-                if written[first + i].any():
-                    raise PtxError(f"{self.name} memory is read through the read-only cache after it was written")
-                marks[first + i] = BITS[size](0x0101010101010101 & (1 << 8 * size) - 1)
-        return [elements[first + i] for i in range(count)]
+        places, values = self._places(addresses, size * count, "load"), [[] for _ in range(count)]
+        for buffer, _, first in places:
+            elements = buffer.data.view(BITS[size])
+            for i, value in enumerate(values):
+                at = first // size + i
+                value.append(elements[at])
+                if read_only:
+                    self._mark_read_only(buffer, at, size)
+        if len(places) == 1:
+            return [value[0] for value in values]
+        order = np.argsort(np.concatenate([lanes for _, lanes, _ in places]))
+        return [np.concatenate(value)[order] for value in values]
 
     def store(self, addresses: np.ndarray, size: int, values: list[np.ndarray]) -> None:
-        first = self._check(addresses, size * len(values), "store") // size
-        elements, written, marks = (a.view(BITS[size]) for a in (self.bytes, self.written, self.read_only))
-        for i, value in enumerate(values):
-            if marks[first + i].any():
-                raise PtxError(f"{self.name} memory is written after it was read through the read-only cache")
-            if (elements[first + i] != value).any():
-                self.changes += 1
-            written[first + i] = BITS[size](0x0101010101010101 & (1 << 8 * size) - 1)
-            elements[first + i] = value
+        for buffer, lanes, first in self._places(addresses, size * len(values), "store"):
+            first = first // size
+            elements, written, marks = (a.view(BITS[size]) for a in (buffer.data, buffer.written, buffer.read_only))
+            for i, value in enumerate(values):
+                if marks[first + i].any():
+                    raise PtxError(f"{self.name} memory is written after it was read through the read-only cache")
+                if (elements[first + i] != value[lanes]).any():
+                    self.changes += 1
+                written[first + i] = _ONES & (1 << 8 * size) - 1
+                elements[first + i] = value[lanes]
 
-    def _check(self, addresses: np.ndarray, size: int, what: str) -> np.ndarray:
-        at = addresses.astype(np.int64) - self.base
-        if (at % size).any():
-            lane = int(np.flatnonzero(at % size)[0])
-            raise PtxError(f"misaligned: {self.name} {what} of {size} bytes at {int(addresses[lane]):#x}")
-        inside = (at >= 0) & (at + size <= len(self.bytes))
-        if not inside.all() or not (self.valid[at] & self.valid[at + size - 1]).all():
-            bad = ~inside
-            bad[inside] = ~(self.valid[at[inside]] & self.valid[at[inside] + size - 1])
-            raise PtxError(self._outside(int(addresses[np.flatnonzero(bad)[0]]), size, what))
-        return at
+    def _mark_read_only(self, buffer: Buffer, elements: np.ndarray, size: int) -> None:
+        if buffer.written.view(BITS[size])[elements].any():
+            raise PtxError(f"{self.name} memory is read through the read-only cache after it was written")
+        buffer.read_only.view(BITS[size])[elements] = _ONES & (1 << 8 * size) - 1
 
-    def _outside(self, address: int, size: int, what: str) -> str:
+    def _places(self, addresses: np.ndarray, size: int, what: str) -> list[tuple]:
+        """(buffer, which of the addresses, bytes from its start) for all addresses."""
+        if (addresses % np.uint64(size)).any():
+            bad = int(addresses[np.flatnonzero(addresses % np.uint64(size))[0]])
+            raise PtxError(f"misaligned: {self.name} {what} of {size} bytes at {bad:#x}")
+        buffer = self._buffer(int(addresses.min()), size, what)
+        if int(addresses.max()) + size <= buffer.end:
+            return [(buffer, slice(None), (addresses - np.uint64(buffer.start)).astype(np.int64))]
+        places = []
+        owners = [self._buffer(int(a), size, what) for a in addresses]
+        for buffer in dict.fromkeys(owners):
+            lanes = np.array([n for n, owner in enumerate(owners) if owner is buffer])
+            places.append((buffer, lanes, (addresses[lanes] - np.uint64(buffer.start)).astype(np.int64)))
+        return places
+
+    def _buffer(self, address: int, size: int, what: str) -> Buffer:
+        at = bisect.bisect_right(self.buffers, address, key=lambda b: b.start) - 1
+        if at >= 0 and address + size <= self.buffers[at].end:
+            return self.buffers[at]
         text = f"out of bounds: {self.name} {what} of {size} bytes at {address:#x}"
-        if not self.arrays:
-            return f"{text}; there are {len(self.bytes)} bytes"
-        ends = {
-            start: start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            for start, (dtype, shape) in self.arrays.items()
-        }
-        start = min(ends, key=lambda s: min(abs(address - s), abs(address - ends[s])))
-        dtype, shape = self.arrays[start]
-        return (
-            f"{text}, byte {address - start} of the nearest buffer: {dtype}{list(shape)}, {ends[start] - start} bytes"
-        )
+        if not self.buffers:
+            raise PtxError(f"{text}; there is no buffer")
+        nearest = min(self.buffers, key=lambda b: min(abs(address - b.start), abs(address - b.end)))
+        raise PtxError(f"{text}, byte {address - nearest.start} of the nearest buffer: {nearest}")
 
 
 class Barrier:
@@ -131,7 +161,7 @@ class MBarrier:
     """
 
     def __init__(self, space: Space, address: int):
-        self.space, self.address = space, np.array([address])
+        self.space, self.address = space, np.array([address], np.uint64)
         word = int(space.load(self.address, 8)[0][0])
         for name, (shift, width) in _FIELDS.items():
             setattr(self, name, word >> shift & (1 << width) - 1)

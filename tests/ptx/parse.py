@@ -66,7 +66,7 @@ class Instruction:
 @dataclass
 class Variable:
     name: str
-    space: str  # param, shared, global or const
+    space: str  # param, shared, global, const, or local, as are the parameters of a call
     align: int
     size: int  # bytes; 0 for an array that the launch sizes
     data: bytes | None = None
@@ -94,7 +94,7 @@ SIZES |= {"b64": 8, "u64": 8, "s64": 8, "f64": 8}
 _STATEMENT = re.compile(r"[^;{}:]*")
 _NAME = r"[A-Za-z_$%][\w$]*"
 _VARIABLE = re.compile(
-    rf"(?:\.(?:visible|extern|weak)\s+)*\.(global|const|shared|param)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+"
+    rf"(?:\.(?:visible|extern|weak)\s+)*\.(global|const|shared|param|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+"
     rf"(?:\.ptr\b(?:\s*\.(?:global|const|shared|align\s+\d+))*\s+)?({_NAME})((?:\[\d*\])*)\s*(?:=\s*(.*))?$",
     re.DOTALL,
 )
@@ -218,10 +218,11 @@ class _Parser:
         return scopes[-1][name]
 
     def directive(self, text: str, entry: Entry, scopes: list[dict[str, str]]) -> None:
-        if text.startswith((".loc", ".pragma", ".file")):
+        if re.match(r"\.(loc|pragma|file)\b", text):
             return
-        if text.startswith(".shared"):
+        if text.startswith((".shared", ".local", ".param")):
             variable = self.variable(text)
+            variable.space = "shared" if variable.space == "shared" else "local"
             entry.variables[variable.name] = variable
             return
         if not (match := re.match(r"\.reg\s+\.(\w+)\s+(.*)$", text, re.DOTALL)):

@@ -72,10 +72,11 @@ class Program:
     Args:
         entry: the parsed kernel.
         symbols: addresses of its variables and parameters.
+        local: bytes of a thread's own memory.
     """
 
-    def __init__(self, entry: Entry, symbols: dict[str, int]):
-        self.entry, self.symbols = entry, symbols
+    def __init__(self, entry: Entry, symbols: dict[str, int], local: int):
+        self.entry, self.symbols, self.local = entry, symbols, local
         poison = {size: np.full(LANES, -1, f"i{size}").view(dtype) for size, dtype in BITS.items()}
         self.registers = {
             name: np.zeros(LANES, bool) if kind == "pred" else poison[SIZES[kind]]
@@ -103,6 +104,11 @@ class Program:
         guard = self.source(instruction.guard, "pred")
         return Control(_guarded(step.step, guard)) if isinstance(step, Control) else _guarded(step, guard)
 
+    def is_local(self, symbol) -> bool:
+        """Whether it is a variable that each thread has for itself."""
+        variable = self.entry.variables.get(symbol.name) if isinstance(symbol, Symbol) else None
+        return variable is not None and variable.space == "local"
+
     def label(self, operand: Symbol) -> int:
         return self.entry.labels[operand.name]
 
@@ -117,6 +123,8 @@ class Program:
             return lambda warp: constant
         if isinstance(operand, Symbol):
             address = np.full(LANES, self.symbols[operand.name], BITS[SIZES[kind]])
+            if self.is_local(operand):
+                address = address + np.arange(LANES, dtype=address.dtype) * address.dtype.type(self.local)
             return lambda warp: address
         if isinstance(operand, Vector):
             return self._packed(operand, kind)

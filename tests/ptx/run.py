@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from . import collectives, transfers  # noqa: F401  (they register their opcodes)
-from .memory import GLOBAL, Barrier, Space
+from .memory import Barrier, Space
 from .parse import Address, Entry, PtxError, Symbol, Vector
 from .program import LANES, Program
 
@@ -23,7 +23,7 @@ class Memory(Space):
     """Global memory; lives longer than a launch."""
 
     def __init__(self):
-        super().__init__("global", GLOBAL)
+        super().__init__("global")
         self.variables: dict[str, int] = {}  # addresses of .global and .const arrays
 
 
@@ -35,6 +35,7 @@ class Warp:
         self.tid = [t.astype(np.uint32) for t in (threads % x, threads // x % y, threads // (x * y))]
         self.alive = threads < block.threads
         self.registers = dict(block.launch.program.registers)
+        self.local = Space("local", LANES * block.launch.local)
         self.pc = np.zeros(LANES, np.int64)
         self.current = 0  # the instruction that executes
         self.resting = np.zeros(LANES, bool)  # waits or gives way, until the next turn
@@ -138,7 +139,7 @@ class Block:
         self.launch, self.cluster, self.number, self.rank = launch, cluster, number, rank
         self.index = (number % x, number // x % y, number // (x * y))
         self.threads = int(np.prod(launch.block))
-        self.shared = Space("shared", 0, launch.static_shared + launch.dynamic_shared)
+        self.shared = Space("shared", launch.static_shared + launch.dynamic_shared)
         self.shared.owner = self
         self.barriers: defaultdict[int, Barrier] = defaultdict(Barrier)
         self.incoming: list[tuple] = []  # st.async under way: mbarrier, address, size, values
@@ -184,8 +185,9 @@ class Launch:
             raise PtxError(f"a grid of {self.grid} cannot be shared among clusters of {self.cluster}")
         self.symbols: dict[str, int] = {}
         self.params = self._parameters(args)
-        self.static_shared = self._place_variables()
-        self.program = Program(entry, self.symbols)
+        self.printed: list[str] = []
+        self.static_shared, self.local = self._place_variables()
+        self.program = Program(entry, self.symbols, self.local)
 
     def _parameters(self, args) -> Space:
         """Numbers or bytes, one for each parameter; a structure comes as the bytes of it."""
@@ -199,25 +201,25 @@ class Launch:
             if len(raw) != param.size:
                 raise PtxError(f"{param.name} has {param.size} bytes, got {len(raw)}")
             data += raw
-        space = Space("param", 0, len(data))
-        space.bytes[: len(data)] = np.frombuffer(data, np.uint8)
+        space = Space("param", len(data))
+        space.buffers[0].data[: len(data)] = np.frombuffer(data, np.uint8)
         return space
 
-    def _place_variables(self) -> int:
-        """Addresses of the variables in use; returns the bytes of static shared memory."""
-        offset, used = 0, _symbols(i.operands for i in self.entry.instructions)
+    def _place_variables(self) -> tuple[int, int]:
+        """Addresses of the variables in use; returns the bytes of static shared memory and of a thread's own."""
+        offsets, used = {"shared": 0, "local": 0}, _symbols(i.operands for i in self.entry.instructions)
         variables = [v for name, v in self.entry.variables.items() if name in used]
         for variable in sorted(variables, key=lambda v: v.size == 0):  # what the launch sizes comes last
-            if variable.space == "shared":
-                offset = -(-offset // variable.align) * variable.align
+            if variable.space in offsets:
+                offset = -(-offsets[variable.space] // variable.align) * variable.align
                 self.symbols[variable.name] = offset
-                offset += variable.size
+                offsets[variable.space] = offset + variable.size
             else:
                 if variable.name not in self.memory.variables:
                     data = np.frombuffer(variable.data, np.uint8)
                     self.memory.variables[variable.name] = self.memory.put(data)
                 self.symbols[variable.name] = self.memory.variables[variable.name]
-        return offset
+        return offsets["shared"], -(-offsets["local"] // 16) * 16
 
     def count(self, instructions: int) -> None:
         self.executed += instructions

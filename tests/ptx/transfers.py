@@ -9,18 +9,21 @@ import numpy as np
 
 from .arithmetic import kind_of, pure
 from .formats import BITS, SIZES, decode, encode
-from .memory import RANK_SHIFT, SHARED, MBarrier
+from .memory import LOCAL, RANK_SHIFT, SHARED, MBarrier
 from .parse import Address, PtxError, Symbol, Vector
 from .program import LANES, Control, opcode
 
-_SPACES = ("global", "shared", "shared::cta", "shared::cluster", "const", "param", "param::entry")
+_SPACES = ("global", "shared", "shared::cta", "shared::cluster", "const", "local", "param", "param::entry")
 _ORDER = "weak relaxed acquire release acq_rel volatile cta cluster gpu sys"
 _CACHE = "nc ca cg cs cv lu wb wt L1::* L2::*"
 ALLOW = f"{' '.join(_SPACES)} {_ORDER} {_CACHE} v2 v4 v8"
 _SPIN = {"acquire", "relaxed", "volatile"}  # loads that a thread may repeat until another thread stores
 
 
-def space_of(instruction) -> str:
+def space_of(program, instruction, operand=None) -> str:
+    """The address space that the instruction names; the parameters of a call belong to the thread."""
+    if isinstance(operand, Address) and program.is_local(operand.base):
+        return "local"
     return next((m for m in instruction.modifiers if m in _SPACES), "generic")
 
 
@@ -43,6 +46,8 @@ def locate(warp, space: str, addresses: np.ndarray):
         return [(launch.memory, None, addresses)]
     if space.startswith("param"):
         return [(launch.params, None, addresses)]
+    if space == "local":
+        return [(warp.local, None, addresses)]
     if space == "generic":
         shared = addresses >= SHARED
         if not shared.any():
@@ -95,8 +100,8 @@ def _spread(bits: np.ndarray, mask) -> np.ndarray:
 
 @opcode("ld", allow=ALLOW)
 def ld(program, i):
-    kind, space, size = kind_of(i), space_of(i), SIZES[kind_of(i)]
     destination, source = i.operands
+    kind, space, size = kind_of(i), space_of(program, i, source), SIZES[kind_of(i)]
     at, read_only = address(program, source), "nc" in i.modifiers
     outputs = destination.elements if isinstance(destination, Vector) else (destination,)
     writes = [program.sink(o, kind) for o in outputs]
@@ -117,8 +122,8 @@ def ld(program, i):
 def st(program, i):
     if i.modifiers[0] == "async":
         return _st_async(program, i)
-    kind, space, size = kind_of(i), space_of(i), SIZES[kind_of(i)]
     target, source = i.operands
+    kind, space, size = kind_of(i), space_of(program, i, target), SIZES[kind_of(i)]
     at, read = address(program, target), _elements(program, source, kind)
 
     def step(warp, mask):
@@ -150,7 +155,7 @@ _ATOMIC = {
 @opcode("atom", "red", allow=f"{ALLOW} noftz {' '.join(_ATOMIC)}")
 def atomic(program, i):
     """Lanes one after another."""
-    kind, space, size = kind_of(i), space_of(i), SIZES[kind_of(i)]
+    kind, space, size = kind_of(i), space_of(program, i), SIZES[kind_of(i)]
     change = _ATOMIC[next(m for m in i.modifiers if m in _ATOMIC)]
     operands = i.operands if i.name == "atom" else [None, *i.operands]
     destination, target, *sources = operands
@@ -210,14 +215,15 @@ def copy_now(warp, copies: list[tuple[int, int, int, int]]) -> None:
         store(warp, "shared", to, 4, list(np.ascontiguousarray(words.view(np.uint32).T)))
 
 
-@opcode("cvta", allow="to global shared shared::cta shared::cluster const param")
+@opcode("cvta", allow="to global shared shared::cta shared::cluster const local param")
 def cvta(program, i):
     """Global addresses are generic ones; shared memory lies at SHARED."""
-    space = space_of(i)
+    space = space_of(program, i)
     if space.startswith("param"):
         raise PtxError("the address of a parameter")
-    step = 0 if not space.startswith("shared") else -SHARED if "to" in i.modifiers else SHARED
-    return pure(program, i, lambda a: a + np.uint64(step % (1 << 64)), "u64")
+    window = {"local": LOCAL, "global": 0, "const": 0}.get(space, SHARED)
+    step = np.uint64((-window if "to" in i.modifiers else window) % (1 << 64))
+    return pure(program, i, lambda a: a + step, "u64")
 
 
 @opcode("mapa", allow="shared::cluster")
@@ -271,7 +277,7 @@ def deliver(block, mbarrier: int) -> None:
     due = [store for store in block.incoming if store[0] == mbarrier]
     block.incoming = [store for store in block.incoming if store[0] != mbarrier]
     for _, local, size, values in due:
-        block.shared.store(np.array([local]), size, [np.array([v]) for v in values])
+        block.shared.store(np.array([local], np.uint64), size, [np.array([v]) for v in values])
         MBarrier(block.shared, mbarrier).check().transact(-size * len(values))
 
 
@@ -287,7 +293,7 @@ def mbarrier(program, i):
     result, target, *sources = i.operands if action == "arrive" else [None, *i.operands]
     at, write = address(program, target), program.sink(result, "b64") if result is not None else None
     values = [program.source(s, "u32") for s in sources]
-    space = "generic" if space_of(i) == "generic" else "shared::cluster"
+    space = "generic" if space_of(program, i) == "generic" else "shared::cluster"
 
     def act(memory, where: int, value: int | None) -> int:
         if action == "init":
@@ -296,7 +302,7 @@ def mbarrier(program, i):
         barrier = MBarrier(memory, where).check()
         phase = barrier.phase
         if action == "inval":
-            memory.store(np.array([where]), 8, [np.array([2**64 - 1], np.uint64)])
+            memory.store(np.array([where], np.uint64), 8, [np.array([2**64 - 1], np.uint64)])
         if "expect_tx" in i.modifiers or action == "complete_tx":
             barrier.transact(-value if action == "complete_tx" else value)
         if action == "arrive":
@@ -320,7 +326,7 @@ def _mbarrier_wait(program, i):
     done, target, token = i.operands[:3]
     at, write = address(program, target), program.sink(done, "pred")
     read = program.source(token, "u32" if "parity" in i.modifiers else "u64")
-    space = "generic" if space_of(i) == "generic" else "shared"
+    space = "generic" if space_of(program, i) == "generic" else "shared"
 
     def step(warp, mask):
         addresses, tokens, complete = at(warp), read(warp), np.zeros(LANES, bool)
