@@ -15,7 +15,7 @@ from .memory import Barrier, Space
 from .parse import Address, Entry, PtxError, Symbol, Vector
 from .program import LANES, Program
 
-PATIENCE = 1000  # rounds in which threads only spin
+PATIENCE = 300  # rounds in which threads only spin
 LIMIT = 20_000_000  # warp instructions of a launch
 
 
@@ -37,7 +37,8 @@ class Warp:
         self.registers = dict(block.launch.program.registers)
         self.local = Space("local", LANES * block.launch.local)
         self.pc = np.zeros(LANES, np.int64)
-        self.current = 0  # the instruction that executes
+        self.current = 0  # the instruction that executes, and
+        self.active = self.alive  # the lanes that do
         self.resting = np.zeros(LANES, bool)  # waits or gives way, until the next turn
         self.ticket = np.full(LANES, -1)  # the phase of the barrier at which a lane waits
         self.cluster_ticket = np.full(LANES, -1)
@@ -51,8 +52,7 @@ class Warp:
             while (ready := self.alive & ~self.resting).any():
                 self._advance(ready)
         except PtxError as error:
-            lanes = self.alive & (self.pc == self.pc[ready].min())
-            thread = self.index * LANES + int(np.flatnonzero(lanes)[0])
+            thread = self.index * LANES + int(np.flatnonzero(self.active)[0])
             where = f"block {self.block.index}, thread {thread} and its warp"
             raise PtxError(f"{error}\n  {where}, {self.instruction(self.current)}") from None
 
@@ -60,7 +60,7 @@ class Warp:
         """Execute the lanes that are furthest behind up to the next branch, wait, or place where others stand."""
         program = self.block.launch.program
         pc = start = int(self.pc[ready].min())
-        active = self.alive & (self.pc == pc)
+        self.active = active = self.alive & (self.pc == pc)
         self.resting[active] = False
         ahead = self.pc[self.alive & (self.pc > pc)]
         stop = int(ahead.min()) if len(ahead) else len(program.steps)

@@ -330,11 +330,12 @@ def _mbarrier_wait(program, i):
 
     def step(warp, mask):
         addresses, tokens, complete = at(warp), read(warp), np.zeros(LANES, bool)
-        for lane in range(LANES) if mask is None else np.flatnonzero(mask):
-            ((memory, _, local),) = locate(warp, space, addresses[lane : lane + 1])
+        for one in np.unique(_chosen(addresses, mask)):
+            ((memory, _, local),) = locate(warp, space, np.array([one]))
             MBarrier(memory, int(local[0])).check()
             deliver(memory.owner, int(local[0]))
-            complete[lane] = MBarrier(memory, int(local[0])).phase != int(tokens[lane]) & 1
+            phase = MBarrier(memory, int(local[0])).phase
+            complete = np.where(addresses == one, phase != tokens & tokens.dtype.type(1), complete)
         write(warp, complete, mask)
         warp.pause(mask)
 
