@@ -94,6 +94,11 @@ def ptx(architecture: int) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def kernels(architecture: int) -> list[str]:
+    """The mangled names of all kernels."""
+    return [name for text in ptx(architecture) for name in re.findall(r"\.entry (\w+)\(", text)]
+
+
 @functools.cache
 def readable(name: str) -> str:
     """A mangled name as the source spells it, without namespaces and parameters: lstm_cell_forward_kernel<float, 4>."""

@@ -1,45 +1,32 @@
 """What nvcc made of the CUDA kernels, run on tiny cases by the interpreter in tests/ptx: inline assembly included,
-launched by the real launchers.
+launched by the real launchers. The cases are those of the kernels' own tests, on another place.
 """
 
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import cuda_build
 import pytest
+import test_cuda_lstm_cell
 import torch
-from ptx.device import kernels, running
-
-from fastseq.ops.lstm_cell import reference as cell
-from fastseq.testing import Results, compare
+from cuda_cases import Place
+from ptx.device import running
 
 cuda_build.require()
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
-def named(*results) -> Results:
-    return Results(dict(zip(("h", "c_n"), results, strict=False)), dict(zip(("gates", "c"), results[2:], strict=True)))
+class Case(NamedTuple):
+    kernels: set[str]  # that it launches, without template arguments
+    test: Callable  # of a place and the arguments
+    arguments: tuple
+    capabilities: tuple[int, ...] = cuda_build.PTX_ARCHITECTURES
 
 
-def lstm_cell(dtype, B, H):
-    tensors = [torch.randn(B, n).to(dtype) for n in (4 * H, H, H, H)]
-
-    def plain(dtype):
-        gates, c, grad_h, grad_c = (t.to(dtype) for t in tensors)
-        h, c_n, saved = cell.forward(gates, c)
-        return named(h, c_n, *cell.backward(grad_h, grad_c, gates, c, saved))
-
-    def ours():
-        gates, c, grad_h, grad_c = (t.clone() for t in tensors)
-        h, c_n, activations = torch.ops.fastseq_ptx.lstm_cell_forward(gates, c)
-        return named(h, c_n, *torch.ops.fastseq_ptx.lstm_cell_backward(activations, c, c_n, grad_h, grad_c))
-
-    return ours, plain(F64), plain(dtype)
-
-
-# name -> the kernels that it launches, and the case: what runs them, the oracle, torch in the same dtype.
 CELL = {"lstm_cell_forward_kernel", "lstm_cell_backward_kernel"}
 CASES = {
-    f"lstm_cell {str(dtype)[6:]} {B}x{H}": (CELL, lambda dtype=dtype, B=B, H=H: lstm_cell(dtype, B, H))
+    f"lstm_cell {str(dtype)[6:]} {B}x{H}": Case(CELL, test_cuda_lstm_cell.test_parity, (B, H, dtype, "both"))
     for dtype in (F32, BF16, F16, F64)
     for B, H in ((3, 8), (2, 5))
 }
@@ -51,25 +38,24 @@ def template(name: str) -> str:
 
 
 def check(name: str, capability: int, **options) -> None:
-    launched, case = CASES[name]
-    ours, oracle, baseline = case()
+    """Everything is allocated while the device is there: only such tensors are its memory."""
+    case = CASES[name]
     with running(capability, **options) as log:
-        actual = ours()
-    assert {template(kernel) for kernel in log} == launched
-    wrong = [str(c) for c in compare(actual, oracle, baseline) if not c.ok]
-    assert not wrong, "\n".join(wrong)
+        case.test(Place("ptx", torch.ops.fastseq_ptx, "cpu"), *case.arguments)
+    assert {template(kernel) for kernel in log} == case.kernels
 
 
-@pytest.mark.parametrize("capability", cuda_build.PTX_ARCHITECTURES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "capability"), [(name, c) for name, case in CASES.items() for c in case.capabilities])
 def test_parity(name, capability):
     check(name, capability)
 
 
 def test_every_kernel_is_in_a_case():
-    there = {template(name) for architecture in cuda_build.PTX_ARCHITECTURES for name in kernels(architecture)}
-    tested = set().union(*(launched for launched, _ in CASES.values()))
-    assert there == tested, f"without a case in CASES: {there - tested}; in CASES, but not compiled: {tested - there}"
+    there = {
+        template(name) for architecture in cuda_build.PTX_ARCHITECTURES for name in cuda_build.kernels(architecture)
+    }
+    tested = set().union(*(case.kernels for case in CASES.values()))
+    assert there == tested, f"without a row in CASES: {there - tested}; in CASES, but not compiled: {tested - there}"
 
 
 # bug -> case, pattern in the PTX and its replacement, what is said of it.

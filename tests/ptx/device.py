@@ -66,13 +66,10 @@ def build() -> Path:
 
 
 @functools.cache
-def kernels(architecture: int, edit: Callable[[str], str] | None = None) -> dict[str, Entry]:
-    """Every kernel, by its mangled name. ``edit``: of the PTX text, to plant bugs."""
-    return {
-        name: entry
-        for text in cuda_build.ptx(architecture)
-        for name, entry in parse(edit(text) if edit else text).items()
-    }
+def kernel(architecture: int, name: str, edit: Callable[[str], str] | None = None) -> Entry:
+    """A kernel by its mangled name. ``edit``: of the PTX, to plant bugs."""
+    text = next(text for text in cuda_build.ptx(architecture) if f".entry {name}(" in text)
+    return parse(edit(text) if edit else text, only=name)[name]
 
 
 @contextlib.contextmanager
@@ -91,7 +88,7 @@ def running(
 
     def run(name, sizes, shared, cooperative, arguments, error) -> int:
         try:
-            entry = kernels(architecture, edit)[name.decode()]
+            entry = kernel(architecture, name.decode(), edit)
             values = [ctypes.string_at(arguments[n], p.size) for n, p in enumerate(entry.params)]
             grid, block, cluster = (tuple(sizes[3 * n : 3 * n + 3]) for n in range(3))
             launch(

@@ -3,6 +3,7 @@
 Follows the grammar of the PTX ISA as far as nvcc and inline assembly use it; anything else is an error with its line.
 """
 
+import functools
 import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -91,7 +92,7 @@ SIZES = {"pred": 1, "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f1
 SIZES |= {"b32": 4, "u32": 4, "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4}
 SIZES |= {"b64": 8, "u64": 8, "s64": 8, "f64": 8}
 
-_STATEMENT = re.compile(r"[^;{}:]*")
+_BLANK = re.compile(r"\s*")
 _NAME = r"[A-Za-z_$%][\w$]*"
 _VARIABLE = re.compile(
     rf"(?:\.(?:visible|extern|weak)\s+)*\.(global|const|shared|param|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+"
@@ -101,9 +102,14 @@ _VARIABLE = re.compile(
 _OPERAND = re.compile(r"\s*(\{[^}]*\}|\[[^\]]*\]|[^,{\[]+)\s*(?:,|$)")
 
 
-def parse(text: str) -> dict[str, Entry]:
-    """The kernels of a module, by their (mangled) names."""
-    return _Parser(text).module()
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern:
+    return re.compile(pattern, re.DOTALL)
+
+
+def parse(text: str, only: str | None = None) -> dict[str, Entry]:
+    """The kernels of a module, by their (mangled) names. ``only``: of one, where a module is large."""
+    return _Parser(text).module(only)
 
 
 def find(entries: dict[str, Entry], *parts: str) -> Entry:
@@ -121,30 +127,35 @@ class _Parser:
         self.text = re.sub(r"//[^\n]*|/\*.*?\*/", keep_lines, text, flags=re.DOTALL)
         self.at = 0
         self.scopes = 0
+        self.counted = 0, 1  # up to where lines were counted, and the line there
 
     def line(self) -> int:
-        return self.text.count("\n", 0, self.at) + 1
+        at, line = self.counted
+        self.counted = self.at, line + self.text.count("\n", at, self.at)
+        return self.counted[1]
 
     def fail(self, what: str):
         raise PtxError(f"PTX line {self.line()}: {what}")
 
     def blank(self) -> None:
-        while self.at < len(self.text) and self.text[self.at].isspace():
-            self.at += 1
+        self.at = _BLANK.match(self.text, self.at).end()
 
     def match(self, pattern: str) -> re.Match | None:
         self.blank()
-        found = re.compile(pattern, re.DOTALL).match(self.text, self.at)
+        found = _compiled(pattern).match(self.text, self.at)
         if found:
             self.at = found.end()
         return found
 
-    def module(self) -> dict[str, Entry]:
+    def module(self, only: str | None) -> dict[str, Entry]:
         entries, variables = {}, {}
         while self.blank() or self.at < len(self.text):
             if self.match(r"\.(version|target|address_size)[^\n]*"):
                 continue
             if header := self.match(rf"(?:\.(?:visible|weak)\s+)?\.entry\s+({_NAME})\s*(?:\(([^)]*)\))?"):
+                if only not in (None, header[1]):
+                    self.skip_body()
+                    continue
                 entry = self.entry(header[1], header[2] or "")
                 entry.variables = variables | entry.variables
                 entries[entry.name] = entry
@@ -156,6 +167,15 @@ class _Parser:
             else:
                 self.fail(f"not understood: {self.text[self.at : self.at + 60].splitlines()[0]!r}")
         return entries
+
+    def skip_body(self) -> None:
+        depth = 0
+        for brace in re.compile(r"[{}]").finditer(self.text, self.at):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                self.at = brace.end()
+                return
+        self.fail("no end of a kernel")
 
     def variable(self, text: str) -> Variable:
         match = _VARIABLE.match(text.strip())
