@@ -1,13 +1,9 @@
 """What the compiler made of a Triton kernel, read from its binary: no GPU, no driver."""
 
 import re
-import subprocess
 import tempfile
-from pathlib import Path
 
-import triton
-
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+import nvidia_binaries
 
 
 def facts(kernel, chip) -> dict[str, int]:
@@ -21,17 +17,10 @@ def _nvidia(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
-    return {
-        "registers": registers,
-        "spilled": stack + local + _count(r"\b(LDL|STL)\b", code),
-        "mma": _count(r"\bHMMA\b", code),
-        "wgmma": _count(r"\bHGMMA\b", code),
-        "tcgen05": _count(r"\bUTC\w*MMA\b", code),
-        "wide_loads": _count(r"\b(LDG|LDGSTS)\.E\S*\.128\b", code),
-    }
+        (found,) = nvidia_binaries.kernels(file.name).values()
+    spilled = sum(found[where] for where in ("stack", "local", "local_loads", "local_stores"))
+    kept = ("registers", "mma", "wgmma", "tcgen05", "wide_loads")
+    return {"spilled": spilled} | {what: found[what] for what in kept}
 
 
 def _amd(code: str) -> dict[str, int]:
@@ -45,10 +34,6 @@ def _amd(code: str) -> dict[str, int]:
         "mfma": _count(r"\bv_mfma", code),
         "wide_loads": _count(r"\b(global|buffer)_load_dwordx4\b", code),
     }
-
-
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _count(pattern: str, text: str) -> int:

@@ -1,0 +1,120 @@
+"""csrc/cuda compiled by nvcc for chips that are not there: one object for each file, and what is in it.
+
+Kept in build/cuda_build by the hash of all it is made of. No GPU, no driver. Triton brings the tools that read objects.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build/cuda_build"
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+ARCHITECTURES = (80, 90, 100)  # machine code for these,
+PTX_ARCHITECTURES = (80, 90)  # PTX for these
+FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+
+
+def find_cuda() -> Path | None:
+    """The folder of the CUDA toolkit that setup.py would take, or None."""
+    on_path = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), on_path and Path(on_path).resolve().parents[1], "/usr/local/cuda"]
+    needed = ("bin/nvcc", "include/cuda_runtime.h")
+    return next((Path(c) for c in candidates if c and all(Path(c, name).exists() for name in needed)), None)
+
+
+def require() -> None:
+    """Skip the tests of a file where its tools are missing."""
+    pytest.importorskip("triton", reason="needs the cuobjdump that comes with Triton: pip install triton")
+    if find_cuda() is None:
+        pytest.skip("no nvcc was found: install the CUDA toolkit, or set CUDA_HOME", allow_module_level=True)
+
+
+def generate_code() -> list[str]:
+    flags = []
+    for architecture in ARCHITECTURES:
+        codes = f"sm_{architecture}" + (f",compute_{architecture}" if architecture in PTX_ARCHITECTURES else "")
+        flags.append(f"-gencode=arch=compute_{architecture},code=[{codes}]")
+    return flags
+
+
+@functools.cache
+def objects() -> tuple[Path, ...]:
+    """An object for each csrc/cuda/*.cu; beside it, as .log, what ptxas said."""
+    common = hashlib.sha256(" ".join(FLAGS + generate_code()).encode())
+    common.update(run(find_cuda() / "bin/nvcc", "--version").stdout.encode())
+    for header in sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.*h")]):
+        common.update(header.read_bytes())
+
+    def compiled(source: Path) -> Path:
+        key = common.copy()
+        key.update(source.read_bytes())
+        out = FOLDER / f"{source.stem}-{key.hexdigest()[:16]}.o"
+        if not out.exists():
+            partial = out.with_suffix(".partial.o")
+            done = run(find_cuda() / "bin/nvcc", *FLAGS, *generate_code(), "-c", source, "-o", partial)
+            out.with_suffix(".log").write_text(done.stderr)
+            partial.rename(out)
+        return out
+
+    with building(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        return tuple(pool.map(compiled, SOURCES))
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+    """One process builds, the others wait and find it done."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@functools.cache
+def ptx(architecture: int) -> tuple[str, ...]:
+    """The PTX of every object for ``architecture``."""
+    from nvidia_binaries import tool
+
+    texts = []
+    for path in objects():
+        listing = tool("cuobjdump", "-ptx", path)
+        for number, text in re.findall(r"arch = sm_(\d+)\n.*?(\.version.*?)(?=\nFatbin |\Z)", listing, re.DOTALL):
+            if int(number) == architecture:
+                texts.append(text)
+    return tuple(texts)
+
+
+def kernels(architecture: int) -> list[str]:
+    """The mangled names of all kernels."""
+    return [name for text in ptx(architecture) for name in re.findall(r"\.entry (\w+)\(", text)]
+
+
+@functools.cache
+def readable(name: str) -> str:
+    """A mangled name as the source spells it, without namespaces and parameters: lstm_cell_forward_kernel<float, 4>."""
+    full = run("c++filt", name).stdout.strip()
+    full = full.replace("(anonymous namespace)::", "").replace("fastseq::cuda::", "")
+    depth = 0
+    for at, character in enumerate(full):
+        depth += {"<": 1, ">": -1}.get(character, 0)
+        if character == "(" and depth == 0:
+            full = full[:at]
+            break
+    return full.removeprefix("void ")
+
+
+def run(*command) -> subprocess.CompletedProcess:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[:4000]}")
+    return done

@@ -1,0 +1,333 @@
+"""Runs a kernel: blocks, clusters and warps on one thread of Python.
+
+A warp keeps one position per lane. It executes the lanes that are furthest behind together until they branch, wait or
+spin; warps take turns in shuffled order, so that any order of arrival can be tried by its seed. When no thread can
+move, or all only spin, that is a deadlock, and an error that says where everybody is.
+"""
+
+import random
+from collections import Counter, defaultdict
+
+import numpy as np
+
+from . import collectives, transfers  # noqa: F401  (they register their opcodes)
+from .memory import Barrier, Space
+from .parse import Address, Entry, PtxError, Symbol, Vector
+from .program import LANES, Program
+
+PATIENCE = 300  # rounds in which threads only spin
+LIMIT = 20_000_000  # warp instructions of a launch
+
+
+class Memory(Space):
+    """Global memory; lives longer than a launch."""
+
+    def __init__(self):
+        super().__init__("global")
+        self.variables: dict[str, int] = {}  # addresses of .global and .const arrays
+
+
+class Warp:
+    def __init__(self, block: "Block", index: int):
+        self.block, self.index = block, index
+        threads = np.arange(index * LANES, (index + 1) * LANES)
+        x, y, _ = block.launch.block
+        self.tid = [t.astype(np.uint32) for t in (threads % x, threads // x % y, threads // (x * y))]
+        self.alive = threads < block.threads
+        self.registers = dict(block.launch.program.registers)
+        self.local = Space("local", LANES * block.launch.local)
+        self.pc = np.zeros(LANES, np.int64)
+        self.current = 0  # the instruction that executes, and
+        self.active = self.alive  # the lanes that do
+        self.resting = np.zeros(LANES, bool)  # waits or gives way, until the next turn
+        self.ticket = np.full(LANES, -1)  # the phase of the barrier at which a lane waits
+        self.cluster_ticket = np.full(LANES, -1)
+        self.open_copies: list[list] = [[] for _ in range(LANES)]  # cp.async that no commit has closed
+        self.copies: list[list] = [[] for _ in range(LANES)]  # groups of them, oldest first
+
+    def turn(self) -> None:
+        """Execute until every lane waits, spins or has returned."""
+        self.resting[:] = False
+        try:
+            while (ready := self.alive & ~self.resting).any():
+                self._advance(ready)
+        except PtxError as error:
+            thread = self.index * LANES + int(np.flatnonzero(self.active)[0])
+            where = f"block {self.block.index}, thread {thread} and its warp"
+            raise PtxError(f"{error}\n  {where}, {self.instruction(self.current)}") from None
+
+    def _advance(self, ready: np.ndarray) -> None:
+        """Execute the lanes that are furthest behind up to the next branch, wait, or place where others stand."""
+        program = self.block.launch.program
+        pc = start = int(self.pc[ready].min())
+        self.active = active = self.alive & (self.pc == pc)
+        self.resting[active] = False
+        ahead = self.pc[self.alive & (self.pc > pc)]
+        stop = int(ahead.min()) if len(ahead) else len(program.steps)
+        mask = None if active.all() else active
+        while pc < stop:
+            self.current = pc
+            pc += 1
+            if program.control[pc - 1]:
+                self.pc[active] = pc
+                program.steps[pc - 1](self, mask)
+                break
+            program.steps[pc - 1](self, mask)
+        else:
+            if pc >= len(program.steps):
+                raise PtxError("the kernel ends without ret")
+            self.pc[active] = pc
+        self.block.launch.count(pc - start)
+
+    def instruction(self, index: int) -> str:
+        instruction = self.block.launch.program.entry.instructions[index]
+        return f"PTX line {instruction.line}: {instruction.text}"
+
+    # What steps call.
+
+    def jump(self, mask: np.ndarray | None, target: int) -> None:
+        lanes = slice(None) if mask is None else mask
+        self.pc[lanes] = np.where(self.alive[lanes], target, self.pc[lanes])
+
+    def hold(self, lanes: np.ndarray) -> None:
+        """Lanes that stay where they are."""
+        self.pc[lanes] = self.current
+        self.resting[lanes] = True
+
+    def pause(self, mask: np.ndarray | None) -> None:
+        """Lanes that go on, after others had their turn."""
+        self.resting[slice(None) if mask is None else mask] = True
+
+    def leave(self, mask: np.ndarray | None) -> None:
+        self.alive[slice(None) if mask is None else mask] = False
+        self.block.launch.moved += 1
+        self.block.cluster.left(self.block)
+
+    def wait_at(self, barrier: Barrier, lanes: np.ndarray, threads: int, votes: int) -> np.ndarray:
+        """Arrive, if not done before; returns the lanes that may go on and holds the others."""
+        new = lanes & (self.ticket < 0)
+        if new.any():
+            self.ticket[new] = barrier.phase
+            barrier.arrive(int(new.sum()), threads, votes)
+            self.block.launch.moved += 1
+        passing = lanes & (self.ticket < barrier.phase)
+        self.ticket[passing] = -1
+        self.hold(lanes & ~passing)
+        return passing
+
+    def commit_copies(self, mask: np.ndarray | None) -> None:
+        for lane in range(LANES) if mask is None else np.flatnonzero(mask):
+            self.copies[lane].append(self.open_copies[lane])
+            self.open_copies[lane] = []
+
+    def finish_copies(self, mask: np.ndarray | None, keep: int, everything: bool) -> None:
+        """cp.async.wait_group ``keep``; ``everything``: also what no commit has closed."""
+        due = []
+        for lane in range(LANES) if mask is None else np.flatnonzero(mask):
+            while len(self.copies[lane]) > keep:
+                due += self.copies[lane].pop(0)
+            if everything:
+                due += self.open_copies[lane]
+                self.open_copies[lane] = []
+        if due:
+            transfers.copy_now(self, due)
+
+
+class Block:
+    def __init__(self, launch: "Launch", cluster: "Cluster", number: int, rank: int):
+        x, y, _ = launch.grid
+        self.launch, self.cluster, self.number, self.rank = launch, cluster, number, rank
+        self.index = (number % x, number // x % y, number // (x * y))
+        self.threads = int(np.prod(launch.block))
+        self.shared = Space("shared", launch.static_shared + launch.dynamic_shared)
+        self.shared.owner = self
+        self.barriers: defaultdict[int, Barrier] = defaultdict(Barrier)
+        self.incoming: list[tuple] = []  # st.async under way: mbarrier, address, size, values
+        self.warps = [Warp(self, i) for i in range(-(-self.threads // LANES))]
+
+    def alive(self) -> int:
+        return sum(int(warp.alive.sum()) for warp in self.warps)
+
+
+class Cluster:
+    def __init__(self, launch: "Launch", numbers: list[int]):
+        self.barrier = Barrier()
+        self.blocks = [Block(launch, self, number, rank) for rank, number in enumerate(numbers)]
+
+    def alive(self) -> int:
+        return sum(block.alive() for block in self.blocks)
+
+    def shared_of(self, rank: int, asking: Block) -> Space:
+        if rank >= len(self.blocks):
+            raise PtxError(f"shared memory of rank {rank} in a cluster of {len(self.blocks)} blocks")
+        block = self.blocks[rank]
+        if block is not asking and not block.alive():
+            raise PtxError(f"shared memory of block {block.index}, which has returned")
+        return block.shared
+
+    def left(self, block: Block) -> None:
+        """After a thread returned: the cluster's barrier waits for those that are left."""
+        self.barrier.complete(self.alive())
+        if not block.alive() and block.incoming:
+            raise PtxError(f"block {block.index} returns while {len(block.incoming)} st.async to it are under way")
+
+
+class Launch:
+    """One launch of a kernel; see :func:`launch`."""
+
+    def __init__(self, entry: Entry, memory: Memory, grid, block, args, dynamic_shared: int, cluster):
+        self.entry, self.memory, self.dynamic_shared = entry, memory, dynamic_shared
+        self.grid, self.block, self.cluster = ((*sizes, 1, 1)[:3] for sizes in (grid, block, cluster))
+        self.executed = self.moved = 0
+        if int(np.prod(self.block)) > entry.max_threads:
+            raise PtxError(f"{entry.name} was compiled for at most {entry.max_threads} threads, not {self.block}")
+        if any(g % c for g, c in zip(self.grid, self.cluster, strict=True)):
+            raise PtxError(f"a grid of {self.grid} cannot be shared among clusters of {self.cluster}")
+        self.symbols: dict[str, int] = {}
+        self.params = self._parameters(args)
+        self.printed: list[str] = []
+        self.static_shared, self.local = self._place_variables()
+        self.program = Program(entry, self.symbols, self.local)
+
+    def _parameters(self, args) -> Space:
+        """Numbers or bytes, one for each parameter; a structure comes as the bytes of it."""
+        if len(args) != len(self.entry.params):
+            raise PtxError(f"{self.entry.name} has {len(self.entry.params)} parameters, got {len(args)} arguments")
+        data = b""
+        for param, value in zip(self.entry.params, args, strict=True):
+            data = data.ljust(-(-len(data) // param.align) * param.align, b"\0")
+            self.symbols[param.name] = len(data)
+            raw = _bytes_of(value, param.size)
+            if len(raw) != param.size:
+                raise PtxError(f"{param.name} has {param.size} bytes, got {len(raw)}")
+            data += raw
+        space = Space("param", len(data))
+        space.buffers[0].data[: len(data)] = np.frombuffer(data, np.uint8)
+        return space
+
+    def _place_variables(self) -> tuple[int, int]:
+        """Addresses of the variables in use; returns the bytes of static shared memory and of a thread's own."""
+        offsets, used = {"shared": 0, "local": 0}, _symbols(i.operands for i in self.entry.instructions)
+        variables = [v for name, v in self.entry.variables.items() if name in used]
+        for variable in sorted(variables, key=lambda v: v.size == 0):  # what the launch sizes comes last
+            if variable.space in offsets:
+                offset = -(-offsets[variable.space] // variable.align) * variable.align
+                self.symbols[variable.name] = offset
+                offsets[variable.space] = offset + variable.size
+            else:
+                if variable.name not in self.memory.variables:
+                    data = np.frombuffer(variable.data, np.uint8)
+                    self.memory.variables[variable.name] = self.memory.put(data)
+                self.symbols[variable.name] = self.memory.variables[variable.name]
+        return offsets["shared"], -(-offsets["local"] // 16) * 16
+
+    def count(self, instructions: int) -> None:
+        self.executed += instructions
+        if self.executed > LIMIT:
+            raise PtxError(f"{self.entry.name} does not end: {LIMIT} instructions of warps")
+
+    def clusters(self) -> list[list[int]]:
+        """Numbers of the blocks of each cluster, by rank."""
+        (gx, gy, _), (cx, cy, cz) = self.grid, self.cluster
+        groups = defaultdict(list)
+        for number in range(int(np.prod(self.grid))):
+            x, y, z = number % gx, number // gx % gy, number // (gx * gy)
+            rank = x % cx + cx * (y % cy + cy * (z % cz))
+            groups[x // cx, y // cy, z // cz].append((rank, number))
+        return [[number for _, number in sorted(group)] for group in groups.values()]
+
+    def run(self, cooperative: bool, seed: int) -> None:
+        order, groups = random.Random(seed), self.clusters()
+        self.memory.forget_accesses()
+        for together in [groups] if cooperative else [[group] for group in groups]:
+            blocks = [block for numbers in together for block in Cluster(self, numbers).blocks]
+            with np.errstate(all="ignore"):
+                self._run(blocks, order)
+
+    def _run(self, blocks: list[Block], order: random.Random) -> None:
+        idle = 0
+        while warps := [warp for block in blocks for warp in block.warps if warp.alive.any()]:
+            executed, progress = self.executed, self._progress(blocks)
+            order.shuffle(warps)
+            for warp in warps:
+                warp.turn()
+            idle = 0 if self._progress(blocks) != progress else idle + 1
+            if idle > PATIENCE:
+                raise PtxError(f"deadlock in {self.entry.name} after {executed} instructions:\n{_positions(warps)}")
+
+    def _progress(self, blocks: list[Block]) -> int:
+        return self.moved + self.memory.changes + sum(block.shared.changes for block in blocks)
+
+
+def launch(
+    entry: Entry,
+    memory: Memory,
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    args: list,
+    *,
+    shared: int = 0,
+    cooperative: bool = False,
+    cluster: tuple[int, ...] | None = None,
+    seed: int = 0,
+) -> int:
+    """Run a kernel to its end.
+
+    Args:
+        entry: from :func:`ptx.parse`.
+        memory: holds the arrays; ``memory.put(array)`` gives an address, ``memory.get(address)`` the array.
+        grid, block, cluster: sizes in blocks, threads, blocks; cluster: as compiled, else one block.
+        args: one for each parameter: an int, a float, or bytes.
+        shared: bytes of dynamic shared memory.
+        cooperative: all blocks live at once; else one cluster after another.
+        seed: of the order in which warps take turns.
+
+    Returns:
+        How many instructions warps executed.
+
+    Raises:
+        PtxError: an instruction that is not known here, a bad access, a trap, a deadlock; says where.
+    """
+    run = Launch(entry, memory, grid, block, args, shared, cluster or entry.cluster or (1,))
+    run.run(cooperative, seed)
+    return run.executed
+
+
+def _bytes_of(value, size: int) -> bytes:
+    if isinstance(value, int | np.integer):
+        return (int(value) % (1 << 8 * size)).to_bytes(size, "little")
+    if isinstance(value, float):
+        return np.array(value, f"f{size}").tobytes()
+    return bytes(value)
+
+
+def _symbols(operands) -> set[str]:
+    found = set()
+    for operand in operands:
+        if isinstance(operand, Symbol):
+            found.add(operand.name)
+        elif isinstance(operand, Address):
+            found |= _symbols([operand.base])
+        elif isinstance(operand, Vector):
+            found |= _symbols(operand.elements)
+        elif isinstance(operand, list):
+            found |= _symbols(operand)
+    return found
+
+
+def _positions(warps: list[Warp]) -> str:
+    """Where threads stand, one line for each instruction."""
+    places: Counter = Counter()
+    for warp in warps:
+        for pc in np.unique(warp.pc[warp.alive]):
+            lanes = np.flatnonzero(warp.alive & (warp.pc == pc))
+            places[int(pc)] += len(lanes)
+            example = f"block {warp.block.index} thread {warp.index * LANES + int(lanes[0])}"
+            places.setdefault((int(pc), "example"), example)
+    some = warps[0]
+    lines = [
+        f"  {n} threads (such as {places[pc, 'example']}) at {some.instruction(pc)}"
+        for pc, n in places.items()
+        if isinstance(pc, int)
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,163 @@
+"""Every CUDA kernel compiled for sm_80, sm_90 and sm_100: no spills, fits the chip, and is not fatter than it was.
+
+tests/cuda_budget.json holds what the compiler made of them. After a change that is meant:
+python tests/test_cuda_budget.py --write
+"""
+
+import functools
+import json
+import re
+import sys
+from pathlib import Path
+
+import cuda_build
+import pytest
+
+TABLE = Path(__file__).with_name("cuda_budget.json")
+RENEW = "if that is meant, write the table anew: python tests/test_cuda_budget.py --write"
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that one block may have, bytes
+PRINTF_STACK = 32  # bytes: the arguments of abort_kernel's message lie on the stack
+GROWS = ("registers", "shared", "stack")
+KINDS = ("mma", "wide_loads", "wide_stores", "async_copies")
+
+
+@functools.cache
+def found(architecture: int) -> dict[str, dict[str, int]]:
+    """What became of each kernel: facts of nvidia_binaries, and ``threads``, ``spilled`` (bytes) and ``prints``."""
+    from nvidia_binaries import kernels
+
+    rows = {}
+    for path in cuda_build.objects():
+        limits, spills = _limits(architecture), _spills(path, architecture)
+        for name, facts in kernels(path, architecture).items():
+            rows[cuda_build.readable(name)] = facts | limits[name] | {"spilled": spills[name]}
+    return rows
+
+
+@functools.cache
+def _limits(architecture: int) -> dict[str, dict[str, int]]:
+    """From the PTX: the most threads of a block, and whether the kernel prints."""
+    nearest = max(a for a in cuda_build.PTX_ARCHITECTURES if a <= architecture)
+    limits = {}
+    for text in cuda_build.ptx(nearest):
+        for name, body in re.findall(r"\.entry (\w+)\(.*?\)(.*?\n\})", text, re.DOTALL):
+            threads = re.search(r"\.(?:maxntid|reqntid) (\d+)", body)
+            limits[name] = {"threads": int(threads[1]) if threads else 1024, "prints": int("vprintf" in body)}
+    return limits
+
+
+def _spills(path: Path, architecture: int) -> dict[str, int]:
+    """Bytes that ptxas says it moved to memory for want of registers."""
+    log = path.with_suffix(".log").read_text()
+    pattern = rf"entry function '(\w+)' for 'sm_{architecture}'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    return {name: int(stores) + int(loads) for name, stores, loads in re.findall(pattern, log, re.DOTALL)}
+
+
+def expected(architecture: int) -> dict[str, dict[str, int]]:
+    return json.loads(TABLE.read_text()).get(f"sm_{architecture}", {})
+
+
+def problems(name: str, facts: dict[str, int], row: dict[str, int] | None, architecture: int) -> list[str]:
+    """What is wrong with a kernel, in sentences; ``row``: its row of the table."""
+    said, where = [], f"{name} on sm_{architecture}"
+    if facts["spilled"] or facts["local"] or facts["local_loads"]:
+        said.append(f"{where} keeps values in memory ({facts}): fewer accumulators or a smaller tile a thread")
+    if facts["stack"] > (PRINTF_STACK if facts["prints"] else 0):
+        said.append(f"{where} has a stack of {facts['stack']} bytes: an array that is indexed at run time?")
+    if facts["registers"] * facts["threads"] > 65536:
+        said.append(f"{where}: {facts['threads']} threads of {facts['registers']} registers exceed the register file")
+    if facts["shared"] > SHARED_MEMORY[architecture]:
+        said.append(f"{where}: {facts['shared']} bytes of static shared memory, the chip has less")
+    if row is None:
+        return [*said, f"{where} has no row in {TABLE.name}; {RENEW}"]
+    more = [w for w in GROWS if facts[w] > 1.1 * row[w]]
+    less = [w for w in KINDS if facts[w] < 0.9 * row[w]]
+    said += [f"{where}: {w} grew from {row[w]} to {facts[w]}, more than 10 %; {RENEW}" for w in more]
+    return said + [f"{where}: {w} fell from {row[w]} to {facts[w]}, more than 10 %; {RENEW}" for w in less]
+
+
+@pytest.mark.parametrize("architecture", cuda_build.ARCHITECTURES)
+def test_fits_the_chip_and_the_table(architecture):
+    cuda_build.require()
+    kernels, table = found(architecture), expected(architecture)
+    assert kernels
+    wrong = [s for name, facts in kernels.items() for s in problems(name, facts, table.get(name), architecture)]
+    wrong += [f"{name} on sm_{architecture} is in {TABLE.name} only; {RENEW}" for name in table.keys() - kernels.keys()]
+    assert not wrong, "\n".join(wrong)
+
+
+GOOD = {"registers": 100, "stack": 0, "shared": 1000, "local": 0, "local_loads": 0, "threads": 256, "spilled": 0}
+GOOD |= {"prints": 0, "mma": 16, "wide_loads": 8, "wide_stores": 4, "async_copies": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"registers": 120}, "registers grew from 100 to 120, more than 10 %; .* --write"),
+        ({"shared": 2000}, "shared grew"),
+        ({"spilled": 4}, "keeps values in memory"),
+        ({"local_loads": 1}, "keeps values in memory"),
+        ({"stack": 8}, "a stack of 8 bytes"),
+        ({"stack": 80, "prints": 1}, "a stack of 80 bytes"),
+        ({"threads": 1024}, "exceed the register file"),
+        ({"shared": 240_000}, "static shared memory"),
+        ({"mma": 0}, "mma fell from 16 to 0"),
+        ({"wide_loads": 4}, "wide_loads fell"),
+    ],
+    ids=str,
+)
+def test_what_is_reported(change, sentence):
+    assert problems("k", GOOD, GOOD, 90) == []
+    assert re.search(sentence, "\n".join(problems("k", GOOD | change, GOOD, 90)))
+
+
+def test_a_kernel_without_a_row():
+    assert "k on sm_80 has no row in cuda_budget.json" in problems("k", GOOD, None, 80)[0]
+
+
+PLANTED = """
+__global__ void __launch_bounds__(1024) planted(float* x) {
+  float v[200];
+  #pragma unroll
+  for (int i = 0; i < 200; ++i) v[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+  #pragma unroll
+  for (int i = 0; i < 200; ++i) x[i * 1024 + threadIdx.x] = v[i] * v[199 - i];
+}
+"""
+
+
+def test_a_spill_is_seen(tmp_path):
+    """A kernel that needs 200 registers and may have 64."""
+    cuda_build.require()
+    from nvidia_binaries import kernels
+
+    source, out = tmp_path / "planted.cu", tmp_path / "planted.cubin"
+    source.write_text(PLANTED)
+    flags = ("-cubin", "-gencode=arch=compute_80,code=sm_80", "-Xptxas", "-v")
+    done = cuda_build.run(cuda_build.find_cuda() / "bin/nvcc", *flags, source, "-o", out)
+    out.with_suffix(".log").write_text(done.stderr)
+    ((name, facts),) = kernels(out).items()
+    facts |= {"threads": 1024, "prints": 0, "spilled": _spills(out, 80)[name]}
+    assert facts["spilled"] > 0 and facts["local_loads"] > 0
+    assert "keeps values in memory" in problems(name, facts, None, 80)[0]
+
+
+def write_table() -> None:
+    """A line for each kernel."""
+    columns = (*GROWS, "threads", *KINDS)
+    table = {
+        f"sm_{chip}": {name: {c: row[c] for c in columns} for name, row in sorted(found(chip).items())}
+        for chip in cuda_build.ARCHITECTURES
+    }
+    sections = (
+        f'"{chip}": {{\n' + ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()) + "\n}"
+        for chip, rows in table.items()
+    )
+    TABLE.write_text("{\n" + ",\n".join(sections) + "\n}\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        raise SystemExit(f"usage: python {sys.argv[0]} --write")
+    write_table()
