@@ -18,7 +18,8 @@
 //   TF32,   U = 4, m16n8k8:  lane 4 r + q loads unit q of row r = i, f | g, o
 //   exact,  U = 8, FMA:      lane 8 n + u loads unit u of every row: four lanes the same one, for four own units each
 //
-// Rows past the batch and units past H are never written: the workspace is zero, so are the weights there.
+// Rows past the batch are neither written nor read. Units past H are never written: the workspace is zero there, and so
+// are their weights.
 //
 // Two buffers suffice. Step s reads buffer (s + 1) & 1 (dgates of step s - 1; zero before the first) and writes
 // buffer s & 1, whose readers were the products of step s - 1. Before a block writes, its warps have together waited
@@ -89,6 +90,11 @@ struct ExactSums {
   }
 };
 
+// A chunk as B of two instructions. Rows from `rows` on are zero and not read: one sequence costs one row of traffic.
+FASTSEQ_DEVICE uint4 load_rows(const void* chunk, int rows) {
+  return lane_id() / 4 < rows ? load_l2(static_cast<const uint4*>(chunk) + lane_id()) : uint4{0, 0, 0, 0};
+}
+
 // 16-bit types. Weights of a chunk: A of two instructions.
 template <class T>
 struct HalfProduct {
@@ -109,9 +115,7 @@ struct HalfProduct {
     }
   }
 
-  static FASTSEQ_DEVICE Fragment load(const T* chunk) {
-    return load_l2(reinterpret_cast<const uint4*>(chunk) + lane_id());
-  }
+  static FASTSEQ_DEVICE Fragment load(const T* chunk, int rows) { return load_rows(chunk, rows); }
 
   static FASTSEQ_DEVICE void multiply(Sums& sums, const Vector<Word, 4> (&w)[kParts], const Fragment& f) {
     multiply_16x8x16<T>(sums.d[0], w[0].element, {f.x, f.y});
@@ -137,9 +141,7 @@ struct Tf32Product {
     for (int k = 0; k < 4 * kParts; ++k) w[k / 4].element[k % 4] = to_tf32(weight(q, k / 2, r + k % 2 * 8));
   }
 
-  static FASTSEQ_DEVICE Fragment load(const float* chunk) {
-    return load_l2(reinterpret_cast<const uint4*>(chunk) + lane_id());
-  }
+  static FASTSEQ_DEVICE Fragment load(const float* chunk, int rows) { return load_rows(chunk, rows); }
 
   static FASTSEQ_DEVICE void multiply(Sums& sums, const Vector<Word, 4> (&w)[kParts], const Fragment& f) {
     multiply_16x8x8_tf32(sums.d[0], w[0].element, {f.x, f.y});
@@ -170,11 +172,11 @@ struct ExactProduct {
     for (int k = 0; k < 4 * kParts; ++k) w[k / 4].element[k % 4] = weight(u, k % 4, 4 * n + k / 4);
   }
 
-  static FASTSEQ_DEVICE Fragment load(const float* chunk) {
-    Fragment f;
+  static FASTSEQ_DEVICE Fragment load(const float* chunk, int rows) {
+    Fragment f{};
 #pragma unroll
     for (int r = 0; r < kTileRows; ++r) {
-      f.row[r] = load_l2(reinterpret_cast<const float4*>(chunk) + r * kUnits + lane_id() % 8);
+      if (r < rows) f.row[r] = load_l2(reinterpret_cast<const float4*>(chunk) + r * kUnits + lane_id() % 8);
     }
     return f;
   }
@@ -342,14 +344,12 @@ struct GridBackwardBlock {
 
   // `Count` chunks of this warp from `first`, all loads before the first product.
   template <int Count, class WeightsOf>
-  FASTSEQ_DEVICE void multiply_chunks(typename Product::Sums (&d)[R],
-                                      const T* from,
-                                      int first,
-                                      const WeightsOf& weights_of) const {
+  FASTSEQ_DEVICE void multiply_chunks(
+      typename Product::Sums (&d)[R], const T* from, int tile_rows, int first, const WeightsOf& weights_of) const {
     typename Product::Fragment fragment[Count];
 #pragma unroll
     for (int k = 0; k < Count; ++k) {
-      if (first + k < chunks) fragment[k] = Product::load(from + static_cast<int64_t>(first + k) * kChunk);
+      if (first + k < chunks) fragment[k] = Product::load(from + static_cast<int64_t>(first + k) * kChunk, tile_rows);
     }
 #pragma unroll
     for (int k = 0; k < Count; ++k) {
@@ -360,16 +360,18 @@ struct GridBackwardBlock {
   }
 
   // The warp's share of a tile's product, to shared memory.
-  FASTSEQ_DEVICE void multiply_tile(const Weights (&held)[kHeld], const T* from, float* to) const {
+  FASTSEQ_DEVICE void multiply_tile(const Weights (&held)[kHeld], const T* from, int tile_rows, float* to) const {
     constexpr int kAhead = Product::kAhead < kHeld ? Product::kAhead : kHeld;
+    static_assert(kHeld % kAhead == 0);
+    constexpr int kFewer = kAhead < R ? kAhead : R;  // loads at once, for the registers of weights on their way
     typename Product::Sums d[R]{};
 #pragma unroll
     for (int k = 0; k < kHeld; k += kAhead) {
-      multiply_chunks<kAhead>(d, from, k, [&](int chunk) -> const Weights& { return held[chunk]; });
+      multiply_chunks<kAhead>(d, from, tile_rows, k, [&](int chunk) -> const Weights& { return held[chunk]; });
     }
-    for (int k = kHeld; k < chunks; k += kAhead) {
+    for (int k = kHeld; k < chunks; k += kAhead / kFewer) {
       Weights w;
-      multiply_chunks<kAhead>(d, from, k, [&](int chunk) -> const Weights& {
+      multiply_chunks<kAhead / kFewer>(d, from, tile_rows, k, [&](int chunk) -> const Weights& {
 #pragma unroll
         for (int i = 0; i < R * Product::kParts; ++i) {
           w[i / Product::kParts][i % Product::kParts] = shared_weights(chunk)[i * 32];
@@ -387,7 +389,8 @@ struct GridBackwardBlock {
     const T* from = exchange + ((step + 1) & 1) * buffer + static_cast<int64_t>(first_chunk) * kChunk;
     float* to = sums + threadIdx.x / 32 * plan.pass_tiles * kTileRows * kStride;
     for (int k = 0; k < count; ++k) {
-      multiply_tile(held, from + (first + k) * of_tile, to + k * kTileRows * kStride);
+      const int tile_rows = rows - (first + k) * kTileRows;
+      multiply_tile(held, from + (first + k) * of_tile, tile_rows, to + k * kTileRows * kStride);
     }
   }
 
