@@ -14,9 +14,7 @@ def run(flags: list[str], buffers: int, seed: int) -> str:
     name = "cluster_check_thread" if flags else "cluster_check"
     sources = [cuda_on_cpu.HERE / "cluster_check.cpp"]
     program = cuda_on_cpu.build(name, [*cuda_on_cpu.FLAGS, "-O1", *flags], sources, program=True)
-    done = subprocess.run(
-        [program, str(buffers), str(seed)], capture_output=True, text=True, timeout=120, env=os.environ
-    )
+    done = subprocess.run([program, str(buffers), str(seed)], capture_output=True, text=True, timeout=120)
     return done.stdout + done.stderr
 
 
