@@ -42,7 +42,9 @@ struct BackwardMemory {
   __host__ __device__ BackwardMemory(const BackwardTile& tile, int steps, int row_tiles) {
     gradients = 128;
     parts = gradients + 2 * static_cast<size_t>(steps) * row_tiles * 256;
-    bytes = parts + 2 * static_cast<size_t>(tile.blocks) * tile.units * row_tiles * 32;
+    const size_t all_parts = 2 * static_cast<size_t>(tile.blocks) * tile.units * row_tiles * 32;
+    const size_t scratch = static_cast<size_t>(kThreads) * steps * 16;  // of load_columns, before there are parts
+    bytes = parts + (all_parts > scratch ? all_parts : scratch);
   }
 };
 
@@ -82,24 +84,32 @@ load_column_piece(const T* weight, int64_t hidden, const BackwardTile& tile, int
   return piece_of<T>(x);
 }
 
-// M tiles of 16 hidden units of the layer, all of K.
+// M tiles of 16 hidden units of the layer, all of K. By way of `scratch` (warp, step, lane), of which every lane reads
+// what it has written: a loop that is not unrolled, as the addresses of all would take more registers than there are.
 template <class T, int M>
 FASTSEQ_DEVICE void load_columns(uint32_t (&a)[M][kGateSteps<T>][4],
+                                 uint4* scratch,
                                  const T* weight,
                                  int64_t hidden,
                                  const BackwardTile& tile,
                                  const BackwardPlace& at) {
+  uint4* own = scratch + at.warp * kGateSteps<T> * 32 + lane_id();
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     const int64_t unit = (at.warp * M + m) * 16 + at.r;
-#pragma unroll
+#pragma unroll 1
     for (int s = 0; s < kGateSteps<T>; ++s) {
       const uint2 upper = load_column_piece(weight, hidden, tile, unit, 4 * s + at.q);
       const uint2 lower = load_column_piece(weight, hidden, tile, unit + 8, 4 * s + at.q);
-      a[m][s][0] = upper.x;
-      a[m][s][1] = lower.x;
-      a[m][s][2] = upper.y;
-      a[m][s][3] = lower.y;
+      own[s * 32] = uint4{upper.x, lower.x, upper.y, lower.y};
+    }
+#pragma unroll
+    for (int s = 0; s < kGateSteps<T>; ++s) {
+      const uint4 words = own[s * 32];
+      a[m][s][0] = words.x;
+      a[m][s][1] = words.y;
+      a[m][s][2] = words.z;
+      a[m][s][3] = words.w;
     }
   }
 }
@@ -288,7 +298,8 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(Lstm
   const unsigned bytes = parts_buffer * sizeof(float2);
 
   uint32_t weights[M][kGateSteps<T>][4];
-  load_columns<T, M>(weights, static_cast<const T*>(p.weight_hh) + at.direction * 4 * H * H, H, tile, at);
+  load_columns<T, M>(weights, reinterpret_cast<uint4*>(parts),
+                     static_cast<const T*>(p.weight_hh) + at.direction * 4 * H * H, H, tile, at);
   float dh[N], dc[N];
   load_gradients<T>(dh, p.grad_h_n, p.shape, at);
   load_gradients<T>(dc, p.grad_c_n, p.shape, at);

@@ -48,11 +48,11 @@ static bool both(int64_t T, int64_t B, int64_t H) {
 }
 
 int main() {
-  bool fine = both(4, 3, 24);
+  bool fine = both(4, 3, 21);
   host::options().shuffle = true;
   for (uint64_t seed = 0; seed < 3; ++seed) {
     host::options().seed = seed;
-    fine = fine && both(4, 3, 24);
+    fine = fine && both(4, 3, 21);
   }
   host::options().multiprocessors = 2;  // a tile of 16 sequences
   fine = fine && both(2, 9, 8);
