@@ -23,7 +23,7 @@ def forward(
     prepared: Tensor | None = None,  # prepare(keys, lengths)
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """-> context (B, T, D), weights (B, T, S) or None, saved for ``backward``."""
-    context, weights = torch.ops.fastseq.attention_forward(
+    context, weights = torch.ops.fastseq.attention_forward.default(
         query, keys, values, *_small(weight, bias, lengths), mask, prepared, scale, need_weights or need_backward
     )
     saved = () if not need_backward else (weights,) if prepared is None else (weights, prepared)
@@ -48,7 +48,7 @@ def backward(
     """Gradients of query, keys, values, weight, bias; None where not needed."""
     weights, prepared = saved if len(saved) == 2 else (*saved, None)
     need_query, need_keys, need_values, need_weight, need_bias = needs
-    grads = torch.ops.fastseq.attention_backward(
+    grads = torch.ops.fastseq.attention_backward.default(
         grad_context,
         grad_weights,
         query,
@@ -67,7 +67,7 @@ def backward(
 
 def prepare(keys: Tensor, lengths: Tensor | None) -> Tensor:
     """What the additive score computes of its keys (B, S, A) up to their lengths (B,), for many calls with them."""
-    return torch.ops.fastseq.attention_prepare(keys.detach(), _small(None, None, lengths)[2])
+    return torch.ops.fastseq.attention_prepare.default(keys.detach(), _small(None, None, lengths)[2])
 
 
 def unsupported(call) -> str | None:

@@ -20,7 +20,7 @@ def forward(
     need_cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
     """-> output (..., D*H), h_n and c_n (D, B, H), cell states like output or None, saved for ``backward``."""
-    output, h_n, c_n, activations, cell_states = torch.ops.fastseq.lstm_forward(
+    output, h_n, c_n, activations, cell_states = torch.ops.fastseq.lstm_forward.default(
         input.contiguous(),
         h0.contiguous(),
         c0.contiguous(),
@@ -53,7 +53,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of input, h0, c0 and, five per direction, the weights; None where not needed."""
     need_input, need_h0, need_c0, *need_weights = needs
-    grad_input, grad_h0, grad_c0, grads = torch.ops.fastseq.lstm_backward(
+    grad_input, grad_h0, grad_c0, grads = torch.ops.fastseq.lstm_backward.default(
         _contiguous(grad_output),
         _contiguous(grad_h_n),
         _contiguous(grad_c_n),
