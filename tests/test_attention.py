@@ -21,8 +21,9 @@ from attention_cases import (
 )
 from backends import serving_attention
 
-from fastseq.backend import record
-from fastseq.ops.attention import attention, reference
+from fastseq import _native
+from fastseq.backend import record, use_backend
+from fastseq.ops.attention import api, attention, reference
 from fastseq.testing import assert_accurate
 
 OWN = [
@@ -219,6 +220,7 @@ def test_auto_on_cpu_takes_what_was_measured_fastest():
         return choices[0].backend
 
     assert chosen("dot") == chosen("dot", grad=False) == chosen("additive", t=1) == "native"
+    assert chosen("dot", t=1, grad=False) == chosen("dot", t=1) == "native"
     assert chosen("dot", dtype=torch.bfloat16, t=1, grad=False) == "torch"
     assert chosen("dot", dtype=torch.bfloat16, t=1, grad=False, **make_padding("lengths")) == "native"
     assert chosen("dot", dtype=torch.bfloat16, t=1) == chosen("dot", dtype=torch.bfloat16, grad=False) == "native"
@@ -359,3 +361,52 @@ def test_bad_input_gets_a_sentence(case):
 def test_step_mask_needs_a_query_of_steps():
     with pytest.raises(RuntimeError, match=r"mask must be \(3, 5\), got \(3, 1, 5\)"):
         attention(torch.ones(B, A), torch.ones(B, S, A), mask=torch.ones(B, 1, S).bool())
+
+
+needs_native = pytest.mark.skipif(not _native.available(), reason="the compiled operators are not part of this install")
+
+
+def plain_inputs():
+    return torch.randn(2, 3, 5), torch.randn(2, 4, 5), torch.randn(2, 4, 6)
+
+
+@needs_native
+@torch.no_grad()
+def test_a_plain_dot_is_recognised_and_served_as_auto_would(monkeypatch):
+    query, keys, values = plain_inputs()
+    with record() as choices:  # recorded: asks
+        asked, _ = attention(query, keys, values, scale=0.7)
+    assert [choice.backend for choice in choices] == ["native"]
+    monkeypatch.delattr(api, "select")
+    assert torch.equal(attention(query, keys, values, scale=0.7)[0], asked)
+    assert attention(query, keys, scale=0.7)[0].shape == (2, 3, 5)
+
+
+@pytest.mark.parametrize("option", ["gradient", "named", "use_backend", "weights", "lengths", "mask", "double"])
+def test_every_other_call_asks(option, monkeypatch):
+    query, keys, values = (x.double() if option == "double" else x for x in plain_inputs())
+    options = {
+        "named": {"backend": "reference"},
+        "weights": {"need_weights": True},
+        "lengths": {"lengths": torch.tensor([1, 4])},
+        "mask": {"mask": torch.ones(2, 4, dtype=torch.bool)},
+    }
+    asked = []
+    monkeypatch.setattr(api, "select", lambda *args: asked.append(args) or "reference")
+    with use_backend("reference" if option == "use_backend" else "auto"), torch.set_grad_enabled(option == "gradient"):
+        attention(query, keys, values, **options.get(option, {}))
+    assert len(asked) == 1
+
+
+@torch.no_grad()
+def test_a_plain_dot_is_cast_by_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention(*plain_inputs())[0].dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_shapes_that_do_not_fit_are_told_in_the_words_of_the_op():
+    query, keys, values = plain_inputs()
+    for bad in ((query[:1], keys, values), (query, keys[:, :3], values), (query[:, :, :4], keys, values)):
+        with pytest.raises(RuntimeError, match=r"^attention: query"):
+            attention(*bad)

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastseq
 from fastseq import LSTM, _native, backend
-from fastseq.backend import LSTMCall, select
+from fastseq.backend import LSTMCall, LSTMCellCall, select
 
 CALL = LSTMCall("cpu", torch.float32, 4, 5, batch=2, steps=3)
 X = torch.randn(3, 2, 4)
@@ -80,6 +80,30 @@ def test_auto_follows_the_measurements():
             cell(x)
         fastseq.ops.lstm_cell(torch.randn(2, 20), torch.randn(2, 5))
     assert [choice.backend for choice in choices] == ["torch", "native", "native"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("changes", [dict(batch=1), dict(batch=256), dict(compiling=True)], ids=str)
+def test_auto_gives_cells_that_train_to_torch(device, dtype, changes):
+    """What LSTMCell relies on when it does not ask."""
+    call = LSTMCellCall(device, dtype, 4, with_gemms=True, requires_grad=True, **changes)
+    assert select("lstm_cell", "auto", call) == "torch"
+
+
+def test_a_cell_that_trains_takes_the_short_path_only_under_auto(monkeypatch):
+    cell, x = fastseq.LSTMCell(4, 5), X[0]
+    asked = []
+    monkeypatch.setattr("fastseq.nn.rnn.select", lambda *args: asked.append(args[1]) or "reference")
+    cell(x)
+    assert not asked
+    with fastseq.use_backend("reference"):
+        cell(x)
+    with backend.record():
+        cell(x)
+    cell.backend = "reference"
+    cell(x)
+    assert asked == ["auto", "auto", "reference"]
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,30 @@ def test_weights_replaced_tied_and_reparametrised(backend):
 
 
 @backends
+@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
+def test_cell_weights_replaced_tied_and_reparametrised(backend, train):
+    theirs, ours = pair(5, 5, backend=backend, cls=LSTMCell)
+    x = torch.randn(3, 5)
+
+    def check(call=lambda cell: cell(x)):
+        with torch.set_grad_enabled(train):
+            torch.testing.assert_close(call(ours), call(theirs), rtol=0, atol=1e-6)
+
+    swapped = {"bias_ih": torch.ones(20), "weight_hh": torch.ones(20, 5)}
+    check(lambda cell: torch.func.functional_call(cell, swapped, (x,)))
+    for cell in (theirs, ours):
+        cell.weight_hh = cell.weight_ih
+    check()
+    for cell in (theirs, ours):
+        torch.manual_seed(0)
+        nn.utils.spectral_norm(cell, "weight_hh")  # as many parameters, and weight_hh an attribute
+    check()
+    for cell in (theirs, ours):
+        nn.utils.parametrizations.weight_norm(cell, "weight_ih")
+    check()
+
+
+@backends
 def test_data_parallel_style_replica(backend):
     """nn.DataParallel copies modules by _replicate_for_data_parallel and sets plain tensors as weights."""
     module = LSTM(4, 5, backend=backend)

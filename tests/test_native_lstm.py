@@ -48,10 +48,11 @@ def test_every_path_matches_the_loop(dtype, path, layout, direction):
     check(Problem(*PATHS[path], layout, dtype, direction))
 
 
-def test_random_calls():
+@pytest.mark.parametrize("op", fuzz_native.OPS)
+def test_random_calls(op):
     rng = random.Random(1)
     for _ in range(40):
-        case = fuzz_native.draw(rng, "lstm", budget=2_000_000)
+        case = fuzz_native.draw(rng, op, budget=2_000_000)
         try:
             fuzz_native.check(case)
         except AssertionError as error:

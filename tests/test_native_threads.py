@@ -103,9 +103,10 @@ def test_every_instruction_set_of_this_machine(isa):
         pytest.skip(f"this machine has no {isa}")
     subset = (
         "layer_matches and both and lengths or every_path and forward or threads_change and both and place or padding"
-        " or roundings or saturate or 16_bit or hundred or denormal"
+        " or roundings or saturate or 16_bit or hundred or denormal or step or random_calls"
     )
-    files = [TESTS / name for name in ("test_native_lstm.py", "test_native_cell.py", "test_native_threads.py")]
+    names = ("native_lstm", "native_cell", "native_threads", "decode_step")
+    files = [TESTS / f"test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-p", "no:cacheprovider", "-k", subset]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

@@ -2,60 +2,27 @@
 #include "attention.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <memory>
-#include <new>
 #include <tuple>
 
-#include "../checks.h"
 #include "kernels.h"
+#include "operators.h"
+#include "pool.h"
 
 namespace fastseq {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 // Tanh evaluations, or multiply-adds times 8, that are worth a thread.
 constexpr int64_t kWorthThread = 1 << 14;
 
 template <class S>
-const S* read(const OptionalTensor& t) {
-  return t ? static_cast<const S*>(t->const_data_ptr()) : nullptr;
-}
-
-template <class S>
-S* write(const Tensor& t) {
-  return t.numel() ? static_cast<S*>(t.mutable_data_ptr()) : nullptr;
-}
-
-template <class S>
 Strided<const S> strided(const OptionalTensor& t) {
   if (!t) return {};
   return {static_cast<const S*>(t->const_data_ptr()), t->stride(0), t->stride(1), t->stride(2)};
-}
-
-ScalarType accumulate_type(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-template <class Run>
-void with_storage_type(const char* op, ScalarType dtype, const Run& run) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return run(float{});
-    case ScalarType::Double:
-      return run(double{});
-    case ScalarType::BFloat16:
-      return run(BFloat16{});
-    case ScalarType::Half:
-      return run(Half{});
-    default:
-      STD_TORCH_CHECK(false, op, ": the dtype must be Float, Double, BFloat16 or Half, got ", dtype);
-  }
 }
 
 // On the CPU, with this shape and dtype, at any strides.
@@ -122,11 +89,9 @@ AttentionInputs<S> Arguments::inputs() const {
 template <class S, class Run>
 void for_sentences(const Arguments& arguments, const AttentionInputs<S>& in, const Run& run) {
   const int64_t work = in.steps * in.positions * (in.weight ? in.size + in.width / 8 : (in.size + in.width) / 8);
-  const std::align_val_t line{64};
   parallel_for(0, arguments.batch(), kWorthThread / (work + 1) + 1, [&](int64_t begin, int64_t end) {
-    const auto release = [line](char* memory) { ::operator delete[](memory, line); };
-    const std::unique_ptr<char[], decltype(release)> scratch(new (line) char[attention_scratch(in)], release);
-    run(begin, end, scratch.get());
+    const Scratch scratch(attention_scratch(in));
+    run(begin, end, scratch.at(0));
   });
 }
 
@@ -144,9 +109,9 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(Tensor query,
   const Arguments arguments{query, keys, values, weight, bias, lengths, mask, prepared, scale};
   arguments.check(op);
   const int64_t B = arguments.batch(), T = arguments.steps();
-  Tensor context = new_empty(query, {B, T, arguments.width()});
-  Tensor weights = new_empty(query, need_weights ? Shape{B, T, arguments.positions()} : Shape{0},
-                             accumulate_type(arguments.dtype()));
+  Tensor context = pooled_empty(query, {B, T, arguments.width()}, arguments.dtype());
+  Tensor weights = pooled_empty(query, need_weights ? Shape{B, T, arguments.positions()} : Shape{0},
+                                accumulate_type(arguments.dtype()));
   with_storage_type(op, arguments.dtype(), [&](auto zero) {
     using S = decltype(zero);
     AttentionForward<S> p{};
@@ -160,17 +125,49 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(Tensor query,
   return {context, weights};
 }
 
-// Sums rows (B, columns) over the batch, always in the same order.
+// Sums rows (B, columns) over the batch, always in the same order, into `sum` (no more than columns).
 template <class S>
-void sum_sentences(const Tensor& rows, const Tensor& sum) {
-  using A = Acc<S>;
-  const int64_t B = rows.size(0), columns = rows.size(1), size = sum.numel();
-  const A* x = static_cast<const A*>(rows.const_data_ptr());
-  std::unique_ptr<A[]> total(new A[columns]());
+void sum_sentences(const Acc<S>* rows, int64_t B, int64_t columns, const Tensor& sum) {
+  const int64_t size = sum.numel();
+  const std::unique_ptr<Acc<S>[]> total(new Acc<S>[columns]());
   for (int64_t b = 0; b < B; ++b) {
-    for (int64_t c = 0; c < size; ++c) total[c] += x[b * columns + c];
+    for (int64_t c = 0; c < size; ++c) total[c] += rows[b * columns + c];
   }
-  for (int64_t c = 0; c < size; ++c) store(total[c], static_cast<S*>(sum.mutable_data_ptr()) + c);
+  for (int64_t c = 0; c < size; ++c) store(total[c], write<S>(sum) + c);
+}
+
+// The gradients of attention, empty where not needed.
+struct Gradients {
+  Tensor query, keys, values, weight, bias;
+
+  Gradients(const Arguments& of, bool need_scores, bool need_values)
+      : query(empty(of, need_scores, {of.batch(), of.steps(), of.size()})),
+        keys(empty(of, need_scores, {of.batch(), of.positions(), of.size()})),
+        values(empty(of, need_values, {of.batch(), of.positions(), of.width()})),
+        weight(empty(of, need_scores && of.weight, {of.size()})),
+        bias(empty(of, need_scores && of.weight, {of.size()})) {}
+
+ private:
+  static Tensor empty(const Arguments& of, bool needed, const Shape& shape) {
+    return pooled_empty(of.query, needed ? shape : Shape{0}, of.dtype());
+  }
+};
+
+template <class S>
+void backward(const Arguments& arguments, AttentionBackward<S>& p, const Gradients& grads) {
+  const int64_t B = arguments.batch(), columns = p.need_scores && p.in.weight ? whole_columns(p.in.size) : 0;
+  const Scratch rows(2 * B * columns * sizeof(Acc<S>));  // a sentence's part of grad_weight and grad_bias each
+  p.grad_query = write<S>(grads.query);
+  p.grad_keys = write<S>(grads.keys);
+  p.grad_values = write<S>(grads.values);
+  p.grad_weight = rows.at<Acc<S>>(0);
+  p.grad_bias = p.grad_weight + B * columns;
+  for_sentences(arguments, p.in, [&](int64_t begin, int64_t end, void* scratch) {
+    kernels<S>().attention_backward(p, begin, end, scratch);
+  });
+  if (columns == 0) return;
+  sum_sentences<S>(p.grad_weight, B, columns, grads.weight);
+  sum_sentences<S>(p.grad_bias, B, columns, grads.bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(Tensor grad_context,
@@ -190,50 +187,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(Tensor
   const char* op = "attention_backward";
   const Arguments arguments{query, keys, values, weight, bias, lengths, mask, prepared, scale};
   arguments.check(op);
-  const int64_t B = arguments.batch(), T = arguments.steps(), S = arguments.positions(), A = arguments.size();
-  const ScalarType dtype = arguments.dtype(), accumulate = accumulate_type(dtype);
-  check_cpu(op, "weights", weights, {B, T, S}, accumulate);
+  const int64_t B = arguments.batch(), T = arguments.steps(), S = arguments.positions();
+  const ScalarType dtype = arguments.dtype();
+  check_cpu(op, "weights", weights, {B, T, S}, accumulate_type(dtype));
   check_strided(op, "grad_context", grad_context, {B, T, arguments.width()}, dtype);
   if (grad_weights) check_strided(op, "grad_weights", *grad_weights, {B, T, S}, dtype);
-
-  const bool need_weight = need_scores && weight;
-  Tensor grad_query = new_empty(query, need_scores ? Shape{B, T, A} : Shape{0});
-  Tensor grad_keys = new_empty(query, need_scores ? Shape{B, S, A} : Shape{0});
-  Tensor grad_values = new_empty(query, need_values ? Shape{B, S, arguments.width()} : Shape{0});
-  Tensor grad_weight = new_empty(query, {need_weight ? A : 0}), grad_bias = new_empty(query, {need_weight ? A : 0});
-  const Shape sentence_rows = need_weight ? Shape{B, whole_columns(A)} : Shape{0};
-  const Tensor weight_rows = new_empty(query, sentence_rows, accumulate);
-  const Tensor bias_rows = new_empty(query, sentence_rows, accumulate);
+  const Gradients grads(arguments, need_scores, need_values);
   with_storage_type(op, dtype, [&](auto zero) {
     using S = decltype(zero);
     AttentionBackward<S> p{};
     p.in = arguments.inputs<S>();
-    p.weights = static_cast<const Acc<S>*>(weights.const_data_ptr());
+    p.weights = read<Acc<S>>(weights);
     p.grad_context = strided<S>(grad_context);
     p.grad_weights = strided<S>(grad_weights);
     p.need_scores = need_scores;
     p.need_values = need_values;
-    p.grad_query = write<S>(grad_query);
-    p.grad_keys = write<S>(grad_keys);
-    p.grad_weight = write<Acc<S>>(weight_rows);
-    p.grad_bias = write<Acc<S>>(bias_rows);
-    p.grad_values = write<S>(grad_values);
-    for_sentences(arguments, p.in, [&](int64_t begin, int64_t end, void* scratch) {
-      kernels<S>().attention_backward(p, begin, end, scratch);
-    });
-    if (!need_weight) return;
-    sum_sentences<S>(weight_rows, grad_weight);
-    sum_sentences<S>(bias_rows, grad_bias);
+    backward(arguments, p, grads);
   });
-  return {grad_query, grad_keys, grad_values, grad_weight, grad_bias};
+  return {grads.query, grads.keys, grads.values, grads.weight, grads.bias};
 }
 
 Tensor attention_prepare_cpu(Tensor keys, OptionalTensor lengths) {
   const char* op = "attention_prepare";
   const Arguments arguments{keys, keys, keys, {}, {}, lengths, {}, {}, 1.0};
   arguments.check(op);
-  Tensor prepared = new_empty(keys, {keys.size(0), keys.size(1), prepared_columns(keys.size(2))},
-                              accumulate_type(keys.scalar_type()));
+  Tensor prepared = pooled_empty(keys, {keys.size(0), keys.size(1), prepared_columns(keys.size(2))},
+                                 accumulate_type(keys.scalar_type()));
   with_storage_type(op, keys.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     AttentionPrepare<S> p{arguments.inputs<S>(), write<Acc<S>>(prepared)};

@@ -4,8 +4,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <memory>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -20,13 +22,13 @@ using torch::stable::parallel_for;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Sizes of a layer, and its parameters per direction.
+// What both operators are given of a layer.
 struct Layer {
-  const char* op;
+  const Tensor &input, &h0, &c0;       // (rows, I), (D, B, H) each
+  const std::vector<Tensor>& weights;  // per direction W_ih, W_hh and, with bias, b_ih, b_hh
+  bool bias, reverse;
   int64_t input_size, hidden, batch, directions;
   ScalarType dtype;
-  const std::vector<Tensor>& weights;  // per direction W_ih, W_hh and, with bias, b_ih, b_hh
-  bool bias;
 
   int64_t per_direction() const { return bias ? 4 : 2; }
   const Tensor& weight(int64_t direction, int64_t which) const { return weights[direction * per_direction() + which]; }
@@ -37,14 +39,15 @@ Layer read_layer(const char* op,
                  const Tensor& h0,
                  const Tensor& c0,
                  const std::vector<Tensor>& weights,
-                 const SequenceTable& table) {
+                 const SequenceTable& table,
+                 bool reverse) {
   const int64_t D = c0.size(0), B = c0.size(1), H = c0.size(2), I = input.size(input.dim() - 1);
   const ScalarType dtype = input.scalar_type();
   STD_TORCH_CHECK(D == 1 || D == 2, op, ": c0 must be for 1 or 2 directions, got ", D);
   const int64_t count = weights.size();
   STD_TORCH_CHECK(count == 2 * D || count == 4 * D, op, ": weights must be weight_ih, weight_hh and optionally ",
                   "bias_ih, bias_hh for each of ", D, " directions, got ", count, " tensors");
-  const Layer layer{op, I, H, B, D, dtype, weights, count == 4 * D};
+  const Layer layer{input, h0, c0, weights, count == 4 * D, reverse, I, H, B, D, dtype};
   check_cpu(op, "input", input, with_columns(table.rows, I), dtype);
   check_cpu(op, "h0", h0, {D, B, H}, dtype);
   check_cpu(op, "c0", c0, {D, B, H}, dtype);
@@ -58,9 +61,24 @@ Layer read_layer(const char* op,
   return layer;
 }
 
-// Direction 1 of two, and a single one with `reverse`, runs from the last step to the first.
-bool runs_backwards(const Layer& layer, int64_t direction, bool reverse) {
-  return layer.directions == 2 ? direction == 1 : reverse;
+// LstmForward or LstmBackward, with what they have in common.
+template <class Pass, class S>
+Pass start_pass(const Layer& layer, const SequenceTable& table) {
+  Pass p{};
+  p.seq = table.seq;
+  p.input_size = layer.input_size;
+  p.hidden = layer.hidden;
+  p.directions = layer.directions;
+  p.input = read<S>(layer.input);
+  for (int64_t d = 0; d < layer.directions; ++d) {
+    LstmDirection<S>& to = p.direction[d];
+    to.reverse = layer.directions == 2 ? d == 1 : layer.reverse;
+    to.weight_ih = read<S>(layer.weight(d, 0));
+    to.weight_hh = read<S>(layer.weight(d, 1));
+    to.h0 = read<S>(layer.h0) + d * layer.batch * layer.hidden;
+    to.c0 = read<S>(layer.c0) + d * layer.batch * layer.hidden;
+  }
+  return p;
 }
 
 // How threads share the recurrence: every direction as `blocks` blocks of sequences, each run by a team of `members`;
@@ -185,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(Tensor input
                                                                     bool need_cell_states) {
   const char* op = "lstm_forward";
   const SequenceTable table = read_sequences(op, input, c0, lengths, batch_sizes);
-  const Layer layer = read_layer(op, input, h0, c0, weights, table);
+  const Layer layer = read_layer(op, input, h0, c0, weights, table, reverse);
   const int64_t B = layer.batch, H = layer.hidden, D = layer.directions;
   const ScalarType dtype = layer.dtype;
 
@@ -196,24 +214,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(Tensor input
       pooled_empty(input, need_cell_states ? with_columns(table.rows, D * H) : Shape{0}, accumulate_type(dtype));
   with_storage_type(op, dtype, [&](auto zero) {
     using S = decltype(zero);
-    LstmForward<S> p{};
-    p.seq = table.seq;
-    p.input_size = layer.input_size;
-    p.hidden = H;
-    p.directions = D;
-    p.input = read<S>(input);
+    LstmForward<S> p = start_pass<LstmForward<S>, S>(layer, table);
     p.output = write<S>(output);
-    p.activations = need_activations ? write<S>(activations) : nullptr;
-    p.cell_states = need_cell_states ? write<Acc<S>>(cell_states) : nullptr;
+    p.activations = write<S>(activations);
+    p.cell_states = write<Acc<S>>(cell_states);
     for (int64_t d = 0; d < D; ++d) {
-      LstmForwardDirection<S>& to = p.direction[d];
-      to.reverse = runs_backwards(layer, d, reverse);
-      to.weight_ih = read<S>(layer.weight(d, 0));
-      to.weight_hh = read<S>(layer.weight(d, 1));
-      to.h0 = read<S>(h0) + d * B * H;
-      to.c0 = read<S>(c0) + d * B * H;
-      to.h_n = write<S>(h_n) + d * B * H;
-      to.c_n = write<S>(c_n) + d * B * H;
+      p.direction[d].h_n = write<S>(h_n) + d * B * H;
+      p.direction[d].c_n = write<S>(c_n) + d * B * H;
     }
     forward(layer, table, p);
   });
@@ -274,6 +281,28 @@ void round_sums(const Acc<S>* sums, const Tensor& out) {
   for (int64_t i = 0; i < out.numel(); ++i) store(sums[i], to + i);
 }
 
+// Hands every direction its part of the scratch memory, and the tensors of its weight gradients or `wide` ones.
+template <class S>
+void place_directions(LstmBackward<S>& p,
+                      const BackwardScratch<S>& at,
+                      const Scratch& scratch,
+                      const std::vector<Tensor>& grad_weights,  // W_ih, W_hh, bias per direction; or none
+                      Acc<S>* wide) {                           // (D, 4H, I + H), or null: sums need no rounding
+  const int64_t gates = 4 * p.hidden, columns = p.input_size + p.hidden;
+  for (int64_t d = 0; d < p.directions; ++d) {
+    LstmBackwardDirection<S>& to = p.direction[d];
+    const int64_t base = d * at.end;
+    to.packed_ih = p.grad_input ? scratch.at(base + at.packed_ih) : nullptr;
+    to.packed_hh = scratch.at(base + at.packed_hh);
+    to.grad_gates = scratch.at(base + at.gates);
+    to.hidden_states = scratch.at(base + at.hidden);
+    if (grad_weights.empty()) continue;
+    to.sums_ih = wide ? wide + d * gates * columns : write<Acc<S>>(grad_weights[3 * d]);
+    to.sums_hh = wide ? to.sums_ih + gates * p.input_size : write<Acc<S>>(grad_weights[3 * d + 1]);
+    to.grad_bias = write<S>(grad_weights[3 * d + 2]);
+  }
+}
+
 template <class S>
 void backward(const Layer& layer,
               const SequenceTable& table,
@@ -290,22 +319,8 @@ void backward(const Layer& layer,
   const BackwardScratch<S> at(p, panels_ih, panels_hh);
   const Scratch scratch(D * at.end);
   constexpr bool kNarrow = sizeof(S) < sizeof(Acc<S>);
-  const int64_t sums = kNarrow && !grad_weights.empty() ? 4 * H * (I + H) : 0;
-  const Scratch wide(D * sums * sizeof(Acc<S>));
-  bool reverse[2] = {};
-  for (int64_t d = 0; d < D; ++d) {
-    LstmBackwardDirection<S>& to = p.direction[d];
-    const int64_t base = d * at.end;
-    to.packed_ih = p.grad_input ? scratch.at(base + at.packed_ih) : nullptr;
-    to.packed_hh = scratch.at(base + at.packed_hh);
-    to.grad_gates = scratch.at(base + at.gates);
-    to.hidden_states = scratch.at(base + at.hidden);
-    reverse[d] = to.reverse;
-    if (grad_weights.empty()) continue;
-    to.sums_ih = kNarrow ? wide.at<Acc<S>>(0) + d * sums : write<Acc<S>>(grad_weights[3 * d]);
-    to.sums_hh = kNarrow ? to.sums_ih + 4 * H * I : write<Acc<S>>(grad_weights[3 * d + 1]);
-    to.grad_bias = write<S>(grad_weights[3 * d + 2]);
-  }
+  const Scratch wide(kNarrow && !grad_weights.empty() ? D * 4 * H * (I + H) * sizeof(Acc<S>) : 0);
+  place_directions(p, at, scratch, grad_weights, kNarrow ? wide.at<Acc<S>>(0) : nullptr);
   pack_all(D, panels_ih + panels_hh, k.panel_columns * 4 * H, [&](int64_t direction, int64_t panel) {
     const LstmBackwardDirection<S>& d = p.direction[direction];
     if (panel < panels_ih) return k.pack_columns(d.weight_ih, 4 * H, I, panel, d.packed_ih);
@@ -318,6 +333,7 @@ void backward(const Layer& layer,
     k.lstm_backward(p, d, block, team, plan.members, share, shared.at(i * states));
   });
 
+  const bool reverse[2] = {p.direction[0].reverse, p.direction[1].reverse};
   const ValidRowTable valid = list_valid_rows(p.seq, reverse, D);
   if (p.grad_input) input_gradients(p, valid.rows(), panels_ih);
   if (grad_weights.empty()) return;
@@ -326,6 +342,26 @@ void backward(const Layer& layer,
     round_sums<S>(p.direction[d].sums_ih, grad_weights[3 * d]);
     round_sums<S>(p.direction[d].sums_hh, grad_weights[3 * d + 1]);
   }
+}
+
+void check_per_step(const char* op,
+                    const SequenceTable& table,
+                    int64_t columns,
+                    ScalarType dtype,
+                    std::initializer_list<std::pair<const char*, OptionalTensor>> tensors) {
+  for (const auto& [name, t] : tensors) check_optional(op, name, t, with_columns(table.rows, columns), dtype);
+}
+
+// W_ih, W_hh, bias per direction.
+std::vector<Tensor> empty_weight_gradients(const Layer& layer) {
+  std::vector<Tensor> grads;
+  for (int64_t d = 0; d < layer.directions; ++d) {
+    for (const Shape& shape :
+         {Shape{4 * layer.hidden, layer.input_size}, {4 * layer.hidden, layer.hidden}, {4 * layer.hidden}}) {
+      grads.push_back(pooled_empty(layer.input, shape, layer.dtype));
+    }
+  }
+  return grads;
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward_cpu(OptionalTensor grad_output,
@@ -345,46 +381,28 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward_cpu(Option
                                                                           bool need_weights) {
   const char* op = "lstm_backward";
   const SequenceTable table = read_sequences(op, input, c0, lengths, batch_sizes);
-  const Layer layer = read_layer(op, input, h0, c0, weights, table);
+  const Layer layer = read_layer(op, input, h0, c0, weights, table, reverse);
   const int64_t B = layer.batch, H = layer.hidden, D = layer.directions;
   const ScalarType dtype = layer.dtype;
-  const Shape columns = with_columns(table.rows, D * H);
-  check_optional(op, "grad_output", grad_output, columns, dtype);
+  check_per_step(op, table, D * H, dtype, {{"grad_output", grad_output}, {"grad_cell_states", grad_cell_states}});
+  check_per_step(op, table, D * 4 * H, dtype, {{"activations", activations}});
+  check_per_step(op, table, D * H, accumulate_type(dtype), {{"cell_states", cell_states}});
   check_optional(op, "grad_h_n", grad_h_n, {D, B, H}, dtype);
   check_optional(op, "grad_c_n", grad_c_n, {D, B, H}, dtype);
-  check_optional(op, "grad_cell_states", grad_cell_states, columns, dtype);
-  check_cpu(op, "activations", activations, with_columns(table.rows, D * 4 * H), dtype);
-  check_cpu(op, "cell_states", cell_states, columns, accumulate_type(dtype));
-
   Tensor grad_input = pooled_empty(input, need_input ? with_columns(table.rows, layer.input_size) : Shape{0}, dtype);
   Tensor grad_h0 = pooled_empty(c0, {D, B, H}, dtype), grad_c0 = pooled_empty(c0, {D, B, H}, dtype);
-  std::vector<Tensor> grad_weights;
-  for (int64_t d = 0; need_weights && d < D; ++d) {
-    grad_weights.push_back(pooled_empty(input, {4 * H, layer.input_size}, dtype));
-    grad_weights.push_back(pooled_empty(input, {4 * H, H}, dtype));
-    grad_weights.push_back(pooled_empty(input, {4 * H}, dtype));
-  }
+  const std::vector<Tensor> grad_weights = need_weights ? empty_weight_gradients(layer) : std::vector<Tensor>{};
   with_storage_type(op, dtype, [&](auto zero) {
     using S = decltype(zero);
-    LstmBackward<S> p{};
-    p.seq = table.seq;
-    p.input_size = layer.input_size;
-    p.hidden = H;
-    p.directions = D;
-    p.input = read<S>(input);
+    LstmBackward<S> p = start_pass<LstmBackward<S>, S>(layer, table);
     p.grad_output = read<S>(grad_output);
     p.grad_cell_states = read<S>(grad_cell_states);
     p.activations = read<S>(activations);
     p.cell_states = read<Acc<S>>(cell_states);
-    p.grad_input = need_input ? write<S>(grad_input) : nullptr;
-    if (need_input && table.valid_steps < p.seq.rows) fill_zero(p.grad_input, p.seq.rows * p.input_size);
+    p.grad_input = write<S>(grad_input);
+    if (p.grad_input && table.valid_steps < p.seq.rows) fill_zero(p.grad_input, p.seq.rows * p.input_size);
     for (int64_t d = 0; d < D; ++d) {
       LstmBackwardDirection<S>& to = p.direction[d];
-      to.reverse = runs_backwards(layer, d, reverse);
-      to.weight_ih = read<S>(layer.weight(d, 0));
-      to.weight_hh = read<S>(layer.weight(d, 1));
-      to.h0 = read<S>(h0) + d * B * H;
-      to.c0 = read<S>(c0) + d * B * H;
       to.grad_h_n = grad_h_n ? read<S>(grad_h_n) + d * B * H : nullptr;
       to.grad_c_n = grad_c_n ? read<S>(grad_c_n) + d * B * H : nullptr;
       to.grad_h0 = write<S>(grad_h0) + d * B * H;

@@ -25,9 +25,10 @@ const S* read(const OptionalTensor& t) {
   return t ? read<S>(*t) : nullptr;
 }
 
+// Null for an empty tensor: a result that is not asked for.
 template <class S>
 S* write(const Tensor& t) {
-  return static_cast<S*>(t.mutable_data_ptr());
+  return t.numel() ? static_cast<S*>(t.mutable_data_ptr()) : nullptr;
 }
 
 // The dtype that tensors of `dtype` are computed in.

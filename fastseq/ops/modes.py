@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_UNCHANGED = contextlib.nullcontext()
+
 
 def autocast_enabled(device: str) -> bool:
     """Whether autocast is on for a device type; never for "meta", which has none and where asking raises."""
@@ -25,7 +27,7 @@ def cast_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def without_autocast(device: str):
     """A context in which autocast does nothing: it has done its part when the inputs were cast."""
-    return torch.autocast(device, enabled=False) if autocast_enabled(device) else contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if autocast_enabled(device) else _UNCHANGED
 
 
 def needs_function(backend: str, *tensors: Tensor | None) -> bool:

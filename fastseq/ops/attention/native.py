@@ -23,7 +23,7 @@ def forward(
     prepared: Tensor | None = None,  # prepare(keys, lengths)
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """-> context (B, T, D), weights (B, T, S) or None, saved for ``backward``."""
-    context, weights = _native.operators.attention_forward(
+    context, weights = _native.operators.attention_forward.default(
         query, keys, values, *_small(weight, bias, lengths), mask, prepared, scale, need_weights or need_backward
     )
     saved = () if not need_backward else (weights,) if prepared is None else (weights, prepared)
@@ -48,7 +48,7 @@ def backward(
     """Gradients of query, keys, values, weight, bias; None where not needed."""
     weights, prepared = saved if len(saved) == 2 else (*saved, None)
     need_query, need_keys, need_values, need_weight, need_bias = needs
-    grads = _native.operators.attention_backward(
+    grads = _native.operators.attention_backward.default(
         grad_context,
         grad_weights,
         query,
@@ -70,7 +70,7 @@ def prepare(keys: Tensor, lengths: Tensor | None) -> Tensor:
 
     Empty on CUDA: one step is bound by the bytes of the keys there, and these would be as many or twice as many.
     """
-    return _native.operators.attention_prepare(keys.detach(), _small(None, None, lengths)[2])
+    return _native.operators.attention_prepare.default(keys.detach(), _small(None, None, lengths)[2])
 
 
 def unsupported(call) -> str | None:

@@ -29,7 +29,7 @@ def forward(
         return native_cuda.forward(
             input, h0, c0, weights, lengths, batch_sizes, reverse, need_backward, need_cell_states
         )
-    output, h_n, c_n, activations, cell_states = _native.operators.lstm_forward(
+    output, h_n, c_n, activations, cell_states = _native.operators.lstm_forward.default(
         input.contiguous(),
         h0.contiguous(),
         c0.contiguous(),
@@ -67,7 +67,7 @@ def backward(
             reverse, needs,
         )  # fmt: skip
     need_input, need_h0, need_c0, *need_weights = needs
-    grad_input, grad_h0, grad_c0, grads = _native.operators.lstm_backward(
+    grad_input, grad_h0, grad_c0, grads = _native.operators.lstm_backward.default(
         _contiguous(grad_output),
         _contiguous(grad_h_n),
         _contiguous(grad_c_n),

@@ -120,7 +120,7 @@ def _hidden(activations: Tensor, cell_states: Tensor, h0: Tensor, lengths: Tenso
 
 def _forward(gates, h0, c0, weight_hh, lengths, reverse, *options):
     """The operator; where the device cannot keep the weights of both directions, one direction after the other."""
-    run = _native.operators.lstm_recurrence_forward
+    run = _native.operators.lstm_recurrence_forward.default
     if _at_once(c0):
         return run(gates, h0, c0, weight_hh, lengths, reverse, *options)
     found = [
@@ -137,7 +137,7 @@ def _backward(
     grad_output, grad_h_n, grad_c_n, grad_cell_states, activations, cell_states, c0, weight_hh, lengths, reverse, tf32
 ):
     """The operator, likewise."""
-    run = _native.operators.lstm_recurrence_backward
+    run = _native.operators.lstm_recurrence_backward.default
     grads = (grad_output, grad_h_n, grad_c_n, grad_cell_states)
     if _at_once(c0):
         return run(*grads, activations, cell_states, c0, weight_hh, lengths, reverse, tf32)

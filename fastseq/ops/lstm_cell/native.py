@@ -10,7 +10,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def forward(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """gates (N, 4H) pre-activations, order i f g o; c (N, H) -> h (N, H), c_n (N, H), saved for ``backward``."""
-    h, c_n, activations = _native.operators.lstm_cell_forward(gates.contiguous(), c.contiguous())
+    h, c_n, activations = _native.operators.lstm_cell_forward.default(gates.contiguous(), c.contiguous())
     return h, c_n, (activations, c_n)
 
 
@@ -19,7 +19,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the results (N, H), each may be None -> grad_gates (N, 4H), grad_c (N, H)."""
     activations, c_n = saved
-    return _native.operators.lstm_cell_backward(
+    return _native.operators.lstm_cell_backward.default(
         activations, c.contiguous(), c_n, _contiguous(grad_h), _contiguous(grad_c_n)
     )
 
