@@ -15,7 +15,7 @@ def sanitized(sanitizers: str, program: str, *kernels: str) -> subprocess.Comple
     sources = [*(cuda_on_cpu.ROOT / "csrc/cuda" / name for name in kernels), cuda_on_cpu.HERE / program]
     flags = [
         *cuda_on_cpu.FLAGS,
-        "-O1",
+        "-O0",  # compilers take minutes to optimise instrumented kernels
         f"-fsanitize={sanitizers}",
         "-fno-sanitize-recover=all",
         "-fno-omit-frame-pointer",
