@@ -149,6 +149,7 @@ def test_a_worker_that_never_starts(stub, tmp_path, monkeypatch):
     notes = [stage["note"] for stage in read(tmp_path)["stages"]]
     assert notes[0] == "broken off: died with exit code 3 while doing starting"
     assert notes[1] == f"{gpu_check.TOO_OFTEN} of 3 tasks; no worker starts, see log.txt"
+    assert gpu_check.main(["--out", str(tmp_path), "--only", "latencies"]) == 1
 
 
 def test_time_that_is_up_leaves_tasks(stub, tmp_path):
