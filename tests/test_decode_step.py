@@ -60,6 +60,17 @@ def test_strided_inputs_and_threads_change_nothing():
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_step_with_pre_activations_of_a_hundred(dtype):
+    cell, x, hx = draw(3, 7, 20, dtype)
+    cell.bias_ih.copy_(100 * (torch.randint(0, 3, cell.bias_ih.shape) - 1))
+    wide = copy.deepcopy(cell).double()
+    actual, plain = ops.lstm_step(x, hx, *parameters(cell)), cell(x, hx)
+    exact = wide(x.double(), tuple(t.double() for t in hx))
+    assert_all_accurate(*(dict(zip("hc", t, strict=True)) for t in (actual, exact, plain)))
+
+
 def test_step_refuses_what_it_cannot_do():
     cell, x, hx = draw(2, 4, 3)
     with pytest.raises(RuntimeError, match="lstm_step: has no gradient"):
@@ -73,11 +84,12 @@ def test_step_refuses_what_it_cannot_do():
             ops.lstm_step(x, hx, cell.weight_ih, cell.weight_hh.bfloat16())
 
 
+@pytest.mark.parametrize("I", [40, 33])
 @torch.no_grad()
-def test_narrow_weights_are_the_rounded_ones_and_never_stale():
-    cell = fastseq.LSTMCell(40, 33)
+def test_narrow_weights_are_the_rounded_ones_and_never_stale(I):  # noqa: E741
+    cell = fastseq.LSTMCell(I, 33)
     cell.weight_dtype = torch.bfloat16
-    x, hx = torch.randn(1, 40), (torch.randn(1, 33), torch.randn(1, 33))
+    x, hx = torch.randn(1, I), (torch.randn(1, 33), torch.randn(1, 33))
 
     def check():
         rounded = copy.deepcopy(cell)
@@ -90,9 +102,9 @@ def test_narrow_weights_are_the_rounded_ones_and_never_stale():
     check()
     cell.weight_hh.mul_(1.5)
     check()
-    cell.load_state_dict(fastseq.LSTMCell(40, 33).state_dict())
+    cell.load_state_dict(fastseq.LSTMCell(I, 33).state_dict())
     check()
-    cell.weight_ih = nn.Parameter(torch.randn(132, 40))
+    cell.weight_ih = nn.Parameter(torch.randn(132, I))
     check()
 
 
