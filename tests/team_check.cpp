@@ -15,8 +15,8 @@ constexpr int64_t kMostMembers = 6, kSteps = 40;
 struct Scenario {
   const char* name;
   int64_t members, threads;  // each thread stands for members / threads members
-  int64_t late;     // the thread that sleeps, or -1
-  int64_t step;     // before which step it does, or -1: before it joins
+  int64_t late;              // the thread that sleeps, or -1
+  int64_t step;              // before which step it does, or -1: before it joins
   std::chrono::microseconds sleep = std::chrono::milliseconds(20);
 };
 
@@ -24,7 +24,7 @@ struct Scenario {
 struct Work {
   int done[kSteps][kMostMembers] = {};
   bool in_order[kMostMembers];
-  std::atomic<int64_t> ready{0};  // threads that run: starting one takes longer than a team waits
+  std::atomic<int64_t> ready{0};       // threads that run: starting one takes longer than a team waits
   std::atomic<int64_t> at_the_end{0};  // threads that took part in every step
 };
 
