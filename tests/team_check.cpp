@@ -1,9 +1,34 @@
 // Runs csrc/cpu/team.cpp with members that come late, and checks that every share of every step is done exactly once,
 // after all shares of the step before. Exits with 1 and a sentence where that is not so.
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <thread>
 #include <vector>
 
+namespace {
+
+// The clock of the team. A thread that holds finds its second look to be late, and gets the answer only when
+// everybody else has passed the barrier: the last moment at which it can give somebody up.
+struct HeldClock : std::chrono::steady_clock {
+  static thread_local int looks_left;  // 0: does not hold
+  static std::atomic<bool> holding;
+  static std::atomic<int64_t> passed, others;
+
+  static time_point now() {
+    if (looks_left == 0 || --looks_left > 0) return steady_clock::now();
+    holding = true;
+    while (passed < others) std::this_thread::yield();
+    return steady_clock::now() + std::chrono::hours(1);
+  }
+};
+thread_local int HeldClock::looks_left = 0;
+std::atomic<bool> HeldClock::holding{false};
+std::atomic<int64_t> HeldClock::passed{0}, HeldClock::others{0};
+
+}  // namespace
+
+#define FASTSEQ_CLOCK ::HeldClock
 #include "../csrc/cpu/team.cpp"
 
 using fastseq::Team;
@@ -18,6 +43,7 @@ struct Scenario {
   int64_t late;              // the thread that sleeps, or -1
   int64_t step;              // before which step it does, or -1: before it joins
   std::chrono::microseconds sleep = std::chrono::milliseconds(20);
+  bool hold = false;  // the first thread holds its clock at the first barrier, which the last one completes then
 };
 
 // How often each share of each step was done. Plain integers: ThreadSanitizer reports what no barrier orders.
@@ -40,6 +66,7 @@ void run_thread(const Scenario& scenario, int64_t thread, Team& team, Work& work
   sleep_if_late(scenario, thread, -1);
   Team::Share share = team.join(thread * each, (thread + 1) * each);
   if (share.begin == share.end) return;
+  if (scenario.hold && thread == 0) HeldClock::looks_left = 2;
   for (int64_t step = 0; step < kSteps; ++step) {
     sleep_if_late(scenario, thread, step);
     for (int64_t member = share.begin; member < share.end; ++member) {
@@ -48,7 +75,10 @@ void run_thread(const Scenario& scenario, int64_t thread, Team& team, Work& work
       }
       ++work.done[step][member];
     }
+    const bool completes = scenario.hold && step == 0 && thread == scenario.threads - 1;
+    while (completes && !HeldClock::holding) std::this_thread::yield();
     if (!team.wait(share)) return;
+    ++HeldClock::passed;
   }
   ++work.at_the_end;
 }
@@ -59,6 +89,7 @@ bool check(const Scenario& scenario) {
   Team team(scenario.members);
   Work work;
   for (bool& in_order : work.in_order) in_order = true;
+  HeldClock::holding = false, HeldClock::passed = 0, HeldClock::others = scenario.threads - 1;
   std::vector<std::thread> threads;
   for (int64_t i = 0; i < scenario.threads; ++i) {
     threads.emplace_back([&, i] { run_thread(scenario, i, team, work); });
@@ -106,6 +137,9 @@ int main() {
       return 1;
   }
   fastseq::late_after = std::chrono::seconds(10);  // nobody is given up, however busy the machine
+  for (int round = 0; round < 20; ++round) {
+    if (!check({"gives one up when all have passed", 6, 3, -1, 0, {}, true})) return 1;
+  }
   together = 0;
   for (int round = 0; round < 20; ++round) {
     if (!check({"two that stay together", 2, 2, -1, 0}) || !check({"three that stay together", 6, 3, -1, 0})) return 1;

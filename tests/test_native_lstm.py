@@ -5,7 +5,7 @@ import random
 import fuzz_native
 import pytest
 import torch
-from native_cases import DIRECTIONS, DTYPES, LAYOUTS, Problem, check, dtype_id, ops
+from native_cases import DIRECTIONS, DTYPES, LAYOUTS, Problem, check, dtype_id, ops, threads
 
 from fastseq import _native
 from fastseq.ops import lstm
@@ -161,6 +161,13 @@ def test_pre_activations_of_a_hundred(dtype, B):
     check(problem)
 
 
+TINY = torch.finfo(torch.float32).tiny  # the smallest normal number; smaller ones count as zero
+
+
+def denormals(*tensors):
+    return sum(int(((t != 0) & (t.abs() < TINY)).sum()) for t in tensors)
+
+
 @pytest.mark.parametrize("B", [2, 6])
 def test_denormal_cell_states(B):
     problem = Problem(5, B, 9, 17)
@@ -169,12 +176,31 @@ def test_denormal_cell_states(B):
         weight[2 * 17 : 3 * 17] = 0  # g = 0: c stays denormal
     output, h_n, c_n, activations, cells = problem.forward()
     (exact, _, exact_c, _), _ = problem.loop(torch.float64)
-    denormal = 2.0**-149
-    torch.testing.assert_close(c_n.double(), exact_c.detach(), rtol=0, atol=8 * denormal)
-    torch.testing.assert_close(output.double(), exact.detach(), rtol=0, atol=8 * denormal)
-    assert (c_n != 0).any()
+    torch.testing.assert_close(c_n.double(), exact_c.detach(), rtol=0, atol=TINY)
+    torch.testing.assert_close(output.double(), exact.detach(), rtol=0, atol=TINY)
+    assert denormals(output, h_n, c_n, cells) == 0
     *grads, weights = problem.backward((output, h_n, c_n, cells), (activations, cells))
     assert all(t.isfinite().all() for t in (*grads, *weights))
+
+
+@pytest.mark.parametrize("B", [2, 6])
+@pytest.mark.parametrize("count", [1, 2])
+def test_gradients_fade_to_zero_without_denormals_on_the_way(B, count):
+    """An operation on a denormal number takes up to 150 cycles: a backward over many steps took 50 times as long."""
+    problem = Problem(200, B, 9, 17)
+    with threads(count):
+        output, h_n, c_n, activations, cells = problem.forward()
+        grads = (
+            torch.zeros_like(output),
+            1e-20 * torch.randn_like(h_n),
+            torch.zeros_like(c_n),
+            torch.zeros_like(cells),
+        )
+        grad_input, grad_h0, grad_c0, _ = problem.backward(grads, (activations, cells))
+        large = torch.full((100_000,), 1e-40)
+        assert denormals(large * 1) == denormals(large)  # the caller's threads are as before
+    assert denormals(grad_input, grad_h0, grad_c0) == 0
+    assert (grad_input == 0).any() and (grad_input != 0).any()
 
 
 def test_results_outlive_later_calls():

@@ -3,10 +3,14 @@
 #include <chrono>
 #include <thread>
 
+#ifndef FASTSEQ_CLOCK  // tests bring their own
+#define FASTSEQ_CLOCK std::chrono::steady_clock
+#endif
+
 namespace fastseq {
 namespace {
 
-using Clock = std::chrono::steady_clock;
+using Clock = FASTSEQ_CLOCK;
 using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
