@@ -51,24 +51,35 @@ def generate_code() -> list[str]:
 @functools.cache
 def objects() -> tuple[Path, ...]:
     """An object for each csrc/cuda/*.cu; beside it, as .log, what ptxas said."""
-    common = hashlib.sha256(" ".join(FLAGS + generate_code()).encode())
-    common.update(run(find_cuda() / "bin/nvcc", "--version").stdout.encode())
-    for header in sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.*h")]):
-        common.update(header.read_bytes())
+    nvcc, jobs = find_cuda() / "bin/nvcc", int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    common = hashlib.sha256(" ".join(FLAGS + generate_code()).encode() + run(nvcc, "--version").stdout.encode())
 
     def compiled(source: Path) -> Path:
         key = common.copy()
-        key.update(source.read_bytes())
+        for path in sorted(files_of(source)):
+            key.update(path.read_bytes())
         out = FOLDER / f"{source.stem}-{key.hexdigest()[:16]}.o"
         if not out.exists():
             partial = out.with_suffix(".partial.o")
-            done = run(find_cuda() / "bin/nvcc", *FLAGS, *generate_code(), "-c", source, "-o", partial)
+            done = run(nvcc, *FLAGS, *generate_code(), "--threads", jobs, "-c", source, "-o", partial)
             out.with_suffix(".log").write_text(done.stderr)
             partial.rename(out)
         return out
 
-    with building(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+    with building(), ThreadPoolExecutor(jobs) as pool:
         return tuple(pool.map(compiled, SOURCES))
+
+
+def files_of(source: Path) -> set[Path]:
+    """A source and all of this project that it includes."""
+    found, new = set(), [source.resolve()]
+    while new:
+        path = new.pop()
+        found.add(path)
+        names = re.findall(r'^\s*#include "(.*)"', path.read_text(), re.MULTILINE)
+        included = ((path.parent / name).resolve() for name in names)
+        new += [p for p in included if p.exists() and p not in found]
+    return found
 
 
 @contextlib.contextmanager
@@ -87,10 +98,10 @@ def ptx(architecture: int) -> tuple[str, ...]:
 
     texts = []
     for path in objects():
-        listing = tool("cuobjdump", "-ptx", path)
-        for number, text in re.findall(r"arch = sm_(\d+)\n.*?(\.version.*?)(?=\nFatbin |\Z)", listing, re.DOTALL):
-            if int(number) == architecture:
-                texts.append(text)
+        for section in tool("cuobjdump", "-ptx", path).split("\nFatbin "):
+            head, version, text = section.partition("\n.version")
+            if version and f"arch = sm_{architecture}\n" in head:
+                texts.append(version + text)
     return tuple(texts)
 
 

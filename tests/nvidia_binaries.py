@@ -1,5 +1,6 @@
 """What the compiler made of kernels, read from machine code for NVIDIA GPUs: no GPU, no driver."""
 
+import collections
 import re
 import subprocess
 from pathlib import Path
@@ -7,16 +8,17 @@ from pathlib import Path
 import triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-INSTRUCTIONS = {
-    "mma": r"\bHMMA\b",
-    "wgmma": r"\bHGMMA\b",
-    "tcgen05": r"\bUTC\w*MMA\b",
-    "wide_loads": r"\b(?:LDG|LDGSTS)\.E\S*\.128\b",
-    "wide_stores": r"\bSTG\.E\S*\.128\b",
-    "async_copies": r"\bLDGSTS\b",
-    "local_loads": r"\bLDL\b",
-    "local_stores": r"\bSTL\b",
+INSTRUCTIONS = {  # what is counted: a pattern of its mnemonics
+    "mma": r"HMMA\b",
+    "wgmma": r"HGMMA\b",
+    "tcgen05": r"UTC\w*MMA\b",
+    "wide_loads": r"(LDG|LDGSTS)\.E\S*\.128\b",
+    "wide_stores": r"STG\.E\S*\.128\b",
+    "async_copies": r"LDGSTS\b",
+    "local_loads": r"LDL\b",
+    "local_stores": r"STL\b",
 }
+_MNEMONIC = re.compile(r"^ +/\*[0-9a-f]+\*/ +(?:@\S+ +)?([A-Z][\w.]*)", re.MULTILINE)
 
 
 def tool(name: str, *arguments) -> str:
@@ -35,7 +37,10 @@ def kernels(path: Path | str, architecture: int | None = None) -> dict[str, dict
     found = {}
     for name, *numbers in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage):
         found[name] = dict(zip(("registers", "stack", "shared", "local"), map(int, numbers), strict=True))
-    listing = tool("cuobjdump", "-sass", *only, path)
-    for name, code in re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", listing, re.DOTALL):
-        found[name] |= {kind: len(re.findall(pattern, code)) for kind, pattern in INSTRUCTIONS.items()}
+    _, *listings = tool("cuobjdump", "-sass", *only, path).split("Function : ")
+    for listing in listings:
+        name, _, code = listing.partition("\n")
+        counts = collections.Counter(_MNEMONIC.findall(code))
+        for kind, pattern in INSTRUCTIONS.items():
+            found[name][kind] = sum(n for mnemonic, n in counts.items() if re.match(pattern, mnemonic))
     return found

@@ -40,8 +40,9 @@ def _limits(architecture: int) -> dict[str, dict[str, int]]:
     nearest = max(a for a in cuda_build.PTX_ARCHITECTURES if a <= architecture)
     limits = {}
     for text in cuda_build.ptx(nearest):
-        for name, body in re.findall(r"\.entry (\w+)\(.*?\)(.*?\n\})", text, re.DOTALL):
-            threads = re.search(r"\.(?:maxntid|reqntid) (\d+)", body)
+        for kernel in text.split(".entry ")[1:]:
+            name, _, body = kernel.partition("(")
+            threads = re.search(r"\.(?:maxntid|reqntid) (\d+)", body[: body.index("{")])
             limits[name] = {"threads": int(threads[1]) if threads else 1024, "prints": int("vprintf" in body)}
     return limits
 
@@ -60,10 +61,10 @@ def expected(architecture: int) -> dict[str, dict[str, int]]:
 def problems(name: str, facts: dict[str, int], row: dict[str, int] | None, architecture: int) -> list[str]:
     """What is wrong with a kernel, in sentences; ``row``: its row of the table."""
     said, where = [], f"{name} on sm_{architecture}"
-    if facts["spilled"] or facts["local"] or facts["local_loads"]:
-        said.append(f"{where} keeps values in memory ({facts}): fewer accumulators or a smaller tile a thread")
-    if facts["stack"] > (PRINTF_STACK if facts["prints"] else 0):
-        said.append(f"{where} has a stack of {facts['stack']} bytes: an array that is indexed at run time?")
+    if facts["spilled"]:
+        said.append(f"{where} spills {facts['spilled']} bytes: give a thread a smaller tile, or a block fewer threads")
+    elif facts["local"] or facts["local_loads"] or facts["stack"] > (PRINTF_STACK if facts["prints"] else 0):
+        said.append(f"{where} keeps an array in memory, stack {facts['stack']} bytes: index it by constants only")
     if facts["registers"] * facts["threads"] > 65536:
         said.append(f"{where}: {facts['threads']} threads of {facts['registers']} registers exceed the register file")
     if facts["shared"] > SHARED_MEMORY[architecture]:
@@ -95,10 +96,10 @@ GOOD |= {"prints": 0, "mma": 16, "wide_loads": 8, "wide_stores": 4, "async_copie
     [
         ({"registers": 120}, "registers grew from 100 to 120, more than 10 %; .* --write"),
         ({"shared": 2000}, "shared grew"),
-        ({"spilled": 4}, "keeps values in memory"),
-        ({"local_loads": 1}, "keeps values in memory"),
-        ({"stack": 8}, "a stack of 8 bytes"),
-        ({"stack": 80, "prints": 1}, "a stack of 80 bytes"),
+        ({"spilled": 4}, "spills 4 bytes"),
+        ({"local_loads": 1}, "keeps an array in memory"),
+        ({"stack": 8}, "an array in memory, stack 8 bytes"),
+        ({"stack": 80, "prints": 1}, "an array in memory, stack 80 bytes"),
         ({"threads": 1024}, "exceed the register file"),
         ({"shared": 240_000}, "static shared memory"),
         ({"mma": 0}, "mma fell from 16 to 0"),
@@ -140,7 +141,7 @@ def test_a_spill_is_seen(tmp_path):
     ((name, facts),) = kernels(out).items()
     facts |= {"threads": 1024, "prints": 0, "spilled": _spills(out, 80)[name]}
     assert facts["spilled"] > 0 and facts["local_loads"] > 0
-    assert "keeps values in memory" in problems(name, facts, None, 80)[0]
+    assert "spills" in problems(name, facts, None, 80)[0]
 
 
 def write_table() -> None:

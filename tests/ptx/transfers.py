@@ -265,6 +265,8 @@ def _st_async(program, i):
         for (memory, lanes_at, local), (same, _, mbarriers) in zip(places, barriers, strict=True):
             if memory is not same:
                 raise PtxError("st.async: the mbarrier lies in another block than the data")
+            for where in np.unique(mbarriers):
+                MBarrier(memory, int(where)).check()
             for n, lane in enumerate(lanes if lanes_at is None else lanes[lanes_at]):
                 memory.owner.incoming.append((int(mbarriers[n]), int(local[n]), size, [v[lane] for v in values]))
         warp.block.launch.moved += 1
