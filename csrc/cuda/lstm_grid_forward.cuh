@@ -16,13 +16,19 @@
 // 512 bytes. There are no flags and no fences: a word says itself that it is new. |h| <= 1, so bit 30 (the upper
 // number's highest bit of exponent) is never set; in a word of TF32 the lowest bit is free. That bit is the stamp of
 // step t, (t + 1) / 2 mod 2: it alternates from one use of a buffer to the next, and zeroed memory is older than the
-// first. A lane loads its own vectors until all four words have the stamp.
-//   Why a word that has the stamp is h of step t, and not of t - 4: a thread reads a word in every use of the buffer,
-//   and once it has seen h of t - 2 there it can see nothing older (coherence of one word; loads are relaxed, not
-//   weak). Why nobody overwrites h of step t that is still to be read: a block stores h of t + 2 (same buffer, same
-//   rows) only after it has all of h of t + 1 of these rows, of which each word was computed from sums over all of h of
-//   t, by warps that met at a barrier after their last look at it. Words follow from words, so no order of memory can
-//   turn that round.
+// first. A lane loads its own vectors until all four words have the stamp. Against flags that saves a fence and a round
+// trip a step.
+//
+// Why a word that has the stamp is h of step t, and not of t - 4: the same thread reads a word in every use of the
+// buffer, and once it has seen h of t - 2 there it can see nothing older (coherence of one word; loads are relaxed,
+// not weak).
+//
+// Why nobody overwrites h of step t that is still to be read: a block stores h of t + 2 (same buffer, same rows) only
+// after it has all of h of t + 1 of these rows. Each of its words was stored by a block whose warps had met at a
+// barrier after their last look at h of t, a look whose value decides that they come to the barrier. A store is not
+// made before what it depends on is there, so the chain from look to overwriting store needs no fence. A block that
+// computes groups in several passes reads h of t in each; so no pass may be empty, or its looks would be in no chain.
+//
 // NaN has no such free bit: a NaN in the upper half of a word of two is sent as a NaN in the lower half, which makes
 // the same sums NaN.
 #pragma once
@@ -211,12 +217,11 @@ FASTSEQ_DEVICE void load_operand(uint32_t (&out)[4], const typename M::T* row, i
   for (int k = 0; k < 4; ++k) out[k] = M::operand(out[k]);
 }
 
-// What a block works on.
+// What a block works on: some rows, of its team, and some groups, its own.
 struct Team {
   int direction;
-  int first_row;  // of the batch
-  int rows;
-  int group, groups;  // first of this block, and how many
+  int first_row, rows;  // of the batch
+  int group, groups;    // first of this block, and how many
 };
 
 template <int G>
@@ -240,7 +245,7 @@ FASTSEQ_DEVICE Team team_of(const LstmShape& s, const Plan& plan) {
 // Shared memory of a block.
 template <int G>
 struct Shared {
-  uint32_t* weights;  // (shared_slices, 4 gates, threads, 4): a thread reads what it wrote
+  uint32_t* weights;  // (shared_slices, 4 operands, threads, 4): a thread reads what it wrote
   float* partial;     // (2, warps, G groups, 16 rows, 8 units, 4 gates), units permuted
   float* cells;       // (rows, 8 * groups) cell states; each is one thread's own
   int* lengths;       // (rows)
