@@ -26,7 +26,7 @@ def run(tool: str, scenario: str, seed: int | None = None) -> str:
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.parametrize("scenario", ["reverse", "copy", "ring", "cluster"])
+@pytest.mark.parametrize("scenario", ["reverse", "enclosed", "copy", "ring", "cluster"])
 def test_right_kernels_run_and_no_tool_complains(tool, scenario):
     assert run(tool, scenario) == "ok\n"
     for seed in range(5):
@@ -50,7 +50,10 @@ def test_wrong_kernels_are_reported(scenario, says):
     assert says in run("plain", scenario)
 
 
-@pytest.mark.parametrize("scenario", ["reverse without barrier", "ring with one buffer", "ring without barrier"])
+RACES = ("reverse without barrier", "enclosed without barrier", "ring with one buffer", "ring without barrier")
+
+
+@pytest.mark.parametrize("scenario", RACES)
 def test_thread_sanitizer_finds_races(scenario):
     assert "WARNING: ThreadSanitizer: data race" in run("thread", scenario)
 

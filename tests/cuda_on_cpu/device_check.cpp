@@ -21,11 +21,22 @@ __global__ void reverse_kernel(const float* in, float* out, bool wait) {
   out[at + i] = tile[63 - i];
 }
 
-std::string reverse(bool wait) {
+// The same after a barrier and before another, which do not order these accesses.
+__global__ void enclosed_kernel(const float* in, float* out, bool wait) {
+  FASTSEQ_SHARED(float, tile, 64);
+  const int i = threadIdx.x, at = blockIdx.x * 64;
+  __syncthreads();
+  tile[i] = in[at + i];
+  if (wait) __syncthreads();
+  out[at + i] = tile[63 - i];
+  __syncthreads();
+}
+
+std::string reverse(void (*kernel)(const float*, float*, bool), bool wait) {
   std::vector<float> in(128), out(128);
   for (int i = 0; i < 128; ++i) in[i] = static_cast<float>(i);
   const Launch l{.grid = dim3(2), .block = dim3(64)};
-  const std::string error = launch(l, reverse_kernel, in.data(), out.data(), wait);
+  const std::string error = launch(l, kernel, in.data(), out.data(), wait);
   if (!error.empty()) return error;
   for (int i = 0; i < 128; ++i) {
     if (out[i] != in[i / 64 * 64 + 63 - i % 64]) return "wrong";
@@ -152,8 +163,10 @@ std::string one_block(void (*kernel)(Arguments...), Arguments... arguments) {
 std::string run(const std::string& scenario) {
   static unsigned flag = 0;
   alignas(16) static float numbers[128];
-  if (scenario == "reverse") return reverse(true);
-  if (scenario == "reverse without barrier") return reverse(false);
+  if (scenario == "reverse") return reverse(reverse_kernel, true);
+  if (scenario == "reverse without barrier") return reverse(reverse_kernel, false);
+  if (scenario == "enclosed") return reverse(enclosed_kernel, true);
+  if (scenario == "enclosed without barrier") return reverse(enclosed_kernel, false);
   if (scenario == "copy") return copy(true);
   if (scenario == "copy without wait") return copy(false);
   if (scenario == "ring") return ring(true, true);

@@ -37,6 +37,7 @@ constexpr size_t kRedZone = 128;
 struct Barrier {
   int arrived = 0;
   unsigned generation = 0;
+  char edge[2] = {};  // happens-before of this generation and of the next: who leaves late has not seen who came back
 };
 
 struct Warp {
@@ -152,7 +153,8 @@ HOST_RAW inline void release_when_full(Barrier& barrier, int live) {
 HOST_RAW inline void arrive_and_wait(Barrier& barrier, int live, const char* name) {
   Thread* t = world().running;
   const unsigned generation = barrier.generation;
-  __tsan_release(&barrier);
+  char* edge = &barrier.edge[generation & 1];
+  __tsan_release(edge);
   ++barrier.arrived;
   release_when_full(barrier, live);
   if (barrier.generation == generation) {
@@ -161,7 +163,7 @@ HOST_RAW inline void arrive_and_wait(Barrier& barrier, int live, const char* nam
     t->waits_in = name;
     give_way();
   }
-  __tsan_acquire(&barrier);
+  __tsan_acquire(edge);
 }
 
 HOST_RAW inline void note_progress() { ++world().progress; }
