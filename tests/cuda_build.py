@@ -41,11 +41,16 @@ def require() -> None:
 
 
 def generate_code() -> list[str]:
+    """Machine code from the nearest PTX, as a driver makes it of the PTX that is shipped."""
     flags = []
-    for architecture in ARCHITECTURES:
-        codes = f"sm_{architecture}" + (f",compute_{architecture}" if architecture in PTX_ARCHITECTURES else "")
-        flags.append(f"-gencode=arch=compute_{architecture},code=[{codes}]")
+    for ptx in PTX_ARCHITECTURES:
+        codes = [f"sm_{a}" for a in ARCHITECTURES if nearest_ptx(a) == ptx]
+        flags.append(f"-gencode=arch=compute_{ptx},code=[{','.join(codes)},compute_{ptx}]")
     return flags
+
+
+def nearest_ptx(architecture: int) -> int:
+    return max(ptx for ptx in PTX_ARCHITECTURES if ptx <= architecture)
 
 
 @functools.cache

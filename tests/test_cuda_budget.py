@@ -17,6 +17,14 @@ TABLE = Path(__file__).with_name("cuda_budget.json")
 RENEW = "if that is meant, write the table anew: python tests/test_cuda_budget.py --write"
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that one block may have, bytes
 PRINTF_STACK = 32  # bytes: the arguments of abort_kernel's message lie on the stack
+# Kernels that must have instructions of a kind, on chips from this architecture on.
+MUST_HAVE = (
+    (r"lstm_cell_\w+<.*, [248]>", 80, ("wide_loads", "wide_stores")),
+    (r"lstm_step_kernel<\w+, \w+, [48],", 80, ("wide_loads",)),
+    (r"lstm_grid_\w+<.*(Tensor|Half|Tf32)", 80, ("mma", "wide_loads")),
+    (r"lstm_cluster_\w+<", 90, ("mma",)),
+    (r"attention_(forward|product)_kernel<(__half|__nv_bfloat16)", 80, ("mma",)),
+)
 GROWS = ("registers", "shared", "stack")
 KINDS = ("mma", "wide_loads", "wide_stores", "async_copies")
 
@@ -37,9 +45,8 @@ def found(architecture: int) -> dict[str, dict[str, int]]:
 @functools.cache
 def _limits(architecture: int) -> dict[str, dict[str, int]]:
     """From the PTX: the most threads of a block, and whether the kernel prints."""
-    nearest = max(a for a in cuda_build.PTX_ARCHITECTURES if a <= architecture)
     limits = {}
-    for text in cuda_build.ptx(nearest):
+    for text in cuda_build.ptx(cuda_build.nearest_ptx(architecture)):
         for kernel in text.split(".entry ")[1:]:
             name, _, body = kernel.partition("(")
             threads = re.search(r"\.(?:maxntid|reqntid) (\d+)", body[: body.index("{")])
@@ -69,6 +76,9 @@ def problems(name: str, facts: dict[str, int], row: dict[str, int] | None, archi
         said.append(f"{where}: {facts['threads']} threads of {facts['registers']} registers exceed the register file")
     if facts["shared"] > SHARED_MEMORY[architecture]:
         said.append(f"{where}: {facts['shared']} bytes of static shared memory, the chip has less")
+    for pattern, since, kinds in MUST_HAVE:
+        if architecture >= since and re.search(pattern, name):
+            said += [f"{where} has no {kind}" for kind in kinds if not facts[kind]]
     if row is None:
         return [*said, f"{where} has no row in {TABLE.name}; {RENEW}"]
     more = [w for w in GROWS if facts[w] > 1.1 * row[w]]
@@ -110,6 +120,16 @@ GOOD |= {"prints": 0, "mma": 16, "wide_loads": 8, "wide_stores": 4, "async_copie
 def test_what_is_reported(change, sentence):
     assert problems("k", GOOD, GOOD, 90) == []
     assert re.search(sentence, "\n".join(problems("k", GOOD | change, GOOD, 90)))
+
+
+def test_what_a_kernel_must_have():
+    plain = GOOD | {"mma": 0, "wide_loads": 0}
+    for name, kinds in (
+        ("lstm_grid_backward_kernel<HalfProduct<__half>, 1>", 2),
+        ("lstm_cluster_forward_kernel<float>", 1),
+    ):
+        assert len(problems(name, plain, plain, 90)) == kinds
+    assert problems("lstm_cluster_forward_kernel<float>", plain, plain, 80) == []
 
 
 def test_a_kernel_without_a_row():

@@ -53,6 +53,11 @@ def cluster_forward(dtype, *shape):
     return Case("lstm_cluster_forward_kernel", test_cuda_lstm_cluster.test_parity, (shape, dtype), (90,), "cluster")
 
 
+def cluster_backward(dtype, *shape):
+    kernels = "lstm_cluster_backward_kernel lstm_cluster_forward_kernel"
+    return Case(kernels, test_cuda_lstm_cluster.test_gradients, (shape, dtype), (90,), "cluster")
+
+
 def attention(dtype, score, padding, kernels, T=5, S=9):
     kernels = {f"attention_{name}_kernel" for name in ("grad_softmax", "product", *kernels.split())}
     if score == "additive":
@@ -82,6 +87,9 @@ CASES = {
     "cluster forward bfloat16": cluster_forward(BF16, 3, 3, 100),
     "cluster forward float16, odd sizes": cluster_forward(F16, 2, 5, 63),
     "cluster forward tf32": cluster_forward(F32, 3, 3, 40),
+    "cluster backward bfloat16": cluster_backward(BF16, 3, 3, 100),
+    "cluster backward float16, odd sizes": cluster_backward(F16, 2, 5, 63),
+    "cluster backward tf32": cluster_backward(F32, 3, 3, 40),
     "attention dot bfloat16": attention(BF16, "dot", "mask", "forward"),
     "attention dot float16": attention(F16, "dot", "none", "forward"),
     "attention dot float32": attention(F32, "dot", "step_mask", "forward"),

@@ -84,7 +84,7 @@ def running(
     What a kernel does wrong is a RuntimeError of the operator, with the interpreter's words.
     """
     library, log = load(), []
-    architecture = max(a for a in cuda_build.PTX_ARCHITECTURES if a <= capability)
+    architecture = cuda_build.nearest_ptx(capability)
 
     def run(name, sizes, shared, cooperative, arguments, error) -> int:
         try:
