@@ -33,13 +33,18 @@ def place_of(name: str) -> Place:
     return Place(name, torch.ops.fastseq, "cuda")
 
 
-@pytest.fixture(params=DEVICES)
-def place(request):
-    """Where to run. What an operator leaves unwritten in its results is NaN."""
-    found = place_of(request.param)
+@pytest.fixture
+def nan_memory():
+    """What an operator leaves unwritten in its results is NaN."""
     torch.use_deterministic_algorithms(True)  # also fills fresh tensors with NaN
-    yield found
+    yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=DEVICES)
+def place(request, nan_memory):
+    """Where to run."""
+    return place_of(request.param)
 
 
 class Recurrence(NamedTuple):

@@ -488,7 +488,7 @@ def test_compiles_into_one_graph_with_dynamic_sizes(score):
 
 CALL = AttentionCall("additive", "cpu", torch.float32)
 REFUSALS = {
-    "device": (dict(device="cuda"), r"runs on CPU tensors \(got cuda\); use backend="),
+    "device": (dict(device="mps"), r"runs on CPU and CUDA \(got mps\); use backend="),
     "dtype": (dict(dtype=torch.complex64), r"computes in float32, float64, bfloat16, float16 \(got torch.complex64\)"),
 }
 

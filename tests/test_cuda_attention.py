@@ -6,7 +6,7 @@ import cuda_on_cpu
 import pytest
 import torch
 from attention_cases import allowed_positions, make_padding
-from cuda_cases import DTYPES, on, place, place_of  # noqa: F401
+from cuda_cases import DTYPES, nan_memory, on, place, place_of  # noqa: F401
 from cuda_sanitized import sanitized
 
 from fastseq import _native

@@ -3,7 +3,7 @@
 import cuda_on_cpu
 import pytest
 import torch
-from cuda_cases import DTYPES, on, place  # noqa: F401
+from cuda_cases import DTYPES, nan_memory, on, place  # noqa: F401
 
 from fastseq.ops.lstm_cell import reference
 from fastseq.testing import Results, compare

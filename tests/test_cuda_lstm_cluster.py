@@ -3,7 +3,7 @@
 import cuda_on_cpu
 import pytest
 import torch
-from cuda_cases import DTYPES, check, on, place, place_of, plain, recurrence  # noqa: F401
+from cuda_cases import DTYPES, check, nan_memory, on, place, place_of, plain, recurrence  # noqa: F401
 from cuda_sanitized import sanitized
 
 from fastseq.testing import Results, compare, evaluate

@@ -5,7 +5,7 @@ import subprocess
 import cuda_on_cpu
 import pytest
 import torch
-from cuda_cases import Recurrence, on, place, place_of, plain, recurrence  # noqa: F401
+from cuda_cases import Recurrence, nan_memory, on, place, place_of, plain, recurrence  # noqa: F401
 from torch import Tensor
 
 from fastseq.testing import Results, compare, evaluate

@@ -3,7 +3,7 @@
 import cuda_on_cpu
 import pytest
 import torch
-from cuda_cases import DTYPES, check, on, place, place_of, recurrence  # noqa: F401
+from cuda_cases import DTYPES, check, nan_memory, on, place, place_of, recurrence  # noqa: F401
 from cuda_sanitized import sanitized
 
 from fastseq.testing import Results
@@ -121,7 +121,7 @@ def test_weights_in_shared_memory(multiprocessors, H, kind):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("multiprocessors", [6, 2])
-def test_any_order_of_threads_gives_the_same_bits(multiprocessors, kind):
+def test_any_order_of_threads_gives_the_same_bits(multiprocessors, kind, nan_memory):  # noqa: F811
     case = _case(5, 19, 24, kind, lengths="mixed")
     with cuda_on_cpu.device(multiprocessors=multiprocessors):
         first = _run(place_of("host"), case)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import cuda_on_cpu
 import pytest
 import torch
-from cuda_cases import DTYPES, on, place  # noqa: F401
+from cuda_cases import DTYPES, nan_memory, on, place  # noqa: F401
 from cuda_sanitized import sanitized
 from torch import Tensor
 

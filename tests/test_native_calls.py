@@ -130,7 +130,7 @@ def test_opcheck(dtype, layout, direction):
 LSTM_CALL = LSTMCall(device="cpu", dtype=torch.float32, input_size=3, hidden_size=5)
 CELL_CALL = LSTMCellCall(device="cpu", dtype=torch.float32, hidden_size=5)
 REFUSALS = {
-    "device": (dict(device="cuda"), r"runs on CPU tensors \(got cuda\); use backend="),
+    "device": (dict(device="mps"), r"runs on CPU and CUDA \(got mps\); use backend="),
     "dtype": (dict(dtype=torch.complex64), r"computes in float32, float64, bfloat16, float16 \(got torch.complex64\)"),
 }
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastseq import backend, ops
+from fastseq import _native, backend, ops
 from fastseq.backend import AttentionCall, LSTMCall, LSTMCellCall, objection, select
 from fastseq.ops import triton_common
 
@@ -78,8 +78,9 @@ def test_a_projection_is_refused(a_gpu):
         select("lstm", "triton", CALLS["lstm"]._replace(proj_size=2))
 
 
-def test_auto_on_cuda(a_gpu):
+def test_auto_on_cuda_without_compiled_kernels(a_gpu, monkeypatch):
     """Before the reference, behind the vendor's kernel: nothing was measured yet."""
+    monkeypatch.setattr(_native, "why_not_cuda", lambda: "they were not built.")
     lstm, attention = CALLS["lstm"], CALLS["attention"]
     assert select("lstm", "auto", lstm) == "torch"
     assert select("lstm", "auto", lstm._replace(return_cell_states=True)) == "triton"

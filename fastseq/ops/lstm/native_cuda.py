@@ -174,7 +174,7 @@ def unsupported(call) -> str | None:
                 f"lstm: the native backend is traced up to hidden_size={TRACED_HIDDEN_SIZE} on CUDA "
                 f"(got {call.hidden_size}); use backend='torch' or 'triton'."
             )
-    elif not fits(call.batch, call.hidden_size, call.dtype):
+    elif not fits(call.batch or 1, call.hidden_size, call.dtype):
         return (
             f"lstm: no CUDA kernel keeps the weights of hidden_size={call.hidden_size} in {call.dtype} on the device "
             f"for a batch of {call.batch}; use backend='torch' or 'triton'."
