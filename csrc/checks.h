@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -14,6 +15,7 @@ namespace fastseq {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
+using OptionalTensor = std::optional<Tensor>;
 
 template <class Sizes>
 std::string to_string(const Sizes& sizes) {
@@ -36,13 +38,31 @@ inline void check_rank(const char* op, const char* name, const Tensor& t, int64_
   STD_TORCH_CHECK(t.dim() == rank, op, ": ", name, " must have the shape ", layout, ", got ", to_string(t.sizes()));
 }
 
-// The tensor has this shape and dtype, is contiguous and on the CPU.
-inline void check_cpu(const char* op, const char* name, const Tensor& t, const Shape& shape, ScalarType dtype) {
-  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be a CPU tensor; move it with .cpu()");
+inline void check_form(const char* op, const char* name, const Tensor& t, const Shape& shape, ScalarType dtype) {
   STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must have the dtype ", dtype, ", got ", t.scalar_type());
   STD_TORCH_CHECK(has_shape(t, shape), op, ": ", name, " must have the shape ", to_string(shape), ", got ",
                   to_string(t.sizes()));
+}
+
+inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous; call .contiguous() on it");
+}
+
+// The tensor has this shape and dtype and is on the CPU, at any strides.
+inline void check_cpu_strided(const char* op, const char* name, const Tensor& t, const Shape& shape, ScalarType dtype) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be a CPU tensor; move it with .cpu()");
+  check_form(op, name, t, shape, dtype);
+}
+
+// The same, and it is contiguous.
+inline void check_cpu(const char* op, const char* name, const Tensor& t, const Shape& shape, ScalarType dtype) {
+  check_cpu_strided(op, name, t, shape, dtype);
+  check_contiguous(op, name, t);
+}
+
+// The dtype that tensors of `dtype` are computed in.
+inline ScalarType accumulate_type(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 }  // namespace fastseq

@@ -7,6 +7,7 @@
 #include <memory>
 #include <tuple>
 
+#include "../attention_arguments.h"
 #include "kernels.h"
 #include "operators.h"
 #include "pool.h"
@@ -25,50 +26,24 @@ Strided<const S> strided(const OptionalTensor& t) {
   return {static_cast<const S*>(t->const_data_ptr()), t->stride(0), t->stride(1), t->stride(2)};
 }
 
-// On the CPU, with this shape and dtype, at any strides.
-void check_strided(const char* op, const char* name, const Tensor& t, const Shape& shape, ScalarType dtype) {
-  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be a CPU tensor; move it with .cpu()");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must have the dtype ", dtype, ", got ", t.scalar_type());
-  STD_TORCH_CHECK(has_shape(t, shape), op, ": ", name, " must have the shape ", to_string(shape), ", got ",
-                  to_string(t.sizes()));
-}
-
-// The operators' common arguments.
-struct Arguments {
-  Tensor query, keys, values;
-  OptionalTensor weight, bias, lengths, mask, prepared;
-  double scale;
-
-  int64_t batch() const { return query.size(0); }
-  int64_t steps() const { return query.size(1); }
-  int64_t positions() const { return keys.size(1); }
-  int64_t size() const { return keys.size(2); }
-  int64_t width() const { return values.size(2); }
-  ScalarType dtype() const { return query.scalar_type(); }
-
+struct Arguments : AttentionArguments {
   void check(const char* op) const;
   template <class S>
   AttentionInputs<S> inputs() const;
 };
 
 void Arguments::check(const char* op) const {
-  check_rank(op, "query", query, 3, "(B, T, A)");
-  check_rank(op, "keys", keys, 3, "(B, S, A)");
-  check_rank(op, "values", values, 3, "(B, S, D)");
-  const int64_t B = batch(), T = steps(), S = positions(), A = size();
-  check_strided(op, "query", query, {B, T, A}, dtype());
-  check_strided(op, "keys", keys, {B, S, A}, dtype());
-  check_strided(op, "values", values, {B, S, width()}, dtype());
-  if (weight) check_cpu(op, "weight", *weight, {A}, dtype());
+  AttentionArguments::check(
+      op,
+      [&](const char* name, const Tensor& t, const Shape& shape, ScalarType type) {
+        check_cpu(op, name, t, shape, type);
+      },
+      [&](const char* name, const Tensor& t, const Shape& shape, ScalarType type) {
+        check_cpu_strided(op, name, t, shape, type);
+      });
   STD_TORCH_CHECK(weight || !(bias || prepared), op, ": bias and prepared belong to the additive score; pass weight");
-  if (bias) check_cpu(op, "bias", *bias, {A}, dtype());
-  if (lengths) check_cpu(op, "lengths", *lengths, {B}, ScalarType::Long);
-  STD_TORCH_CHECK(!(lengths && mask), op, ": lengths and mask exclude each other; pass one");
-  if (mask) {
-    check_rank(op, "mask", *mask, 3, "(B, 1 or T, S)");
-    check_strided(op, "mask", *mask, {B, mask->size(1) == 1 ? 1 : T, S}, ScalarType::Bool);
-  }
-  if (prepared) check_cpu(op, "prepared", *prepared, {B, S, prepared_columns(A)}, accumulate_type(dtype()));
+  const Shape shape{batch(), positions(), prepared_columns(size())};
+  if (prepared) check_cpu(op, "prepared", *prepared, shape, accumulate_type(dtype()));
 }
 
 template <class S>
@@ -106,7 +81,7 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(Tensor query,
                                                  double scale,
                                                  bool need_weights) {
   const char* op = "attention_forward";
-  const Arguments arguments{query, keys, values, weight, bias, lengths, mask, prepared, scale};
+  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}};
   arguments.check(op);
   const int64_t B = arguments.batch(), T = arguments.steps();
   Tensor context = pooled_empty(query, {B, T, arguments.width()}, arguments.dtype());
@@ -185,13 +160,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(Tensor
                                                                           bool need_scores,
                                                                           bool need_values) {
   const char* op = "attention_backward";
-  const Arguments arguments{query, keys, values, weight, bias, lengths, mask, prepared, scale};
+  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}};
   arguments.check(op);
   const int64_t B = arguments.batch(), T = arguments.steps(), S = arguments.positions();
   const ScalarType dtype = arguments.dtype();
   check_cpu(op, "weights", weights, {B, T, S}, accumulate_type(dtype));
-  check_strided(op, "grad_context", grad_context, {B, T, arguments.width()}, dtype);
-  if (grad_weights) check_strided(op, "grad_weights", *grad_weights, {B, T, S}, dtype);
+  check_cpu_strided(op, "grad_context", grad_context, {B, T, arguments.width()}, dtype);
+  if (grad_weights) check_cpu_strided(op, "grad_weights", *grad_weights, {B, T, S}, dtype);
   const Gradients grads(arguments, need_scores, need_values);
   with_storage_type(op, dtype, [&](auto zero) {
     using S = decltype(zero);
@@ -209,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(Tensor
 
 Tensor attention_prepare_cpu(Tensor keys, OptionalTensor lengths) {
   const char* op = "attention_prepare";
-  const Arguments arguments{keys, keys, keys, {}, {}, lengths, {}, {}, 1.0};
+  const Arguments arguments{{keys, keys, keys, {}, {}, lengths, {}, {}, 1.0}};
   arguments.check(op);
   Tensor prepared = pooled_empty(keys, {keys.size(0), keys.size(1), prepared_columns(keys.size(2))},
                                  accumulate_type(keys.scalar_type()));

@@ -3,14 +3,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <optional>
-
 #include "../checks.h"
 #include "storage.h"
 
 namespace fastseq {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // Multiply-adds worth waking another thread for, about 10 microseconds of work.
 constexpr int64_t kGrain = 1 << 17;
@@ -29,11 +25,6 @@ const S* read(const OptionalTensor& t) {
 template <class S>
 S* write(const Tensor& t) {
   return t.numel() ? static_cast<S*>(t.mutable_data_ptr()) : nullptr;
-}
-
-// The dtype that tensors of `dtype` are computed in.
-inline ScalarType accumulate_type(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // Calls run(S{}) with the storage type of `dtype`.

@@ -2,6 +2,7 @@
 // one step is bound by their bytes, and what could be prepared has as many, or twice as many.
 #include <tuple>
 
+#include "../attention_arguments.h"
 #include "attention.h"
 #include "operators.h"
 
@@ -16,52 +17,26 @@ Tensor with_whole_rows(const Tensor& t) {
 
 Rows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
 
-void check_strided(
-    const char* op, const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, const Tensor& like) {
-  STD_TORCH_CHECK(same_device(t, like), op, ": ", name, " must be on the same device as the other tensors");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must have the dtype ", dtype, ", got ", t.scalar_type());
-  STD_TORCH_CHECK(has_shape(t, shape), op, ": ", name, " must have the shape ", to_string(shape), ", got ",
-                  to_string(t.sizes()));
-}
-
-// The operators' common arguments.
-struct Arguments {
-  Tensor query, keys, values;
-  OptionalTensor weight, bias, lengths, mask;
-  double scale;
-
-  int64_t batch() const { return query.size(0); }
-  int64_t steps() const { return query.size(1); }
-  int64_t positions() const { return keys.size(1); }
-  int64_t size() const { return keys.size(2); }
-  int64_t width() const { return values.size(2); }
-  ScalarType dtype() const { return query.scalar_type(); }
-  // Whether there is anything to attend to.
+struct Arguments : AttentionArguments {
+  // Whether there is nothing to attend to.
   bool empty() const { return batch() * steps() * positions() == 0; }
 
-  void check(const char* op, const OptionalTensor& prepared) const;
+  void check(const char* op) const;
   AttentionInputs inputs() const;
 };
 
-void Arguments::check(const char* op, const OptionalTensor& prepared) const {
-  check_rank(op, "query", query, 3, "(B, T, A)");
-  check_rank(op, "keys", keys, 3, "(B, S, A)");
-  check_rank(op, "values", values, 3, "(B, S, D)");
-  const int64_t B = batch(), T = steps(), S = positions(), A = size();
-  check_strided(op, "query", query, {B, T, A}, dtype(), query);
-  check_strided(op, "keys", keys, {B, S, A}, dtype(), query);
-  check_strided(op, "values", values, {B, S, width()}, dtype(), query);
-  check_like(op, "weight", weight, {A}, dtype(), query);
+void Arguments::check(const char* op) const {
+  AttentionArguments::check(
+      op,
+      [&](const char* name, const Tensor& t, const Shape& shape, ScalarType type) {
+        check_like(op, name, t, shape, type, query);
+      },
+      [&](const char* name, const Tensor& t, const Shape& shape, ScalarType type) {
+        check_like_strided(op, name, t, shape, type, query);
+      });
   STD_TORCH_CHECK(weight || !bias, op, ": bias belongs to the additive score; pass weight");
-  check_like(op, "bias", bias, {A}, dtype(), query);
-  check_like(op, "lengths", lengths, {B}, ScalarType::Long, query);
-  STD_TORCH_CHECK(!(lengths && mask), op, ": lengths and mask exclude each other; pass one");
-  if (mask) {
-    check_rank(op, "mask", *mask, 3, "(B, 1 or T, S)");
-    check_strided(op, "mask", *mask, {B, mask->size(1) == 1 ? 1 : T, S}, ScalarType::Bool, query);
-  }
   STD_TORCH_CHECK(!prepared || prepared->numel() == 0, op,
-                  ": prepared must be what attention_prepare returned on this ", "device: (0,), got ",
+                  ": prepared must be what attention_prepare returned on this device: (0,), got ",
                   to_string(prepared->sizes()));
 }
 
@@ -95,8 +70,8 @@ std::tuple<Tensor, Tensor> attention_forward_cuda(Tensor query,
                                                   double scale,
                                                   bool need_weights) {
   const char* op = "attention_forward";
-  Arguments arguments{query, keys, values, weight, bias, lengths, mask, scale};
-  arguments.check(op, prepared);
+  Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}};
+  arguments.check(op);
   const Type type = type_of(op, arguments.dtype(), false);
   const OnDeviceOf device(query);
   const int64_t B = arguments.batch(), T = arguments.steps(), D = arguments.width();
@@ -122,12 +97,12 @@ struct Workspace {
 
   Workspace(const Arguments& x, bool need_scores) {
     const int64_t rows = need_scores ? x.batch() * x.steps() : 0, sentences = need_scores && x.weight ? x.batch() : 0;
-    const int64_t parts = sentences * parts_of(x.positions(), kTanhPositions);
+    const int64_t parts = sentences * divide_up(x.positions(), kTanhPositions);
     grad_softmax = workspace(x.query, rows * x.positions());
-    means = workspace(x.query, rows * parts_of(x.positions(), kGradPositions));
+    means = workspace(x.query, rows * divide_up(x.positions(), kGradPositions));
     query_parts = workspace(x.query, parts * x.steps() * x.size());
     weight_parts = workspace(x.query, parts * x.size());
-    bias_parts = workspace(x.query, sentences * parts_of(x.steps(), kSumSteps) * x.size());
+    bias_parts = workspace(x.query, sentences * divide_up(x.steps(), kSumSteps) * x.size());
   }
 };
 
@@ -146,14 +121,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(Tenso
                                                                            bool need_scores,
                                                                            bool need_values) {
   const char* op = "attention_backward";
-  Arguments arguments{query, keys, values, weight, bias, lengths, mask, scale};
-  arguments.check(op, prepared);
+  Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}};
+  arguments.check(op);
   const int64_t B = arguments.batch(), T = arguments.steps(), S = arguments.positions(), A = arguments.size();
   const ScalarType dtype = arguments.dtype();
   const Type type = type_of(op, dtype, false);
   check_like(op, "weights", weights, {B, T, S}, ScalarType::Float, query);
-  check_strided(op, "grad_context", grad_context, {B, T, arguments.width()}, dtype, query);
-  if (grad_weights) check_strided(op, "grad_weights", *grad_weights, {B, T, S}, dtype, query);
+  check_like_strided(op, "grad_context", grad_context, {B, T, arguments.width()}, dtype, query);
+  if (grad_weights) check_like_strided(op, "grad_weights", *grad_weights, {B, T, S}, dtype, query);
 
   const OnDeviceOf device(query);
   const Shape none{0}, vector{need_scores && weight ? A : 0};
@@ -190,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(Tenso
 
 Tensor attention_prepare_cuda(Tensor keys, OptionalTensor lengths) {
   const char* op = "attention_prepare";
-  Arguments{keys, keys, keys, {}, {}, lengths, {}, 1.0}.check(op, {});
+  Arguments{{keys, keys, keys, {}, {}, lengths, {}, {}, 1.0}}.check(op);
   type_of(op, keys.scalar_type(), false);
   return empty(keys, {0}, ScalarType::Float);
 }

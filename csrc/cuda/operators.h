@@ -26,8 +26,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace fastseq::cuda {
 
-using OptionalTensor = std::optional<Tensor>;
-
 // While it lives, `t`'s device is the current one; `stream()` is torch's current stream there.
 class OnDeviceOf {
  public:
@@ -48,14 +46,18 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && (!a.is_cuda() || a.get_device_index() == b.get_device_index());
 }
 
-// The tensor has this shape and dtype, is contiguous and on the device of `like`.
-inline void check_like(
+// The tensor has this shape and dtype and is on the device of `like`, at any strides.
+inline void check_like_strided(
     const char* op, const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, const Tensor& like) {
   STD_TORCH_CHECK(same_device(t, like), op, ": ", name, " must be on the same device as the other tensors");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must have the dtype ", dtype, ", got ", t.scalar_type());
-  STD_TORCH_CHECK(has_shape(t, shape), op, ": ", name, " must have the shape ", to_string(shape), ", got ",
-                  to_string(t.sizes()));
-  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous; call .contiguous() on it");
+  check_form(op, name, t, shape, dtype);
+}
+
+// The same, and it is contiguous.
+inline void check_like(
+    const char* op, const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, const Tensor& like) {
+  check_like_strided(op, name, t, shape, dtype, like);
+  check_contiguous(op, name, t);
 }
 
 inline void check_like(const char* op,
@@ -65,10 +67,6 @@ inline void check_like(const char* op,
                        ScalarType dtype,
                        const Tensor& like) {
   if (t) check_like(op, name, *t, shape, dtype, like);
-}
-
-inline ScalarType accumulate_type(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 inline Type type_of(const char* op, ScalarType dtype, bool allow_double) {

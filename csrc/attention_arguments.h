@@ -1,0 +1,44 @@
+// The arguments that the attention operators of every device have in common, and their checks.
+#pragma once
+
+#include "checks.h"
+
+namespace fastseq {
+
+struct AttentionArguments {
+  Tensor query, keys, values;
+  OptionalTensor weight, bias, lengths, mask, prepared;
+  double scale;
+
+  int64_t batch() const { return query.size(0); }
+  int64_t steps() const { return query.size(1); }
+  int64_t positions() const { return keys.size(1); }
+  int64_t size() const { return keys.size(2); }
+  int64_t width() const { return values.size(2); }
+  ScalarType dtype() const { return query.scalar_type(); }
+
+  // whole and strided(name, tensor, shape, dtype) check that a tensor is on the device and has this form; whole, that
+  // it is contiguous, too. `prepared` is each device's own.
+  template <class Whole, class Strided>
+  void check(const char* op, const Whole& whole, const Strided& strided) const;
+};
+
+template <class Whole, class Strided>
+void AttentionArguments::check(const char* op, const Whole& whole, const Strided& strided) const {
+  check_rank(op, "query", query, 3, "(B, T, A)");
+  check_rank(op, "keys", keys, 3, "(B, S, A)");
+  check_rank(op, "values", values, 3, "(B, S, D)");
+  const int64_t B = batch(), T = steps(), S = positions(), A = size();
+  strided("query", query, {B, T, A}, dtype());
+  strided("keys", keys, {B, S, A}, dtype());
+  strided("values", values, {B, S, width()}, dtype());
+  if (weight) whole("weight", *weight, {A}, dtype());
+  if (bias) whole("bias", *bias, {A}, dtype());
+  if (lengths) whole("lengths", *lengths, {B}, ScalarType::Long);
+  STD_TORCH_CHECK(!(lengths && mask), op, ": lengths and mask exclude each other; pass one");
+  if (!mask) return;
+  check_rank(op, "mask", *mask, 3, "(B, 1 or T, S)");
+  strided("mask", *mask, {B, mask->size(1) == 1 ? 1 : T, S}, ScalarType::Bool);
+}
+
+}  // namespace fastseq
