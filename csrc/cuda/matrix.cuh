@@ -77,6 +77,7 @@ FASTSEQ_DEVICE void multiply_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], 
   multiply_on_host<8>(d, a, b, "multiply_16x8x8_tf32", [](uint32_t word, int) {
     float x;
     memcpy(&x, &word, sizeof x);
+    if (x == x && word & 0x1fffu) host::fail("multiply_16x8x8_tf32: an operand that did not go through to_tf32");
     return x;
   });
 #else
