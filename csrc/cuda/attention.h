@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <string>
 
-#include "../lstm_math.h"  // FASTSEQ_INLINE
 #include "types.h"
 
 namespace fastseq::cuda {
@@ -54,8 +53,6 @@ struct AttentionForward {
 constexpr int64_t kGradPositions = 64;   // of a gradient of weights
 constexpr int64_t kTanhPositions = 128;  // whose tanh one block computes, for all steps
 constexpr int64_t kSumSteps = 64;        // summed up by one block for the gradient of the bias
-
-FASTSEQ_INLINE constexpr int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 struct AttentionBackward {
   AttentionInputs in;

@@ -7,7 +7,7 @@ namespace {
 
 template <class T, int N>
 std::string grad_softmax(const AttentionBackward& p, Stream stream) {
-  const Launch l{.grid = dim3(p.in.batch * parts_of(p.in.steps, kTileRows), parts_of(p.in.positions, kGradPositions)),
+  const Launch l{.grid = dim3(p.in.batch * divide_up(p.in.steps, kTileRows), divide_up(p.in.positions, kGradPositions)),
                  .block = dim3(kTileThreads),
                  .shared_memory = sizeof(ProductTiles<T>),
                  .stream = stream};
@@ -19,7 +19,7 @@ std::string product(const AttentionBackward& p, Stream stream) {
   const int64_t rows = kGradient == Gradient::kQuery ? p.in.steps : p.in.positions;
   const int64_t columns = kGradient == Gradient::kValues ? p.in.width : p.in.size;
   if (columns == 0) return "";
-  const Launch l{.grid = dim3(p.in.batch * parts_of(rows, kTileRows), parts_of(columns, kTileColumns)),
+  const Launch l{.grid = dim3(p.in.batch * divide_up(rows, kTileRows), divide_up(columns, kTileColumns)),
                  .block = dim3(kTileThreads),
                  .shared_memory = sizeof(ProductTiles<T>),
                  .stream = stream};
@@ -29,16 +29,17 @@ std::string product(const AttentionBackward& p, Stream stream) {
 template <class T>
 std::string additive_gradients(const AttentionBackward& p, Stream stream) {
   const AttentionInputs& in = p.in;
-  const unsigned columns = parts_of(in.size, 32);
+  const unsigned columns = divide_up(in.size, 32);
   if (columns == 0) return "";
   const dim3 block(kTanhThreads);
-  const Launch tanh{.grid = dim3(in.batch * parts_of(in.positions, kTanhPositions), columns),
+  const Launch tanh{.grid = dim3(in.batch * divide_up(in.positions, kTanhPositions), columns),
                     .block = block,
                     .shared_memory = sizeof(TanhTiles),
                     .stream = stream};
   std::string error = launch(tanh, attention_tanh_kernel<T>, p);
   if (!error.empty()) return error;
-  const Launch query{.grid = dim3(in.batch * parts_of(in.steps, kSumSteps), columns), .block = block, .stream = stream};
+  const Launch query{
+      .grid = dim3(in.batch * divide_up(in.steps, kSumSteps), columns), .block = block, .stream = stream};
   error = launch(query, attention_query_kernel<T>, p);
   if (!error.empty()) return error;
   return launch({.grid = dim3(columns, 2), .block = block, .stream = stream}, attention_sum_kernel<T>, p);

@@ -16,7 +16,7 @@ namespace fastseq::cuda {
 
 // Sum of what lies in `parts` parts.
 FASTSEQ_DEVICE float mean_of(const AttentionBackward& p, int64_t b, int64_t step) {
-  const int64_t parts = parts_of(p.in.positions, kGradPositions);
+  const int64_t parts = divide_up(p.in.positions, kGradPositions);
   float mean = 0;
   for (int64_t i = 0; i < parts; ++i) mean += p.means[(b * p.in.steps + step) * parts + i];
   return mean;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kTileThreads, 4) attention_grad_softmax_kernel
   auto& tiles = *reinterpret_cast<ProductTiles<T>*>(memory);
   using Tile = RowProduct<T>;
   const AttentionInputs& in = p.in;
-  const int64_t blocks = parts_of(in.steps, kTileRows), b = blockIdx.x / blocks;
+  const int64_t blocks = divide_up(in.steps, kTileRows), b = blockIdx.x / blocks;
   const int64_t step = blockIdx.x % blocks * kTileRows, first = static_cast<int64_t>(blockIdx.y) * kTileColumns;
   const int rows = in.steps - step < kTileRows ? static_cast<int>(in.steps - step) : kTileRows;
   const int64_t left = position_limit(in, b) - first;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kTileThreads, 4) attention_product_kernel(Atte
   constexpr bool kSteps = kGradient == Gradient::kQuery, kValues = kGradient == Gradient::kValues;
   const AttentionInputs& in = p.in;
   const int64_t all_rows = kSteps ? in.steps : in.positions, width = kValues ? in.width : in.size;
-  const int64_t blocks = parts_of(all_rows, kTileRows), b = blockIdx.x / blocks;
+  const int64_t blocks = divide_up(all_rows, kTileRows), b = blockIdx.x / blocks;
   const int64_t row = blockIdx.x % blocks * kTileRows, column = static_cast<int64_t>(blockIdx.y) * kTileColumns;
   const int rows = all_rows - row < kTileRows ? static_cast<int>(all_rows - row) : kTileRows;
   const int64_t limit = position_limit(in, b);
@@ -220,7 +220,7 @@ FASTSEQ_DEVICE float tanh_gradients(const AttentionBackward& p,
                                     float (&grad_keys)[kTanhKeys],
                                     TanhTiles& tiles) {
   const AttentionInputs& in = p.in;
-  const int64_t parts = parts_of(in.positions, kTanhPositions), limit = position_limit(in, b);
+  const int64_t parts = divide_up(in.positions, kTanhPositions), limit = position_limit(in, b);
   const int warp = threadIdx.x / 32;
   float* query_part = p.query_parts + (b * parts + part) * in.steps * in.size;
   float grad_weight = 0;
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kTanhThreads, 2) attention_tanh_kernel(Attenti
   FASTSEQ_DYNAMIC_SHARED(memory);
   auto& tiles = *reinterpret_cast<TanhTiles*>(memory);
   const AttentionInputs& in = p.in;
-  const int64_t parts = parts_of(in.positions, kTanhPositions), b = blockIdx.x / parts, part = blockIdx.x % parts;
+  const int64_t parts = divide_up(in.positions, kTanhPositions), b = blockIdx.x / parts, part = blockIdx.x % parts;
   const int64_t a = blockIdx.y * 32 + lane_id(), limit = position_limit(in, b);
   const int warp = threadIdx.x / 32;
   const int64_t own = part * kTanhPositions + warp * kTanhKeys;
@@ -318,10 +318,10 @@ FASTSEQ_DEVICE float sum_warps(float x) {
 template <class T>
 __global__ void __launch_bounds__(kTanhThreads) attention_query_kernel(AttentionBackward p) {
   const AttentionInputs& in = p.in;
-  const int64_t blocks = parts_of(in.steps, kSumSteps), b = blockIdx.x / blocks;
+  const int64_t blocks = divide_up(in.steps, kSumSteps), b = blockIdx.x / blocks;
   const int64_t first = blockIdx.x % blocks * kSumSteps, a = blockIdx.y * 32 + lane_id();
-  const int64_t parts = parts_of(in.positions, kTanhPositions);
-  const int64_t filled = parts_of(position_limit(in, b), kTanhPositions);
+  const int64_t parts = divide_up(in.positions, kTanhPositions);
+  const int64_t filled = divide_up(position_limit(in, b), kTanhPositions);
   const bool inside = a < in.size;
   const float weight = inside ? to_float(static_cast<const T*>(in.weight)[a]) : 0.0f;
   const int64_t end = in.steps - first < kSumSteps ? in.steps : first + kSumSteps;
@@ -341,7 +341,7 @@ template <class T>
 __global__ void __launch_bounds__(kTanhThreads) attention_sum_kernel(AttentionBackward p) {
   const AttentionInputs& in = p.in;
   const bool bias = blockIdx.y;
-  const int64_t rows = in.batch * (bias ? parts_of(in.steps, kSumSteps) : parts_of(in.positions, kTanhPositions));
+  const int64_t rows = in.batch * (bias ? divide_up(in.steps, kSumSteps) : divide_up(in.positions, kTanhPositions));
   const float* x = bias ? p.bias_parts : p.weight_parts;
   const int64_t a = static_cast<int64_t>(blockIdx.x) * 32 + lane_id();
   float sum = 0;

@@ -8,13 +8,13 @@ namespace {
 template <class T, int N, bool kAdditive>
 std::string one_step(const AttentionForward& p, Stream stream) {
   const AttentionInputs& in = p.in;
-  const int64_t columns = parts_of(in.width, kStepColumns);
+  const int64_t columns = divide_up(in.width, kStepColumns);
   const Launch l{
       .grid = dim3(in.batch * p.splits, columns > 0 ? columns : 1), .block = dim3(kStepThreads), .stream = stream};
   std::string error = launch(l, attention_step_kernel<T, N, kAdditive>, p);
   if (!error.empty() || p.splits == 1) return error;
   const int64_t results = p.weights && in.positions > in.width ? in.positions : in.width;
-  const int64_t chunks = parts_of(results, kStepThreads);
+  const int64_t chunks = divide_up(results, kStepThreads);
   const Launch combine{.grid = dim3(in.batch * chunks), .block = dim3(kStepThreads), .stream = stream};
   return launch(combine, attention_combine_kernel<T>, p, chunks);
 }
@@ -25,7 +25,7 @@ template <class Tiles>
 int forward_columns(int64_t width) {
   const size_t left = device_limits().shared_memory - sizeof(Tiles);
   const int64_t most = static_cast<int64_t>(left / (kTileRows * sizeof(float))) / 64 * 64;
-  const int64_t whole = width > 0 ? parts_of(width, 64) * 64 : 64;
+  const int64_t whole = width > 0 ? divide_up(width, 64) * 64 : 64;
   return static_cast<int>(whole < most ? whole : most);
 }
 
@@ -34,8 +34,8 @@ std::string many_steps(const AttentionForward& p, Stream stream) {
   using Tiles = ForwardTilesOf<T, kAdditive>;
   const AttentionInputs& in = p.in;
   const int columns = forward_columns<Tiles>(in.width);
-  const int64_t column_blocks = in.width > 0 ? parts_of(in.width, columns) : 1;
-  const Launch l{.grid = dim3(in.batch * parts_of(in.steps, kTileRows), column_blocks),
+  const int64_t column_blocks = in.width > 0 ? divide_up(in.width, columns) : 1;
+  const Launch l{.grid = dim3(in.batch * divide_up(in.steps, kTileRows), column_blocks),
                  .block = dim3(kTileThreads),
                  .shared_memory = sizeof(Tiles) + columns * kTileRows * sizeof(float),
                  .stream = stream};
@@ -47,8 +47,8 @@ std::string many_steps(const AttentionForward& p, Stream stream) {
 // Two blocks for every multiprocessor, where there are few sentences. Not measured yet.
 int64_t attention_splits(const AttentionInputs& in) {
   if (in.steps != 1 || in.positions == 0) return 1;
-  const int64_t blocks = in.batch * parts_of(in.width, kStepColumns);
-  const int64_t most = parts_of(in.positions, kStepKeys), wanted = 2 * device_limits().multiprocessors;
+  const int64_t blocks = in.batch * divide_up(in.width, kStepColumns);
+  const int64_t most = divide_up(in.positions, kStepKeys), wanted = 2 * device_limits().multiprocessors;
   const int64_t splits = blocks > 0 && wanted > blocks ? wanted / blocks : 1;
   return splits < most ? splits : most;
 }

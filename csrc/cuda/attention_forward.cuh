@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kStepThreads, 2) attention_step_kernel(Attenti
   const int64_t column = blockIdx.y * kStepColumns;
   const int columns = static_cast<int>(in.width - column < kStepColumns ? in.width - column : kStepColumns);
   const int groups = columns > 0 && columns < kStepThreads * N ? kStepThreads * N / columns : 1;
-  const int64_t part = parts_of(parts_of(in.positions, kStepKeys), p.splits) * kStepKeys;
+  const int64_t part = divide_up(divide_up(in.positions, kStepKeys), p.splits) * kStepKeys;
   const int64_t limit = position_limit(in, b), begin = split * part;
   const int64_t end = limit - begin < part ? limit : begin + part;
   float* weights = p.weights && column == 0 ? p.weights + b * in.positions : nullptr;
@@ -352,12 +352,12 @@ struct ForwardBlock {
   int rows, chunks;  // of 64 columns
 
   FASTSEQ_DEVICE ForwardBlock(const AttentionInputs& in, int columns) {
-    const int64_t blocks = parts_of(in.steps, kTileRows);
+    const int64_t blocks = divide_up(in.steps, kTileRows);
     b = blockIdx.x / blocks;
     step = blockIdx.x % blocks * kTileRows;
     column = static_cast<int64_t>(blockIdx.y) * columns;
     rows = in.steps - step < kTileRows ? static_cast<int>(in.steps - step) : kTileRows;
-    chunks = static_cast<int>(parts_of(in.width - column < columns ? in.width - column : columns, 64));
+    chunks = static_cast<int>(divide_up(in.width - column < columns ? in.width - column : columns, 64));
   }
 };
 

@@ -2,7 +2,10 @@
 #pragma once
 
 #include <initializer_list>
+#include <map>
+#include <mutex>
 #include <string>
+#include <tuple>
 
 #include "device.cuh"
 #include "types.h"
@@ -42,12 +45,6 @@ std::string launch(const Launch& l, void (*kernel)(Parameters...), Arguments... 
 template <class Kernel>
 int resident_clusters(const Launch& l, Kernel*) {
   return host::options().capability >= 90 ? host::options().multiprocessors / static_cast<int>(l.cluster) : 0;
-}
-
-// How many blocks of a cooperative grid can be resident at once.
-template <class Kernel>
-int resident_blocks(const Launch&, Kernel*) {
-  return host::options().resident_blocks;
 }
 
 #else
@@ -107,25 +104,25 @@ std::string launch(const Launch& l, void (*kernel)(Parameters...), Arguments... 
   return error_text(error);
 }
 
+// Asked of the runtime once for a kernel, a device and a size of blocks: a recurrence tries several at every call.
 template <class Kernel>
 int resident_clusters(const Launch& l, Kernel* kernel) {
+  using Key = std::tuple<const void*, int, unsigned, unsigned, size_t>;
+  static std::mutex mutex;
+  static std::map<Key, int> known;
+  int device = 0;
+  cudaGetDevice(&device);
+  const Key key(reinterpret_cast<const void*>(kernel), device, l.cluster, l.block.x, l.shared_memory);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configuration(l, attributes);
   int count = 0;
   cudaError_t error = allow_shared_memory(l, kernel);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
-  return error_text(error).empty() ? count : 0;
-}
-
-template <class Kernel>
-int resident_blocks(const Launch& l, Kernel* kernel) {
-  int count = 0;
-  cudaError_t error = allow_shared_memory(l, kernel);
-  const int threads = static_cast<int>(l.block.x * l.block.y * l.block.z);
-  if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, l.shared_memory);
-  }
-  return error_text(error).empty() ? count * device_limits().multiprocessors : 0;
+  if (!error_text(error).empty()) return 0;
+  return known[key] = count;
 }
 
 #endif
@@ -137,22 +134,7 @@ inline bool aligned(std::initializer_list<const void*> pointers) {
   return bits % 16 == 0;
 }
 
-// run(T{}) with the element type.
-template <class Run>
-auto with_type(Type type, const Run& run) {
-  switch (type) {
-    case Type::kDouble:
-      return run(double{});
-    case Type::kBFloat16:
-      return run(bf16{});
-    case Type::kHalf:
-      return run(half{});
-    default:
-      return run(float{});
-  }
-}
-
-// The same for kernels that have no double.
+// run(T{}) with the element type of kernels that have no double.
 template <class Run>
 auto with_float_type(Type type, const Run& run) {
   switch (type) {
@@ -163,6 +145,12 @@ auto with_float_type(Type type, const Run& run) {
     default:
       return run(float{});
   }
+}
+
+// The same with double.
+template <class Run>
+auto with_type(Type type, const Run& run) {
+  return type == Type::kDouble ? run(double{}) : with_float_type(type, run);
 }
 
 }  // namespace fastseq::cuda

@@ -10,9 +10,7 @@ namespace {
 constexpr int kThreads = 256;
 
 Launch launch_of(int64_t threads, Stream stream) {
-  return {.grid = dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads)),
-          .block = dim3(kThreads),
-          .stream = stream};
+  return {.grid = dim3(static_cast<unsigned>(divide_up(threads, kThreads))), .block = dim3(kThreads), .stream = stream};
 }
 
 template <class T, int N>

@@ -1,6 +1,8 @@
 // What the recurrences in clusters share: pieces of 8 bytes, the unit of what is exchanged and of B fragments.
 #pragma once
 
+#include <initializer_list>
+
 #include "device.cuh"
 #include "lstm.h"
 
@@ -38,6 +40,20 @@ FASTSEQ_DEVICE int longest_of(const LstmShape& s, int64_t first_row) {
 #pragma unroll
   for (int with = 16; with; with /= 2) longest = max(longest, __shfl_xor_sync(kAllLanes, longest, with));
   return min(longest, static_cast<int>(s.steps));
+}
+
+// Of tiles of the batch the smallest that are all resident at once, else the largest that can be; row_tiles 0: none
+// can. plan_of(row_tiles) makes the plan of a tile, resident(plan) says how many of its clusters are resident at once.
+template <class PlanOf, class Resident>
+auto best_tiles(std::initializer_list<int> sizes, int64_t directions, const PlanOf& plan_of, const Resident& resident) {
+  decltype(plan_of(1)) best;
+  for (const int row_tiles : sizes) {
+    const auto plan = plan_of(row_tiles);
+    const int together = plan.row_tiles ? resident(plan) : 0;
+    if (together) best = plan;
+    if (together && static_cast<int64_t>(plan.tile.tiles) * directions <= together) break;
+  }
+  return best;
 }
 
 }  // namespace fastseq::cuda::cluster

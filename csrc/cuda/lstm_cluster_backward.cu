@@ -38,8 +38,8 @@ auto with_kernel(const Plan& plan, Type type, const Run& run) {
 
 Plan plan_of(const LstmShape& s, Type type, int blocks, int row_tiles) {
   Plan plan;
-  const int units = static_cast<int>(((s.hidden + blocks - 1) / blocks + 7) / 8 * 8);
-  const int64_t tiles = (s.batch + 8 * row_tiles - 1) / (8 * row_tiles), clusters = tiles * s.directions;
+  const int units = static_cast<int>(divide_up(divide_up(s.hidden, blocks), 8) * 8);
+  const int64_t tiles = divide_up(s.batch, 8 * row_tiles), clusters = tiles * s.directions;
   if (units > kUnits || clusters * blocks > std::numeric_limits<int32_t>::max()) return plan;
   const int steps = type == Type::kFloat ? kGateSteps<float> : kGateSteps<bf16>;
   plan.tile = {blocks, units, static_cast<int>(tiles)};
@@ -56,24 +56,18 @@ int resident(const Plan& plan, Type type) {
   return with_kernel(plan, type, [&](auto* kernel) { return kernel ? resident_clusters(plan.launch, kernel) : 0; });
 }
 
-// The smallest cluster that fits; of its tiles of the batch the smallest that are all resident at once, else the
-// largest.
+// The smallest cluster that fits; of its tiles of the batch the best.
 Plan choose(const LstmShape& s, Type type) {
-  Plan best;
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  if (device_limits().capability < 90 || (type == Type::kFloat && !s.tf32)) return best;
-  if (s.steps >= kMost || s.batch > kMost - 32) return best;
+  if (device_limits().capability < 90 || (type == Type::kFloat && !s.tf32)) return {};
+  if (s.steps >= kMost || s.batch > kMost - 32) return {};
   for (const int blocks : {2, 4, 8, 16}) {
     if (s.hidden > static_cast<int64_t>(kUnits) * blocks) continue;
-    for (const int row_tiles : {1, 2}) {
-      const Plan plan = plan_of(s, type, blocks, row_tiles);
-      const int together = plan.row_tiles ? resident(plan, type) : 0;
-      if (together) best = plan;
-      if (together && static_cast<int64_t>(plan.tile.tiles) * s.directions <= together) return plan;
-    }
-    return best;
+    return best_tiles(
+        {1, 2}, s.directions, [&](int row_tiles) { return plan_of(s, type, blocks, row_tiles); },
+        [&](const Plan& plan) { return resident(plan, type); });
   }
-  return best;
+  return {};
 }
 
 }  // namespace

@@ -43,16 +43,14 @@ auto with_kernel(const Plan& plan, Type type, const Run& run) {
   });
 }
 
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
 // A launch with clusters of so many blocks and tiles of 8 * row_tiles sequences; row_tiles 0 where it cannot be.
 Plan plan_of(const LstmShape& s, Type type, int blocks, int row_tiles) {
   Plan plan;
   const int step = type == Type::kFloat ? kStep<float> : kStep<bf16>;
-  const int units = static_cast<int>(round_up((s.hidden + blocks - 1) / blocks, 8));
+  const int units = static_cast<int>(divide_up(divide_up(s.hidden, blocks), 8) * 8);
   const int threads = 8 * units;  // two warps for 8 units
-  const int steps = static_cast<int>(round_up(static_cast<int64_t>(blocks) * units, 2 * step) / (2 * step));
-  const int64_t tiles = (s.batch + 8 * row_tiles - 1) / (8 * row_tiles), clusters = tiles * s.directions;
+  const int steps = static_cast<int>(divide_up(static_cast<int64_t>(blocks) * units, 2 * step));
+  const int64_t tiles = divide_up(s.batch, 8 * row_tiles), clusters = tiles * s.directions;
   if (threads > 512 || clusters * blocks > std::numeric_limits<int32_t>::max()) return plan;
   plan.registers = threads > 256 || (steps > 4 && steps <= 8) ? 8 : steps <= 4 ? 4 : 16;
   plan.tile = {blocks, units, std::max(steps, plan.registers), static_cast<int>(tiles)};
@@ -69,26 +67,22 @@ int resident(const Plan& plan, Type type) {
 }
 
 // The smallest cluster whose blocks have 32 units (a block has 256 threads then, and so the most registers), else what
-// fits; of its tiles of the batch the smallest that are all resident at once, else the largest.
+// fits; of its tiles of the batch the best.
 Plan choose(const LstmShape& s, Type type) {
-  Plan best;
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  if (device_limits().capability < 90 || (type == Type::kFloat && !s.tf32)) return best;
+  if (device_limits().capability < 90 || (type == Type::kFloat && !s.tf32)) return {};
   constexpr int64_t kMostHidden = 512;  // beyond it shared memory would be read longer than h travels through L2
-  if (s.hidden > kMostHidden || s.steps > kMost || s.batch > kMost - 32) return best;
+  if (s.hidden > kMostHidden || s.steps > kMost || s.batch > kMost - 32) return {};
   for (const int most_units : {32, 64}) {
     for (const int blocks : {2, 4, 8, 16}) {
       if (s.hidden > static_cast<int64_t>(most_units) * blocks) continue;
-      for (const int row_tiles : {1, 2, 4}) {
-        const Plan plan = plan_of(s, type, blocks, row_tiles);
-        const int together = plan.row_tiles ? resident(plan, type) : 0;
-        if (together) best = plan;
-        if (together && static_cast<int64_t>(plan.tile.tiles) * s.directions <= together) return plan;
-      }
-      if (best.row_tiles) return best;
+      const Plan plan = best_tiles(
+          {1, 2, 4}, s.directions, [&](int row_tiles) { return plan_of(s, type, blocks, row_tiles); },
+          [&](const Plan& plan) { return resident(plan, type); });
+      if (plan.row_tiles) return plan;
     }
   }
-  return best;
+  return {};
 }
 
 }  // namespace

@@ -8,8 +8,6 @@
 namespace fastseq::cuda {
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Shared memory without the sums, and the sums of one tile of rows.
 template <class Product, int R>
 void add_shared_memory(GridBackwardPlan& plan, size_t limit) {

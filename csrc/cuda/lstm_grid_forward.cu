@@ -12,8 +12,6 @@ namespace {
 
 using namespace grid_forward;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // run(M{}) with the arithmetic.
 template <class Run>
 auto with_arithmetic(const LstmShape& s, Type type, const Run& run) {

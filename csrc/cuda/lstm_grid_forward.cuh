@@ -539,12 +539,7 @@ struct Cell {
   // Gates become activations. Returns h; 0 past the length.
   FASTSEQ_DEVICE float update(float (&gates)[4]) const {
     if (!active) return 0.0f;
-    gates[0] = sigmoid_for<T>(gates[0]);
-    gates[1] = sigmoid_for<T>(gates[1]);
-    gates[2] = tanh_for<T>(gates[2]);
-    gates[3] = sigmoid_for<T>(gates[3]);
-    *c = gates[1] * *c + gates[0] * gates[2];
-    return gates[3] * tanh_for<T>(*c);
+    return lstm_cell_for<T>(gates[0], gates[1], gates[2], gates[3], *c);
   }
 
   // buffer: of the next step. Called by whole warps: neighbours make a word.

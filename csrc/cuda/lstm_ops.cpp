@@ -44,10 +44,42 @@ Tensor zeros(const Tensor& like, size_t bytes) {
   return torch::stable::zero_(t);
 }
 
-[[noreturn]] void refuse(const char* op, const LstmShape& s) {
-  STD_TORCH_CHECK(false, op, ": no CUDA kernel fits batch ", s.batch, ", hidden size ", s.hidden, ", ", s.directions,
+// A kernel that runs a recurrence forward or backward (P: its parameters).
+template <class P>
+struct Kernel {
+  const char* name;
+  bool (*fits)(const LstmShape&, Type);
+  size_t (*workspace)(const LstmShape&, Type);
+  std::string (*launch)(const P&, Type, Stream);
+};
+
+constexpr Kernel<LstmForward> kForward[] = {
+    {"cluster", lstm_cluster_forward_fits, lstm_cluster_forward_workspace, launch_lstm_cluster_forward},
+    {"grid", lstm_grid_forward_fits, lstm_grid_forward_workspace, launch_lstm_grid_forward},
+};
+constexpr Kernel<LstmBackward> kBackward[] = {
+    {"cluster", lstm_cluster_backward_fits, lstm_cluster_backward_workspace, launch_lstm_cluster_backward},
+    {"grid", lstm_grid_backward_fits, lstm_grid_backward_workspace, launch_lstm_grid_backward},
+};
+
+// The first that may run and fits, or null.
+template <class P>
+const Kernel<P>* choose(const Kernel<P> (&kernels)[2], const LstmShape& s, Type type) {
+  for (const Kernel<P>& kernel : kernels) {
+    if (allowed(kernel.name) && kernel.fits(s, type)) return &kernel;
+  }
+  return nullptr;
+}
+
+template <class P>
+void run(const char* op, const Kernel<P> (&kernels)[2], P& p, Type type, const Tensor& like, Stream stream) {
+  const LstmShape& s = p.shape;
+  const Kernel<P>* kernel = choose(kernels, s, type);
+  STD_TORCH_CHECK(kernel, op, ": no CUDA kernel fits batch ", s.batch, ", hidden size ", s.hidden, ", ", s.directions,
                   " direction(s) on this device; use backend='torch' or 'triton'");
-  std::abort();
+  Tensor workspace = zeros(like, kernel->workspace(s, type));
+  p.workspace = write(workspace);
+  check_launch(op, kernel->launch(p, type, stream));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence_forward_cuda(Tensor gates,
@@ -86,13 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence_forward_cuda(
                 .workspace = nullptr};
   if (B * H == 0) return {output, h_n, c_n, activations, cell_states};
 
-  const bool cluster = allowed("cluster") && lstm_cluster_forward_fits(s, type);
-  if (!cluster && !(allowed("grid") && lstm_grid_forward_fits(s, type))) refuse(op, s);
-  Tensor workspace =
-      zeros(c0, cluster ? lstm_cluster_forward_workspace(s, type) : lstm_grid_forward_workspace(s, type));
-  p.workspace = write(workspace);
-  check_launch(op, cluster ? launch_lstm_cluster_forward(p, type, device.stream())
-                           : launch_lstm_grid_forward(p, type, device.stream()));
+  run(op, kForward, p, type, c0, device.stream());
   return {output, h_n, c_n, activations, cell_states};
 }
 
@@ -139,13 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward_cuda(OptionalTensor 
                  .workspace = nullptr};
   if (B * H == 0) return {grad_gates, grad_h0, grad_c0};
 
-  const bool cluster = allowed("cluster") && lstm_cluster_backward_fits(s, type);
-  if (!cluster && !(allowed("grid") && lstm_grid_backward_fits(s, type))) refuse(op, s);
-  Tensor workspace =
-      zeros(c0, cluster ? lstm_cluster_backward_workspace(s, type) : lstm_grid_backward_workspace(s, type));
-  p.workspace = write(workspace);
-  check_launch(op, cluster ? launch_lstm_cluster_backward(p, type, device.stream())
-                           : launch_lstm_grid_backward(p, type, device.stream()));
+  run(op, kBackward, p, type, c0, device.stream());
   return {grad_gates, grad_h0, grad_c0};
 }
 
@@ -158,10 +178,7 @@ bool lstm_recurrence_fits_cuda(int64_t batch, int64_t directions, int64_t hidden
                     .reverse = false,
                     .tf32 = tf32};
   const Type type = itemsize == 2 ? Type::kBFloat16 : Type::kFloat;
-  return ((allowed("cluster") && lstm_cluster_forward_fits(s, type)) ||
-          (allowed("grid") && lstm_grid_forward_fits(s, type))) &&
-         ((allowed("cluster") && lstm_cluster_backward_fits(s, type)) ||
-          (allowed("grid") && lstm_grid_backward_fits(s, type)));
+  return choose(kForward, s, type) && choose(kBackward, s, type);
 }
 
 }  // namespace

@@ -1,5 +1,9 @@
-// What operators and launchers share: the element type of tensors, the stream.
+// What operators, launchers and kernels share: the element type of tensors, the stream, a division.
 #pragma once
+
+#include <cstdint>
+
+#include "../lstm_math.h"  // FASTSEQ_INLINE
 
 namespace fastseq::cuda {
 
@@ -7,5 +11,8 @@ enum class Type { kFloat, kDouble, kBFloat16, kHalf };
 
 // A cudaStream_t; nullptr on the host-side device.
 using Stream = void*;
+
+// Rounded up.
+FASTSEQ_INLINE constexpr int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 }  // namespace fastseq::cuda

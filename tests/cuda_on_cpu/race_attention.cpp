@@ -67,7 +67,7 @@ std::string run(const Case& c, bool additive) {
   forward.states = m.take<float>(B * forward.splits * 2);
   const std::string error = launch_attention_forward(forward, c.type, nullptr);
   if (!error.empty()) return error;
-  const int64_t parts = parts_of(S, kTanhPositions);
+  const int64_t parts = divide_up(S, kTanhPositions);
   const AttentionBackward backward{.in = in,
                                    .weights = forward.weights,
                                    .grad_context = {m.take<T>(B * t * c.width), t * c.width, c.width},
@@ -80,10 +80,10 @@ std::string run(const Case& c, bool additive) {
                                    .grad_bias = m.take<T>(c.size),
                                    .grad_values = m.take<T>(B * S * c.width),
                                    .grad_softmax = m.take<float>(B * t * S),
-                                   .means = m.take<float>(B * t * parts_of(S, kGradPositions)),
+                                   .means = m.take<float>(B * t * divide_up(S, kGradPositions)),
                                    .query_parts = m.take<float>(B * parts * t * c.size),
                                    .weight_parts = m.take<float>(B * parts * c.size),
-                                   .bias_parts = m.take<float>(B * parts_of(t, kSumSteps) * c.size)};
+                                   .bias_parts = m.take<float>(B * divide_up(t, kSumSteps) * c.size)};
   return launch_attention_backward(backward, c.type, nullptr);
 }
 
