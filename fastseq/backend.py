@@ -125,6 +125,12 @@ def _matrix_unit() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
+@functools.cache
+def _bfloat16_products() -> bool:
+    """Whether oneDNN and the compiled kernels multiply bfloat16 by the same instruction, AVX-512's dot product."""
+    return _native.build_info().get("cpu", "") == "avx512_bf16"
+
+
 def _eager_on_cuda(call: LSTMCall) -> bool:
     return call.device == "cuda" and not (call.autocast or call.compiling)
 
@@ -170,9 +176,15 @@ RULES = (
     ),
     Rule(
         "lstm",
+        "torch",
+        lambda c: _eager_on_cpu(c) and c.dtype == _BF16 and _bfloat16_products() and not c.requires_grad,
+        "inference with AVX-512's bfloat16 dot product: native is 0.97 to 1.04 times as fast (Zen 4)",
+    ),
+    Rule(
+        "lstm",
         "native",
         lambda c: _eager_on_cpu(c) and c.dtype == _BF16 and _wide_vectors() and not _matrix_unit(),
-        "without a matrix unit: native is 1.4 to 2.0 times as fast",
+        "without a matrix unit: native is 1.4 to 2.0 times as fast (Xeon), training on Zen 4 0.98 to 2.0 times",
     ),
     Rule(
         "lstm",

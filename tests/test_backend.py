@@ -107,13 +107,21 @@ def test_a_cell_that_trains_takes_the_short_path_only_under_auto(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("wide", "matrix", "expected"), [(True, False, "native"), (True, True, "torch"), (False, False, "torch")]
+    ("wide", "matrix", "products", "inference", "training"),
+    [
+        (True, False, False, "native", "native"),
+        (True, False, True, "torch", "native"),
+        (True, True, True, "torch", "torch"),
+        (False, False, False, "torch", "torch"),
+    ],
 )
-def test_auto_leaves_bfloat16_to_a_matrix_unit(wide, matrix, expected, monkeypatch):
+def test_auto_leaves_bfloat16_to_who_multiplies_it_faster(wide, matrix, products, inference, training, monkeypatch):
     monkeypatch.setattr(backend, "_wide_vectors", lambda: wide)
     monkeypatch.setattr(backend, "_matrix_unit", lambda: matrix)
+    monkeypatch.setattr(backend, "_bfloat16_products", lambda: products)
     call = CALL._replace(batch=32, steps=50, dtype=torch.bfloat16)
-    assert select("lstm", "auto", call) == expected
+    assert select("lstm", "auto", call) == inference
+    assert select("lstm", "auto", call._replace(requires_grad=True)) == training
 
 
 def test_block_ends_with_an_exception():
