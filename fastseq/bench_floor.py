@@ -140,12 +140,8 @@ H200 = GPU()
 HOPPER = ("H100", "H200", "H800", "GH200")
 REGISTER_WEIGHTS, ALL_WEIGHTS = 128 << 10, 320 << 10  # bytes that a multiprocessor keeps in registers, and in all
 L2_BYTES = 40e6
-STEP_FLOPS = {
-    "bf16": 4096 * 0.63,
-    "f16": 4096 * 0.63,
-    "tf32": 2048 * 0.63,
-    "float32": 256,
-}  # a cycle and multiprocessor
+# Of one step: a cycle and multiprocessor.
+STEP_FLOPS = {"bf16": 4096 * 0.63, "f16": 4096 * 0.63, "tf32": 2048 * 0.63, "float32": 256}
 GEMM_FLOPS = {"bf16": 790e6, "f16": 790e6, "tf32": 395e6, "float32": 67e6}  # a microsecond; whole GPU
 EXPONENTIALS = 16  # a cycle of a multiprocessor
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from fastseq import _native
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def forward(
@@ -84,8 +85,9 @@ def unsupported(call) -> str | None:
             f"attention: the native backend runs on CPU and CUDA (got {call.device}); "
             "use backend='torch' or 'reference'."
         )
-    if call.dtype not in DTYPES or (call.device == "cuda" and call.dtype == torch.float64):
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    dtypes = CUDA_DTYPES if call.device == "cuda" else DTYPES
+    if call.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"attention: the native backend computes in {names} (got {call.dtype}); use backend='reference'."
     return None
 

@@ -64,6 +64,20 @@ def previous_states(
     return torch.where((step == lengths - 1).unsqueeze(-1), h0, shifted)
 
 
+def hidden_before(
+    activations: Tensor, cell_states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: bool
+) -> Tensor:
+    """(T, B, H) h before each step, from what a padded forward saved of one direction; past the lengths, as above.
+
+    activations: (T, B, 4H), cell_states: (T, B, H), past the lengths anything. h is computed again, because users
+    change the output that they were given in place.
+    """
+    output = (activations[..., 3 * h0.size(1) :] * cell_states.tanh()).to(h0.dtype)
+    if lengths is not None:
+        output = zero_padding(output, lengths)
+    return previous_states(output, h0, lengths, None, reverse)
+
+
 def _previous_packed(output: Tensor, h0: Tensor, batch_sizes: Tensor, reverse: bool) -> Tensor:
     offsets = batch_sizes.cumsum(0) - batch_sizes  # (T,) first row of each step
     step = torch.repeat_interleave(batch_sizes, output_size=output.size(0))  # (N,)

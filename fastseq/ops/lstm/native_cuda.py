@@ -84,19 +84,18 @@ def backward(
     if need_input and batch_sizes is not None:
         grad_input = layout.pack(grad_input, batch_sizes)
     result = [grad_input, grad_h0 if need_h0 else None, grad_c0 if need_c0 else None]
-    if any(need_weights):
-        hidden = _hidden(activations, cell_states, h0, lengths)  # D of (T, B, H)
-        for d, h in enumerate(hidden):
-            own = need_weights[5 * d : 5 * d + 5]
-            before = layout.previous_states(h, h0[d], lengths, None, reverse or d == 1)
-            result += _weight_gradients(grad_gates.chunk(len(weights), -1)[d], input, before, own)
-    else:
-        result += [None] * len(need_weights)
+    for d, rows in enumerate(grad_gates.chunk(len(weights), -1)):  # (T, B, 4H)
+        own = need_weights[5 * d : 5 * d + 5]
+        before = None
+        if own[1]:
+            saved = (t.chunk(len(weights), -1)[d] for t in (activations, cell_states))
+            before = layout.hidden_before(*saved, h0[d], lengths, reverse or d == 1)
+        result += _weight_gradients(rows, input, before, own)
     return tuple(result)
 
 
-def _weight_gradients(grad_gates: Tensor, input: Tensor, before: Tensor, needs) -> list[Tensor | None]:
-    """grad_gates (T, B, 4H), input (T, B, I), the hidden state before each step (T, B, H) -> five gradients."""
+def _weight_gradients(grad_gates: Tensor, input: Tensor, before: Tensor | None, needs) -> list[Tensor | None]:
+    """grad_gates (T, B, 4H), input (T, B, I), h before each step (T, B, H) where it is needed -> five gradients."""
     rows = grad_gates.flatten(0, 1)  # (T * B, 4H)
     bias = rows.sum(0) if needs[2] or needs[3] else None
     return [
@@ -106,16 +105,6 @@ def _weight_gradients(grad_gates: Tensor, input: Tensor, before: Tensor, needs) 
         bias if needs[3] else None,
         None,
     ]
-
-
-def _hidden(activations: Tensor, cell_states: Tensor, h0: Tensor, lengths: Tensor | None) -> tuple[Tensor, ...]:
-    """The output of each direction (T, B, H), again: users change the one they were given in place."""
-    directions, _, H = h0.shape
-    outputs = []
-    for gates, cells in zip(activations.chunk(directions, -1), cell_states.chunk(directions, -1), strict=True):
-        output = (gates[..., 3 * H :] * cells.tanh()).to(h0.dtype)
-        outputs.append(output if lengths is None else layout.zero_padding(output, lengths))
-    return tuple(outputs)
 
 
 def _forward(gates, h0, c0, weight_hh, lengths, reverse, *options):

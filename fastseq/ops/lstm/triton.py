@@ -169,25 +169,17 @@ def backward(
     if need_input and batch_sizes is not None:
         grad_input = layout.pack(grad_input, batch_sizes)
     grad_bias = rows.sum(0) if need_bias_ih or need_bias_hh else None
+    before = layout.hidden_before(activations, cell_states, h0, lengths, reverse) if need_weight_hh else None
     return (
         grad_input,
         grad_h0 if need_h0 else None,
         grad_c0 if need_c0 else None,
         rows.T @ input.flatten(0, 1) if need_weight_ih else None,
-        rows.T @ _previous_hidden(activations, cell_states, h0, lengths, reverse) if need_weight_hh else None,
+        rows.T @ before.flatten(0, 1) if need_weight_hh else None,
         grad_bias if need_bias_ih else None,
         grad_bias if need_bias_hh else None,
         None,
     )
-
-
-def _previous_hidden(activations, cell_states, h0, lengths, reverse: bool) -> Tensor:
-    """(T * B, H) h before each step; computed again, because users change the output they were given in place."""
-    H = h0.size(1)
-    output = (activations[..., 3 * H :] * cell_states.tanh()).to(h0.dtype)
-    if lengths is not None:  # the kernels write no activations past the length
-        output = layout.zero_padding(output, lengths)
-    return layout.previous_states(output, h0, lengths, None, reverse).flatten(0, 1)
 
 
 def _backward_sequence(

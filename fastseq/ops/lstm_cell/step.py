@@ -15,7 +15,7 @@ def lstm_step(
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of ``torch.nn.LSTMCell`` for inference on a CPU, by the compiled kernel.
+    """One step of ``torch.nn.LSTMCell`` for inference, by the compiled kernel of the tensors' device.
 
     A step of one sequence waits for its weights. With ``weight_ih`` and ``weight_hh`` in bfloat16 beside float32 for
     everything else, half as many bytes come from memory; sums and states stay float32, and the weights are all that is
