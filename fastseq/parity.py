@@ -22,8 +22,8 @@ EPILOG = """\
 the rule:
   Inputs are rounded to the dtype first. Then the error of a result against float64 may be at most 2 times (gradients:
   3 times) the error of torch's own computation in that dtype, plus one rounding of the largest value; in float64,
-  64 roundings of the largest value (of the pre-activation, where that is +-100). "of bound" is the part of it that
-  is used up: above 1 is wrong.
+  64 roundings of the largest value, if that is more (of the pre-activation, where that is +-100). "of bound" is the
+  part of it that is used up: above 1 is wrong.
 
 examples:
   fastseq parity                                      # all backends, float32 and bfloat16, half a minute
@@ -71,10 +71,8 @@ def check(case: Case, dtype: torch.dtype, backends: tuple[str, ...], device: str
     """
     problems = [_round(problem, dtype) for problem in _problems(case)]
     modes = (False,) if dtype == torch.float64 and not _well_conditioned(case) else (False, True)
-    with (
-        one_thread(),
-        float32_products(tf32=False),
-    ):  # torch's many small calls are no faster with more, and far slower beside a busy neighbour
+    # torch's many small calls are no faster with more threads, and far slower beside a busy neighbour
+    with one_thread(), float32_products(tf32=False):
         calls = [(p.plain, p.leaves) for p in problems]
         oracle = {train: _run(calls, torch.float64, case, train, "cpu") for train in modes}
         plain = {train: _run(calls, dtype, case, train, device) for train in modes}

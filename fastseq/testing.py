@@ -29,12 +29,11 @@ def bound(oracle: Tensor, torch_error: float, dtype: torch.dtype, factor: float 
     A ``torch_error`` that is not finite says nothing and counts as 0: where torch overflows, a kernel need not.
 
     In float64 the oracle is no wider than the result, and its own roundings count: sums of a few hundred terms through
-    a few dozen operations, taken as 64 roundings.
+    a few dozen operations, taken as 64 roundings, where that is more.
     """
-    largest = _largest(oracle)
-    if dtype == torch.float64:
-        return 64 * torch.finfo(dtype).eps * largest
-    return factor * _finite(torch_error) + torch.finfo(dtype).eps * largest
+    eps, largest = torch.finfo(dtype).eps, _largest(oracle)
+    allowed = factor * _finite(torch_error) + eps * largest
+    return max(allowed, 64 * eps * largest) if dtype == torch.float64 else allowed
 
 
 def _finite(error: float) -> float:
@@ -181,9 +180,7 @@ def is_refusal(error: RuntimeError) -> bool:
 def nan_filled_memory() -> Iterator[None]:
     """New memory holds NaN, so that what a kernel forgets to write is no lucky zero."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(
-        True, warn_only=True
-    )  # the filling is what is wanted; CUDA would refuse some ops
+    torch.use_deterministic_algorithms(True, warn_only=True)  # for the filling alone; CUDA would refuse some ops
     try:
         yield
     finally:
