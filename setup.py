@@ -201,4 +201,5 @@ def main() -> None:
     return setup()
 
 
-main()
+if __name__ == "__main__":  # setuptools runs it so; tests read its functions
+    main()

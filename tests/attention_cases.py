@@ -28,7 +28,7 @@ def make_padding(kind, *, b=B, t=T, s=S):
     """The op's argument; the first sentence has nothing to attend to (a step mask: at its second step only)."""
     if kind == "none":
         return {}
-    lengths = torch.tensor([0, s, max(1, s - 2)][:b] if b > 1 else [s - 2])
+    lengths = torch.tensor([0, s, max(1, s - 2)]).repeat(b)[:b] if b > 1 else torch.tensor([s - 2])
     if kind == "lengths":
         return {"lengths": lengths}
     mask = torch.arange(s) >= (s - lengths.unsqueeze(1))  # padding on the left: no lengths could say it

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import re
-import shutil
+import runpy
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +25,7 @@ PTX_ARCHITECTURES = (80, 90)  # PTX for these
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
 
 
-def find_cuda() -> Path | None:
-    """The folder of the CUDA toolkit that setup.py would take, or None."""
-    on_path = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), on_path and Path(on_path).resolve().parents[1], "/usr/local/cuda"]
-    needed = ("bin/nvcc", "include/cuda_runtime.h")
-    return next((Path(c) for c in candidates if c and all(Path(c, name).exists() for name in needed)), None)
+find_cuda = runpy.run_path(str(ROOT / "setup.py"))["find_cuda"]
 
 
 def require() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastseq import _native
-from fastseq.testing import Results, compare, evaluate
+from fastseq.testing import Results, compare, evaluate, nan_filled_memory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("host", "cuda")
@@ -36,9 +36,8 @@ def place_of(name: str) -> Place:
 @pytest.fixture
 def nan_memory():
     """What an operator leaves unwritten in its results is NaN."""
-    torch.use_deterministic_algorithms(True)  # also fills fresh tensors with NaN
-    yield
-    torch.use_deterministic_algorithms(False)
+    with nan_filled_memory():
+        yield
 
 
 @pytest.fixture(params=DEVICES)

@@ -7,15 +7,18 @@ import cuda_on_cpu
 import pytest
 
 
-def sanitized(sanitizers: str, program: str, *kernels: str) -> subprocess.CompletedProcess:
-    """Build ``program`` of tests/cuda_on_cpu with ``kernels`` of csrc/cuda by ``-fsanitize=sanitizers`` and run it."""
+def sanitized(sanitizers: str, program: str, *kernels: str, level: str = "-O0") -> subprocess.CompletedProcess:
+    """Build ``program`` of tests/cuda_on_cpu with ``kernels`` of csrc/cuda by ``-fsanitize=sanitizers`` and run it.
+
+    ``level``: compilers take minutes to optimise instrumented kernels.
+    """
     if cuda_on_cpu.compiler() is None:
         pytest.skip("the host-side device needs a C++ compiler")
     stem = program.removesuffix(".cpp")
     sources = [*(cuda_on_cpu.ROOT / "csrc/cuda" / name for name in kernels), cuda_on_cpu.HERE / program]
     flags = [
         *cuda_on_cpu.FLAGS,
-        "-O0",  # compilers take minutes to optimise instrumented kernels
+        level,
         f"-fsanitize={sanitizers}",
         "-fno-sanitize-recover=all",
         "-fno-omit-frame-pointer",

@@ -26,7 +26,7 @@ ops = torch.ops.fastseq
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [  # B, T, S, A, D
     (3, 1, 1, 1, 1),
-    (2, 1, 7, 257, 63),
+    (9, 1, 7, 257, 63),  # torch's error in two short softmaxes is luck
     (3, 2, 1, 5, 3),
     (3, 5, 9, 16, 32),
     (2, 9, 131, 33, 17),
@@ -505,7 +505,7 @@ def test_backend_says_why_the_library_is_missing(monkeypatch):
     assert "failed to load (libtorch_cpu.so: undefined symbol)" in native.unsupported(CALL)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_of_this_machine(isa):
     environment = os.environ | {"FASTSEQ_CPU_ISA": isa}
     command = [sys.executable, "-c", "from fastseq import _native; print(_native.build_info()['cpu'])"]

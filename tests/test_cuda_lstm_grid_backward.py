@@ -1,11 +1,10 @@
 """The backward recurrence of csrc/cuda on a grid: on the host-side device everywhere, on a GPU where there is one."""
 
-import subprocess
-
 import cuda_on_cpu
 import pytest
 import torch
 from cuda_cases import Recurrence, nan_memory, on, place, place_of, plain, recurrence  # noqa: F401
+from cuda_sanitized import sanitized
 from torch import Tensor
 
 from fastseq.testing import Results, compare, evaluate
@@ -149,13 +148,8 @@ def test_any_order_of_threads_gives_the_same_bits(dtype, tf32):
             torch.testing.assert_close(again, first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("sanitizer", "level"), [("thread", "-O1"), ("address,undefined", "-O0")])
-def test_sanitizers(sanitizer, level):
-    """The kernel alone under ThreadSanitizer (races) and AddressSanitizer (bounds). -O2 takes minutes to compile."""
-    if cuda_on_cpu.compiler() is None:
-        pytest.skip("the host-side device needs a C++ compiler")
-    sources = [cuda_on_cpu.ROOT / "csrc/cuda/lstm_grid_backward.cu", cuda_on_cpu.HERE / "race_lstm_grid_backward.cpp"]
-    flags = [*cuda_on_cpu.FLAGS, level, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-    program = cuda_on_cpu.build(f"race-{sanitizer}", flags, sources, program=True)
-    done = subprocess.run([program], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[:4000]
+@pytest.mark.parametrize(("sanitizers", "level"), [("thread", "-O1"), ("address,undefined", "-O0")])
+def test_sanitizers_find_nothing(sanitizers, level):
+    """The kernel alone under ThreadSanitizer (races) and AddressSanitizer (bounds)."""
+    run = sanitized(sanitizers, "race_lstm_grid_backward.cpp", "lstm_grid_backward.cu", level=level)
+    assert run.returncode == 0, (run.stdout + run.stderr)[:4000]

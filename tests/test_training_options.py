@@ -234,6 +234,7 @@ def test_a_closed_pipe_ends_training_with_its_own_code(tmp_path, monkeypatch):
     assert code == 141
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_while_decoding(barely_trained, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         signal.raise_signal(signal.SIGINT)

@@ -41,6 +41,7 @@ class TestResume:
         monkeypatch.setattr(Seq2SeqTask, "training_step", disturbed)
 
     @pytest.mark.parametrize("batch", [1, 5, 7], ids=["first epoch", "mid-epoch", "last batch of an epoch"])
+    @pytest.mark.usefixtures("interrupts")
     def test_after_a_signal(self, undisturbed, tmp_path, monkeypatch, capsys, batch):
         with monkeypatch.context() as patch:
             self.at_batch(patch, batch, lambda: signal.raise_signal(signal.SIGINT))
