@@ -68,6 +68,24 @@ def test_lengths_with_an_empty_sequence(as_native):
     check(5, 4, 3, 8, lengths=torch.tensor([2, 0, 5, 4]), bidirectional=True)
 
 
+@pytest.mark.parametrize("kernel", ["grid", "cluster"])
+def test_not_a_bit_depends_on_the_padding(as_native, kernel, monkeypatch):
+    monkeypatch.setenv("FASTSEQ_LSTM_KERNEL", kernel)
+    module = fastseq.LSTM(6, 24, bidirectional=True, backend="native").bfloat16()
+    lengths = torch.tensor([5, 0, 3, 1])
+    padding = torch.arange(5).unsqueeze(1) >= lengths  # (T, B)
+    x, grad = torch.randn(5, 4, 6).bfloat16(), torch.randn(5, 4, 48).bfloat16()
+
+    def run(garbage):
+        input = x.masked_fill(padding.unsqueeze(-1), garbage).requires_grad_()
+        output, (h_n, c_n) = module(input, lengths=lengths)
+        grads = (grad.masked_fill(padding.unsqueeze(-1), garbage), torch.ones_like(h_n), torch.ones_like(c_n))
+        return output, h_n, c_n, *torch.autograd.grad((output, h_n, c_n), (input, *module.parameters()), grads)
+
+    for clean, dirty in zip(run(0.0), run(torch.nan), strict=True):
+        assert torch.equal(clean, dirty)
+
+
 def test_cell_states(as_native):
     input = torch.randn(4, 3, 5)
     ours = fastseq.LSTM(5, 8, backend="native")
