@@ -125,6 +125,18 @@ def test_large_values_and_unneeded_results(place, dtype):  # noqa: F811
     assert all(torch.equal(a, b) for a, b in zip(whole[:3], part[:3], strict=True))
 
 
+def test_states_and_weights_that_are_views_at_odd_addresses(place, monkeypatch):  # noqa: F811
+    case = _case(2, 3, 8, torch.bfloat16)
+    gates, h0, c0, weight_hh, _ = on(place, *case[:5])
+    odd = [torch.cat((t.new_zeros(1), t.flatten()))[1:].view_as(t) for t in (h0, weight_hh)]
+    for kernel in ("cluster", "grid"):
+        monkeypatch.setenv("FASTSEQ_LSTM_KERNEL", kernel)
+        call = (None, False, False, False, False)
+        aligned = place.operators.lstm_recurrence_forward(gates, h0, c0, weight_hh, *call)
+        found = place.operators.lstm_recurrence_forward(gates, odd[0], c0, odd[1], *call)
+        assert all(torch.equal(a, b) for a, b in zip(aligned, found, strict=True))
+
+
 def test_activations(place):  # noqa: F811
     """i f g o of the steps that count: c = f c_before + i g and h = o tanh(c)."""
     case = _case(5, 3, 24, torch.bfloat16, lengths="mixed")

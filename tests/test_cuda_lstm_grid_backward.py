@@ -107,6 +107,7 @@ def test_no_steps(place):  # noqa: F811
 SMALL_DEVICES = [  # multiprocessors, KiB of shared memory, dtype, tf32, T, B, H, D: what it is about
     (2, 227, torch.bfloat16, NO_TF32, 3, 77, 20, 1, "three passes over the rows"),
     (3, 48, torch.float32, TF32, 3, 41, 40, 1, "shared memory for the sums of few rows"),
+    (9, 6, torch.bfloat16, NO_TF32, 2, 16, 144, 1, "a pass for each tile, in more threads than a tile has units"),
     (4, 227, torch.float32, NO_TF32, 3, 70, 60, 2, "blocks of 32 units, two directions, two passes"),
     (18, 227, torch.bfloat16, NO_TF32, 2, 3, 576, 1, "32 units, weights in shared memory"),
     (9, 227, torch.float32, TF32, 2, 3, 288, 1, "32 units, weights in shared memory"),

@@ -60,6 +60,16 @@ def test_without_bias_and_for_one_sequence(as_native):
     check(3, 1, 4, 7, bias=False)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_no_sequences_in_two_directions(as_native, capability):
+    module = fastseq.LSTM(4, 8, bidirectional=True, backend="native")
+    with cuda_on_cpu.device(capability=capability):
+        output, (h_n, _) = module(torch.randn(3, 0, 4, requires_grad=True))
+        output.sum().backward()
+    assert (output.shape, h_n.shape) == ((3, 0, 16), (2, 0, 8))
+    assert module.weight_hh_l0.grad.abs().sum() == 0
+
+
 def test_packed_input(as_native):
     check(5, 4, 3, 8, packed=torch.tensor([2, 5, 1, 4]), bidirectional=True)
 

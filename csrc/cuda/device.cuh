@@ -344,12 +344,12 @@ FASTSEQ_DEVICE void abort_kernel(const char* message) {
 #endif
 }
 
-// Bounds a wait: call once per look. A few seconds on any GPU; what takes that long waits for a block that will not
-// come.
+// Bounds a wait: call once per look. Minutes on any GPU, whose multiprocessors may be taken by another stream for a
+// while; what takes longer waits for a block that will not come.
 struct Patience {
   unsigned looks = 0;
   FASTSEQ_DEVICE void look() {
-    if (++looks > (1u << 24)) abort_kernel("a block waited too long for the others; is the device shared or stopped?");
+    if (++looks > (1u << 28)) abort_kernel("a block waited too long for the others; is the device shared or stopped?");
   }
 };
 

@@ -73,7 +73,10 @@ cudaError_t allow_shared_memory(const Launch& l, Kernel* kernel) {
     if (error != cudaSuccess) return error;
   }
   if (l.shared_memory <= kAlwaysAllowed) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared_memory));
+  // Always all that the device has, because it is the function's, not the launch's: another thread may launch it with
+  // more. Kernels that ask for so much have no static shared memory.
+  const int most = static_cast<int>(device_limits().shared_memory);
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
 // The configuration points at `attributes`, which must outlive it.
@@ -119,7 +122,10 @@ int resident_clusters(const Launch& l, Kernel* kernel) {
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configuration(l, attributes);
   int count = 0;
-  cudaError_t error = allow_shared_memory(l, kernel);
+  cudaFuncAttributes compiled{};
+  cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
+  if (error == cudaSuccess && compiled.ptxVersion < 90) return 0;  // for an older device: it has no clusters in it
+  if (error == cudaSuccess) error = allow_shared_memory(l, kernel);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
   if (!error_text(error).empty()) return 0;
   return known[key] = count;

@@ -132,7 +132,7 @@ FASTSEQ_DEVICE void fetch_inputs(
   from_float(0.0f, &in.grad_output);
   from_float(0.0f, &in.grad_cell);
   in.c = in.c_before = 0;
-  if (row >= s.batch || at.unit >= H || t >= length) return;
+  if (row >= s.batch || at.unit >= H || t < 0 || t >= length) return;
 #pragma unroll
   for (int gate = 0; gate < 4; ++gate) {
     in.gates[gate] = static_cast<const T*>(p.activations)[slot * 4 * H + gate * H + at.unit];
@@ -307,7 +307,8 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(Lstm
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const int64_t row = at.row + 8 * n;
-    lengths[n] = static_cast<int>(row < p.shape.batch && p.shape.lengths ? p.shape.lengths[row] : p.shape.steps);
+    const int64_t length = row < p.shape.batch && p.shape.lengths ? p.shape.lengths[row] : p.shape.steps;
+    lengths[n] = static_cast<int>(length < p.shape.steps ? length : p.shape.steps);
   }
   if (threadIdx.x == 0) {
     for (int b = 0; b < 2; ++b) {

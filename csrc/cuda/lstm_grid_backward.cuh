@@ -470,7 +470,8 @@ struct GridBackwardBlock {
     }
     if (last) return;
     if (threadIdx.x == 0) store_release(flags + blockIdx.x * kFlagStride, static_cast<unsigned>(step) + 1);
-    if (own_row < tiles * kTileRows && exists(own_row, own_unit)) write_dgates(own_row, own_unit, step, own_dgates);
+    const int own_rows = min(plan.pass_tiles, tiles) * kTileRows;  // of the first pass; of later ones all are written
+    if (own_row < own_rows && exists(own_row, own_unit)) write_dgates(own_row, own_unit, step, own_dgates);
   }
 };
 

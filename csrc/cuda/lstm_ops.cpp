@@ -1,6 +1,7 @@
 // The operators lstm_recurrence_forward and lstm_recurrence_backward on CUDA: checks, outputs, choice of the kernel.
 #include "lstm.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <string_view>
 #include <tuple>
@@ -98,8 +99,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence_forward_cuda(
   const int64_t D = s.directions, B = s.batch, H = s.hidden;
   const ScalarType dtype = c0.scalar_type();
   const Type type = type_of(op, dtype, false);
+  weight_hh = with_aligned_rows(weight_hh);
   check_like(op, "gates", gates, {T, B, D * 4 * H}, dtype, c0);
   check_like(op, "h0", h0, {D, B, H}, dtype, c0);
+  h0 = with_aligned_rows(h0);
 
   const OnDeviceOf device(c0);
   Tensor output = empty(c0, {T, B, D * H}, dtype), h_n = empty(c0, {D, B, H}, dtype), c_n = empty(c0, {D, B, H}, dtype);
@@ -140,6 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward_cuda(OptionalTensor 
   const int64_t D = s.directions, B = s.batch, H = s.hidden;
   const ScalarType dtype = c0.scalar_type();
   const Type type = type_of(op, dtype, false);
+  weight_hh = with_aligned_rows(weight_hh);
   check_like(op, "activations", activations, {T, B, D * 4 * H}, dtype, c0);
   check_like(op, "cell_states", cell_states, {T, B, D * H}, ScalarType::Float, c0);
   check_like(op, "grad_output", grad_output, {T, B, D * H}, dtype, c0);
@@ -171,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward_cuda(OptionalTensor 
 
 bool lstm_recurrence_fits_cuda(int64_t batch, int64_t directions, int64_t hidden, int64_t itemsize, bool tf32) {
   const LstmShape s{.steps = 1,
-                    .batch = batch,
+                    .batch = std::max<int64_t>(batch, 1),
                     .directions = directions,
                     .hidden = hidden,
                     .lengths = nullptr,

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <numeric>
 #include <optional>
 
 #include "../checks.h"
@@ -67,6 +68,14 @@ inline void check_like(const char* op,
                        ScalarType dtype,
                        const Tensor& like) {
   if (t) check_like(op, name, *t, shape, dtype, like);
+}
+
+// A copy where its rows do not begin where a kernel may read them as vectors: at multiples of 16 bytes, or of as much
+// of that as divides their length. torch's own tensors do, views of others need not.
+inline Tensor with_aligned_rows(const Tensor& t) {
+  const auto row = t.size(t.dim() - 1) * static_cast<int64_t>(t.element_size());
+  const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  return address % std::gcd(row, int64_t{16}) == 0 ? t : torch::stable::clone(t);
 }
 
 inline Type type_of(const char* op, ScalarType dtype, bool allow_double) {

@@ -1,4 +1,5 @@
 // The recurrence in clusters on the host-side device by itself, for the sanitizers: 0 where it ran, 1 where not.
+#include <algorithm>
 #include <cstdio>
 #include <vector>
 
@@ -7,10 +8,10 @@
 
 using namespace fastseq::cuda;
 
-static bool both(int64_t T, int64_t B, int64_t H) {
+static bool both(int64_t T, int64_t B, int64_t H, int64_t longest = 100) {
   constexpr int64_t D = 2;
   std::vector<int64_t> lengths(B);
-  for (int64_t b = 0; b < B; ++b) lengths[b] = b % (T + 1);
+  for (int64_t b = 0; b < B; ++b) lengths[b] = std::min(b % (T + 1), longest);
   std::vector<float> gates(T * B * D * 4 * H, 0.5f), h0(D * B * H, 0.25f), c0(D * B * H, 1.0f), weight(D * 4 * H * H);
   std::vector<float> output(T * B * D * H), h_n(D * B * H), c_n(D * B * H), activations(T * B * D * 4 * H);
   std::vector<float> cell_states(T * B * D * H);
@@ -48,7 +49,7 @@ static bool both(int64_t T, int64_t B, int64_t H) {
 }
 
 int main() {
-  bool fine = both(4, 3, 21);
+  bool fine = both(4, 3, 21) && both(4, 3, 21, 0);
   host::options().shuffle = true;
   for (uint64_t seed = 0; seed < 3; ++seed) {
     host::options().seed = seed;
