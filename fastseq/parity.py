@@ -64,19 +64,34 @@ def of_bound(c: Comparison) -> float:
     return c.error / c.limit if c.limit else (float("inf") if c.error else 0.0)
 
 
-def check(case: Case, dtype: torch.dtype, backends: tuple[str, ...], device: str = "cpu") -> list[Row]:
+def check(
+    case: Case,
+    dtype: torch.dtype,
+    backends: tuple[str, ...],
+    device: str = "cpu",
+    *,
+    draws: int | None = None,
+    fill: bool = True,
+) -> list[Row]:
     """Compare one case on each backend: outputs with and without gradients, and the gradient of every leaf.
 
     On a GPU, too, float64 is computed on the CPU; torch's own computation on the GPU, float32 without TF32.
+    draws: of random leaves, instead of as many as make torch's error no luck. fill: new memory holds NaN, so that what
+    a kernel forgets to write is seen; without, a tool that looks for such memory can see it.
     """
-    problems = [_round(problem, dtype) for problem in _problems(case)]
+    problems = [_round(problem, dtype) for problem in _problems(case)[:draws]]
     modes = (False,) if dtype == torch.float64 and not _well_conditioned(case) else (False, True)
     # torch's many small calls are no faster with more threads, and far slower beside a busy neighbour
     with one_thread(), float32_products(tf32=False):
         calls = [(p.plain, p.leaves) for p in problems]
-        oracle = {train: _run(calls, torch.float64, case, train, "cpu") for train in modes}
-        plain = {train: _run(calls, dtype, case, train, device) for train in modes}
-    with float32_products(tf32=False):
+        try:
+            oracle = {train: _run(calls, torch.float64, case, train, "cpu") for train in modes}
+            plain = {train: _run(calls, dtype, case, train, device) for train in modes}
+        except Exception as error:  # no backend's fault: told as what it is, and the next case goes on
+            told = f"torch's own computation: {type(error).__name__}: {error}"
+            about = (case.op, case.name, str(dtype).removeprefix("torch."))
+            return [Row(*about, backend, failure=told) for backend in backends]
+    with float32_products(tf32=False), nan_filled_memory() if fill else contextlib.nullcontext():
         return [_row(case, dtype, backend, problems, oracle, plain, device) for backend in backends]
 
 
@@ -97,13 +112,12 @@ def _row(
     about = (case.op, case.name, str(dtype).removeprefix("torch."), backend)
     comparisons = []
     try:
-        with nan_filled_memory():
-            for train in oracle:
-                calls = [(lambda x, p=p: p.ours(x, backend), p.leaves) for p in problems]
-                found = compare(_run(calls, dtype, case, train, device), oracle[train], plain[train])
-                comparisons += found if train else [c._replace(name=f"{c.name} (inference)") for c in found]
-            if dtype == torch.float64:  # a rounding of a pre-activation of 100 is a hundred roundings of a gate
-                comparisons = [c._replace(limit=c.limit * case.options.get("spread", 1.0)) for c in comparisons]
+        for train in oracle:
+            calls = [(lambda x, p=p: p.ours(x, backend), p.leaves) for p in problems]
+            found = compare(_run(calls, dtype, case, train, device), oracle[train], plain[train])
+            comparisons += found if train else [c._replace(name=f"{c.name} (inference)") for c in found]
+        if dtype == torch.float64:  # a rounding of a pre-activation of 100 is a hundred roundings of a gate
+            comparisons = [c._replace(limit=c.limit * case.options.get("spread", 1.0)) for c in comparisons]
     except Exception as error:  # a crash is a finding like a wrong number, told in the table and by the exit code
         if is_refusal(error):
             return Row(*about, refusal=str(error))

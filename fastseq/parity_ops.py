@@ -102,12 +102,14 @@ def _plain_lstm(x: Leaves, lengths: Tensor | None, reverse: bool, cell_states: b
 
     def kernel(part: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         part = part.flip(0) if reverse else part
-        hx, bias = (h.unsqueeze(0), c.unsqueeze(0)), "bias_ih" in x
-        output, h_n, c_n = torch._VF.lstm(part, hx, weights, bias, 1, 0.0, False, False, False)
+        hx = h.unsqueeze(0).contiguous(), c.unsqueeze(0).contiguous()  # cuDNN refuses others
+        # bias, layers, dropout, training (cuDNN differentiates nothing else), bidirectional, batch_first
+        options = "bias_ih" in x, 1, 0.0, torch.is_grad_enabled(), False, False
+        output, h_n, c_n = torch._VF.lstm(part, hx, weights, *options)
         result = {"output": output, "h_n": h_n[0], "c_n": c_n[0]}
         if cell_states:  # after each step: the final state of what came until then
             prefixes = (part[: t + 1] for t in range(part.size(0)))
-            runs = [torch._VF.lstm(p, hx, weights, bias, 1, 0.0, False, False, False) for p in prefixes]
+            runs = [torch._VF.lstm(p, hx, weights, *options) for p in prefixes]
             result["cell_states"] = torch.cat([c_t for _, _, c_t in runs])
         for name in {"output", "cell_states"} & result.keys():
             result[name] = result[name].flip(0) if reverse else result[name]

@@ -12,6 +12,7 @@ from torch import nn
 import fastseq
 from fastseq import LSTM, _native, backend
 from fastseq.backend import LSTMCall, LSTMCellCall, select
+from fastseq.ops.lstm import vendor
 
 CALL = LSTMCall("cpu", torch.float32, 4, 5, batch=2, steps=3)
 X = torch.randn(3, 2, 4)
@@ -240,3 +241,20 @@ def test_import_brings_torch_only():
         "import fastseq; print(*sorted({m.split('.')[0] for m in sys.modules} - before))"
     )
     assert run(code).stdout.split() == ["fastseq"]
+
+
+def test_cudnn_gets_states_in_one_piece_and_may_be_differentiated_in_eval_mode(monkeypatch):
+    """Tensors on meta stand for those on a GPU; a CPU would not mind."""
+    calls = []
+
+    def kernel(input, hx, weights, bias, layers, dropout, training, *rest):
+        calls.append((all(h.is_contiguous() for h in hx), dropout, training))
+        return input, *hx
+
+    monkeypatch.setattr(vendor, "_vf_lstm", kernel)
+    x, h = torch.empty(4, 3, 2, device="meta"), torch.empty(3, 2, 5, device="meta").transpose(0, 1)
+    vendor.stack(x, (h, h), [], num_layers=2, dropout=0.5)
+    vendor.stack(x, (h, h), [], num_layers=2, dropout=0.5, training=True)
+    with torch.no_grad():
+        vendor.stack(x, (h, h), [], num_layers=2, dropout=0.5)
+    assert calls == [(True, 0.0, True), (True, 0.5, True), (True, 0.5, False)]

@@ -204,3 +204,28 @@ def test_a_failing_kernel_is_no_refusal(monkeypatch):
     with pytest.raises(RuntimeError) as caught:
         broken()
     assert not is_refusal(caught.value)
+
+
+def test_a_failure_of_torch_is_told_and_ends_nothing(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
+
+    monkeypatch.setattr(torch._VF, "lstm", broken)
+    case = next(case for case in QUICK if case.op == "lstm")
+    rows = parity.check(case, torch.float32, ("reference", "native"))
+    told = "torch's own computation: RuntimeError: CUDNN_STATUS_NOT_SUPPORTED"
+    assert [(row.backend, row.ok, row.failure) for row in rows] == [("reference", False, told), ("native", False, told)]
+
+
+@pytest.mark.parametrize("case", [c for c in QUICK if c.op == "lstm" and c.slices][:2], ids=lambda case: case.name)
+def test_torchs_own_lstm_is_called_as_cudnn_wants_it(case, monkeypatch):
+    """States in one piece, and training wherever gradients are to follow: a CPU would not mind."""
+    right, calls = torch._VF.lstm, []
+
+    def kernel(input, hx, weights, bias, layers, dropout, training, *rest):
+        calls.append((all(h.is_contiguous() for h in hx), training == torch.is_grad_enabled()))
+        return right(input, hx, weights, bias, layers, dropout, training, *rest)
+
+    monkeypatch.setattr(torch._VF, "lstm", kernel)
+    parity.check(case, torch.float32, ("reference",))
+    assert set(calls) == {(True, True)}

@@ -51,6 +51,9 @@ def stack(
         host.
     Returns output in the layout of the input, h_n, c_n.
     """
+    hx = tuple(h.contiguous() for h in hx)  # cuDNN refuses others
+    if not training and input.device.type != "cpu" and torch.is_grad_enabled():
+        training, dropout = True, 0.0  # cuDNN differentiates nothing that it computed for inference; the same numbers
     options = (bias, num_layers, dropout, training, bidirectional)
     if batch_sizes is not None:
         return _vf_lstm(input, batch_sizes, hx, weights, *options)
