@@ -5,6 +5,7 @@ decide the design, then times fastseq against cuDNN, SDPA and eager torch, the m
 """
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -13,8 +14,10 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -23,7 +26,7 @@ from pathlib import Path
 import torch
 from gpu_process import Lost, Worker
 from gpu_report import Report
-from gpu_worker import SIMULATED, bench_case_list, parity_case_list
+from gpu_worker import SIMULATED, WHO, bench_case_list, parity_case_list
 
 from fastseq.bench_cases import HIDDEN_SIZES
 from fastseq.ops.triton_common import CHIPS
@@ -76,6 +79,7 @@ class Check:
         self.end = self.stage_end = time.monotonic() + 60 * args.minutes
         self.lost: Counter[str] = Counter()
         self.compilers: list[subprocess.Popen] = []
+        self.told = tempfile.TemporaryDirectory(prefix="gpu_check-")  # what the tools say, in the end part of the log
         self._worker: Worker | None = None
 
     def seconds_left(self) -> float:
@@ -84,12 +88,13 @@ class Check:
 
     def ask(self, task: dict) -> Iterator[dict]:
         """The rows that the worker answers with; it is started where there is none. Raises Lost."""
-        silence = self.args.silence
+        left = max(1.0, self.end - time.monotonic()) + 5.0
+        start = 0.0
         if self._worker is None:
             self._worker = Worker(WORKER, self.log, **({"TRITON_INTERPRET": "1"} if SIMULATED else {}))
-            silence = max(silence, START_SECONDS)
+            start = START_SECONDS
         try:
-            for message in self._worker.ask(task, silence):
+            for message in self._worker.ask(task, min(self.args.silence, left), min(start, left)):
                 if "row" in message:
                     yield message["row"]
         except Lost:
@@ -131,14 +136,32 @@ class Check:
     def _keep_loss(self, lost: Lost, task: dict, section: str) -> None:
         self.lost[lost.doing] += 1
         about = {key: task[key] for key in ("op", "case", "dtype", "mode") if key in task}
-        who = {"parity": "backend", "bench": "candidate"}[section]
-        self.report.add(section, about | {who: lost.doing, "verdict": "lost", "detail": lost.reason})
+        self.report.add(section, about | {WHO[section]: lost.doing, "verdict": "lost", "detail": lost.reason})
 
     def close(self) -> None:
-        """End what still runs."""
+        """End what still runs, and keep what the tools said."""
         self.drop_worker()
         for process in self.compilers:
-            process.kill()
+            end_group(process)
+        keep_compiled(self)
+        with self.log.open("ab") as log:
+            for path in sorted(Path(self.told.name).iterdir()):
+                log.write(f"\n{path.name}:\n".encode() + path.read_bytes())
+        self.told.cleanup()
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """End a process that leads a session, and its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def find_toolkit() -> None:
+    """What a CUDA toolkit has is found where setup.py would find it, too."""
+    for folder in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+        if folder and Path(folder, "bin").is_dir():
+            os.environ["PATH"] += f"{os.pathsep}{folder}/bin"
 
 
 def check_environment(check: Check) -> str:
@@ -149,7 +172,7 @@ def check_environment(check: Check) -> str:
     if found["cuda_kernels"]:
         return f"the library has CUDA kernels for {found['facts']['native cuda']}"
     if shutil.which("nvcc") is None:
-        return f"no native CUDA kernels, and no nvcc on PATH to build them: {found['facts']['native cuda']}"
+        return f"no native CUDA kernels, and no nvcc to build them: {found['facts']['native cuda']}"
     check.drop_worker()  # it has loaded the library that is built anew
     note = build_library(check, found["facts"]["chip"])
     _facts(check)
@@ -167,13 +190,13 @@ def build_library(check: Check, chip: str) -> str:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     environment = os.environ | {"FASTSEQ_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{chip[3:-1]}.{chip[-1]}"}
     with check.log.open("ab") as log:
+        build = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=check.seconds_left()
-            )
+            code = build.wait(check.seconds_left())
         except subprocess.TimeoutExpired:
+            end_group(build)
             return "building the CUDA kernels took too long: build beforehand, pip install --no-build-isolation -e ."
-    return "built the CUDA kernels" if done.returncode == 0 else "building the CUDA kernels failed, see log.txt"
+    return "built the CUDA kernels" if code == 0 else "building the CUDA kernels failed, see log.txt"
 
 
 def start_compiling(check: Check) -> str:
@@ -189,15 +212,16 @@ def start_compiling(check: Check) -> str:
             shlex.join([sys.executable, "-m", "fastseq", "warmup", "--hidden-size", str(H), "--dtype", dtype,
                         "--chip", chip]) for H, dtype in sizes[k::processes]
         )  # fmt: skip
-        with (check.args.out / f"compile-{k}.txt").open("wb") as log:
+        with Path(check.told.name, f"compile-{k}.txt").open("wb") as log:
             command = ["nice", "-n", "10", "sh", "-c", "; ".join(commands)]
-            check.compilers.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT))
+            options = {"stdout": log, "stderr": log, "env": environment, "cwd": ROOT, "start_new_session": True}
+            check.compilers.append(subprocess.Popen(command, **options))
     return f"{len(sizes)} sizes for {chip}, {processes} at a time, in the background"
 
 
 def keep_compiled(check: Check) -> None:
     """The seconds that `fastseq warmup` told so far."""
-    for path in sorted(check.args.out.glob("compile-*.txt")):
+    for path in sorted(Path(check.told.name).glob("compile-*.txt")):
         for H, dtype, seconds in re.findall(r"compiled for \S+ H=(\d+), (\w+): ([\d.]+) s", path.read_text()):
             check.report.add("compile", {"H": int(H), "dtype": dtype, "s": float(seconds)})
 
@@ -220,26 +244,42 @@ def parity_stage(grid: str) -> Callable[[Check], str]:
 
 
 def run_sanitizers(check: Check) -> str:
-    """Each tool over the smallest cases; a tool that is missing, refuses or is too slow is told and no failure."""
-    tool = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+    """Each tool over the smallest cases; a tool that is missing, refuses or is too slow is told and no failure.
+
+    Each gets half of the time that is left, the last one all.
+    """
+    tool = shutil.which("compute-sanitizer")
     if SIMULATED or tool is None:
-        return f"not run: {'a simulation has no GPU' if SIMULATED else 'compute-sanitizer is not on PATH'}"
-    for k, name in enumerate(SANITIZERS):
-        seconds = check.seconds_left() / (len(SANITIZERS) - k)
-        check.report.add("sanitizer", {"tool": name} | sanitize(check, tool, name, seconds))
+        return f"not run: {'a simulation has no GPU' if SIMULATED else 'compute-sanitizer was not found'}"
+    ours = only_ours(tool)
+    for name in SANITIZERS:
+        seconds = check.seconds_left() / (1 if name == SANITIZERS[-1] else 2)
+        check.report.add("sanitizer", {"tool": name} | sanitize(check, [tool, *ours], name, seconds))
     return "done"
 
 
-def sanitize(check: Check, tool: str, name: str, seconds: float) -> dict:
-    """One tool -> its verdict: clean, FOUND, or why there is none."""
-    told = check.args.out / f"sanitizer-{name}.txt"
-    wrapper = [tool, "--tool", name, "--error-exitcode", str(FINDING), "--log-file", str(told)]
+def only_ours(tool: str) -> list[str]:
+    """The option, spelled as by this version, that leaves torch's and the vendor's kernels alone."""
+    told = subprocess.run([tool, "--help"], capture_output=True, text=True, timeout=30).stdout
+    name = next((option for option in ("--kernel-regex", "--filter") if option in told), None)
+    return [name, "kns=fastseq"] if name else []
+
+
+def sanitize(check: Check, tool: list[str], name: str, seconds: float) -> dict:
+    """One tool over the compiled kernels -> its verdict: clean, FOUND, or why there is none."""
+    told = Path(check.told.name, f"sanitizer-{name}.txt")
+    wrapper = [*tool, "--tool", name, "--error-exitcode", str(FINDING), "--log-file", str(told)]
+    if name == "memcheck":  # torch asks the driver for what it may not have; that is no error of a kernel
+        wrapper += ["--report-api-errors", "no"]
     worker = Worker([*wrapper, *WORKER], check.log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     end, refused = time.monotonic() + seconds, 0
+    # NaN in new memory would hide from initcheck what nobody wrote
+    common = {"task": "parity", "grid": "quick", "dtype": "float32", "backends": ["native"], "draws": 1}
+    common["fill"] = name != "initcheck"
     try:
         for index, case in enumerate(parity_case_list("quick")):
             if f"{case.op} {case.name}" in SMALLEST:
-                task = {"task": "parity", "grid": "quick", "index": index, "dtype": "float32", "backends": BACKENDS}
+                task = common | {"index": index, "op": case.op, "case": case.name}
                 rows = [m["row"] for m in worker.ask(task, max(1.0, end - time.monotonic())) if "row" in m]
                 refused += sum(row["verdict"] == "refused" for row in rows)
     except Lost as lost:
@@ -248,7 +288,7 @@ def sanitize(check: Check, tool: str, name: str, seconds: float) -> dict:
     code = worker.close(max(10.0, end - time.monotonic()))
     last = (told.read_text().strip().splitlines() or ["nothing said"])[-1] if told.exists() else "no log"
     verdict = {0: "clean", FINDING: "FOUND"}.get(code, f"refused (exit code {code})")
-    return {"verdict": verdict, "detail": f"{last}; {refused} of {len(SMALLEST) * len(BACKENDS)} calls refused"}
+    return {"verdict": verdict, "detail": f"{last}; {refused} of {len(SMALLEST)} calls refused"}
 
 
 def measure_latencies(check: Check) -> str:
@@ -259,7 +299,7 @@ def measure_latencies(check: Check) -> str:
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
         if shutil.which("nvcc") is None:
             return (
-                "not run: no nvcc on PATH; compile them where there is one (make latencies) and bring build/latencies"
+                "not run: no nvcc was found; compile them where there is one (make latencies) and bring build/latencies"
             )
         program.parent.mkdir(exist_ok=True)
         subprocess.run(["nvcc", *NVCC_FLAGS, str(source), "-o", str(program)], check=True, timeout=check.seconds_left())
@@ -332,6 +372,7 @@ def main(argv: list[str] | None = None) -> int:
     if not SIMULATED and not torch.cuda.is_available():
         print("gpu_check: torch sees no GPU here; FASTSEQ_SIM=1 walks the command without one.", file=sys.stderr)
         return 2
+    find_toolkit()
     check = Check(args, shlex.join(["gpu_check.py", *(sys.argv[1:] if argv is None else argv)]))
     try:
         for name in STAGES:
@@ -340,7 +381,6 @@ def main(argv: list[str] | None = None) -> int:
         check.report.data["finished"] = True
     finally:
         check.close()
-        keep_compiled(check)
         check.report.write()
     wrong, broken = check.report.wrong(), not check.report.data["environment"]
     print(f"{args.out / 'report.md'}: {len(wrong)} findings are wrong" + (", no worker started" if broken else ""))

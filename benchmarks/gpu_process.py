@@ -40,22 +40,23 @@ class Worker:
             self._lines.put(line)
         self._lines.put(None)
 
-    def ask(self, task: dict, silence: float) -> Iterator[dict]:
-        """Yield what it tells until it is done.
+    def ask(self, task: dict, silence: float, start: float = 0.0) -> Iterator[dict]:
+        """Yield what it tells until it is done. start: seconds that its first sign of life may take, if more.
 
         Raises:
             Lost: nothing came for ``silence`` seconds, and it was killed; or it ended by itself.
         """
-        doing = "starting"
+        doing, patience = "starting", max(silence, start)
         with contextlib.suppress(BrokenPipeError):  # it is dead, as the missing answer will tell
             self._process.stdin.write(json.dumps(task).encode() + b"\n")
             self._process.stdin.flush()
         while True:
             try:
-                line = self._lines.get(timeout=silence)
+                line = self._lines.get(timeout=patience)
             except queue.Empty:
                 self.kill()
-                raise Lost(doing, f"hung: nothing for {silence:.0f} s while doing {doing}; killed") from None
+                raise Lost(doing, f"hung: nothing for {patience:.0f} s while doing {doing}; killed") from None
+            patience = silence
             if line is None:
                 raise Lost(doing, f"died with exit code {self._process.wait()} while doing {doing}")
             try:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts: the same bits in every run
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where fastseq is not installed
 
 from fastseq import _native, bench_cases, parity, parity_cases
 from fastseq.bench_engine import Candidate, Problem, candidates, time_candidates
@@ -75,7 +78,8 @@ def check_parity(task: dict, tell: Tell) -> None:
     case = parity_case_list(task["grid"])[task["index"]]
     for backend in task["backends"]:
         tell({"doing": backend})
-        (row,) = parity.check(case, getattr(torch, task["dtype"]), (backend,), DEVICE)
+        options = {key: task[key] for key in ("draws", "fill") if key in task}
+        (row,) = parity.check(case, getattr(torch, task["dtype"]), (backend,), DEVICE, **options)
         worst = row.worst
         verdict = "refused" if row.refusal else "failed" if row.failure else "ok" if row.ok else "WRONG"
         detail = row.refusal or row.failure or "; ".join(str(c) for c in row.comparisons if not c.ok)
@@ -152,6 +156,28 @@ def check_device() -> None:
 
 
 TASKS = {"environment": tell_environment, "parity": check_parity, "bench": bench}
+WHO = {"parity": "backend", "bench": "candidate"}  # what a row of a task calls the one that it is about
+
+
+def serve(task: dict, tell: Tell) -> None:
+    """One task. An exception is a finding like a wrong number; the process ends only where the GPU's context does."""
+    doing = "starting"
+
+    def note(message: dict) -> None:
+        nonlocal doing
+        doing = message.get("doing", doing)
+        tell(message)
+
+    try:
+        TASKS[task["task"]](task, note)
+    except Exception as error:
+        if task["task"] not in WHO:
+            raise
+        traceback.print_exc()
+        about = {key: task[key] for key in ("op", "case", "dtype", "mode") if key in task} | {WHO[task["task"]]: doing}
+        tell({"row": about | {"verdict": "failed", "detail": f"{type(error).__name__}: {error}"}})
+        check_device()
+    tell({"done": True})
 
 
 def main() -> None:
@@ -164,9 +190,7 @@ def main() -> None:
 
     with stand_in() if SIMULATED else contextlib.nullcontext(), quiet_torch():
         for line in sys.stdin:
-            task = json.loads(line)
-            TASKS[task["task"]](task, tell)
-            tell({"done": True})
+            serve(json.loads(line), tell)
 
 
 if __name__ == "__main__":

@@ -142,6 +142,27 @@ def test_a_worker_that_is_lost_costs_what_it_did_only(stage, fate, stub, tmp_pat
     assert "## Wrong" in text and FATES[fate] in text
 
 
+def test_an_exception_in_a_task_is_a_row_and_the_worker_goes_on(monkeypatch):
+    def broken(task, tell):
+        tell({"doing": "timing"})
+        raise RuntimeError("CUDA out of memory")
+
+    told = []
+    monkeypatch.setitem(gpu_worker.TASKS, "bench", broken)
+    monkeypatch.setattr(gpu_worker, "SIMULATED", True)
+    gpu_worker.serve({"task": "bench", "case": "lstm", "mode": "training"}, told.append)
+    row = {"case": "lstm", "mode": "training", "candidate": "timing", "verdict": "failed"}
+    row |= {"detail": "RuntimeError: CUDA out of memory"}
+    assert told == [{"doing": "timing"}, {"row": row}, {"done": True}]
+
+
+def test_a_first_answer_may_take_longer_than_the_next(stub, tmp_path):
+    stub("time.sleep(99)")
+    worker = gpu_check.Worker(gpu_check.WORKER, tmp_path / "log.txt")
+    with pytest.raises(gpu_check.Lost, match="nothing for 1 s while doing native"):
+        list(worker.ask({"task": "parity", "backends": ["native"]}, silence=1.0, start=20.0))
+
+
 def test_a_worker_that_never_starts(stub, tmp_path, monkeypatch):
     stub("pass")
     monkeypatch.setattr(gpu_check, "WORKER", [sys.executable, "-c", "raise SystemExit(3)"])
