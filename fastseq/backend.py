@@ -53,7 +53,10 @@ class LSTMCellCall(NamedTuple):
 
 
 class LSTMCall(NamedTuple):
-    """What decides who serves one ``lstm`` call. While a graph is traced ``batch`` and ``steps`` are None: dynamic."""
+    """What decides who serves one ``lstm`` call. While a graph is traced ``batch`` and ``steps`` are None: dynamic.
+
+    ``device_index``: which of several GPUs; None is the current one.
+    """
 
     device: str
     dtype: torch.dtype
@@ -69,6 +72,7 @@ class LSTMCall(NamedTuple):
     batch: int | None = None
     steps: int | None = None
     compiling: bool = False
+    device_index: int | None = None
 
 
 class AttentionCall(NamedTuple):

@@ -1,5 +1,7 @@
 """``backend="native"`` on CUDA tensors: whole modules through the kernels, on the host-side device everywhere."""
 
+import contextlib
+
 import cuda_on_cpu
 import pytest
 import torch
@@ -121,9 +123,18 @@ def test_directions_run_one_after_the_other_where_the_device_keeps_the_weights_o
 
     calls = []
     fits = native_cuda.fits
-    monkeypatch.setattr(native_cuda, "fits", lambda *a: calls.append(a) or (len(a) < 4 and fits(*a)))
+    monkeypatch.setattr(native_cuda, "fits", lambda *a, **k: calls.append(a) or (len(a) < 4 and fits(*a, **k)))
     check(3, 2, 5, 8, bidirectional=True)
     assert any(len(call) == 4 for call in calls)
+
+
+def test_the_gpu_of_the_tensors_is_asked_what_fits(as_native, monkeypatch):
+    from fastseq.ops.lstm import native_cuda
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda index: asked.append(index) or contextlib.nullcontext())
+    assert native_cuda.unsupported(LSTMCall("cuda", torch.bfloat16, 4, 8, batch=2, device_index=1)) is None
+    assert asked == [1]
 
 
 def test_double_backward(as_native):

@@ -140,6 +140,7 @@ def describe(input, hx, weights, batch_sizes, *, batch_dim: int = 1, autocast: b
         batch=None if compiling else hx[1].size(-2),
         steps=None if compiling else steps,
         compiling=compiling,
+        device_index=input.device.index,
         **options,
     )
 

@@ -3,6 +3,8 @@
 torch multiplies by W_ih before it and makes the weight gradients after it, each in one product over all steps.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -142,7 +144,9 @@ def _backward(
 
 def _at_once(c0: Tensor) -> bool:
     directions, batch, hidden_size = c0.shape
-    return directions == 1 or torch.compiler.is_compiling() or fits(batch, hidden_size, c0.dtype, directions)
+    if directions == 1 or torch.compiler.is_compiling():
+        return True
+    return fits(batch, hidden_size, c0.dtype, directions, index=c0.device.index)
 
 
 def unsupported(call) -> str | None:
@@ -163,7 +167,7 @@ def unsupported(call) -> str | None:
                 f"lstm: the native backend is traced up to hidden_size={TRACED_HIDDEN_SIZE} on CUDA "
                 f"(got {call.hidden_size}); use backend='torch' or 'triton'."
             )
-    elif not fits(call.batch or 1, call.hidden_size, call.dtype):
+    elif not fits(call.batch or 1, call.hidden_size, call.dtype, index=call.device_index):
         return (
             f"lstm: no CUDA kernel keeps the weights of hidden_size={call.hidden_size} in {call.dtype} on the device "
             f"for a batch of {call.batch}; use backend='torch' or 'triton'."
@@ -171,9 +175,10 @@ def unsupported(call) -> str | None:
     return None
 
 
-def fits(batch: int, hidden_size: int, dtype: torch.dtype, directions: int = 1) -> bool:
-    """Whether the device can run forward and backward of such a recurrence."""
-    return _native.operators.lstm_recurrence_fits(batch, directions, hidden_size, dtype.itemsize, tf32_allowed())
+def fits(batch: int, hidden_size: int, dtype: torch.dtype, directions: int = 1, index: int | None = None) -> bool:
+    """Whether the GPU of this index, or the current one, can run forward and backward of such a recurrence."""
+    with contextlib.nullcontext() if index is None else torch.cuda.device(index):
+        return _native.operators.lstm_recurrence_fits(batch, directions, hidden_size, dtype.itemsize, tf32_allowed())
 
 
 def tf32_allowed() -> bool:
