@@ -191,13 +191,13 @@ def test_auto_takes_the_kernels_where_cudnn_is_known_to_be_weak_and_says_that_no
     from fastseq.ops.lstm import native_cuda
 
     monkeypatch.setattr(_native, "why_not_cuda", lambda: "")
-    monkeypatch.setattr(native_cuda, "fits", lambda *_: True)
+    monkeypatch.setattr(native_cuda, "fits", lambda *_, **__: True)
     for call in (CALL, CALL._replace(dtype=torch.float32), CALL._replace(dtype=torch.float16, packed=True)):
         backend, why = _first_rule("lstm", call)
         assert backend == "native" and "not measured yet" in why
     small, half = CALL._replace(hidden_size=128), CALL._replace(dtype=torch.float16)
     for call in (small, half, CALL._replace(autocast=True), CALL._replace(hidden_size=2048)):
         assert _first_rule("lstm", call)[0] == "torch"
-    monkeypatch.setattr(native_cuda, "fits", lambda *_: False)
+    monkeypatch.setattr(native_cuda, "fits", lambda *_, **__: False)
     assert _first_rule("lstm", CALL)[0] == "torch"
     assert "use backend='torch' or 'triton'" in objection("lstm", "native", CALL)
