@@ -18,7 +18,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def warmup(hidden_size: int, dtype: torch.dtype, *, attention_size: int | None = None, chip: str | None = None) -> None:
-    """Run forward and backward of each Triton op once on zeros, in every variant of its kernels.
+    """Run forward and backward of each Triton op once on zeros, in every variant that training a model comes to.
+
+    Not cell states, masks, and losses that leave out a result: the first such call compiles its own.
 
     Args:
         hidden_size: H of ``lstm`` and ``lstm_cell``; D of ``attention``.

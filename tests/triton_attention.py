@@ -77,6 +77,16 @@ def test_padding_may_hold_anything(score):
 
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
+def test_a_nan_that_is_attended_to_reaches_its_sentence_and_no_other(score):
+    """Also where later blocks of positions have none."""
+    given = tensors(score, torch.float32, S=70)
+    given["keys"][1, 3] = float("nan")
+    for result in attention("triton", score, lengths=torch.tensor([70, 70, 3]))(**given).values():
+        assert result[1].isnan().all()
+        assert not result[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
 def test_large_scores(score):
     """Without the running maximum exp overflows."""
     found = [tensors(score, torch.float32, S=40) for _ in range(5)]

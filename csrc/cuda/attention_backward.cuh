@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(kTileThreads, 4) attention_product_kernel(Atte
     load_tile<N, kTileDepth>(tiles.y, row_of<T>(right, b, k) + column, right.row, width - column,
                              [&](int r) { return r < depth && (!kSteps || tiles.open[r] != 0); });
     __syncthreads();
-    ColumnProduct<T>::add(sum, tiles.x, tiles.y, rows, depth);  // the next round's first barrier is behind it, too
+    ColumnProduct<T>::add(sum, tiles.x, tiles.y, rows, depth);
+    __syncthreads();  // the next round's first one would do, but holds back fewer loads: 80 registers for 72 on sm_90
   }
   T* out = static_cast<T*>(kSteps ? p.grad_query : kValues ? p.grad_values : p.grad_keys);
   store_tile<N>(sum, out + (b * all_rows + row) * width + column, width, rows, width - column);

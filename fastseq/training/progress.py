@@ -86,7 +86,7 @@ class EpochLines(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add the loss of the update that this batch completed, if any; the device is not waited for."""
+        """Add the loss of the update that this batch completed, if any."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             loss = trainer.callback_metrics["train_loss"]
             self._loss_sum = self._loss_sum.to(loss.device) + loss

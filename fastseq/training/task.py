@@ -90,7 +90,7 @@ class Seq2SeqTask(L.LightningModule):
         self._update_loss = self._update_loss.to(loss.device) + loss.detach() / accumulate
         if (batch_idx + 1) % accumulate == 0:
             self.log("train_loss", self._update_loss, prog_bar=True, logger=False, sync_dist=self.distributed)
-            self._update_loss = torch.zeros(())
+            self._update_loss = torch.zeros((), device=loss.device)
         return loss
 
     def on_validation_epoch_start(self) -> None:

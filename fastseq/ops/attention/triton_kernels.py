@@ -114,7 +114,7 @@ def attention_forward_kernel(
         sums = sums * shrink[:, None] + part
         total = total * shrink + tl.sum(p, axis=1)
         peak = new_peak
-    total = tl.where(total > 0.0, total, 1.0)
+    total = tl.where(total == 0.0, 1.0, total)
     result = sums / total[:, None]
     inside = (step[:, None] < T) & (d[None, :] < D)
     tl.store(context + rows[:, None] * D + d[None, :], result.to(context.dtype.element_ty), mask=inside)

@@ -33,8 +33,11 @@ def run(
         keys, values = keys.masked_fill(padding, 0), values.masked_fill(padding, 0)
     if score == "dot" and not need_weights:
         heads = (x.unsqueeze(1) for x in (query, keys, values))  # one head each: (B, 1, T or S, A or D)
-        mask = None if mask is None else mask.unsqueeze(1)
-        return F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale).squeeze(1), None
+        allowed = None if mask is None else mask.unsqueeze(1)
+        context = F.scaled_dot_product_attention(*heads, attn_mask=allowed, scale=scale).squeeze(1)
+        if mask is not None:  # not every kernel of SDPA gives 0, or a number, where nothing is attended to
+            context = context.masked_fill(~mask.any(-1, keepdim=True), 0)
+        return context, None
     context, weights = _op_by_op(query, keys, values, weight, bias, mask, score, scale)
     return context, weights if need_weights else None
 

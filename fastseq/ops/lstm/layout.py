@@ -32,9 +32,10 @@ def pad(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(padded: Tensor, batch_sizes: Tensor) -> Tensor:
-    """Padded (T, B, X) -> packed (N, X). Differentiable."""
+    """Padded (T, B, X) -> packed (N, X). Differentiable. The rows are counted on the CPU: no device is waited for."""
     valid = valid_steps(lengths_of(batch_sizes), batch_sizes.size(0))
-    return padded[valid.to(padded.device)]
+    rows = valid.flatten().nonzero().squeeze(1)
+    return padded.flatten(0, 1).index_select(0, rows.to(padded.device, non_blocking=True))
 
 
 def flip(padded: Tensor, lengths: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ def forward(
     """-> output (..., D*H), h_n and c_n (D, B, H), cell states like output or None, saved for ``backward``."""
     if batch_sizes is not None:
         input, lengths = layout.pad(input, batch_sizes)
-    gates = F.linear(input, _rows([w[0] for w in weights]), _bias(weights))  # (T, B, D * 4H)
+    gates = F.linear(input.contiguous(), _rows([w[0] for w in weights]), _bias(weights))  # (T, B, D * 4H)
     output, h_n, c_n, activations, cell_states = _forward(
         gates,
         h0.contiguous(),
@@ -161,7 +161,7 @@ def unsupported(call) -> str | None:
         )
     if call.proj_size:
         return f"lstm: the native backend has no projection (proj_size={call.proj_size}); use backend='torch'."
-    if call.compiling:  # what fits is not asked while a graph is traced; this always does
+    if call.compiling:  # what fits is not asked while a graph is traced: what an A100 or a Hopper has room for
         if call.hidden_size > TRACED_HIDDEN_SIZE:
             return (
                 f"lstm: the native backend is traced up to hidden_size={TRACED_HIDDEN_SIZE} on CUDA "

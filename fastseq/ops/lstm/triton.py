@@ -80,7 +80,7 @@ def forward(
     """-> output (T, B, H) or (N, H), h_n and c_n (B, H), cell states like output or None, saved for ``backward``."""
     if batch_sizes is not None:
         input, lengths = layout.pad(input, batch_sizes)
-    gates = F.linear(input, weight_ih, None if bias_ih is None else bias_ih + bias_hh)
+    gates = F.linear(input.contiguous(), weight_ih, None if bias_ih is None else bias_ih + bias_hh)
     T, B, H = *gates.shape[:2], c0.size(1)
     output = gates.new_empty(T, B, H)
     activations = gates.new_empty(gates.shape, dtype=torch.float32) if need_backward else None
