@@ -79,7 +79,7 @@ class Check:
         self.end = self.stage_end = time.monotonic() + 60 * args.minutes
         self.lost: Counter[str] = Counter()
         self.compilers: list[subprocess.Popen] = []
-        self.told = tempfile.TemporaryDirectory(prefix="gpu_check-")  # what the tools say, in the end part of the log
+        self.told = tempfile.TemporaryDirectory(prefix="gpu_check-")  # what the tools say; at the end part of log.txt
         self._worker: Worker | None = None
 
     def seconds_left(self) -> float:
