@@ -134,10 +134,12 @@ void sum_biases(const Layer& layer, Acc<S>* out) {
   }
 }
 
-// Packs panels of all given weights; `work`: elements of one panel.
+// Packs panels of all given weights; `work`: elements of one panel. On a crowded machine by one thread, like the
+// recurrence: whoever shares work out waits for a thread that may be away.
 template <class Pack>
 void pack_all(int64_t weights, int64_t panels, int64_t work, const Pack& pack) {
-  parallel_for(0, weights * panels, kGrain / 2 / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+  const int64_t all = weights * panels, grain = kGrain / 2 / (work + 1) + 1;
+  parallel_for(0, all, Team::machine_is_crowded() ? std::max(all, grain) : grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) pack(i / panels, i % panels);
   });
 }
@@ -176,9 +178,9 @@ void forward(const Layer& layer, const SequenceTable& table, LstmForward<S>& p) 
     p.direction[d].packed_hh = few_rows ? nullptr : packed.at(D * bytes_ih + d * bytes_hh);
     p.direction[d].bias = bias.at<Acc<S>>(0) + d * 4 * H;
   }
-  pack_all(2 * D, panels, 4 * k.gate_units * (I + H) / 2, [&](int64_t weight, int64_t panel) {
+  pack_all(few_inputs ? 0 : 2 * D, panels, 4 * k.gate_units * (I + H) / 2, [&](int64_t weight, int64_t panel) {
     const LstmForwardDirection<S>& d = p.direction[weight / 2];
-    if (weight % 2 == 0 && !few_inputs) k.pack_gates(d.weight_ih, H, I, panel, const_cast<void*>(d.packed_ih));
+    if (weight % 2 == 0) k.pack_gates(d.weight_ih, H, I, panel, const_cast<void*>(d.packed_ih));
     if (weight % 2 == 1 && !few_rows) k.pack_gates(d.weight_hh, H, H, panel, const_cast<void*>(d.packed_hh));
   });
 
