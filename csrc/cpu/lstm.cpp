@@ -134,12 +134,17 @@ void sum_biases(const Layer& layer, Acc<S>* out) {
   }
 }
 
-// Packs panels of all given weights; `work`: elements of one panel. On a crowded machine by one thread, like the
-// recurrence: whoever shares work out waits for a thread that may be away.
+// run(begin, end) of `count` tasks on all threads, a thread taking at least `grain`. On a crowded machine on one, as
+// the recurrence does: whoever shares work out waits for a thread that may be away.
+template <class Run>
+void share(int64_t count, int64_t grain, const Run& run) {
+  parallel_for(0, count, Team::machine_is_crowded() ? std::max(count, grain) : grain, run);
+}
+
+// Packs panels of all given weights; `work`: elements of one panel.
 template <class Pack>
 void pack_all(int64_t weights, int64_t panels, int64_t work, const Pack& pack) {
-  const int64_t all = weights * panels, grain = kGrain / 2 / (work + 1) + 1;
-  parallel_for(0, all, Team::machine_is_crowded() ? std::max(all, grain) : grain, [&](int64_t begin, int64_t end) {
+  share(weights * panels, kGrain / 2 / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) pack(i / panels, i % panels);
   });
 }
@@ -253,10 +258,10 @@ void weight_gradients(const Layer& layer, const LstmBackward<S>& p, const ValidR
   const int64_t threads = std::clamp<int64_t>(work / kGrain, 1, torch::stable::get_num_threads());
   const int64_t shares = std::min(divide_up(threads, layer.directions), gates), tasks = shares * layer.directions;
   const Scratch scratch(tasks * bytes);
-  parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+  share(tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t share = i % shares;
-      k.lstm_weight_gradients(p, i / shares, valid, gates * share / shares, gates * (share + 1) / shares,
+      const int64_t part = i % shares;
+      k.lstm_weight_gradients(p, i / shares, valid, gates * part / shares, gates * (part + 1) / shares,
                               scratch.at(i * bytes));
     }
   });
@@ -267,7 +272,7 @@ void input_gradients(const LstmBackward<S>& p, const ValidRows& valid, int64_t p
   constexpr int64_t kRows = kInputGradientRows;
   const int64_t blocks = divide_up(valid.count, kRows);
   const int64_t work = kRows * kernels<S>().panel_columns * 4 * p.hidden * p.directions;
-  parallel_for(0, blocks * panels, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+  share(blocks * panels, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / panels * kRows;
       kernels<S>().lstm_input_gradients(p, valid, i % panels, first, std::min(first + kRows, valid.count));
