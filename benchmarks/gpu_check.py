@@ -5,7 +5,6 @@ decide the design, then times fastseq against cuDNN, SDPA and eager torch, the m
 """
 
 import argparse
-import contextlib
 import importlib.util
 import itertools
 import json
@@ -14,7 +13,6 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from gpu_process import Lost, Worker
+from gpu_process import Lost, Worker, end_group
 from gpu_report import Report
 from gpu_worker import SIMULATED, WHO, bench_case_list, parity_case_list
 
@@ -148,13 +146,6 @@ class Check:
             for path in sorted(Path(self.told.name).iterdir()):
                 log.write(f"\n{path.name}:\n".encode() + path.read_bytes())
         self.told.cleanup()
-
-
-def end_group(process: subprocess.Popen) -> None:
-    """End a process that leads a session, and its children."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def find_toolkit() -> None:

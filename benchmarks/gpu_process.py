@@ -19,6 +19,13 @@ class Lost(Exception):
         self.doing, self.reason = doing, reason
 
 
+def end_group(process: subprocess.Popen) -> None:
+    """End a process that leads a session, and its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 class Worker:
     """A child process in a session of its own, so that its children end with it. What it prints goes to ``log``."""
 
@@ -80,6 +87,4 @@ class Worker:
 
     def kill(self) -> None:
         """End it and its children."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        end_group(self._process)

@@ -122,7 +122,7 @@ def as_native() -> Iterator[None]:
         (_native, "why_not_cuda", lambda: ""),
         (lstm, "CPU", "none"),
         (lstm, "unsupported", native_cuda.unsupported),
-        (attention, "DTYPES", tuple(d for d in attention.DTYPES if d != torch.float64)),
+        (attention, "DTYPES", attention.CUDA_DTYPES),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
     for owner, name, value in patches:
