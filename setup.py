@@ -26,7 +26,7 @@ FLAGS = [
     "-O3",
     "-g0",
     "-fvisibility=hidden",
-    "-ffp-contract=fast",
+    "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fopenmp-simd",

@@ -1,5 +1,6 @@
 """The compiled LSTM layer against a plain float64 loop: values, gradients, layouts, every path through the kernels."""
 
+import copy
 import random
 
 import fuzz_native
@@ -46,6 +47,31 @@ def test_layer_matches_the_loop(dtype, shape, layout, direction):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 def test_every_path_matches_the_loop(dtype, path, layout, direction):
     check(Problem(*PATHS[path], layout, dtype, direction))
+
+
+# The tiles of a product are of one to six rows. Which ones depends on how the work was shared out, also on whether a
+# thread came late, so no bit may.
+@pytest.mark.parametrize(
+    ("T", "batches"),
+    [(1, range(1, 8)), (128, range(1, 5)), (32, range(5, 14))],
+    ids=["rows of W in place", "rows of W_hh in place, W_ih packed", "panels"],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_rows_beside_change_nothing(dtype, T, batches):
+    widest = Problem(T, batches[-1], 40, 130, dtype=dtype)
+    upstream = torch.randn(T, batches[-1], 130).to(dtype)
+
+    def first_row(B):
+        problem = copy.copy(widest)
+        problem.packed_x, problem.h0, problem.c0 = (t[:, :B].contiguous() for t in (widest.x, widest.h0, widest.c0))
+        results = problem.forward()
+        grads = problem.backward((upstream[:, :B].contiguous(), None, None, None), results[3:])
+        return [t[:, 0] for t in (*results, *grads[:3])]
+
+    expected = first_row(batches[0])
+    for B in batches[1:]:
+        for a, b in zip(first_row(B), expected, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("op", fuzz_native.OPS)

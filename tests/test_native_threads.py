@@ -103,7 +103,7 @@ def test_every_instruction_set_of_this_machine(isa):
         pytest.skip(f"this machine has no {isa}")
     subset = (
         "layer_matches and both and lengths or every_path and forward or threads_change and both and place or padding"
-        " or roundings or saturate or 16_bit or hundred or denormal or step or random_calls"
+        " or rows_beside or roundings or saturate or 16_bit or hundred or denormal or step or random_calls"
     )
     names = ("native_lstm", "native_cell", "native_threads", "decode_step")
     files = [TESTS / f"test_{name}.py" for name in names]

@@ -18,6 +18,8 @@
 
 #if FASTSEQ_X86
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define FASTSEQ_NOINLINE __attribute__((noinline))
