@@ -156,6 +156,7 @@ def native_build() -> dict:
         f'-DFASTSEQ_BUILD_FLAGS="{" ".join(FLAGS)}"',
         f'-DFASTSEQ_BUILD_TORCH="{torch.__version__}"',
         f'-DFASTSEQ_CUDA_ARCHITECTURES="{" ".join(cuda_architectures()) if cuda else ""}"',
+        f"-DFASTSEQ_WITH_CUDA={int(cuda)}",
         f"-fmacro-prefix-map={ROOT}/=",  # paths in error messages are relative to the project, wherever it was built
     ]
 

@@ -4,6 +4,9 @@
 
 #include "cpu/isa.h"
 #include "schemas.h"
+#if FASTSEQ_WITH_CUDA
+#include "cuda/lstm_cell.h"
+#endif
 
 STABLE_TORCH_LIBRARY(fastseq, m) { fastseq::define_operators(m); }
 
@@ -15,8 +18,21 @@ constexpr const char* kCompiler = "Clang " __clang_version__;
 constexpr const char* kCompiler = "GCC " __VERSION__;
 #endif
 
+PyObject* cuda_problem(PyObject*, PyObject*) {
+#if FASTSEQ_WITH_CUDA
+  return PyUnicode_FromString(fastseq::cuda::device_problem().c_str());
+#else
+  return PyUnicode_FromString("built without nvcc");
+#endif
+}
+
+PyMethodDef functions[] = {
+    {"cuda_problem", cuda_problem, METH_NOARGS, "Why the current CUDA device can run no kernel; empty where it can."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
 PyModuleDef module_definition = {
-    PyModuleDef_HEAD_INIT, "_C", "The compiled operators.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+    PyModuleDef_HEAD_INIT, "_C", "The compiled operators.", -1, functions, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

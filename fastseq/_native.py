@@ -1,5 +1,6 @@
 """The compiled operators: loaded once, when fastseq is imported; a failure is kept and told when it matters."""
 
+import functools
 import importlib
 
 import torch  # the library needs torch's own libraries in the process
@@ -40,13 +41,40 @@ def why_not() -> str:
     return f"the compiled library fastseq._C failed to load ({_error}). {BUILD_HINT}"
 
 
-def why_not_cuda() -> str:
-    """Why there are no compiled CUDA kernels and how to build them, as sentences; empty where there are."""
+def why_not_cuda(index: int | None = None) -> str:
+    """Why no compiled CUDA kernel can run and what to do, as sentences; empty where they can, or there is no GPU.
+
+    index: which of several GPUs; None is the current one.
+    """
     if not available():
         return why_not()
     if not _module.cuda_architectures:
         return "the compiled library was built without nvcc. To build them, install the CUDA toolkit and fastseq again."
-    return ""
+    return _why_not_gpu(index) if torch.cuda.is_available() else ""
+
+
+def _why_not_gpu(index: int | None) -> str:
+    return _why_not_gpu_number(torch.cuda.current_device() if index is None else index)
+
+
+# TorchDynamo asks, too, and calls it instead of tracing it: as torch.compiler.assume_constant_result does, which would
+# import all of TorchDynamo with fastseq.
+_why_not_gpu._dynamo_marked_constant = True
+
+
+@functools.cache
+def _why_not_gpu_number(index: int) -> str:
+    with torch.cuda.device(index):
+        problem = _module.cuda_problem()
+    if not problem:
+        return ""
+    major, minor = torch.cuda.get_device_capability(index)
+    architectures = ", ".join(_module.cuda_architectures.split())
+    return (
+        f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor}) cannot run the compiled ones, which "
+        f"are for {architectures} ({problem}). They need capability 8.0 and a driver "
+        "as new as the CUDA toolkit that built them; use backend='torch'."
+    )
 
 
 def build_info() -> dict[str, str | tuple[str, ...]]:

@@ -139,6 +139,10 @@ def _eager_on_cuda(call: LSTMCall) -> bool:
     return call.device == "cuda" and not (call.autocast or call.compiling)
 
 
+def _gates_on_cuda(call: LSTMCellCall) -> bool:
+    return call.device == "cuda" and not (call.with_gemms or call.compiling)
+
+
 def _dot_on_cpu(call: AttentionCall) -> bool:
     return call.device == "cpu" and call.score == "dot" and not call.compiling
 
@@ -222,6 +226,8 @@ RULES = (
         ),
         "both products and the cell in one pass over the weights: native is 1.03 to 4 times as fast (B 1 to 32)",
     ),
+    Rule("lstm_cell", "native", _gates_on_cuda, "not measured yet: one kernel, where torch launches nine"),
+    Rule("lstm_cell", "triton", _gates_on_cuda, "not measured yet: one kernel, where torch launches nine"),
     Rule("lstm_cell", "torch", lambda c: True, "no own kernel was measured faster here"),
     Rule(
         "attention",

@@ -81,6 +81,10 @@ def test_auto_follows_the_measurements():
             cell(x)
         fastseq.ops.lstm_cell(torch.randn(2, 20), torch.randn(2, 5))
     assert [choice.backend for choice in choices] == ["torch", "native", "native"]
+    gates = LSTMCellCall("cuda", torch.float32, 5)
+    assert chosen("lstm_cell", gates._replace(with_gemms=True)) == "torch"
+    if not _native.why_not_cuda():
+        assert chosen("lstm_cell", gates) == "native"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])

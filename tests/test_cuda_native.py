@@ -190,7 +190,7 @@ def test_auto_takes_the_kernels_where_cudnn_is_known_to_be_weak_and_says_that_no
     from fastseq import _native
     from fastseq.ops.lstm import native_cuda
 
-    monkeypatch.setattr(_native, "why_not_cuda", lambda: "")
+    monkeypatch.setattr(_native, "why_not_cuda", lambda index=None: "")
     monkeypatch.setattr(native_cuda, "fits", lambda *_, **__: True)
     for call in (CALL, CALL._replace(dtype=torch.float32), CALL._replace(dtype=torch.float16, packed=True)):
         backend, why = _first_rule("lstm", call)

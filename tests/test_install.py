@@ -1,5 +1,6 @@
 """Installing without a compiler, and importing where a part is missing: fresh directories, fresh processes."""
 
+import contextlib
 import os
 import runpy
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from fastseq import _native
-from fastseq.backend import LSTMCall, objection
+from fastseq.backend import AttentionCall, LSTMCall, LSTMCellCall, objection, select
 
 ROOT = Path(__file__).parent.parent
 HIDE_LIBRARY = """
@@ -172,6 +173,47 @@ def test_a_library_without_cuda_kernels_says_so(monkeypatch):
     assert "built without nvcc" in _native.why_not_cuda()
     call = LSTMCall("cuda", torch.float32, 8, 8, batch=2, steps=3)
     assert "built without nvcc" in objection("lstm", "native", call)
+
+
+def test_a_gpu_that_cannot_run_the_cuda_kernels_is_served_by_others(monkeypatch):
+    problem = "no kernel image is available for execution on the device"
+    monkeypatch.setattr(
+        _native, "_module", SimpleNamespace(cuda_architectures="8.0 9.0+PTX", cuda_problem=lambda: problem)
+    )
+    monkeypatch.setattr(_native, "_why_not_gpu_number", _native._why_not_gpu_number.__wrapped__)
+    for name, value in {
+        "is_available": True,
+        "current_device": 0,
+        "device": contextlib.nullcontext(),
+        "get_device_capability": (7, 5),
+        "get_device_name": "Tesla T4",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    calls = [
+        LSTMCall("cuda", torch.float32, 8, 8, batch=2, steps=3, compiling=compiling) for compiling in (False, True)
+    ]
+    calls += [AttentionCall("additive", "cuda", torch.float32), LSTMCellCall("cuda", torch.float32, 8)]
+    for op, call in zip(("lstm", "lstm", "attention", "lstm_cell"), calls, strict=True):
+        sentence = objection(op, "native", call)
+        assert "Tesla T4 (compute capability 7.5)" in sentence
+        assert "8.0, 9.0+PTX" in sentence
+        assert problem in sentence
+        assert select(op, "auto", call) != "native"
+
+
+def test_a_traced_call_asks_what_the_gpu_can_run(monkeypatch):
+    monkeypatch.setattr(_native, "_why_not_gpu_number", lambda index: "x" * len(os.listdir("/")))  # cannot be traced
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def traced(x):
+        return x + 1 if _native._why_not_gpu(0) else x
+
+    assert traced(torch.zeros(1)) == 1
+
+
+@pytest.mark.skipif(_native.why_not_cuda() != "" or torch.cuda.is_available(), reason="needs CUDA kernels and no GPU")
+def test_the_library_knows_that_there_is_no_gpu():
+    assert "driver" in _native._module.cuda_problem()
 
 
 def test_a_failing_compiler_is_an_error(tmp_path):

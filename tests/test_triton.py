@@ -80,7 +80,7 @@ def test_a_projection_is_refused(a_gpu):
 
 def test_auto_on_cuda_without_compiled_kernels(a_gpu, monkeypatch):
     """Before the reference, behind the vendor's kernel: nothing was measured yet."""
-    monkeypatch.setattr(_native, "why_not_cuda", lambda: "they were not built.")
+    monkeypatch.setattr(_native, "why_not_cuda", lambda index=None: "they were not built.")
     lstm, attention = CALLS["lstm"], CALLS["attention"]
     assert select("lstm", "auto", lstm) == "torch"
     assert select("lstm", "auto", lstm._replace(return_cell_states=True)) == "triton"

@@ -47,6 +47,11 @@ int resident_clusters(const Launch& l, Kernel*) {
   return host::options().capability >= 90 ? host::options().multiprocessors / static_cast<int>(l.cluster) : 0;
 }
 
+template <class Kernel>
+std::string why_not_here(Kernel*) {
+  return "";
+}
+
 #else
 
 inline DeviceLimits device_limits() {
@@ -63,6 +68,13 @@ inline std::string error_text(cudaError_t error) {
   if (error == cudaSuccess) return "";
   cudaGetLastError();  // it would come back at the next call
   return cudaGetErrorString(error);
+}
+
+// Why the current device cannot run the kernel; empty where it can. Loads the kernel, or compiles its PTX.
+template <class Kernel>
+std::string why_not_here(Kernel* kernel) {
+  cudaFuncAttributes attributes{};
+  return error_text(cudaFuncGetAttributes(&attributes, kernel));
 }
 
 template <class Kernel>

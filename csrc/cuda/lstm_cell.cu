@@ -49,4 +49,6 @@ std::string launch_lstm_cell_backward(const CellBackward& p, Type type, Stream s
   });
 }
 
+std::string device_problem() { return why_not_here(lstm_cell_forward_kernel<float, 1>); }
+
 }  // namespace fastseq::cuda

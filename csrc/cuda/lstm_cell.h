@@ -33,4 +33,7 @@ struct CellBackward {
 std::string launch_lstm_cell_forward(const CellForward& p, Type type, Stream stream);
 std::string launch_lstm_cell_backward(const CellBackward& p, Type type, Stream stream);
 
+// Why the current device can run none of the library's kernels, asked of the smallest one; empty where it can.
+std::string device_problem();
+
 }  // namespace fastseq::cuda

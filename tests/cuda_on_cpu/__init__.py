@@ -119,7 +119,7 @@ def as_native() -> Iterator[None]:
 
     patches = [
         (_native, "operators", load()),
-        (_native, "why_not_cuda", lambda: ""),
+        (_native, "why_not_cuda", lambda index=None: ""),
         (lstm, "CPU", "none"),
         (lstm, "unsupported", native_cuda.unsupported),
         (attention, "DTYPES", attention.CUDA_DTYPES),

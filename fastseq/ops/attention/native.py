@@ -78,8 +78,9 @@ def unsupported(call) -> str | None:
     """Why this backend cannot serve the call (an ``AttentionCall``) and the way out, or None."""
     if not _native.available():
         return f"attention: the native backend is missing: {_native.why_not()}"
-    if call.device == "cuda" and _native.why_not_cuda():
-        return f"attention: the native backend has no CUDA kernels here: {_native.why_not_cuda()}"
+    missing = _native.why_not_cuda() if call.device == "cuda" else ""
+    if missing:
+        return f"attention: the native backend has no CUDA kernels here: {missing}"
     if call.device not in ("cpu", "cuda"):
         return (
             f"attention: the native backend runs on CPU and CUDA (got {call.device}); "

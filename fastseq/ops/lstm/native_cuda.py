@@ -151,7 +151,7 @@ def _at_once(c0: Tensor) -> bool:
 
 def unsupported(call) -> str | None:
     """Why this backend cannot serve the call (an ``LSTMCall`` on CUDA) and the way out, or None."""
-    missing = _native.why_not_cuda()
+    missing = _native.why_not_cuda(call.device_index)
     if missing:
         return f"lstm: the native backend has no CUDA kernels here: {missing}"
     if call.dtype not in DTYPES:
