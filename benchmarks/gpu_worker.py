@@ -107,7 +107,7 @@ def bench(task: dict, tell: Tell) -> None:
                     tell({"row": about | {"verdict": "refused", "detail": remarks[0]}})
             except AssertionError as error:
                 tell({"row": about | {"verdict": "WRONG", "detail": str(error)}})
-            except RuntimeError as error:
+            except Exception as error:  # Triton's are no RuntimeErrors; the other backends' rows shall not be lost
                 tell({"row": about | {"verdict": "failed", "detail": f"{type(error).__name__}: {error}"}})
                 check_device()
         tell({"doing": "timing"})
@@ -122,7 +122,7 @@ def time_them(task: dict, tell: Tell, problem: Problem, found: list[Candidate]) 
     for name in list(runs) if mode == "CUDA graph" else ():
         try:
             runs[name] = captured(runs[name])
-        except RuntimeError as error:
+        except Exception as error:
             del runs[name]
             tell({"row": about | {"candidate": name, "verdict": "refused", "detail": f"cannot be captured: {error}"}})
             check_device()

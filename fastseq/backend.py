@@ -40,7 +40,8 @@ OPS = ("lstm_cell", "lstm", "attention")
 class LSTMCellCall(NamedTuple):
     """What decides who serves one ``lstm_cell`` call. ``with_gemms``: the gates are computed in it too (LSTMCell).
 
-    While a graph is traced ``batch`` is None: dynamic.
+    While a graph is traced ``batch`` is None: dynamic. ``device_index``, as in the calls below: which of several GPUs;
+    None is the current one.
     """
 
     device: str
@@ -50,13 +51,11 @@ class LSTMCellCall(NamedTuple):
     requires_grad: bool = False
     compiling: bool = False
     batch: int | None = None
+    device_index: int | None = None
 
 
 class LSTMCall(NamedTuple):
-    """What decides who serves one ``lstm`` call. While a graph is traced ``batch`` and ``steps`` are None: dynamic.
-
-    ``device_index``: which of several GPUs; None is the current one.
-    """
+    """What decides who serves one ``lstm`` call. While a graph is traced ``batch`` and ``steps`` are None: dynamic."""
 
     device: str
     dtype: torch.dtype
@@ -93,6 +92,7 @@ class AttentionCall(NamedTuple):
     steps: int | None = None
     positions: int | None = None
     compiling: bool = False
+    device_index: int | None = None
 
 
 class Rule(NamedTuple):

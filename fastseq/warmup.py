@@ -6,6 +6,7 @@ cache (``TRITON_CACHE_DIR``, else ``~/.triton/cache``), which may be copied to t
 
 import argparse
 import contextlib
+import itertools
 import time
 
 import torch
@@ -18,9 +19,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def warmup(hidden_size: int, dtype: torch.dtype, *, attention_size: int | None = None, chip: str | None = None) -> None:
-    """Run forward and backward of each Triton op once on zeros, in every variant that training a model comes to.
+    """Run forward and backward of each Triton op on zeros, in every variant that training a model comes to.
 
-    Not cell states, masks, and losses that leave out a result: the first such call compiles its own.
+    Of losses these: of all results, of the outputs alone, of the last states alone. float32 is multiplied as torch is
+    set to now, in TF32 or not.
 
     Args:
         hidden_size: H of ``lstm`` and ``lstm_cell``; D of ``attention``.
@@ -48,30 +50,38 @@ def _zeros(dtype, device, *shapes) -> list[torch.Tensor]:
 
 
 def _cell(H: int, dtype, device) -> None:
-    h, c = ops.lstm_cell(*_zeros(dtype, device, (1, 4 * H), (1, H)), backend="triton")
-    (h.sum() + c.sum()).backward()
+    for wanted in ((0, 1), (0,), (1,)):  # of h and c; a last step has a loss of h alone
+        found = ops.lstm_cell(*_zeros(dtype, device, (1, 4 * H), (1, H)), backend="triton")
+        sum(found[k].sum() for k in wanted).backward()
 
 
 def _lstm(H: int, dtype, device, reverse: bool, with_lengths: bool) -> None:
     shapes = ((2, 1, H), (1, H), (1, H), (4 * H, H), (4 * H, H), (4 * H,), (4 * H,))
     lengths = torch.ones(1, dtype=torch.int64, device=device) if with_lengths else None
 
-    def run():
+    def run(with_cells):
         input, h0, c0, *weights = _zeros(dtype, device, *shapes)
-        output, (h_n, c_n) = ops.lstm(input, (h0, c0), *weights, lengths=lengths, reverse=reverse, backend="triton")
-        return output, h_n, c_n
+        options = {"lengths": lengths, "reverse": reverse, "return_cell_states": with_cells, "backend": "triton"}
+        output, (h_n, c_n), *cells = ops.lstm(input, (h0, c0), *weights, **options)
+        return output, h_n, c_n, *cells
 
-    sum(t.sum() for t in run()).backward()
-    run()[0].sum().backward()  # a loss of the outputs alone, as of an encoder
-    with torch.no_grad():
-        run()
+    for with_cells in (False, True):
+        sum(t.sum() for t in run(with_cells)).backward()
+        for alone in (0, 1):  # a loss of the outputs, as of an encoder; of the last h
+            run(with_cells)[alone].sum().backward()
+        with torch.no_grad():
+            run(with_cells)
 
 
 def _attention(score: str, A: int, D: int, dtype, device) -> None:
     query, keys, values, v, b = _zeros(dtype, device, (1, 2, A), (1, 2, A), (1, 2, D), (A,), (A,))
-    more = {"weight": v, "bias": b} if score == "additive" else {}
-    for need_weights in (False, True):
-        for padding in ({}, {"lengths": torch.ones(1, dtype=torch.int64, device=device)}):
+    lengths, mask = (
+        torch.ones(1, dtype=torch.int64, device=device),
+        torch.ones(1, 2, 2, dtype=torch.bool, device=device),
+    )
+    paddings = ({}, {"lengths": lengths}, {"mask": mask[:, 0]}, {"mask": mask})
+    for more in ({"weight": v}, {"weight": v, "bias": b}) if score == "additive" else ({},):
+        for need_weights, padding in itertools.product((False, True), paddings):
             options = {"score": score, "need_weights": need_weights, "backend": "triton"}
             context, weights = ops.attention(query, keys, values, **more, **padding, **options)
             (context.sum() if weights is None else context.sum() + weights.sum()).backward()
@@ -83,12 +93,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden-size", type=int, required=True, metavar="H")
     parser.add_argument("--attention-size", type=int, metavar="A", help="default: the hidden size")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--tf32", action="store_true", help="for set_float32_matmul_precision('high'): fp32 in TF32")
     parser.add_argument("--chip", choices=sorted(CHIPS), help="compile for this chip; none need be here")
     args = parser.parse_args(argv)
     if args.hidden_size < 1 or (args.attention_size or 1) < 1:
         parser.error("sizes must be at least 1")
     if args.chip is None and not torch.cuda.is_available():
         raise UserError(f"this machine has no GPU; name one to compile for: --chip {', '.join(sorted(CHIPS))}")
+    if args.tf32:
+        torch.set_float32_matmul_precision("high")
     start = time.perf_counter()
     try:
         warmup(args.hidden_size, DTYPES[args.dtype], attention_size=args.attention_size, chip=args.chip)

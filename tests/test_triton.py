@@ -44,8 +44,10 @@ def a_gpu(monkeypatch):
     """As if the machine had a GPU of compute capability 9.0, and triton."""
     triton_common._unfit.cache_clear()
     monkeypatch.setattr(triton_common, "_installed", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(triton_common, "_can_launch", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     yield monkeypatch
     triton_common._unfit.cache_clear()
@@ -62,11 +64,14 @@ def test_what_triton_refuses(op, a_gpu):
     ):
         with pytest.raises(RuntimeError, match=f"{op}: the triton backend .*{sentence}"):
             select(op, "triton", call._replace(**changes))
-    a_gpu.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    triton_common._unfit.cache_clear()
+    a_gpu.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0) if index == 0 else (7, 5))
+    assert objection(op, "triton", call._replace(device_index=0)) is None
     with pytest.raises(
-        RuntimeError, match=r"needs compute capability 8.0 or newer, a GPU has 7.5; use backend='torch'"
+        RuntimeError, match=r"needs compute capability 8.0 or newer, GPU 1 has 7.5; use backend='torch'"
     ):
+        select(op, "triton", call._replace(device_index=1))
+    a_gpu.setattr(triton_common, "_can_launch", lambda: False)
+    with pytest.raises(RuntimeError, match=f"{op}: triton compiles a small C module .* needs gcc or clang"):
         select(op, "triton", call)
     a_gpu.setattr(triton_common, "_installed", lambda: False)
     with pytest.raises(RuntimeError, match=f"{op}: triton is not installed; pip install triton"):
@@ -85,7 +90,8 @@ def test_auto_on_cuda_without_compiled_kernels(a_gpu, monkeypatch):
     assert select("lstm", "auto", lstm) == "torch"
     assert select("lstm", "auto", lstm._replace(return_cell_states=True)) == "triton"
     assert select("lstm", "auto", lstm._replace(return_cell_states=True, dtype=torch.float64)) == "reference"
-    assert select("lstm_cell", "auto", CALLS["lstm_cell"]) == "torch"
+    assert select("lstm_cell", "auto", CALLS["lstm_cell"]) == "triton"
+    assert select("lstm_cell", "auto", CALLS["lstm_cell"]._replace(dtype=torch.float64)) == "torch"
     assert select("attention", "auto", attention) == "triton"
     assert select("attention", "auto", attention._replace(score="dot")) == "torch"
     assert select("attention", "auto", attention._replace(compiling=True)) == "reference"
@@ -110,6 +116,27 @@ def test_asking_touches_neither_triton_nor_a_driver():
     )
     process = run("-c", code)
     assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_gpu_of_amd_that_was_not_compiled_for_is_refused(index, a_gpu):
+    names = ["gfx942:sramecc+:xnack-", "gfx1100"]
+    a_gpu.setattr(torch.version, "hip", "6.4")
+    a_gpu.setattr(triton_common, "_chip", lambda index: triton_common.Chip(names[index].split(":")[0], 65536))
+    sentence = objection("lstm", "triton", CALLS["lstm"]._replace(device_index=index))
+    assert sentence is None if index == 0 else "needs a CDNA GPU (gfx90a, gfx942), GPU 1 is gfx1100" in sentence
+
+
+def test_a_machine_without_a_compiler_or_headers_cannot_launch(monkeypatch, tmp_path):
+    can_launch = triton_common._can_launch.__wrapped__
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not can_launch()
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert not can_launch()
+    (tmp_path / "Python.h").touch()
+    assert can_launch()
 
 
 def test_a_chip_is_read_from_the_device(monkeypatch):

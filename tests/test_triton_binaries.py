@@ -130,10 +130,14 @@ def test_fits_the_chip_and_the_table(case, target):
 
 
 @pytest.mark.parametrize("case", ["lstm 1024 bfloat16", "lstm 1024 float32"])
-@pytest.mark.parametrize(("target", "kind"), [("sm_90", "wgmma"), ("sm_100", "tcgen05")])
-def test_large_products_take_the_widest_instruction(case, target, kind):
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_large_products_take_the_widest_instruction_that_can_be_trusted(case, target):
+    """wgmma on Hopper from Triton 3.7.1 on; else the products of a warp. See _wide_products_work."""
+    trusted = target == "sm_90" and triton.__version__ != "3.6.0"
     for name, kernel in build(case, target).items():
-        assert kernel[kind] > 0, f"{name}: {kernel}"
+        assert (kernel["wgmma"] > 0) == trusted, f"{name}: {kernel}"
+        assert kernel["tcgen05"] == 0, f"{name}: {kernel}"
+        assert (kernel["mma"] > 0) != trusted, f"{name}: {kernel}"
 
 
 @pytest.mark.parametrize("case", ["lstm 64 float32", "lstm 128 bfloat16"])
@@ -180,12 +184,13 @@ def test_lengths_and_batch_sizes_compile_nothing(H, dtype):
 
 @pytest.mark.parametrize("H", [24, 264])
 def test_warmup_leaves_nothing_to_compile(H):
-    """A step of training and one of decoding, after ``fastseq warmup``: an encoder, a decoder, attention."""
+    """Training and decoding after ``fastseq warmup``: an encoder, a decoder, steps of cells, attention."""
     chip = CHIPS["sm_90"]
     warmup(H, BF16, chip=chip.name)
     before = {k.hash for k in compiled(chip)}
     encoder = fastseq.LSTM(H, H, bidirectional=True, dtype=BF16, backend="triton")
     decoder = fastseq.LSTM(H, H, dtype=BF16, backend="triton")
+    additive = fastseq.Attention(H, H, score="additive", dtype=BF16, backend="triton")
     with compiling_for(chip) as launches:
         for train in (True, False):
             with torch.set_grad_enabled(train):
@@ -195,9 +200,13 @@ def test_warmup_leaves_nothing_to_compile(H):
                 memory = memory[..., :H] + memory[..., H:]
                 output, _ = decoder(target, (h[:1].contiguous(), c[1:]))
                 query, keys = output.transpose(0, 1), memory.transpose(0, 1)
-                context, _ = ops.attention(query, keys, lengths=lengths, backend="triton")
+                context, _ = ops.attention(query, keys, lengths=lengths.int(), backend="triton")
+                context = context + additive(query, keys, mask=torch.ones(20, 7, dtype=torch.bool))[0]
+                _, (last, _) = decoder(target)
+                steps = ops.lstm_cell(target[0].repeat(1, 4), target[0].requires_grad_(train), backend="triton")
                 if train:
-                    context.sum().backward()
+                    (context.sum() + steps[0].sum()).backward()
+                    last.sum().backward()
     assert launches
     assert {k.hash for k in compiled(chip)} == before
 

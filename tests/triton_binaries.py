@@ -19,8 +19,8 @@ def _nvidia(cubin: bytes) -> dict[str, int]:
         file.flush()
         (found,) = nvidia_binaries.kernels(file.name).values()
     spilled = sum(found[where] for where in ("stack", "local", "local_loads", "local_stores"))
-    kept = ("registers", "mma", "wgmma", "tcgen05", "wide_loads")
-    return {"spilled": spilled} | {what: found[what] for what in kept}
+    kept = ("mma", "wgmma", "tcgen05", "wide_loads")
+    return {"registers": found["registers"], "spilled": spilled} | {what: found[what] for what in kept}
 
 
 def _amd(code: str) -> dict[str, int]:

@@ -348,6 +348,7 @@ class LSTMCell(nn.RNNCellBase):
             and any(t is not None and t.requires_grad for t in (*weights, input, h, c)),
             compiling=compiling,
             batch=None if compiling else input.size(0),
+            device_index=input.device.index,
         )
         backend = select("lstm_cell", self.backend, call)
         if backend == "torch":

@@ -4,7 +4,9 @@ import contextlib
 import functools
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -83,7 +85,15 @@ def why_not(op: str, call) -> str | None:
         )
     if not _installed():
         return f"{op}: triton is not installed; pip install triton (CUDA builds of torch bring it), or backend='auto'."
-    return _unfit(op) if call.device == "cuda" else None
+    if call.device != "cuda":
+        return None
+    if not _can_launch():
+        return (
+            f"{op}: triton compiles a small C module before its first launch; that needs gcc or clang, and Python.h of "
+            "python3-dev, which are not here; use backend='auto'."
+        )
+    unfit = _unfit(torch.cuda.current_device() if call.device_index is None else call.device_index)
+    return unfit and f"{op}: {unfit}"
 
 
 def chip_of(t: Tensor) -> Chip:
@@ -122,14 +132,28 @@ def _installed() -> bool:
 
 
 @functools.cache
-def _unfit(op: str) -> str | None:
-    if torch.version.hip or torch.cuda.get_device_capability() >= OLDEST:
+def _can_launch() -> bool:
+    """Whether Triton finds what it builds its launchers with (triton/runtime/build.py)."""
+    import sysconfig  # which import of fastseq does not bring
+
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")) and headers.exists()
+
+
+@functools.cache
+def _unfit(index: int) -> str | None:
+    name, ways_out = torch.cuda.get_device_name(index), "use backend='torch' or 'reference'."
+    if torch.version.hip:
+        chip = _chip(index).name
+        if chip.startswith("gfx9"):
+            return None
+        return f"the triton backend needs a CDNA GPU (gfx90a, gfx942), {name} is {chip}; {ways_out}"
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= OLDEST:
         return None
-    return (
-        f"{op}: the triton backend needs compute capability {'.'.join(map(str, OLDEST))} or newer, "
-        f"{torch.cuda.get_device_name()} has {'.'.join(map(str, torch.cuda.get_device_capability()))}; "
-        "use backend='torch' or 'reference'."
-    )
+    oldest, found = (".".join(map(str, c)) for c in (OLDEST, capability))
+    return f"the triton backend needs compute capability {oldest} or newer, {name} has {found}; {ways_out}"
 
 
 @functools.cache

@@ -53,7 +53,7 @@ def prepare_keys(
         return None
     (cast,) = cast_inputs(keys)
     call = AttentionCall("additive", cast.device.type, cast.dtype, prepared=True, batch=keys.size(0), steps=1)
-    call = call._replace(positions=keys.size(1), padded=lengths is not None)
+    call = call._replace(positions=keys.size(1), padded=lengths is not None, device_index=keys.device.index)
     if select("attention", backend, call) != "native":
         return None
     data = implementation("attention", "native").prepare(cast, lengths)
@@ -158,6 +158,7 @@ def attention(
         steps=None if compiling else query.shape[1],
         positions=None if compiling else keys.shape[1],
         compiling=compiling,
+        device_index=query.device.index,
     )
     chosen = select("attention", backend, call)
     scale = 1.0 if scale is None else float(scale)

@@ -38,7 +38,10 @@ def forward(
     peaks, totals = scores.new_empty(B, T), scores.new_empty(B, T)
     blocks = _blocks(score, A, D, query.dtype)
     grid = (B * -(-T // blocks["BLOCK_T"]), -(-D // blocks["BLOCK_D"]))
-    masks = (ready(lengths), None if mask is None else ready(mask).view(torch.uint8))
+    masks = (
+        ready(None if lengths is None else lengths.to(torch.int64)),
+        None if mask is None else ready(mask).view(torch.uint8),
+    )
     per_step = mask is not None and mask.size(1) > 1
     with torch.cuda.device_of(query):
         attention_forward_kernel[grid](

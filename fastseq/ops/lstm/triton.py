@@ -5,6 +5,8 @@ one launch where one program can keep W_hh, else one launch a step. With padded 
 that a call can be captured in a CUDA graph, which takes the launches of many steps off the CPU.
 """
 
+import functools
+import re
 from typing import NamedTuple
 
 import torch
@@ -44,11 +46,28 @@ def configure(hidden_size: int, dtype: torch.dtype, chip: Chip, backward: bool) 
     resident = _resident(max(16, power_of_two(hidden_size)), dtype, chip)
     if resident is not None:
         return resident
-    wide = hidden_size >= 768  # from here 64 rows, what one wgmma takes, leave enough programs to fill a GPU
+    # From here 64 rows, what one wgmma takes, leave enough programs to fill a GPU.
+    wide = hidden_size >= 768 and _wide_products_work(chip)
     float32 = dtype == torch.float32
     if backward:
         return Config(64 if wide else 32, 32, 32 if float32 else 128, warps=8 if wide else 4, stages=3)
     return Config(64 if wide else 32, 16, 32 if float32 else 64, warps=8 if wide and float32 else 4, stages=3)
+
+
+@functools.cache
+def _wide_products_work(chip: Chip) -> bool:
+    """Whether products of 64 rows can be trusted where they become wgmma or tcgen05; fewer rows become neither.
+
+    On Hopper from Triton 3.7.1 on, which orders copies before wgmma reads what they copied (triton-lang/triton#10537).
+    Not yet on Blackwell, where a product of 64 x 16 stops at a misaligned address (triton-lang/triton#10309, open).
+    """
+    if chip.name.startswith(("sm_10", "sm_11")):
+        return False
+    if not chip.name.startswith("sm_9"):
+        return True
+    import triton
+
+    return tuple(int(n) for n in re.findall(r"\d+", triton.__version__)[:3]) >= (3, 7, 1)
 
 
 def _resident(padded: int, dtype: torch.dtype, chip: Chip) -> Config | None:

@@ -58,9 +58,18 @@ def _length(lengths, rows, T, B):
 
 
 @triton.jit
+def _row(n, H: tl.constexpr):
+    """Rows of W_hh whose offsets fit: 4 H^2 passes 2^31 from H = 23171 on; below, 32 bits cost fewer registers."""
+    if H > 23170:
+        return n.to(tl.int64)
+    else:
+        return n
+
+
+@triton.jit
 def _gate_weights(weight_hh, gate: tl.constexpr, outputs, inputs, H: tl.constexpr):
     """W_hh of one gate: rows ``outputs`` (units of the gate), columns ``inputs`` (units of h)."""
-    at = (gate * H + outputs[:, None]) * H + inputs[None, :]
+    at = (gate * H + _row(outputs, H)[:, None]) * H + inputs[None, :]
     return tl.load(weight_hh + at, mask=(outputs[:, None] < H) & (inputs[None, :] < H), other=0.0)
 
 
@@ -282,7 +291,9 @@ def lstm_step_backward_kernel(
         k = start + tl.arange(0, BLOCK_K)
         d_at = (previous * B + rows) * (4 * H) + k[None, :]
         d = tl.load(grad_gates + d_at, mask=(rows < B) & (k[None, :] < 4 * H), other=0.0)
-        weight = tl.load(weight_hh + k[:, None] * H + units, mask=(k[:, None] < 4 * H) & (units < H), other=0.0)
+        weight = tl.load(
+            weight_hh + _row(k, H)[:, None] * H + units, mask=(k[:, None] < 4 * H) & (units < H), other=0.0
+        )
         product = tl.dot(d, weight, product, input_precision=PRECISION)
     own = rows * H + units
     dh_t = tl.where((previous >= 0) & (previous < length), product, _load(dh, own, inside))

@@ -42,6 +42,7 @@ def lstm_cell(gates: Tensor, c: Tensor, *, backend: str | None = None) -> tuple[
         hidden_size=c.size(-1),
         requires_grad=torch.is_grad_enabled() and (gates.requires_grad or c.requires_grad),
         compiling=torch.compiler.is_compiling(),
+        device_index=gates.device.index,
     )
     chosen = select("lstm_cell", backend, call)
     h, c_n = apply(chosen, gates.reshape(-1, gates.size(-1)), c.reshape(-1, c.size(-1)))

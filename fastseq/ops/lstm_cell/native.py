@@ -49,7 +49,7 @@ def unsupported(call) -> str | None:
     """Why this backend cannot serve the call (an ``LSTMCellCall``) and the way out, or None."""
     if not _native.available():
         return f"lstm_cell: the native backend is missing: {_native.why_not()}"
-    missing = _native.why_not_cuda() if call.device == "cuda" else ""
+    missing = _native.why_not_cuda(call.device_index) if call.device == "cuda" else ""
     if missing:
         return f"lstm_cell: the native backend has no CUDA kernels here: {missing}"
     if call.device not in ("cpu", "cuda"):
