@@ -91,5 +91,5 @@ $(LINT_READY): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastseq/_C*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info fastseq/_C*.so .pytest_cache .ruff_cache
 	find fastseq tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

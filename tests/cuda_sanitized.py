@@ -25,4 +25,4 @@ def sanitized(sanitizers: str, program: str, *kernels: str, level: str = "-O0") 
     ]
     path = cuda_on_cpu.build(f"{stem}-{sanitizers}", flags, sources, program=True)
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
-    return subprocess.run([path], capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run([path], capture_output=True, text=True, env=environment, timeout=1200)

@@ -2,8 +2,8 @@
 
 import json
 import sys
-import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -89,22 +89,23 @@ def test_a_refusal_is_a_remark(small):
 def test_ratio_is_the_median_over_rounds():
     """A neighbour who slows whole rounds cancels, and a candidate that takes twice the time reads 0.5."""
     assert bench_engine._timing("own", "own", [1, 10, 1, 10, 10], [2, 20, 2, 20, 20]).ratio == 2.0
-    sleep = {"peer": lambda: time.sleep(0.004), "own": lambda: time.sleep(0.008)}
-    times = time_interleaved(sleep, 0.0)
-    assert 0.3 < bench_engine._timing("own", "own", times["own"], times["peer"]).ratio < 0.8
+    times = time_interleaved({"peer": lambda: 4.0, "own": lambda: 8.0}, 0.0, clock=lambda run, count: count * run())
+    assert bench_engine._timing("own", "own", times["own"], times["peer"]).ratio == 0.5
 
 
-def test_candidates_take_turns():
+def test_candidates_take_turns(monkeypatch):
     """Two calls to warm up, then each candidate once a round, in orders that favour none."""
     calls = []
 
-    def candidate(name):
-        return lambda: (calls.append(name), time.sleep(0.004))
+    def clock(run, count):
+        run()
+        return bench_engine.SAMPLE_MS * count
 
-    time_interleaved({name: candidate(name) for name in "abc"}, 0.4)
+    monkeypatch.setattr(bench_engine, "ROUNDS", 33)
+    time_interleaved({name: partial(calls.append, name) for name in "abc"}, 0.0, clock)
     assert "".join(calls[:6]) == "aabbcc"
     rounds = ["".join(calls[k : k + 3]) for k in range(6, len(calls), 3)]
-    assert len(rounds) > 20
+    assert len(rounds) == 33
     assert {"".join(sorted(names)) for names in rounds} == {"abc"}
     assert set(rounds) == {"abc", "acb", "bac", "bca", "cab", "cba"}
 

@@ -41,10 +41,10 @@ def test_python_threads_at_once():
     expected = [problem.both() for problem in problems]
 
     def caller(number):
-        torch.set_num_threads(2)  # of this thread
-        for k in range(3 * len(problems)):
-            k = (k + number) % len(problems)
-            assert_same_bits(problems[k].both(), expected[k])
+        with threads(2):  # of this thread, and of those that torch starts from now on
+            for k in range(3 * len(problems)):
+                k = (k + number) % len(problems)
+                assert_same_bits(problems[k].both(), expected[k])
 
     with ThreadPoolExecutor(4) as callers:
         for result in [callers.submit(caller, number) for number in range(4)]:
@@ -90,7 +90,7 @@ def test_team_with_late_members(flags, tmp_path):
     if build.returncode or subprocess.run(program).returncode:
         pytest.skip(f"{compiler} cannot build and run with {' '.join(flags)}")
     subprocess.run([*command, TESTS / "team_check.cpp", "-o", program], check=True)
-    result = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(program, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -103,7 +103,8 @@ def test_every_instruction_set_of_this_machine(isa):
         pytest.skip(f"this machine has no {isa}")
     subset = (
         "layer_matches and both and lengths or every_path and forward or threads_change and both and place or padding"
-        " or rows_beside or roundings or saturate or 16_bit or hundred or denormal or step or random_calls"
+        " or rows_beside or cell_matches or roundings or saturate or 16_bit or hundred or denormal or step"
+        " or random_calls"
     )
     names = ("native_lstm", "native_cell", "native_threads", "decode_step")
     files = [TESTS / f"test_{name}.py" for name in names]
