@@ -142,7 +142,8 @@ def _problems(case: Case) -> list[Problem]:
 
     first = problem(0)
     elements = sum(t.numel() for t in first.leaves.values())
-    draws = 32 if elements < 100 else 8 if elements < 2000 else 3
+    # A model has small gradients that are differences of large ones: a torch lucky in them was seen with 8 draws.
+    draws = 32 if elements < 100 or case.op == "Seq2Seq" else 8 if elements < 2000 else 3
     if case.options.get("spread", 1.0) != 1.0:  # where few draws are bad ones, for torch and for everyone else
         draws *= 8
     return [first, *(problem(seed) for seed in range(1, draws))]
