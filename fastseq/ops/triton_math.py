@@ -1,7 +1,14 @@
 """The gate maths of one LSTM cell element, for Triton kernels. Arguments and results are float32 tiles."""
 
+import re
+
 import triton
 import triton.language as tl
+
+
+def triton_version() -> tuple[int, ...]:
+    """Of the Triton that compiles the kernels: (3, 7, 1)."""
+    return tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:3])
 
 
 @triton.jit

@@ -6,7 +6,6 @@ that a call can be captured in a CUDA graph, which takes the launches of many st
 """
 
 import functools
-import re
 from typing import NamedTuple
 
 import torch
@@ -65,9 +64,9 @@ def _wide_products_work(chip: Chip) -> bool:
         return False
     if not chip.name.startswith("sm_9"):
         return True
-    import triton
+    from fastseq.ops.triton_math import triton_version
 
-    return tuple(int(n) for n in re.findall(r"\d+", triton.__version__)[:3]) >= (3, 7, 1)
+    return triton_version() >= (3, 7, 1)
 
 
 def _resident(padded: int, dtype: torch.dtype, chip: Chip) -> Config | None:
