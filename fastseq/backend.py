@@ -210,6 +210,12 @@ RULES = (
     Rule(
         "lstm", "torch", lambda c: True, "the vendor's kernel (oneDNN, cuDNN): no own kernel was measured faster here"
     ),
+    Rule(
+        "lstm",
+        "native",
+        lambda c: c.device == "cpu" and c.autocast,
+        "oneDNN, which nn.LSTM calls under autocast, has no LSTM in this dtype on this processor",
+    ),
     Rule("lstm", "triton", lambda c: c.device == "cuda", "the vendor's kernel refuses this call; not measured yet"),
     Rule("lstm", "reference", lambda c: True, "nothing else serves this call"),
     Rule(

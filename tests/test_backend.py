@@ -13,6 +13,7 @@ import fastseq
 from fastseq import LSTM, _native, backend
 from fastseq.backend import LSTMCall, LSTMCellCall, select
 from fastseq.ops.lstm import vendor
+from fastseq.ops.lstm.vendor import runs_under_autocast
 
 CALL = LSTMCall("cpu", torch.float32, 4, 5, batch=2, steps=3)
 X = torch.randn(3, 2, 4)
@@ -68,7 +69,8 @@ def test_auto_follows_the_measurements():
     assert chosen("lstm", padded) == ("native" if wide else "torch")
     assert chosen("lstm", padded._replace(batch=4)) == "native"
     assert chosen("lstm", padded._replace(device="cuda")) == "torch"
-    assert chosen("lstm", padded._replace(autocast=True, dtype=torch.bfloat16)) == "torch"
+    autocast = padded._replace(autocast=True, dtype=torch.bfloat16)
+    assert chosen("lstm", autocast) == ("torch" if runs_under_autocast(torch.bfloat16) else "native")
     assert chosen("lstm", padded._replace(proj_size=3)) == "torch"
     for changes in (dict(packed=True), dict(lengths=True), dict(dtype=torch.float16)):
         assert chosen("lstm", padded._replace(**changes)) == "native"

@@ -14,6 +14,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import fastseq
 from fastseq import LSTM, LSTMCell
+from fastseq.backend import LSTMCall, select
+from fastseq.ops.lstm import vendor
+from fastseq.ops.lstm.vendor import runs_under_autocast
+from fastseq.testing import assert_all_accurate
 
 BACKENDS = ["auto", *serving_lstm()]
 OWN = [name for name in BACKENDS if name not in ("auto", "torch")]
@@ -285,21 +289,42 @@ def test_replacing_nn_lstm_at_run_time_cannot_recurse(monkeypatch):
     assert torch.nn.LSTMCell(4, 5, backend="torch")(x[0])[0].shape == (2, 5)
 
 
-@backends
+@pytest.mark.parametrize("backend", ["auto", *serving_lstm(dtype=torch.bfloat16, autocast=True)])
 def test_autocast(backend):
-    theirs, ours = pair(4, 5, 2, backend=backend)
-    x = torch.randn(3, 2, 4)
+    theirs, ours = pair(8, 32, 2, backend=backend)
+    x = torch.randn(7, 16, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected, actual = theirs(x), ours(x)
-    for a, b in zip(flat(actual), flat(expected), strict=True):
-        assert a.dtype == b.dtype == torch.bfloat16
-        torch.testing.assert_close(a, b, rtol=0, atol=0.03)
+        actual = ours(x)
+        baseline = theirs(x) if runs_under_autocast(torch.bfloat16) else None
+    rounded = copy.deepcopy(theirs).bfloat16()
+    if baseline is None:  # this oneDNN has no LSTM in bfloat16: torch computes it op by op outside autocast
+        baseline = rounded(x.bfloat16())
+    oracle = rounded.double()(x.bfloat16().double())
+    assert_all_accurate(
+        *(dict(zip(("output", "h_n", "c_n"), flat(r), strict=True)) for r in (actual, oracle, baseline))
+    )
+    assert {t.dtype for t in flat(actual)} == {torch.bfloat16}
     actual[0].float().sum().backward()
     assert ours.weight_ih_l0.grad.dtype == torch.float32
+
+
+@backends
+def test_autocast_of_a_cell(backend):
     theirs, ours = pair(4, 5, backend=backend, cls=LSTMCell)
+    x = torch.randn(2, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected, actual = theirs(x[0]), ours(x[0])
+        expected, actual = theirs(x), ours(x)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0.03)  # dtypes are compared, too
+
+
+def test_auto_leaves_torch_where_onednn_lacks_the_dtype(monkeypatch):
+    monkeypatch.setattr(vendor, "runs_under_autocast", lambda dtype: False)
+    call = LSTMCall("cpu", torch.bfloat16, 4, 5, batch=40, steps=7, autocast=True)
+    assert select("lstm", "auto", call) == ("native" if "native" in BACKENDS else "reference")
+    with pytest.raises(RuntimeError, match=r"bfloat16, which oneDNN does not have .* use backend='native'"):
+        select("lstm", "torch", call)
+    for changes in (dict(packed=True), dict(lengths=True), dict(proj_size=2)):  # these run op by op
+        assert select("lstm", "torch", call._replace(**changes)) == "torch"
 
 
 def test_auto_keeps_the_dtypes_of_nn_lstm_under_autocast_when_packed():

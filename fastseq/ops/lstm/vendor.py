@@ -4,6 +4,8 @@
 ``torch.nn.LSTM`` at run time cannot make fastseq call itself.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -26,7 +28,32 @@ def unsupported(call) -> str | None:
             "lstm: the torch backend cannot be traced with lengths (it packs, and packing depends on their values); "
             "use backend='native' or 'reference' under torch.compile and torch.export."
         )
+    fused = not (call.packed or call.lengths or call.proj_size)  # the others run op by op, in every dtype
+    if call.autocast and call.device == "cpu" and fused and not runs_under_autocast(call.dtype):
+        return (
+            f"lstm: under autocast torch calls oneDNN's LSTM in {str(call.dtype).removeprefix('torch.')}, which oneDNN "
+            "does not have on this processor; use backend='native' or 'reference'."
+        )
     return None
+
+
+@functools.cache
+def runs_under_autocast(dtype: torch.dtype) -> bool:
+    """True if nn.LSTM runs on this CPU under autocast to ``dtype``.
+
+    Found by one call of the smallest LSTM per process and dtype: torch does not check what oneDNN supports.
+    """
+    input, state = torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)
+    weights = [torch.zeros(4, 1), torch.zeros(4, 1)]
+    try:
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            _vf_lstm(input, (state, state), weights, False, 1, 0.0, True, False, False)
+    except RuntimeError:
+        return False
+    return True
+
+
+runs_under_autocast._dynamo_marked_constant = True  # TorchDynamo calls it instead of tracing it, as in _native
 
 
 def stack(

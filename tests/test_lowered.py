@@ -1,0 +1,22 @@
+"""The autocast and bfloat16 tests once more, with oneDNN as on a processor without AVX-512: it refuses 16-bit LSTMs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SUITES = ("test_dropin.py", "test_backend.py", "test_seq2seq_training.py", "test_training_run.py", "test_compile.py")
+
+
+def test_autocast_and_bfloat16_without_avx512():
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, "-k", "autocast or bfloat16 or bf16 or auto_follows", *(str(here / name) for name in SUITES)],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
