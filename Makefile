@@ -22,7 +22,7 @@ READY := $(VENV)/.ready
 LINT_READY := $(VENV)/.lint-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
-TEST_SOURCES := $(wildcard tests/*.cpp tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h benchmarks/*.cu)
+TEST_SOURCES := $(wildcard tests/native/*.cpp tests/cuda/*/*.cpp tests/cuda/*/*.h benchmarks/*.cu)
 
 .PHONY: demo test lint sanitize triton-versions latencies clean
 
@@ -51,7 +51,7 @@ sanitize: $(READY)
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZE)/lib \
 	  FASTSEQ_CPU_ISA=$$isa FASTSEQ_POISON=1 OMP_NUM_THREADS=1 \
-	  $(BIN)/python tests/fuzz_native.py $(FUZZ_ARGS) --library $(SANITIZE) || exit 1; \
+	  $(BIN)/python tests/native/fuzz_native.py $(FUZZ_ARGS) --library $(SANITIZE) || exit 1; \
 	done
 
 # Each Triton in a folder of its own, in front of the environment's packages; one process, one after the other. A cold
@@ -61,7 +61,7 @@ triton-versions: $(TRITON_VERSIONS:%=build/triton-%/.ready)
 	  packages="$(CURDIR)/build/triton-$$version" && rm -rf "$$packages/cache" && export PYTHONPATH="$$packages" && \
 	  $(BIN)/python -c "import triton; assert triton.__version__ == '$$version'; print('Triton', '$$version')" && \
 	  TRITON_CACHE_DIR="$$packages/cache" OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest -q -p no:xdist tests/test_triton.py tests/test_triton_binaries.py || exit 1; \
+	  $(BIN)/python -m pytest -q -p no:xdist tests/triton/test_triton.py tests/triton/test_triton_binaries.py || exit 1; \
 	done
 
 build/triton-%/.ready: $(READY)

@@ -113,17 +113,17 @@ def compile_cuda(folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     headers = max(p.stat().st_mtime for p in (*ROOT.glob("csrc/**/*.*h"), ROOT / "setup.py"))
     command = [str(find_cuda() / "bin/nvcc"), *NVCC_FLAGS, *generate_code(cuda_architectures())]
-    command += shlex.split(os.environ.get("FASTSEQ_NVCCFLAGS", ""))
+    command += [f"-I{ROOT / 'csrc'}", *shlex.split(os.environ.get("FASTSEQ_NVCCFLAGS", ""))]
 
     def compile_one(source: Path) -> str:
-        out = folder / f"{source.stem}.cuda.o"
+        out = folder / ("-".join(source.relative_to(ROOT / "csrc/cuda").with_suffix("").parts) + ".cuda.o")
         if not out.exists() or out.stat().st_mtime < max(headers, source.stat().st_mtime):
             print(shlex.join([*command, "-c", str(source), "-o", str(out)]), flush=True)
             subprocess.run([*command, "-c", str(source), "-o", str(out)], check=True)
         return str(out)
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        return list(pool.map(compile_one, sorted(ROOT.glob("csrc/cuda/*.cu"))))
+        return list(pool.map(compile_one, sorted(ROOT.glob("csrc/cuda/**/*.cu"))))
 
 
 def cuda_link_flags() -> list[str]:
@@ -172,9 +172,11 @@ def native_build() -> dict:
                     "Set FASTSEQ_NATIVE=0 to install without them."
                 ) from error
 
+    sources = [p.relative_to(ROOT) for p in ROOT.glob("csrc/**/*.cpp")]
     extension = CppExtension(
         "fastseq._C",
-        sources=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp") if cuda or p.parent.name != "cuda"),
+        sources=sorted(str(p) for p in sources if cuda or "cuda" not in p.parts),
+        include_dirs=[str(ROOT / "csrc")],
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.[hi]*")),
         extra_compile_args=FLAGS + defines + shlex.split(os.environ.get("FASTSEQ_CXXFLAGS", "")),
         extra_link_args=cuda_link_flags() if cuda else [],

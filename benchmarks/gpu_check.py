@@ -26,9 +26,9 @@ from gpu_process import Lost, Worker, end_group
 from gpu_report import Report
 from gpu_worker import SIMULATED, WHO, bench_case_list, parity_case_list
 
-from fastseq.bench_cases import HIDDEN_SIZES
-from fastseq.ops.triton_common import CHIPS
-from fastseq.report import Bar
+from fastseq.bench.cases import HIDDEN_SIZES
+from fastseq.console import Bar
+from fastseq.ops.common.triton.runtime import CHIPS
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = [sys.executable, str(ROOT / "benchmarks" / "gpu_worker.py")]

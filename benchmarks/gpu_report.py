@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from fastseq.report import markdown_table
+from fastseq.console import markdown_table
 
 WRONG = ("WRONG", "failed", "lost", "FOUND")  # verdicts that end in exit code 1
 LEGEND = """\

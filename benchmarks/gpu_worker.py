@@ -19,12 +19,15 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where fastseq is not installed
 
-from fastseq import _native, bench_cases, parity, parity_cases
-from fastseq.bench_engine import Candidate, Problem, candidates, time_candidates
-from fastseq.bench_floor import gpu_limit_us, has_floor
+from fastseq import _native
+from fastseq.bench import cases as bench_cases
+from fastseq.bench.roofline import gpu_limit_us, has_floor
+from fastseq.bench.timing import Candidate, Problem, candidates, time_candidates
+from fastseq.console import environment, gpu_facts, quiet_torch
 from fastseq.info import info
-from fastseq.report import environment, gpu_facts, quiet_torch
-from fastseq.testing import float32_products
+from fastseq.parity import cases as parity_cases
+from fastseq.parity import main as parity
+from fastseq.testing.numerics import float32_products
 
 SIMULATED = os.environ.get("FASTSEQ_SIM") == "1"
 DEVICE = "cpu" if SIMULATED else "cuda"
@@ -33,11 +36,11 @@ Tell = Callable[[dict], None]
 
 def stand_in() -> contextlib.AbstractContextManager:
     """THE seam of the simulation, what runs where there is no GPU: the host-side device and Triton's interpreter."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    import cuda_on_cpu
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "cuda"))
+    import emulator
     import triton_interpreter  # noqa: F401  repairs bfloat16
 
-    return cuda_on_cpu.as_native()
+    return emulator.as_native()
 
 
 def bench_case_list() -> list[bench_cases.Case]:

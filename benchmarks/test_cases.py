@@ -7,9 +7,9 @@ Choose with -k, for example -k "packed and training".
 import pytest
 
 from fastseq import _native
-from fastseq.bench_cases import CASES, MODES, make_module
-from fastseq.bench_engine import Problem, check_parity
-from fastseq.testing import is_refusal
+from fastseq.bench.cases import CASES, MODES, make_module
+from fastseq.bench.timing import Problem, check_parity
+from fastseq.testing.numerics import is_refusal
 
 BACKENDS = ["peer", "auto"] + (["native"] if _native.available() else [])
 

@@ -1,23 +1,15 @@
 """fastseq: LSTM sequence-to-sequence models, made fast without changing them. ``nn.LSTM`` becomes ``fastseq.LSTM``."""
 
-from fastseq import backend, ops
+from fastseq import dispatch, ops
 from fastseq._native import empty_cache
-from fastseq.backend import explain, use_backend
+from fastseq.dispatch import explain, use_backend
 from fastseq.info import info
-from fastseq.nn import (
-    LSTM,
-    Attention,
-    LSTMCell,
-    Seq2Seq,
-    Seq2SeqConfig,
-    accelerate,
-    build_seq2seq_model,
-    restore,
-)
+from fastseq.nn import LSTM, Attention, LSTMCell, accelerate, restore
+from fastseq.seq2seq import Seq2Seq, Seq2SeqConfig, build_seq2seq_model
 
 __version__ = "0.1.0"
 
-backend.load()
+dispatch.load()
 
 __all__ = [
     "LSTM",

@@ -32,10 +32,12 @@ COMMANDS = {
         "fastseq.training.generate", "predict line by line", "fastseq generate runs/x --num-beams 5 < in.txt > out.txt"
     ),
     "bench": Command(
-        "fastseq.bench", "measure the backends against torch's modules", "fastseq bench --suite cpu --threads 1"
+        "fastseq.bench.main", "measure the backends against torch's modules", "fastseq bench --suite cpu --threads 1"
     ),
     "parity": Command(
-        "fastseq.parity", "check every op and module against float64", "fastseq parity --backend native --cases full"
+        "fastseq.parity.main",
+        "check every op and module against float64",
+        "fastseq parity --backend native --cases full",
     ),
     "warmup": Command(
         "fastseq.warmup", "compile the Triton kernels ahead of time", "fastseq warmup --hidden-size 512 --dtype bf16"
@@ -98,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
 
     FASTSEQ_DEBUG=1 shows the traceback instead. Ctrl-C ends with 130, a closed standard output with 141.
     """
-    from fastseq.training.errors import UserError
+    from fastseq.errors import UserError
 
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -7,7 +7,7 @@ import platform
 import torch
 
 from fastseq import _native
-from fastseq.backend import BACKENDS, OPS, AttentionCall, LSTMCall, LSTMCellCall, objection
+from fastseq.dispatch import BACKENDS, OPS, AttentionCall, LSTMCall, LSTMCellCall, objection
 
 
 def _example_calls(device: str, dtype: torch.dtype) -> dict[str, object]:

@@ -12,8 +12,8 @@ import time
 import torch
 
 from fastseq import ops
-from fastseq.ops.triton_common import CHIPS
-from fastseq.training.errors import UserError
+from fastseq.errors import UserError
+from fastseq.ops.common.triton.runtime import CHIPS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,12 +28,12 @@ def warmup(hidden_size: int, dtype: torch.dtype, *, attention_size: int | None =
         hidden_size: H of ``lstm`` and ``lstm_cell``; D of ``attention``.
         dtype: float32, bfloat16 or float16.
         attention_size: A of ``attention``; default: the hidden size.
-        chip: a name of ``fastseq.ops.triton_common.CHIPS``: compile for it, run nothing. Default: this machine's GPU.
+        chip: a key of ``fastseq.ops.common.triton.runtime.CHIPS``, to compile for without running. Default: this GPU.
 
     Raises:
         ImportError: triton is not installed. RuntimeError: no GPU and no ``chip``.
     """
-    from fastseq.ops.triton_compile import compiling_for
+    from fastseq.ops.common.triton.compile import compiling_for
 
     device = "cuda" if chip is None else "cpu"
     with contextlib.nullcontext() if chip is None else compiling_for(CHIPS[chip]), torch.enable_grad():

@@ -2,7 +2,7 @@
 
 from fastseq.nn.accelerate import accelerate, restore
 from fastseq.nn.attention import Attention
-from fastseq.nn.rnn import LSTM, LSTMCell
-from fastseq.nn.seq2seq import Seq2Seq, Seq2SeqConfig, build_seq2seq_model
+from fastseq.nn.lstm import LSTM
+from fastseq.nn.lstm_cell import LSTMCell
 
-__all__ = ["LSTM", "Attention", "LSTMCell", "Seq2Seq", "Seq2SeqConfig", "accelerate", "build_seq2seq_model", "restore"]
+__all__ = ["LSTM", "Attention", "LSTMCell", "accelerate", "restore"]

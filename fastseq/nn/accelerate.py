@@ -5,8 +5,9 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastseq.backend import check_name
-from fastseq.nn.rnn import LSTM, LSTMCell
+from fastseq.dispatch import check_name
+from fastseq.nn.lstm import LSTM
+from fastseq.nn.lstm_cell import LSTMCell
 
 # The vendor's classes as they are at import: a program may replace torch.nn.LSTM later.
 _SWAPS = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
@@ -92,7 +93,11 @@ def restore(model: nn.Module) -> Report:
 def _name(module: nn.Module) -> str:
     kind = type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    return name.replace("torch.nn.modules.rnn", "nn").replace("fastseq.nn.rnn", "fastseq")
+    return (
+        name.replace("torch.nn.modules.rnn", "nn")
+        .replace("fastseq.nn.lstm_cell", "fastseq")
+        .replace("fastseq.nn.lstm", "fastseq")
+    )
 
 
 def _why_not_swap(module: nn.Module) -> str | None:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastseq.backend import check_name
+from fastseq.dispatch import check_name
 from fastseq.ops.attention import PreparedKeys, attention, prepare_keys
 from fastseq.ops.attention.api import SCORES
 

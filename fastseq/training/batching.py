@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastseq.errors import UserError
 from fastseq.training.data import Sequences
-from fastseq.training.errors import UserError
 from fastseq.training.tokenizer import BOS, EOS, PAD
 
 

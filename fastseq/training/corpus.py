@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from jsonargparse import Namespace
 
-from fastseq.nn.seq2seq import Seq2Seq
+from fastseq.errors import UserError
+from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training import metrics
 from fastseq.training.data import Pairs, Sequences, encode, group_references, read_pairs
 from fastseq.training.decode import LEAST_LENGTH_RATIO, decode
-from fastseq.training.errors import UserError
 from fastseq.training.options import DataOptions, options_of
 from fastseq.training.progress import say
 from fastseq.training.tokenizer import TextTokenizer

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastseq.training.errors import UserError
+from fastseq.errors import UserError
 from fastseq.training.tokenizer import EOS, PAD, UNK, TextTokenizer
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
-from fastseq.generation import GenerateOutput
-from fastseq.nn.seq2seq import Seq2Seq
+from fastseq.seq2seq.generation import GenerateOutput
+from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training.batching import cut_by_tokens
 from fastseq.training.data import Sequences
 from fastseq.training.tokenizer import EOS, TextTokenizer

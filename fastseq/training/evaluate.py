@@ -13,7 +13,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from fastseq.nn.seq2seq import Seq2Seq
+from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training import metrics
 from fastseq.training.data import Sequences, encode, group_references, read_pairs
 from fastseq.training.decode import LEAST_LENGTH_RATIO, Hypothesis, decode

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from jsonargparse import Namespace
 
-from fastseq.nn.seq2seq import Seq2Seq, Seq2SeqConfig
+from fastseq.errors import UserError
+from fastseq.seq2seq.model import Seq2Seq, Seq2SeqConfig
 from fastseq.training.checkpoint import load_checkpoint, load_weights
-from fastseq.training.errors import UserError
 from fastseq.training.options import read_config, train_parser
 from fastseq.training.tokenizer import BOS, EOS, PAD, UNK, TextTokenizer
 

@@ -12,9 +12,9 @@ from typing import IO, Literal
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
+from fastseq.errors import UserError
 from fastseq.training.data import decoded_lines, encode
 from fastseq.training.decode import LEAST_LENGTH_RATIO, decode
-from fastseq.training.errors import UserError
 from fastseq.training.evaluate import picture
 from fastseq.training.folder import RunFolder
 from fastseq.training.options import parsed

@@ -19,8 +19,8 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
-from fastseq.nn.seq2seq import Seq2SeqConfig
-from fastseq.training.errors import UserError
+from fastseq.errors import UserError
+from fastseq.seq2seq.model import Seq2SeqConfig
 from fastseq.training.tokenizer import RESERVED, Kind
 
 EXAMPLE = "fastseq train --train train.tsv --valid valid.tsv --run_dir runs/mine --trainer.max_epochs 10"

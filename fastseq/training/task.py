@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseq.nn.seq2seq import Seq2Seq
+from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training.batching import Batch
 from fastseq.training.corpus import Decoding
 from fastseq.training.options import OptimOptions

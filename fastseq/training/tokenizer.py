@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fastseq.training.errors import UserError
+from fastseq.errors import UserError
 
 Kind = Literal["char", "whitespace", "bpe"]
 

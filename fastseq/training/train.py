@@ -15,7 +15,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from fastseq.nn.seq2seq import Seq2Seq
+from fastseq.errors import UserError
+from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training.batching import TokenBatches
 from fastseq.training.checkpoint import (
     AtomicCheckpointIO,
@@ -27,7 +28,6 @@ from fastseq.training.checkpoint import (
     load_weights,
 )
 from fastseq.training.corpus import Corpus, load_corpus
-from fastseq.training.errors import UserError
 from fastseq.training.folder import RunFolder, build_model, on_device
 from fastseq.training.metrics import LABELS, higher_is_better, monitors
 from fastseq.training.options import OptimOptions, TrainerOptions, options_of, parse_train

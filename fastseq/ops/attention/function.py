@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from fastseq.backend import implementation
+from fastseq.dispatch import implementation
 from fastseq.ops.attention import reference
-from fastseq.ops.modes import needs_function, without_autocast
+from fastseq.ops.common.autocast import needs_function, without_autocast
 
 
 class AttentionFunction(torch.autograd.Function):

@@ -7,7 +7,7 @@ Forward is one kernel: an online softmax (Milakov & Gimelshein 2018) over blocks
 import torch
 from torch import Tensor
 
-from fastseq.ops.triton_common import chip_of, dot_precision, power_of_two, ready, why_not
+from fastseq.ops.common.triton.runtime import chip_of, dot_precision, power_of_two, ready, why_not
 
 
 def unsupported(call) -> str | None:

@@ -7,7 +7,7 @@ float atomics: every sum has one owner, and repeats bit for bit.
 import triton
 import triton.language as tl
 
-from fastseq.ops.triton_math import tanh
+from fastseq.ops.common.triton.math import tanh
 
 
 @triton.jit

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from fastseq.backend import LSTMCall, select
+from fastseq.dispatch import LSTMCall, select
+from fastseq.ops.common.autocast import autocast_enabled, cast_inputs, without_autocast
+from fastseq.ops.common.layout import zero_padding
 from fastseq.ops.lstm.function import apply
-from fastseq.ops.lstm.layout import zero_padding
-from fastseq.ops.modes import autocast_enabled, cast_inputs, without_autocast
 
 
 def lstm(

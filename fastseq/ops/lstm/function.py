@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from fastseq.backend import implementation
+from fastseq.dispatch import implementation
+from fastseq.ops.common.autocast import needs_function, without_autocast
 from fastseq.ops.lstm import directions, reference
-from fastseq.ops.modes import needs_function, without_autocast
 
 PER_DIRECTION = 5  # weight_ih, weight_hh, bias_ih, bias_hh, weight_hr; the last three may be None
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq import _native
-from fastseq.ops.lstm import layout
+from fastseq.ops.common import layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRACED_HIDDEN_SIZE = 512

@@ -7,7 +7,7 @@ weight_hr (P, H) or None, and then P = H. Gate order i, f, g, o. Everything is c
 import torch
 import torch.nn.functional as F
 
-from fastseq.ops.lstm import layout
+from fastseq.ops.common import layout
 
 
 def unsupported(call) -> str | None:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseq.ops.lstm import layout
-from fastseq.ops.triton_common import Chip, chip_of, dot_precision, power_of_two, ready, why_not
+from fastseq.ops.common import layout
+from fastseq.ops.common.triton.runtime import Chip, chip_of, dot_precision, power_of_two, ready, why_not
 
 
 def unsupported(call) -> str | None:
@@ -64,7 +64,7 @@ def _wide_products_work(chip: Chip) -> bool:
         return False
     if not chip.name.startswith("sm_9"):
         return True
-    from fastseq.ops.triton_math import triton_version
+    from fastseq.ops.common.triton.math import triton_version
 
     return triton_version() >= (3, 7, 1)
 

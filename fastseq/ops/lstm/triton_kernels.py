@@ -8,7 +8,7 @@ BLOCK_H hidden units with all four gates of each. Tensors are contiguous; rows p
 import triton
 import triton.language as tl
 
-from fastseq.ops.triton_math import cell_backward, cell_forward
+from fastseq.ops.common.triton.math import cell_backward, cell_forward
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastseq.backend import LSTMCellCall, select
+from fastseq.dispatch import LSTMCellCall, select
 from fastseq.ops.lstm_cell.function import apply
 
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from fastseq.backend import implementation
+from fastseq.dispatch import implementation
+from fastseq.ops.common.autocast import needs_function, without_autocast
 from fastseq.ops.lstm_cell import reference
-from fastseq.ops.modes import needs_function, without_autocast
 
 
 class LSTMCellFunction(torch.autograd.Function):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastseq.ops.triton_common import chip_of, power_of_two, ready, why_not
+from fastseq.ops.common.triton.runtime import chip_of, power_of_two, ready, why_not
 
 
 def unsupported(call) -> str | None:

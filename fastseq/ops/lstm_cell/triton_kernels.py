@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastseq.ops.triton_math import cell_backward, cell_forward
+from fastseq.ops.common.triton.math import cell_backward, cell_forward
 
 
 @triton.jit

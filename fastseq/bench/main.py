@@ -1,0 +1,258 @@
+"""``fastseq bench``: fastseq's backends against torch's modules, interleaved in one process, after a parity check."""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fastseq.bench import roofline
+from fastseq.bench.baselines import PEERS, make_peers
+from fastseq.bench.cases import KINDS, MEAN_GOALS, MODES, SUITES, Case
+from fastseq.bench.memory import Saved, measure_memory
+from fastseq.bench.timing import Problem, Timing, measure
+from fastseq.console import Bar, environment, load_average, markdown_table, quiet_torch
+from fastseq.dispatch import BACKENDS
+
+EPILOG = """\
+how it measures:
+  Every candidate first passes a parity check against float64 on the very call that is timed. Then the candidates
+  take turns in one process, in an order drawn anew for each round, for --seconds per case and mode, at least 5
+  rounds. "ratio" is the median over rounds of peer time / own time in the same round: above 1 is faster than the
+  peer. "floor" is the time that the matrix products alone must take on this machine, at the peak and the cache
+  bandwidth measured in the same run. On a GPU times are those of its own events, cases named float32 multiply in full
+  float32 on both sides and those named tf32 in TF32, and the floor is a model of a Hopper (fastseq/roofline.py).
+
+examples:
+  fastseq bench                                       # the small cases, about a minute
+  fastseq bench --suite cpu --threads 1 --output cpu  # the whole table; writes cpu.json and cpu.md
+  fastseq bench --suite cpu --filter "packed (50"     # cases whose name contains the text
+  fastseq bench --backends native,torch --mode training
+  fastseq bench --peers all --filter decode           # more peers: loops of cells, torch.compile, onnxruntime
+  fastseq bench --suite cuda --output gpu             # native, triton and auto against cuDNN, SDPA and eager torch
+  fastseq bench --memory                              # bytes kept for the backward, instead of times
+
+Exit code: 0; 1 where a parity check was red, and then there is no figure; 2 for an option that does not exist.
+For figures to publish, leave the machine alone meanwhile: the header shows the load average.
+"""
+
+
+WRONG = "WRONG"
+MEMORY = "Storages that the forward saves for its backward, without inputs and parameters; more than 1 is less memory."
+
+
+def to_row(case: Case, train: bool, timing: Timing) -> dict:
+    """One line of the results, as it goes into JSON."""
+    floor = roofline.floor_ms(case, train) if roofline.has_floor(case) else None
+    return {
+        "case": case.name,
+        "group": case.group,
+        "mode": MODES[train],
+        "peer": KINDS[case.kind][0],
+        "goal": case.goals[train],
+        **asdict(timing),
+        "floor_ms": floor,
+        "over_floor": None if floor is None else timing.median_ms / floor,
+    }
+
+
+def summarise(rows: list[dict]) -> list[dict]:
+    """Geometric means of the ratios of each group, mode and candidate."""
+    groups: dict[tuple, list[float]] = {}
+    for row in rows:
+        if row["candidate"] != row["peer"]:
+            groups.setdefault((row["group"], row["mode"], row["candidate"]), []).append(row["ratio"])
+    return [
+        {
+            "group": group,
+            "mode": mode,
+            "candidate": candidate,
+            "cases": len(ratios),
+            "geometric_mean": statistics.geometric_mean(ratios),
+            "smallest": min(ratios),
+            "goal": MEAN_GOALS.get((group, mode)) if candidate in BACKENDS else None,
+        }
+        for (group, mode, candidate), ratios in groups.items()
+    ]
+
+
+def markdown(facts: dict, rows: list[dict], remarks: list[str]) -> str:
+    """The results as tables; ratio > 1 means faster than the peer."""
+    peers = {(row["case"], row["mode"]): row["median_ms"] for row in rows if row["candidate"] == row["peer"]}
+    header = ("case", "mode", "candidate", "served by", "peer", "peer ms", "own ms", "p20..p80", "ratio", "goal",
+              "floor ms", "own/floor")  # fmt: skip
+    lines = [
+        (
+            r["case"], r["mode"], r["candidate"], r["served_by"], r["peer"], f"{peers[r['case'], r['mode']]:.3g}",
+            f"{r['median_ms']:.3g}", f"{r['p20_ms']:.3g}..{r['p80_ms']:.3g}", f"{r['ratio']:.2f}", _goal(r),
+            _figure(r["floor_ms"], ".3g"), _figure(r["over_floor"], ".2f"),
+        )
+        for r in rows
+        if r["candidate"] != r["peer"]
+    ]  # fmt: skip
+    means = [
+        (
+            s["group"], s["mode"], s["candidate"], str(s["cases"]), f"{s['geometric_mean']:.2f}",
+            _figure(s["goal"], ".2f"), f"{s['smallest']:.2f}",
+        )
+        for s in summarise(rows)
+    ]  # fmt: skip
+    summary = markdown_table(("group", "mode", "candidate", "cases", "geometric mean", "goal", "smallest ratio"), means)
+    return _join(facts, [markdown_table(header, lines), summary], remarks)
+
+
+def _join(facts: dict, parts: list[str], remarks: list[str]) -> str:
+    lists = ("\n".join(f"- {key}: {value}" for key, value in facts.items()), "\n".join(f"- {r}" for r in remarks))
+    return "\n\n".join(part for part in (lists[0], *parts, lists[1]) if part) + "\n"
+
+
+def _figure(value: float | None, style: str) -> str:
+    return "–" if value is None else format(value, style)
+
+
+def _goal(row: dict) -> str:
+    if row["candidate"] not in BACKENDS:
+        return "–"
+    return f"{row['goal']:.2f}" + ("" if row["ratio"] >= row["goal"] else " missed")
+
+
+def noise(rows: list[dict]) -> list[str]:
+    """A remark where rows that run the peer's own kernel do not read 1.00; short calls pay for the policy and may."""
+    ratios = [row["ratio"] for row in rows if row["served_by"] == "torch" and row["median_ms"] > 1]
+    same = [ratio for ratio in ratios if not 0.95 <= ratio <= 1.05]
+    if not same:
+        return []
+    return [
+        f"noisy: {len(same)} rows run torch's own kernel and read {min(same):.2f} to {max(same):.2f}, not 1.00; "
+        "trust no ratio within that range, or measure again on a quiet machine"
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastseq bench",
+        description=__doc__.replace("``", ""),
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    suites = "; ".join(f"{name}: {what}" for name, (_, what) in SUITES.items())
+    parser.add_argument("--suite", choices=SUITES, default="quick", help=f"{suites} (default: %(default)s)")
+    parser.add_argument("--filter", default="", help="only cases whose group or name contains this text")
+    parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="what to time (default: %(default)s)")
+    parser.add_argument(
+        "--backends", help=f"comma-separated, of {', '.join(BACKENDS)} (default: auto; on a GPU native,triton,auto)"
+    )
+    parser.add_argument(
+        "--peers",
+        default="",
+        help=f"more peers than the main one: 'all', or comma-separated of {', '.join(PEERS)} (default: none)",
+    )
+    parser.add_argument("--memory", action="store_true", help="bytes kept for the backward, instead of times")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time per case and mode (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md too")
+    return parser
+
+
+def _names(parser: argparse.ArgumentParser, option: str, given: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = known if given == "all" else tuple(name for name in given.split(",") if name)
+    for name in names:
+        if name not in known:
+            parser.error(f"{option}: unknown name {name!r}; choose from {', '.join(known)}")
+    return names
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    suite, _ = SUITES[args.suite]
+    on_gpu = suite[0].device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error(f"--suite {args.suite} needs a GPU and a torch built for it; torch sees none: try --suite cpu.")
+    if args.backends is None:
+        args.backends = "native,triton,auto" if on_gpu else "auto"
+    args.backends = _names(parser, "--backends", args.backends, BACKENDS)
+    args.peers = _names(parser, "--peers", args.peers, tuple(PEERS))
+    if not args.backends:
+        parser.error(f"--backends: name at least one of {', '.join(BACKENDS)}")
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads must be at least 1, got {args.threads}")
+    cases = [case for case in suite if args.filter in f"{case.group}: {case.name}"]
+    if not cases:
+        names = "\n  ".join(f"{case.group}: {case.name}" for case in suite)
+        parser.error(f"--filter {args.filter!r} fits none of the suite {args.suite!r}:\n  {names}")
+    return args, cases
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of ``fastseq bench``."""
+    argv = sys.argv[1:] if argv is None else argv
+    args, cases = _parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    facts = environment(["fastseq", "bench", *argv])
+    with quiet_torch():
+        text, content = memory(args, cases, facts) if args.memory else times(args, cases, facts)
+    print(text)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{args.output}.md").write_text(text)
+        Path(f"{args.output}.json").write_text(json.dumps(content, indent=1) + "\n")
+    if any(remark.startswith(WRONG) for remark in content["remarks"]):
+        raise SystemExit(1)
+
+
+def times(args: argparse.Namespace, cases: list[Case], facts: dict) -> tuple[str, dict]:
+    """Time the cases; the report as Markdown, and as data."""
+    facts |= roofline.describe(cases[0].device)
+    modes = (False, True) if args.mode == "both" else (args.mode == "training",)
+    rows, remarks, bar = [], [], Bar(len(cases) * len(modes))
+    for case in cases:
+        problem = Problem(case)
+        for train in modes:
+            bar.show(f"{case.name}, {MODES[train]}")
+            peers, missing = make_peers(case, train, args.peers)
+            timings, said = _unless_wrong(partial(measure, problem, args.backends, train, args.seconds, peers))
+            rows += [to_row(case, train, timing) for timing in timings]
+            remarks += missing + said
+            bar.step()
+    bar.close()
+    facts["load average at the end"] = load_average()
+    remarks = list(dict.fromkeys([*remarks, *noise(rows)]))
+    content = {"environment": facts, "rows": rows, "summary": summarise(rows), "remarks": remarks}
+    return markdown(facts, rows, remarks), content
+
+
+def _unless_wrong(run: Callable[[], tuple[list, list[str]]]) -> tuple[list, list[str]]:
+    """What ``run`` returns; no figures and a remark, which ends in exit code 1, where its parity check is red."""
+    try:
+        return run()
+    except AssertionError as error:
+        return [], [f"{WRONG}, no figure: {error}"]
+
+
+def memory(args: argparse.Namespace, cases: list[Case], facts: dict) -> tuple[str, dict]:
+    """Count the bytes that the cases keep for their backward; the report as Markdown, and as data."""
+    rows, remarks, bar = [], [], Bar(len(cases))
+    for case in cases:
+        bar.show(case.name)
+        found, said = _unless_wrong(partial(measure_memory, Problem(case), args.backends))
+        rows += [(case, found[0], saved) for saved in found[1:]]
+        remarks += said
+        bar.step()
+    bar.close()
+    header = ("case", "candidate", "served by", "peer", "peer MiB", "own MiB", "peer / own")
+    table = markdown_table(header, [_memory_line(*row) for row in rows])
+    data = [asdict(saved) | {"case": case.name, "peer": peer.candidate, "peer_bytes": peer.bytes}
+            for case, peer, saved in rows]  # fmt: skip
+    return _join(facts, [MEMORY, table], remarks), {"environment": facts, "memory": data, "remarks": remarks}
+
+
+def _memory_line(case: Case, peer: Saved, own: Saved) -> tuple[str, ...]:
+    sizes = (f"{peer.bytes / 2**20:.3g}", f"{own.bytes / 2**20:.3g}", f"{own.ratio:.2f}")
+    return case.name, own.candidate, own.served_by, peer.candidate, *sizes

@@ -1,0 +1,270 @@
+"""Drop-in LSTM: parameters, arguments and results of ``torch.nn.LSTM``, computed by the best backend."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastseq.dispatch import check_name, select
+from fastseq.ops.common.autocast import autocast_enabled, cast_inputs, without_autocast
+from fastseq.ops.common.checks import check_pair
+from fastseq.ops.lstm.api import check_batch_sizes, check_lengths, describe, without_padding
+from fastseq.ops.lstm.function import apply as apply_lstm
+from fastseq.ops.lstm.torch import stack as vendor_stack
+
+
+class LSTM(nn.RNNBase):
+    """A drop-in replacement for ``torch.nn.LSTM``: same arguments, parameters, initialisation, results and gradients.
+
+    Derives from ``nn.RNNBase`` and not from ``nn.LSTM``, which ``torch.compile`` refuses. Weights may be tied, replaced
+    or re-parametrised between calls: they are looked up by name in every forward.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype:
+            as in ``torch.nn.LSTM``.
+        backend: "auto", "reference", "torch", "native" or "triton"; see :func:`fastseq.explain`.
+
+    Raises:
+        ValueError, TypeError: as ``torch.nn.LSTM`` does; and ValueError for an unknown backend.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device=None,
+        dtype=None,
+        *,
+        backend: str = "auto",
+    ):
+        sizes = (input_size, hidden_size, num_layers)
+        super().__init__("LSTM", *sizes, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
+        self.backend = check_name(backend)
+
+    backend = "auto"  # for modules that were pickled without one
+
+    # The checks of nn.LSTM, with its messages.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """As ``nn.RNNBase``, for the weights as they are now: functional calls replace them by others."""
+        if input.dtype != self._dtype() and not autocast_enabled(input.device.type):
+            raise ValueError(
+                f"LSTM: the input is {input.dtype}, the weights are {self._dtype()}; "
+                f"convert the input, input.to({self._dtype()}), or the model, model.to({input.dtype})"
+            )
+        if not input.is_floating_point():
+            raise RuntimeError(f"LSTM: input must be floating point, got {input.dtype}")
+        expected = 2 if batch_sizes is not None else 3
+        if input.dim() != expected:
+            raise RuntimeError(f"LSTM: input must have {expected} dimensions, got {input.dim()}")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"LSTM: expected input.size(-1) to be input_size {self.input_size}, got {input.size(-1)}"
+            )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        return_cell_states: bool = False,
+    ):
+        """Run all layers over the sequence.
+
+        Args:
+            input: (T, B, I); (B, T, I) with ``batch_first``; (T, I) unbatched; or a PackedSequence, sorted or not.
+            hx: h_0 (L*D, B, P) and c_0 (L*D, B, H), zeros by default; without the batch dimension for unbatched input.
+            lengths: (B,) integers in 0..T on any device, in any order: what packing the input would give, without
+                packing. Outputs past the length are 0, final states are those of the last valid step; a row of length 0
+                gives its initial state back. On CUDA, and in a traced graph, they are clamped to 0..T, not checked.
+            return_cell_states: also return the last layer's cell state after every step, laid out like the output.
+
+        Returns:
+            output (..., D*P), (h_n, c_n) and, if asked for, cell_states (..., D*H).
+
+        Raises:
+            RuntimeError, ValueError: as ``torch.nn.LSTM``; ValueError for bad ``lengths``; RuntimeError when the
+                backend asked for cannot serve this call.
+        """
+        packed = isinstance(input, PackedSequence)
+        if packed:
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            hx = self._packed_state(data, batch_sizes, hx, sorted_indices)
+            batched = True
+        else:
+            data, hx, batched = self._padded_state(input, hx)
+            batch_sizes = None
+        if lengths is not None:
+            if packed or not batched:
+                kind = "a PackedSequence, which knows its lengths" if packed else "unbatched input"
+                raise ValueError(f"lengths does not go with {kind}; give a batched, padded tensor")
+            steps, batch = (data.size(1), data.size(0)) if self.batch_first else (data.size(0), data.size(1))
+            lengths = check_lengths(lengths, steps, batch, data.device)
+
+        output, h_n, c_n, cell_states = self._run(data, hx, batch_sizes, lengths, return_cell_states)
+
+        if packed:
+            order = (batch_sizes, sorted_indices, unsorted_indices)
+            output = PackedSequence(output, *order)
+            cell_states = PackedSequence(cell_states, *order) if return_cell_states else None
+            h_n, c_n = self.permute_hidden((h_n, c_n), unsorted_indices)
+        elif not batched:
+            batch_dim = 0 if self.batch_first else 1
+            output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
+            cell_states = cell_states.squeeze(batch_dim) if return_cell_states else None
+        return (output, (h_n, c_n), cell_states) if return_cell_states else (output, (h_n, c_n))
+
+    def _zeros(self, data: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        h = torch.zeros(rows, batch, self.proj_size or self.hidden_size, dtype=data.dtype, device=data.device)
+        c = torch.zeros(rows, batch, self.hidden_size, dtype=data.dtype, device=data.device)
+        return h, c
+
+    def _packed_state(self, data: Tensor, batch_sizes: Tensor, hx, sorted_indices: Tensor | None):
+        """Check packed (N, I) data and bring hx into the order of the packed sequences."""
+        if batch_sizes.numel() == 0:
+            raise IndexError("LSTM: the PackedSequence is empty; give at least one time step")
+        check_batch_sizes(batch_sizes, data.size(0))
+        if hx is None:
+            hx = self._zeros(data, int(batch_sizes[0]))
+        else:
+            check_pair(hx)
+            if hx[0].dim() != 3 or hx[1].dim() != 3:
+                raise IndexError(
+                    f"For packed input, hx and cx should be 3-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                )
+            hx = self.permute_hidden(hx, sorted_indices)
+        if data.dtype != self._dtype() and not autocast_enabled(data.device.type):
+            raise RuntimeError(
+                f"RNN input dtype ({data.dtype}) does not match weight dtype ({self._dtype()}); convert one of them"
+            )
+        self.check_input(data, batch_sizes)
+        self.check_hidden_size(
+            hx[0], self.get_expected_hidden_size(data, batch_sizes), "Expected hidden[0] size {}, got {}"
+        )
+        self.check_hidden_size(
+            hx[1], self.get_expected_cell_size(data, batch_sizes), "Expected hidden[1] size {}, got {}"
+        )
+        self._check_placement(data, hx)
+        return hx
+
+    def _padded_state(self, input: Tensor, hx):
+        """Check a padded input; -> 3-D input, hx, whether it came with a batch dimension."""
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+        if hx is None:
+            hx = self._zeros(input, input.size(batch_dim))
+        else:
+            expected, kind = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
+            if hx[0].dim() != expected or hx[1].dim() != expected:
+                raise RuntimeError(
+                    f"For {kind} input, hx and cx should also be {expected}-D "
+                    f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                )
+            check_pair(hx)
+            hx = tuple(hx) if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        self.check_forward_args(input, hx, None)
+        if input.size(1 - batch_dim) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        self._check_placement(input, hx)
+        return input, hx, batched
+
+    def _dtype(self) -> torch.dtype:
+        return getattr(self, self._flat_weights_names[0]).dtype
+
+    def _check_placement(self, data: Tensor, hx) -> None:
+        """One device for all; one dtype for input and states, unless autocast is to cast them."""
+        weight = getattr(self, self._flat_weights_names[0])
+        for name, tensor in (("parameter", weight), ("hidden", hx[0]), ("cell", hx[1])):
+            if tensor.device != data.device:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not at the same device, "
+                    f"found input tensor at {data.device} and {name} tensor at {tensor.device}"
+                )
+            if tensor.dtype != data.dtype and not autocast_enabled(data.device.type):
+                raise RuntimeError(
+                    f"LSTM: the {name} tensor is {tensor.dtype}, the input {data.dtype}; convert one of them"
+                )
+
+    def _run(self, data: Tensor, hx, batch_sizes, lengths, return_cell_states: bool):
+        """-> output, h_n, c_n, cell_states (None unless asked for), in the layout of the data."""
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        call = describe(
+            data,
+            hx,
+            weights,
+            batch_sizes,
+            batch_dim=0 if self.batch_first else 1,
+            autocast=autocast_enabled(data.device.type) and data.dtype != torch.float64,
+            proj_size=self.proj_size,
+            lengths=lengths is not None,
+            return_cell_states=return_cell_states,
+        )
+        backend = select("lstm", self.backend, call)
+        if backend == "torch":
+            options = dict(bias=self.bias, num_layers=self.num_layers, dropout=self.dropout, training=self.training)
+            options |= dict(bidirectional=self.bidirectional, batch_first=self.batch_first)
+            return *vendor_stack(data, hx, weights, batch_sizes=batch_sizes, lengths=lengths, **options), None
+        data, *rest = cast_inputs(data, *hx, *weights)
+        hx, weights = rest[:2], rest[2:]
+        time_major = batch_sizes is not None or not self.batch_first
+        data = data if time_major else data.transpose(0, 1)
+        data = without_padding(data, lengths, backend)
+        with without_autocast(data.device.type):
+            output, h_n, c_n, cell_states = self._layers(
+                backend, data, hx, weights, lengths, batch_sizes, return_cell_states
+            )
+        if not time_major:
+            output = output.transpose(0, 1)
+            cell_states = cell_states.transpose(0, 1) if return_cell_states else None
+        return output, h_n, c_n, cell_states
+
+    def _layers(self, backend: str, input: Tensor, hx, weights, lengths, batch_sizes, return_cell_states: bool):
+        """Layer by layer; input is time-major or packed."""
+        directions = 2 if self.bidirectional else 1
+        h_n, c_n, cell_states = [], [], None
+        for layer in range(self.num_layers):
+            last = layer == self.num_layers - 1
+            first, end = layer * directions, (layer + 1) * directions
+            input, h, c, cell_states = apply_lstm(
+                backend,
+                input,
+                hx[0][first:end],
+                hx[1][first:end],
+                [self._direction(weights, k) for k in range(first, end)],
+                lengths,
+                batch_sizes,
+                False,
+                return_cell_states and last,
+            )
+            h_n.append(h)
+            c_n.append(c)
+            if self.dropout and not last:
+                input = F.dropout(input, self.dropout, self.training)
+        if self.num_layers == 1:
+            return input, h_n[0], c_n[0], cell_states
+        return input, torch.cat(h_n), torch.cat(c_n), cell_states
+
+    def _direction(self, weights, k: int) -> tuple[Tensor | None, ...]:
+        """weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of the k-th layer and direction; None where it has none."""
+        count = 2 + 2 * self.bias + bool(self.proj_size)
+        own = weights[k * count : (k + 1) * count]
+        biases = own[2:4] if self.bias else (None, None)
+        return *own[:2], *biases, own[-1] if self.proj_size else None

@@ -1,0 +1,303 @@
+"""``fastseq parity``: the error of every op and module against float64, beside the error of torch in the same dtype."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastseq.console import Bar, environment, markdown_table, quiet_torch
+from fastseq.dispatch import BACKENDS
+from fastseq.parity.cases import GRIDS, PROBLEMS, Case
+from fastseq.parity.ops import Problem
+from fastseq.testing.numerics import (
+    Comparison,
+    Results,
+    compare,
+    evaluate,
+    float32_products,
+    is_refusal,
+    nan_filled_memory,
+)
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EPILOG = """\
+the rule:
+  Inputs are rounded to the dtype first. Then the error of a result against float64 may be at most 2 times (gradients:
+  3 times) the error of torch's own computation in that dtype, plus one rounding of the largest value; in float64,
+  64 roundings of the largest value, if that is more (of the pre-activation, where that is +-100). "of bound" is the
+  part of it that is used up: above 1 is wrong.
+
+examples:
+  fastseq parity                                      # all backends, float32 and bfloat16, half a minute
+  fastseq parity --cases full --dtype all             # some minutes
+  fastseq parity --backend native --dtype float32 --verbose
+  fastseq parity --device cuda --backend native,triton --dtype float32,bfloat16,float16
+  FASTSEQ_CPU_ISA=avx2 fastseq parity --backend native --json avx2.json
+
+A backend that has no kernel for a call refuses it with a sentence; that is listed and is no failure.
+Exit code: 0 within the bound, 1 past it, 2 for an option that does not exist.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case in one dtype on one backend: all comparisons, or a refusal, or the exception that came instead."""
+
+    op: str
+    case: str
+    dtype: str
+    backend: str
+    comparisons: list[Comparison] = field(default_factory=list)
+    refusal: str = ""
+    failure: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.failure and all(c.ok for c in self.comparisons)
+
+    @property
+    def worst(self) -> Comparison | None:
+        """The comparison that comes closest to its bound, or goes furthest past it."""
+        return max(self.comparisons, key=of_bound, default=None)
+
+
+def of_bound(c: Comparison) -> float:
+    """The part of the bound that the error uses up."""
+    return c.error / c.limit if c.limit else (float("inf") if c.error else 0.0)
+
+
+def check(
+    case: Case,
+    dtype: torch.dtype,
+    backends: tuple[str, ...],
+    device: str = "cpu",
+    *,
+    draws: int | None = None,
+    fill: bool = True,
+) -> list[Row]:
+    """Compare one case on each backend: outputs with and without gradients, and the gradient of every leaf.
+
+    On a GPU, too, float64 is computed on the CPU; torch's own computation on the GPU, float32 without TF32.
+    draws: of random leaves, instead of as many as make torch's error no luck. fill: new memory holds NaN, so that what
+    a kernel forgets to write is seen; without, a tool that looks for such memory can see it.
+    """
+    problems = [_round(problem, dtype) for problem in _problems(case)[:draws]]
+    modes = (False,) if dtype == torch.float64 and not _well_conditioned(case) else (False, True)
+    # torch's many small calls are no faster with more threads, and far slower beside a busy neighbour
+    with one_thread(), float32_products(tf32=False):
+        calls = [(p.plain, p.leaves) for p in problems]
+        try:
+            oracle = {train: _run(calls, torch.float64, case, train, "cpu") for train in modes}
+            plain = {train: _run(calls, dtype, case, train, device) for train in modes}
+        except Exception as error:  # no backend's fault: told as what it is, and the next case goes on
+            told = f"torch's own computation: {type(error).__name__}: {error}"
+            about = (case.op, case.name, str(dtype).removeprefix("torch."))
+            return [Row(*about, backend, failure=told) for backend in backends]
+    with float32_products(tf32=False), nan_filled_memory() if fill else contextlib.nullcontext():
+        return [_row(case, dtype, backend, problems, oracle, plain, device) for backend in backends]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread in this block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _row(
+    case: Case, dtype: torch.dtype, backend: str, problems: list[Problem], oracle: dict, plain: dict, device: str
+) -> Row:
+    about = (case.op, case.name, str(dtype).removeprefix("torch."), backend)
+    comparisons = []
+    try:
+        for train in oracle:
+            calls = [(lambda x, p=p: p.ours(x, backend), p.leaves) for p in problems]
+            found = compare(_run(calls, dtype, case, train, device), oracle[train], plain[train])
+            comparisons += found if train else [c._replace(name=f"{c.name} (inference)") for c in found]
+        if dtype == torch.float64:  # a rounding of a pre-activation of 100 is a hundred roundings of a gate
+            comparisons = [c._replace(limit=c.limit * case.options.get("spread", 1.0)) for c in comparisons]
+    except Exception as error:  # a crash is a finding like a wrong number, told in the table and by the exit code
+        if is_refusal(error):
+            return Row(*about, refusal=str(error))
+        return Row(*about, failure=f"{type(error).__name__}: {error}")
+    return Row(*about, comparisons)
+
+
+def _well_conditioned(case: Case) -> bool:
+    """Whether 64 roundings bound the gradients in float64, where there is no wider oracle.
+
+    Not where 1 - tanh(x)^2 cancels, in saturated cells, nor through the many operations of a whole model.
+    """
+    return case.options.get("spread", 1.0) == 1.0 and case.op != "Seq2Seq"
+
+
+def _problems(case: Case) -> list[Problem]:
+    """Several draws, to be compared together: in one draw of a few elements torch may be lucky."""
+
+    def problem(seed: int) -> Problem:
+        generator = torch.Generator().manual_seed(seed)
+        return PROBLEMS[case.op](lambda *s: torch.randn(s, generator=generator, dtype=torch.float64), **case.options)
+
+    first = problem(0)
+    elements = sum(t.numel() for t in first.leaves.values())
+    # A model has small gradients that are differences of large ones: a torch lucky in them was seen with 8 draws.
+    draws = 32 if elements < 100 or case.op == "Seq2Seq" else 8 if elements < 2000 else 3
+    if case.options.get("spread", 1.0) != 1.0:  # where few draws are bad ones, for torch and for everyone else
+        draws *= 8
+    return [first, *(problem(seed) for seed in range(1, draws))]
+
+
+def _round(problem: Problem, dtype: torch.dtype) -> Problem:
+    return problem._replace(leaves={name: t.to(dtype).double() for name, t in problem.leaves.items()})
+
+
+def _run(calls: list, dtype: torch.dtype, case: Case, train: bool, device: str) -> Results:
+    """The results of all draws, stacked, on the CPU."""
+    results = []
+    for function, values in calls:
+        leaves = {name: _leaf(t.to(device, dtype), case.slices) for name, t in values.items()}
+        with torch.set_grad_enabled(train):
+            results.append(evaluate(function(leaves), leaves if train else {}, strided=case.slices))
+    return Results(
+        *({name: torch.stack([r[k][name] for r in results]).cpu() for name in results[0][k]} for k in (0, 1))
+    )
+
+
+def _leaf(t: Tensor, sliced: bool) -> Tensor:
+    """A leaf that requires gradients; ``sliced``: every other element, in every dimension, of a tensor full of NaN."""
+    if sliced:
+        whole = t.new_full([2 * n for n in t.shape], float("nan"))
+        part = whole[tuple(slice(None, None, 2) for _ in t.shape)]
+        t = part.copy_(t)
+    return t.detach().requires_grad_()
+
+
+def table(rows: list[Row], verbose: bool = False) -> str:
+    """The worst row of each op, dtype and backend; every row with ``verbose``."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.op, row.dtype, row.backend) + ((row.case,) if verbose else ()), []).append(row)
+    header = (
+        "op",
+        "dtype",
+        "backend",
+        "cases",
+        "verdict",
+        "worst case",
+        "result",
+        "error",
+        "torch's",
+        "ratio",
+        "of bound",
+    )
+    return markdown_table(header, [_line(key, several) for key, several in groups.items()])
+
+
+def _line(key: tuple, rows: list[Row]) -> tuple[str, ...]:
+    run = [row for row in rows if not row.refusal]
+    count = f"{len(run)}" + (f" + {len(rows) - len(run)} refused" if len(run) < len(rows) else "")
+    if not run:
+        return (*key[:3], count, "refused", *[""] * 6)
+    worst = max(run, key=lambda row: (not row.ok, bool(row.failure), of_bound(row.worst) if row.worst else 0.0))
+    verdict = "ok" if worst.ok else "WRONG"
+    if worst.failure:
+        return (*key[:3], count, verdict, worst.case, worst.failure.splitlines()[0], *[""] * 4)
+    c = worst.worst
+    ratio = f"{c.error / c.torch_error:.2f}" if c.torch_error else "–"
+    result = f"{c.name}: {c.problem}" if c.problem else c.name
+    figures = (f"{c.error:.2g}", f"{c.torch_error:.2g}", ratio, f"{of_bound(c):.2f}")
+    return (*key[:3], count, verdict, worst.case, result, *figures)
+
+
+def to_json(row: Row) -> dict:
+    """A row with all its comparisons."""
+    comparisons = [c._asdict() | {"ok": c.ok} for c in row.comparisons]
+    about = {"op": row.op, "case": row.case, "dtype": row.dtype, "backend": row.backend}
+    return about | {"ok": row.ok, "refusal": row.refusal, "failure": row.failure, "comparisons": comparisons}
+
+
+def _choices(parser: argparse.ArgumentParser, option: str, given: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of a comma-separated list, "all" for all of them."""
+    names = known if given == "all" else tuple(given.split(","))
+    for name in names:
+        if name not in known:
+            parser.error(f"{option}: unknown name {name!r}; choose 'all' or some of {', '.join(known)}")
+    return names
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastseq parity",
+        description=__doc__.replace("``", ""),
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    known = "comma-separated, of {}, or 'all' (default: %(default)s)"
+    parser.add_argument("--backend", default="all", help=known.format(", ".join(BACKENDS)))
+    parser.add_argument("--dtype", default="float32,bfloat16", help=known.format(", ".join(DTYPES)))
+    parser.add_argument("--op", default="all", help=known.format(", ".join(PROBLEMS)))
+    parser.add_argument("--cases", choices=GRIDS, default="quick", help="how many (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--verbose", action="store_true", help="show every case, not just the worst")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of ``fastseq parity``; exits with 1 past the bound."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    args = parser.parse_args(argv)
+    backends = _choices(parser, "--backend", args.backend, BACKENDS)
+    dtypes = _choices(parser, "--dtype", args.dtype, tuple(DTYPES))
+    ops = _choices(parser, "--op", args.op, tuple(PROBLEMS))
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads must be at least 1, got {args.threads}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU and a torch built for it; torch sees none: leave the option out")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cases = [case for case in GRIDS[args.cases]() if case.op in ops]
+    rows, bar = [], Bar(len(cases) * len(dtypes))
+    for dtype in dtypes:
+        for case in cases:
+            bar.show(f"{case.op} {case.name} {dtype}")
+            with quiet_torch():
+                rows += check(case, DTYPES[dtype], backends, args.device)
+            bar.step()
+    bar.close()
+    report(rows, args.verbose)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        facts = environment(["fastseq", "parity", *argv])
+        content = {"environment": facts, "rows": [to_json(row) for row in rows]}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+    if not all(row.ok for row in rows):
+        raise SystemExit(1)
+
+
+def report(rows: list[Row], verbose: bool) -> None:
+    """Print the table, the refusals and the sum."""
+    print(table(rows, verbose))
+    refusals = {(row.backend, row.refusal) for row in rows if row.refusal}
+    if refusals:
+        print("\nrefused:")
+        print("\n".join(f"- {backend}: {sentence}" for backend, sentence in sorted(refusals)))
+    wrong = [row for row in rows if not row.ok]
+    run = [row for row in rows if not row.refusal]
+    count = sum(len(row.comparisons) for row in run)
+    print(f"\n{len(run)} calls with {count} results compared, {len(rows) - len(run)} refused, {len(wrong)} wrong")
+    for row in wrong:
+        problems = row.failure or "; ".join(str(c) for c in row.comparisons if not c.ok)
+        print(f"WRONG {row.op} {row.case}, {row.dtype}, {row.backend}: {problems}")

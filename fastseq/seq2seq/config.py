@@ -1,0 +1,176 @@
+"""What a Seq2Seq model is made of, as one immutable value that can be saved."""
+
+import dataclasses
+from typing import Any
+
+from fastseq.dispatch import check_name
+from fastseq.ops.attention.api import SCORES
+
+ATTENTIONS = ("none", *SCORES)
+BRIDGES = ("concat", "linear", "zeros")
+BRIDGE_ACTIVATIONS = ("tanh", "relu", "none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seq2SeqConfig:
+    """The options of :class:`Seq2Seq`. An option that could have no effect beside the others raises.
+
+    Args:
+        src_vocab_size: number of source tokens; leave out with ``source_features``.
+        tgt_vocab_size: number of target tokens.
+        source_features: F, size of continuous source features (B, S, F) that enter the encoder LSTM directly, instead
+            of tokens.
+        embedding_dim: size of the source and target embeddings.
+        hidden_size: width of the encoder's output, of the decoder's states and of the attentional vector. A
+            bidirectional encoder gets half of it per direction (as in OpenNMT), so it must be even then.
+        encoder_layers, decoder_layers: stacked LSTM layers.
+        bidirectional: encode in both directions.
+        attention: "none", "dot", "general", "additive" or "normed_additive"; see :class:`fastseq.Attention`.
+        attention_size: inner size of the additive scores, default ``hidden_size``.
+        attention_scale: constant factor of the scores, default 1.0.
+        input_feeding: feed the last attentional vector to the next step (Luong et al. 2015, section 3.3). Without it
+            the whole target goes through the decoder LSTM, and through the attention, at once: faster to train.
+        bridge: how the encoder's final states start the decoder. "concat": layer by layer, the directions
+            concatenated (needs equal numbers of layers); "linear": all layers' final states through one linear map
+            for h and one for c; "zeros": the decoder starts from zeros.
+        bridge_activation: "tanh", "relu" or "none", after the linear bridge.
+        dropout: between the LSTM layers, and the default of the next two.
+        embed_dropout: on the embeddings.
+        output_dropout: on what the output projection reads.
+        share_all_embeddings: one matrix for source embedding, target embedding and output projection (Press & Wolf
+            2017).
+        share_decoder_input_output_embed: one matrix for target embedding and output projection.
+        pad_id, bos_id, eos_id, unk_id: reserved token ids, the same in both vocabularies. The model itself knows
+            padding only: an embedding that starts at zero and gets no gradient, unless the matrix is shared with the
+            output. ``generate`` uses pad, bos and eos, and forbids unk with ``generate_unk=False``; data and command
+            line put unknown tokens there.
+        backend: "auto", "reference", "torch", "native" or "triton", for the LSTMs and the attention.
+
+    Raises:
+        ValueError: an option out of range, or one that contradicts another.
+    """
+
+    src_vocab_size: int | None = None
+    tgt_vocab_size: int
+    source_features: int | None = None
+    embedding_dim: int = 256
+    hidden_size: int = 256
+    encoder_layers: int = 1
+    decoder_layers: int = 1
+    bidirectional: bool = True
+    attention: str = "additive"
+    attention_size: int | None = None
+    attention_scale: float | None = None
+    input_feeding: bool = True
+    bridge: str = "linear"
+    bridge_activation: str = "tanh"
+    dropout: float = 0.1
+    embed_dropout: float | None = None
+    output_dropout: float | None = None
+    share_all_embeddings: bool = False
+    share_decoder_input_output_embed: bool = False
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+    unk_id: int = 3
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+        _check_names(self)
+        _check_sharing(self)
+        check_name(self.backend)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output projection is the target embedding."""
+        return self.share_all_embeddings or self.share_decoder_input_output_embed
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain values, for JSON or YAML."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> "Seq2SeqConfig":
+        """The inverse of :meth:`to_dict`; ValueError for an unknown option."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(f"Seq2SeqConfig: unknown options {unknown}; known are {sorted(known)}")
+        return cls(**options)
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ValueError(f"Seq2SeqConfig: {sentence}")
+
+
+def _check_sizes(c: Seq2SeqConfig) -> None:
+    _require(
+        (c.src_vocab_size is None) != (c.source_features is None),
+        "give either src_vocab_size (tokens) or source_features (continuous features), "
+        f"got {c.src_vocab_size} and {c.source_features}",
+    )
+    sizes = ("src_vocab_size", "tgt_vocab_size", "source_features", "embedding_dim", "hidden_size", "attention_size")
+    for name in (*sizes, "encoder_layers", "decoder_layers"):
+        value = getattr(c, name)
+        _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+    for name in ("dropout", "embed_dropout", "output_dropout"):
+        value = getattr(c, name)
+        _require(value is None or 0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
+    _require(
+        not c.bidirectional or c.hidden_size % 2 == 0,
+        f"hidden_size must be even for a bidirectional encoder (half per direction), got {c.hidden_size}; "
+        "choose an even number or bidirectional=False",
+    )
+    ids = {name: getattr(c, name) for name in ("pad_id", "bos_id", "eos_id", "unk_id")}
+    smallest = min(c.tgt_vocab_size, c.src_vocab_size or c.tgt_vocab_size)
+    _require(len(set(ids.values())) == 4, f"the reserved ids must differ, got {ids}")
+    _require(
+        all(0 <= i < smallest for i in ids.values()),
+        f"the reserved ids must lie below the vocabulary size {smallest}, got {ids}",
+    )
+
+
+def _check_names(c: Seq2SeqConfig) -> None:
+    choices = {"attention": ATTENTIONS, "bridge": BRIDGES, "bridge_activation": BRIDGE_ACTIVATIONS}
+    for name, valid in choices.items():
+        value = getattr(c, name)
+        _require(value in valid, f"unknown {name} {value!r}; choose one of {', '.join(map(repr, valid))}")
+    if c.attention == "none":
+        _require(
+            not c.input_feeding,
+            "input_feeding feeds the attentional vector; set input_feeding=False with attention='none'",
+        )
+        _require(c.attention_scale is None, "attention_scale has no use with attention='none'")
+        _require(
+            c.bridge != "zeros",
+            "with attention='none' and bridge='zeros' the decoder would not see the source; change one",
+        )
+    _require(
+        c.attention_size is None or c.attention in ("additive", "normed_additive"),
+        f"attention_size has no use with attention={c.attention!r}; leave it out or choose 'additive'",
+    )
+    _require(
+        c.bridge != "concat" or c.encoder_layers == c.decoder_layers,
+        "bridge='concat' hands each encoder layer's state to the same decoder layer, so encoder_layers must equal "
+        f"decoder_layers, got {c.encoder_layers} and {c.decoder_layers}; choose bridge='linear' or 'zeros'",
+    )
+    _require(
+        c.bridge == "linear" or c.bridge_activation == "tanh",
+        f"bridge_activation has no use with bridge={c.bridge!r}; leave it out or choose bridge='linear'",
+    )
+
+
+def _check_sharing(c: Seq2SeqConfig) -> None:
+    _require(
+        not c.tied or c.embedding_dim == c.hidden_size,
+        "a shared output matrix needs embedding_dim == hidden_size (it embeds tokens, and reads attentional vectors), "
+        f"got {c.embedding_dim} and {c.hidden_size}; make them equal or do not share",
+    )
+    _require(
+        not c.share_all_embeddings or c.src_vocab_size == c.tgt_vocab_size,
+        "share_all_embeddings needs one vocabulary for source and target, "
+        f"got sizes {c.src_vocab_size} and {c.tgt_vocab_size}; "
+        "use share_decoder_input_output_embed to share on the target side only",
+    )

@@ -1,0 +1,194 @@
+"""The target side of Seq2Seq: an LSTM decoder with attention, whole targets at once or step by step."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastseq.nn.attention import Attention
+from fastseq.nn.lstm import LSTM
+from fastseq.ops.common.autocast import autocast_enabled
+from fastseq.ops.lstm_cell import lstm_cell
+from fastseq.seq2seq.config import Seq2SeqConfig
+from fastseq.seq2seq.encoder import EncoderOutput, embedding
+
+
+class DecoderState(NamedTuple):
+    """Where a decoder stands between two steps: immutable, and all that it remembers."""
+
+    h: Tensor  # (L, B, H)
+    c: Tensor  # (L, B, H)
+    feed: Tensor | None  # (B, H) last attentional vector; None without input feeding
+
+    def index_select(self, rows: Tensor) -> "DecoderState":
+        """The sentences ``rows`` (N,), in that order, repeats allowed: how a beam search reorders its hypotheses."""
+        feed = None if self.feed is None else self.feed.index_select(0, rows)
+        return DecoderState(self.h.index_select(1, rows), self.c.index_select(1, rows), feed)
+
+    def repeat_interleave(self, k: int) -> "DecoderState":
+        """Each sentence k times in a row: 0 0 1 1 2 2 for k = 2."""
+        feed = None if self.feed is None else self.feed.repeat_interleave(k, 0)
+        return DecoderState(self.h.repeat_interleave(k, 1), self.c.repeat_interleave(k, 1), feed)
+
+    def detach(self) -> "DecoderState":
+        """The same values without their history."""
+        return DecoderState(self.h.detach(), self.c.detach(), None if self.feed is None else self.feed.detach())
+
+
+class _Layer(NamedTuple):
+    """The parameters of one layer, as one step needs them."""
+
+    embedding: Tensor  # (4H, E) what multiplies the embedding; E = 0 above the first layer
+    input: Tensor  # (4H, H) what multiplies the rest of the input: the feed, or the layer below
+    hidden: Tensor  # (4H, H)
+    bias: Tensor  # (4H,)
+
+
+class Decoder(nn.Module):
+    """Embedding, stacked LSTM, attention, attentional vector, output projection (Luong et al. 2015).
+
+    The attentional vector is tanh(W [context, h]), their equation 5; without attention it is h of the last layer.
+
+    The LSTM's parameters serve both the whole-sequence LSTM and the step loop, so both modes share one state_dict
+    layout; with input feeding the first layer reads [embedding, feed] and is wider by H.
+    """
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.input_feeding = config.input_feeding
+        self.dropout = config.dropout
+        self.backend = config.backend
+        self.embedding = embedding(config.tgt_vocab_size, config)
+        self.embed_dropout = nn.Dropout(config.dropout if config.embed_dropout is None else config.embed_dropout)
+        self.lstm = LSTM(
+            config.embedding_dim + (size if config.input_feeding else 0),
+            size,
+            num_layers=config.decoder_layers,
+            batch_first=True,
+            dropout=config.dropout if config.decoder_layers > 1 else 0.0,
+            backend=config.backend,
+        )
+        self.attention = None
+        if config.attention != "none":
+            options = dict(score=config.attention, attention_size=config.attention_size, scale=config.attention_scale)
+            self.attention = Attention(size, size, **options, backend=config.backend)
+            self.combine = nn.Linear(2 * size, size, bias=False)
+        self.output_dropout = nn.Dropout(config.dropout if config.output_dropout is None else config.output_dropout)
+        self.output = nn.Linear(size, config.tgt_vocab_size)
+        if config.tied:
+            self.output.weight = self.embedding.weight
+
+    def start(self, enc: EncoderOutput) -> DecoderState:
+        """The state before the first step. Copies, because torch.export takes one tensor given twice for one input."""
+        return DecoderState(enc.h.clone(), enc.c.clone(), torch.zeros_like(enc.h[0]) if self.input_feeding else None)
+
+    def prepare(self, enc: EncoderOutput) -> EncoderOutput:
+        """``enc`` with what its keys have to give to every step, where that saves time."""
+        if self.attention is None:
+            return enc
+        return enc._replace(prepared=self.attention.prepare_keys(enc.keys, enc.lengths))
+
+    def forward(
+        self, tokens: Tensor, enc: EncoderOutput, teacher_forcing_ratio: float, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None, DecoderState]:
+        """tokens (B, T) -> logits (B, T, V), weights (B, T, S) or None, state after the last step."""
+        if self.input_feeding or teacher_forcing_ratio < 1:
+            return self._step_by_step(tokens, enc, teacher_forcing_ratio, need_weights)
+        output, (h, c) = self.lstm(self._embed(tokens), (enc.h, enc.c))
+        vectors, weights = self._attend(output, enc, need_weights)
+        return self._project(vectors), weights, DecoderState(h, c, None)
+
+    def step(
+        self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, need_weights: bool
+    ) -> tuple[Tensor, DecoderState, Tensor | None]:
+        """tokens (B,) -> logits (B, V), next state, weights (B, S) or None."""
+        layers = self._layers()
+        gates = self._input_gates(tokens, layers)
+        h, c = state.h.unbind(0), state.c.unbind(0)
+        h, c, vector, weights = self._advance(gates, h, c, state.feed, enc, layers, need_weights)
+        return self._project(vector), self._state(h, c, vector), weights
+
+    def _step_by_step(self, tokens: Tensor, enc: EncoderOutput, teacher_forcing_ratio: float, need_weights: bool):
+        layers = self._layers()
+        enc = self.prepare(enc)
+        state = self.start(enc)
+        h, c, vector = state.h.unbind(0), state.c.unbind(0), state.feed
+        gates = self._input_gates(tokens.t(), layers)  # (T, B, 4H): the embeddings' part of all steps in one GEMM
+        vectors, logits, weights = [], [], []
+        for t, step_gates in enumerate(gates.unbind(0)):
+            if t > 0 and teacher_forcing_ratio < 1:
+                own_gates = self._input_gates(logits[-1].argmax(-1), layers)
+                step_gates = _choose(step_gates, own_gates, teacher_forcing_ratio)
+            feed = vector if self.input_feeding else None
+            h, c, vector, step_weights = self._advance(step_gates, h, c, feed, enc, layers, need_weights)
+            vectors.append(vector)
+            weights.append(step_weights)
+            if teacher_forcing_ratio < 1:
+                logits.append(self._project(vector))
+        stacked = torch.stack(logits, 1) if logits else self._project(torch.stack(vectors, 1))
+        return stacked, None if weights[0] is None else torch.stack(weights, 1), self._state(h, c, vector)
+
+    def _advance(
+        self, gates: Tensor, h, c, feed: Tensor | None, enc: EncoderOutput, layers: list[_Layer], need_weights
+    ):
+        """One step, from the embeddings' part of the first layer's gates (B, 4H) and one h and one c (B, H) per layer.
+
+        Returns the next h and c, the attentional vector (B, H), and the weights (B, S) or None.
+        """
+        h_next, c_next = [], []
+        x = feed
+        for k, layer in enumerate(layers):
+            if k > 0:
+                gates, x = layer.bias, F.dropout(h_next[-1], self.dropout, self.training)
+            if x is not None:
+                gates = torch.addmm(gates, x, layer.input.t())
+            gates = torch.addmm(gates, h[k], layer.hidden.t())
+            h_k, c_k = lstm_cell(gates, c[k], backend=self.backend)
+            h_next.append(h_k)
+            c_next.append(c_k)
+        vector, weights = self._attend(h_next[-1], enc, need_weights)
+        return h_next, c_next, vector, weights
+
+    def _layers(self) -> list[_Layer]:
+        device, layers = self.lstm.weight_ih_l0.device.type, []
+        for k in range(self.lstm.num_layers):
+            names = (f"{name}_l{k}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+            weight_ih, weight_hh, bias_ih, bias_hh = (getattr(self.lstm, name) for name in names)
+            size = self.embedding.embedding_dim if k == 0 else 0
+            tensors = (weight_ih[:, :size], weight_ih[:, size:], weight_hh, bias_ih + bias_hh)
+            if autocast_enabled(device):  # once here, not at every step
+                tensors = (x.to(torch.get_autocast_dtype(device)) for x in tensors)
+            layers.append(_Layer(*tensors))
+        return layers
+
+    def _input_gates(self, tokens: Tensor, layers: list[_Layer]) -> Tensor:
+        """tokens (...,) -> their part of the first layer's gates, bias included: (..., 4H)."""
+        return F.linear(self._embed(tokens), layers[0].embedding, layers[0].bias)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self.embed_dropout(self.embedding(tokens))
+
+    def _attend(self, query: Tensor, enc: EncoderOutput, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """query (B, H) or (B, T, H) -> attentional vectors of the same shape, weights or None."""
+        if self.attention is None:
+            return query, None
+        context, weights = self.attention.attend(
+            query, enc.keys, enc.memory, lengths=enc.lengths, need_weights=need_weights, prepared=enc.prepared
+        )
+        return torch.tanh(self.combine(torch.cat((context, query), -1))), weights
+
+    def _project(self, vectors: Tensor) -> Tensor:
+        return self.output(self.output_dropout(vectors))
+
+    def _state(self, h, c, vector: Tensor) -> DecoderState:
+        return DecoderState(torch.stack(tuple(h)), torch.stack(tuple(c)), vector if self.input_feeding else None)
+
+
+def _choose(truth: Tensor, own: Tensor, ratio: float) -> Tensor:
+    """Per sentence (row), the gates of the true token with probability ``ratio``, else those of the own prediction."""
+    if ratio == 0:
+        return own
+    use_truth = torch.rand(truth.size(0), 1, device=truth.device) < ratio
+    return torch.where(use_truth, truth, own)

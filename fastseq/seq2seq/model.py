@@ -1,0 +1,189 @@
+"""The sequence-to-sequence model: encoder, bridge, decoder."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastseq.seq2seq.config import Seq2SeqConfig
+from fastseq.seq2seq.decoder import Decoder, DecoderState
+from fastseq.seq2seq.encoder import Bridge, Encoder, EncoderOutput
+from fastseq.seq2seq.generation import generate
+
+
+class Seq2SeqOutput(NamedTuple):
+    """What a training step needs."""
+
+    logits: Tensor  # (B, T, V)
+    attention: Tensor | None  # (B, T, S), if asked for
+    state: DecoderState  # after the last step
+
+
+class Seq2Seq(nn.Module):
+    """LSTM encoder-decoder with attention.
+
+    The source goes through a stacked, optionally bidirectional :class:`fastseq.LSTM`; a bridge turns its final states
+    into the decoder's (Sutskever et al. 2014, Cho et al. 2014). Each decoder step attends to the encoder outputs
+    (Bahdanau et al. 2015) and forms the attentional vector, tanh(W [context, h]) (Luong et al. 2015), which the output
+    projection reads and which, with input feeding, is part of the next step's input [embedding, feed].
+
+    Token batches are batch-first, states (layers, B, H). No call leaves anything behind on the module: states travel as
+    :class:`EncoderOutput` and :class:`DecoderState`.
+
+    Args:
+        config: a :class:`Seq2SeqConfig`.
+    """
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.bridge = Bridge(config)
+        self.decoder = Decoder(config)
+        if config.share_all_embeddings:
+            self.encoder.embedding.weight = self.decoder.embedding.weight
+
+    def forward(
+        self,
+        src: Tensor,
+        src_lengths: Tensor | None,
+        tgt_in: Tensor,
+        *,
+        teacher_forcing_ratio: float = 1.0,
+        need_weights: bool = False,
+    ) -> Seq2SeqOutput:
+        """Predict each target token from the source and the tokens before it.
+
+        Args:
+            src: (B, S) integer tokens; (B, S, F) floating point with ``source_features``.
+            src_lengths: (B,) integers in 0..S on any device; None: all S. What lies past the length has no influence.
+            tgt_in: (B, T) integer tokens, T >= 1, the target shifted right: it begins with bos.
+            teacher_forcing_ratio: at each step after the first, and for each sentence, the probability that the true
+                token is the input; else the input is the most probable token of the step before (scheduled sampling,
+                Bengio et al. 2015). Drawn from torch's generator; 1.0 and 0.0 draw nothing. Below 1.0 the target runs
+                step by step.
+            need_weights: also return the attention weights; there are none with attention="none".
+
+        Returns:
+            Seq2SeqOutput with logits (B, T, V), attention (B, T, S) or None, and the state after step T.
+
+        Raises:
+            ValueError: wrong shapes, dtypes, lengths, ratio, or token ids outside the vocabulary (ids are looked at
+                on the CPU only).
+        """
+        if not 0 <= teacher_forcing_ratio <= 1:
+            raise ValueError(f"Seq2Seq: teacher_forcing_ratio must lie in [0, 1], got {teacher_forcing_ratio}")
+        _check_tokens("tgt_in", tgt_in, self.config.tgt_vocab_size, "(B, T)")
+        enc = self.encode(src, src_lengths)
+        if tgt_in.size(0) != src.size(0) or tgt_in.size(1) == 0:
+            raise ValueError(
+                "Seq2Seq: tgt_in must have the batch size of src and at least one step, "
+                f"got tgt_in {tuple(tgt_in.shape)} for src {tuple(src.shape)}"
+            )
+        return Seq2SeqOutput(*self.decoder(tgt_in, enc, teacher_forcing_ratio, need_weights))
+
+    def encode(self, src: Tensor, src_lengths: Tensor | None = None) -> EncoderOutput:
+        """Read the sources: everything that does not depend on the target.
+
+        Args:
+            src, src_lengths: as in :meth:`forward`.
+
+        Returns:
+            EncoderOutput with memory (B, S, H), keys (B, S, A) or None, lengths (B,), and the decoder's first h and c
+            (L, B, H).
+        """
+        if self.config.source_features is None:
+            _check_tokens("src", src, self.config.src_vocab_size, "(B, S)")
+        elif src.dim() != 3 or src.size(2) != self.config.source_features or not src.is_floating_point():
+            raise ValueError(
+                f"Seq2Seq: src must hold features (B, S, {self.config.source_features}), "
+                f"got {tuple(src.shape)} {src.dtype}"
+            )
+        if src.size(1) == 0:
+            raise ValueError(f"Seq2Seq: src must have at least one position (S >= 1), got {tuple(src.shape)}")
+        memory, h, c = self.encoder(src, src_lengths)
+        h, c = self.bridge(h, c)
+        if src_lengths is None:
+            lengths = torch.full((src.size(0),), src.size(1), dtype=torch.int64, device=src.device)
+        else:
+            lengths = src_lengths.to(src.device, torch.int64)
+        attention = self.decoder.attention
+        return EncoderOutput(memory, None if attention is None else attention.project_keys(memory), lengths, h, c)
+
+    def start(self, enc: EncoderOutput) -> DecoderState:
+        """The decoder's state before the first step: the bridged encoder states, and zeros to feed."""
+        return self.decoder.start(enc)
+
+    def prepare(self, enc: EncoderOutput) -> EncoderOutput:
+        """``enc`` for many calls of :meth:`decode_step`, which it makes faster and changes in nothing else.
+
+        Holds for ``enc.keys`` as they are now; see :func:`fastseq.ops.prepare_keys`.
+        """
+        return self.decoder.prepare(enc)
+
+    def decode_step(
+        self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, *, need_weights: bool = True
+    ) -> tuple[Tensor, DecoderState, Tensor | None]:
+        """Advance every sentence by one token: exactly what :meth:`forward` computes at that step.
+
+        Args:
+            tokens: (B,) integers, the tokens just chosen (bos at the first step).
+            state: from :meth:`start` or from the step before.
+            enc: from :meth:`encode`, with the same B rows.
+            need_weights: return the attention weights; False lets a faster kernel serve the step.
+
+        Returns:
+            logits (B, V), the next state, attention (B, S) or None.
+        """
+        if tokens.dim() != 1 or tokens.size(0) != state.h.size(1) or tokens.size(0) != enc.memory.size(0):
+            raise ValueError(
+                "Seq2Seq: decode_step needs one token, one state and one source per sentence, got tokens "
+                f"{tuple(tokens.shape)}, a state of {state.h.size(1)} and an encoder output of {enc.memory.size(0)}"
+            )
+        return self.decoder.step(tokens, state, enc, need_weights)
+
+    def generate(self, src: Tensor, src_lengths: Tensor | None = None, **options):
+        """Decode without a target: greedy, beam, sampling; options: :func:`fastseq.seq2seq.generation.generate`."""
+        return generate(self, src, src_lengths, **options)
+
+
+def build_seq2seq_model(vocab_size: int, embedding_dim: int, hidden_units: int) -> Seq2Seq:
+    """The classic encoder-decoder of the Keras example: two LSTMs and nothing between them but the final state.
+
+    An encoder LSTM reads the embedded source; a decoder LSTM starts from its final state (h and c) and reads the
+    embedded target. One vocabulary size, an embedding each, one layer, one direction, no attention, no dropout
+    (Sutskever et al. 2014, Cho et al. 2014). Unlike that example the source's padding is skipped (``src_lengths``),
+    and the model ends in the output projection, so that it returns logits.
+
+    Args:
+        vocab_size: number of source tokens, and of target tokens; ids 0 to 3 are pad, bos, eos, unk.
+        embedding_dim: size of the embeddings.
+        hidden_units: size of the LSTM states.
+    """
+    return Seq2Seq(
+        Seq2SeqConfig(
+            src_vocab_size=vocab_size,
+            tgt_vocab_size=vocab_size,
+            embedding_dim=embedding_dim,
+            hidden_size=hidden_units,
+            bidirectional=False,
+            attention="none",
+            input_feeding=False,
+            bridge="concat",
+            dropout=0.0,
+        )
+    )
+
+
+def _check_tokens(name: str, tokens: Tensor, vocab_size: int, shape: str) -> None:
+    if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"Seq2Seq: {name} must hold tokens {shape}, int64 or int32, got {tuple(tokens.shape)} {tokens.dtype}"
+        )
+    if type(tokens) is Tensor and tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in torch.aminmax(tokens))
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"Seq2Seq: {name} holds token ids from {low} to {high}, but the vocabulary has {vocab_size}; "
+                "map unknown tokens to unk_id first"
+            )

@@ -1,0 +1,151 @@
+"""Calls of the compiled LSTM operators, and the plain loop that they are compared with."""
+
+import contextlib
+
+import torch
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from fastseq.testing.numerics import assert_all_accurate
+
+ops = torch.ops.fastseq
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LAYOUTS = ["full", "lengths", "packed"]
+DIRECTIONS = {"forward": (False,), "reverse": (True,), "both": (False, True)}  # which of them run backwards
+PER_STEP = (True, False, False, True)  # of the results output, h_n, c_n, cell states
+
+
+def dtype_id(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def threads(count: int):
+    """That many threads inside, as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def loop(x, h0, c0, weight_ih, weight_hh, bias, lengths, backwards):
+    """One direction of the LSTM, a sequence and a step at a time: output, h_n, c_n, cell states. Differentiable.
+
+    x (T, B, I); h0, c0 (B, H); bias (4H,); results (T, B, H) and (B, H).
+    """
+    T, B, _ = x.shape
+    H = h0.size(1)
+    gates_x, zero, columns = x @ weight_ih.T + bias, h0.new_zeros(H), []
+    for b in range(B):
+        h, c, length = h0[b], c0[b], int(lengths[b])
+        outputs, cells = [zero] * T, [zero] * T
+        for t in reversed(range(length)) if backwards else range(length):
+            i, f, g, o = (gates_x[t, b] + weight_hh @ h).split(H)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+            outputs[t], cells[t] = h, c
+        columns.append((torch.stack(outputs), h, c, torch.stack(cells)))
+    output, h_n, c_n, cells = zip(*columns, strict=True)
+    return torch.stack(output, 1), torch.stack(h_n), torch.stack(c_n), torch.stack(cells, 1)
+
+
+def ragged(T, B, smallest):
+    """Lengths that contain the smallest and the largest value, in no order."""
+    return torch.tensor([smallest + (5 * b + T - smallest) % (T - smallest + 1) for b in range(B)])
+
+
+class Problem:
+    """Inputs of one layer, already rounded to the dtype, in the layout under test."""
+
+    def __init__(self, T, B, I, H, layout="full", dtype=torch.float32, direction="forward", bias=True):  # noqa: E741
+        self.lengths = torch.full((B,), T)
+        if layout == "lengths":
+            self.lengths = ragged(T, B, smallest=0)
+        if layout == "packed":
+            self.lengths = ragged(T, B, smallest=1).sort(descending=True).values
+        self.layout, self.dtype, self.backwards = layout, dtype, DIRECTIONS[direction]
+        self.reverse = direction == "reverse"
+        D = len(self.backwards)
+        self.x = torch.randn(T, B, I).to(dtype)
+        self.h0, self.c0 = torch.randn(D, B, H).to(dtype), torch.randn(D, B, H).to(dtype)
+        self.weights = []
+        for _ in range(D):
+            self.weights += [I**-0.5 * torch.randn(4 * H, I), H**-0.5 * torch.randn(4 * H, H)]
+            self.weights += [0.5 * torch.randn(4 * H), 0.5 * torch.randn(4 * H)] if bias else []
+        self.weights = [w.to(dtype) for w in self.weights]
+        self.packed_x, self.batch_sizes = self.pack(self.x)
+
+    def pack(self, padded):
+        """(T, B, X) -> (data in the layout under test, batch_sizes or None)."""
+        if self.layout != "packed":
+            return padded.contiguous(), None
+        packed = pack_padded_sequence(padded, self.lengths)
+        return packed.data.contiguous(), packed.batch_sizes
+
+    def pad(self, data):
+        """What an operator returned, per step -> (T, B, X)."""
+        if self.layout != "packed":
+            return data
+        return pad_packed_sequence(PackedSequence(data, self.batch_sizes), total_length=self.x.size(0))[0]
+
+    def arguments(self):
+        """input, h0, c0, weights."""
+        return self.packed_x, self.h0, self.c0, self.weights
+
+    def sizes(self):
+        return (self.lengths if self.layout == "lengths" else None, self.batch_sizes, self.reverse)
+
+    def forward(self, need_activations=True, need_cell_states=True):
+        return ops.lstm_forward(*self.arguments(), *self.sizes(), need_activations, need_cell_states)
+
+    def backward(self, upstream, saved, need_input=True, need_weights=True):
+        """upstream: gradients of output, h_n, c_n, cell states, or None; saved: activations, cell states."""
+        return ops.lstm_backward(*upstream, *self.arguments(), *saved, *self.sizes(), need_input, need_weights)
+
+    def both(self):
+        """Everything that a forward and a backward return, with gradients of all results."""
+        results = self.forward()
+        output, h_n, c_n, activations, cells = results
+        upstream = output, h_n, c_n, cells.to(self.dtype)
+        grads = self.backward(upstream, (activations, cells))
+        return [*results, *grads[:3], *grads[3]]
+
+    def loop(self, dtype):
+        """The loop in one dtype: output, h_n, c_n, cell states; and the leaves: input, h0, c0, weights."""
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (self.x, self.h0, self.c0, *self.weights)]
+        x, h0, c0, *weights = leaves
+        count = len(weights) // len(self.backwards)
+        found = []
+        for d, backwards in enumerate(self.backwards):
+            weight_ih, weight_hh, *biases = weights[d * count : (d + 1) * count]
+            bias = sum(biases) if biases else x.new_zeros(())
+            found.append(loop(x, h0[d], c0[d], weight_ih, weight_hh, bias, self.lengths, backwards))
+        output, h_n, c_n, cells = zip(*found, strict=True)
+        return (torch.cat(output, 2), torch.stack(h_n), torch.stack(c_n), torch.cat(cells, 2)), leaves
+
+
+def check(problem: Problem) -> None:
+    """Results and all gradients of the operators against the loop in float64."""
+    exact, exact_leaves = problem.loop(torch.float64)
+    plain, plain_leaves = problem.loop(problem.dtype)
+    output, h_n, c_n, activations, cells = problem.forward()
+    names, results = ("output", "h_n", "c_n", "cells"), (problem.pad(output), h_n, c_n, problem.pad(cells))
+    found = [dict(zip(names, group, strict=True)) for group in (results, exact, plain)]
+    found[0]["cells"] = found[0]["cells"].to(problem.dtype)
+    assert_all_accurate(*found)
+
+    upstream = [torch.randn(t.shape).to(problem.dtype) for t in exact]
+    torch.autograd.backward(exact, [g.double() for g in upstream])
+    torch.autograd.backward(plain, upstream)
+    given = [problem.pack(g)[0] if per_step else g for g, per_step in zip(upstream, PER_STEP, strict=True)]
+    grad_input, grad_h0, grad_c0, grad_weights = problem.backward(given, (activations, cells))
+    assert len(grad_weights) == 3 * len(problem.backwards)
+    grads = [problem.pad(grad_input), grad_h0, grad_c0]
+    for weight_ih, weight_hh, bias in zip(*(grad_weights[k::3] for k in range(3)), strict=True):
+        grads += [weight_ih, weight_hh, bias, bias][: len(problem.weights) // len(problem.backwards)]
+    leaves = [[leaf.grad for leaf in leaves] for leaves in (exact_leaves, plain_leaves)]
+    names = ("input", "h0", "c0", *(f"weights[{k}]" for k in range(len(problem.weights))))
+    found = [{f"grad of {n}": g for n, g in zip(names, group, strict=True)} for group in (grads, *leaves)]
+    assert_all_accurate(*found, factor=3)

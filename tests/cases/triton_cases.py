@@ -1,0 +1,47 @@
+"""Shared by the suites that run in Triton's interpreter: tests/test_triton.py starts them, TRITON_INTERPRET=1 set.
+
+An operation is a function of named tensors that returns named results. It is run by the kernels under test, by the
+float64 oracle and by torch in the same dtype, each with gradients of a loss in which every element has its own factor.
+"""
+
+import os
+
+import torch
+import triton_interpreter  # noqa: F401  repairs bfloat16
+
+from fastseq.testing.numerics import assert_all_accurate
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "start tests/test_triton.py: it runs this file in the interpreter"
+torch.use_deterministic_algorithms(True)  # memory of torch.empty and its kin is then filled with NaN
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def draw(dtype, **shapes):
+    """Named leaves of standard normal values, rounded to ``dtype``; None stays None."""
+    return {name: None if shape is None else torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
+def run(operation, tensors, dtype):
+    """-> (results, gradients), both by name."""
+    leaves = {n: None if t is None else t.detach().to(dtype).requires_grad_() for n, t in tensors.items()}
+    results = operation(**leaves)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(
+        (out.double() * torch.randn(out.shape, generator=generator, dtype=torch.float64)).sum()
+        for out in results.values()
+    )
+    wanted = {n: t for n, t in leaves.items() if t is not None}
+    return results, dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
+
+
+def check(kernels, oracle, tensors, dtype, baseline=None) -> None:
+    """Outputs within 2 times, gradients within 3 times torch's own error (fastseq/testing.py).
+
+    ``tensors``: one draw of named tensors, or several where results are so small that torch's own error is luck.
+    """
+    draws = tensors if isinstance(tensors, list) else [tensors]
+    sides = ((kernels, dtype), (oracle, torch.float64), (baseline or oracle, dtype))
+    found = [[run(operation, draw, width) for draw in draws] for operation, width in sides]
+    for kind, factor in ((0, 2), (1, 3)):
+        stacked = [{name: torch.stack([r[kind][name] for r in side]) for name in side[0][kind]} for side in found]
+        assert_all_accurate(*stacked, factor=factor)

@@ -1,0 +1,288 @@
+"""``benchmarks/gpu_check.py``: the whole command without a GPU, and what it does when things go wrong."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu_check
+import gpu_report
+import gpu_worker
+import pytest
+import torch
+
+from fastseq.parity.cases import GRIDS
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+COMMAND = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
+
+
+def start(*options, **environment) -> subprocess.Popen:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("FASTSEQ_", "TRITON_INTERPRET"))}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*COMMAND, *map(str, options)], env=env | environment, **pipes)
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+@needs_triton
+def test_the_simulated_command_walks_everything(tmp_path):
+    process = start("--out", tmp_path, "--minutes", 60, FASTSEQ_SIM="1", OMP_NUM_THREADS="1")
+    _, told = process.communicate()
+    assert process.returncode == 0, told + (tmp_path / "log.txt").read_text()
+    data, text = read(tmp_path), (tmp_path / "report.md").read_text()
+    assert data["finished"]
+    assert [stage["stage"] for stage in data["stages"]] == list(gpu_check.STAGES)
+    assert "no GPU; native is" in data["environment"]["facts"]["simulation"]
+    checked = {(row["op"], row["backend"]) for row in data["parity"] if row["verdict"] == "ok"}
+    assert checked >= {(op, name) for op in ("lstm_cell", "lstm", "attention") for name in ("native", "triton")}
+    timed = {(row["case"].split(" ")[0], row["mode"], row["candidate"]) for row in data["bench"]}
+    for kind in ("lstm", "packed", "cell", "additive", "dot"):
+        for mode in ("inference", "training"):
+            assert {(kind, mode, name) for name in ("native", "triton", "auto")} <= timed
+    row = next(row for row in data["bench"] if row["case"].startswith("lstm (3,") and row["candidate"] == "native")
+    assert row["us_per_step"] == pytest.approx(1e3 * row["median_ms"] / 3)
+    assert row["over_limit"] == pytest.approx(row["us_per_step"] / row["limit_us_per_step"])
+    assert "its times mean nothing" in text.splitlines()[0]
+    for title in ("## Stages", "## Parity", "## Speed"):
+        assert title in text
+    assert "## Wrong" not in text
+
+
+def test_a_cut_run_leaves_whole_files(tmp_path):
+    """Killed in the middle of the parity stage: what was found until then is there."""
+    process = start("--out", tmp_path, "--minutes", 5, "--only", "parity", FASTSEQ_SIM="1", OMP_NUM_THREADS="1")
+    while process.poll() is None and not ((tmp_path / "report.json").exists() and read(tmp_path)["parity"]):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    data = read(tmp_path)
+    assert data["parity"][0]["verdict"] == "ok"
+    assert not data["finished"]
+    assert "not finished" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    process = start("--out", tmp_path)
+    out, told = process.communicate()
+    assert (process.returncode, out) == (2, "")
+    assert told == "gpu_check: torch sees no GPU here; FASTSEQ_SIM=1 walks the command without one.\n"
+
+
+def test_help_teaches():
+    process = start("--help")
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    for name in (*gpu_check.STAGES, "Exit code", "FASTSEQ_SIM=1", "report.json"):
+        assert name in out
+
+
+STUB = """
+import json, os, sys, time
+def tell(message):
+    print(json.dumps(message), flush=True)
+for line in sys.stdin:
+    task = json.loads(line)
+    if task["task"] == "environment":
+        tell({"row": {"facts": {"simulation": "a stub"}, "cuda_kernels": True}})
+    else:
+        about = {k: task[k] for k in ("op", "case", "dtype", "mode") if k in task}
+        for backend in task["backends"]:
+            tell({"doing": backend})
+            if backend == "native":
+                FATE
+            who = {"backend": backend, "candidate": backend}
+            tell({"row": about | who | {"verdict": "ok", "of_bound": 0.5, "detail": ""}})
+    print("not JSON: a tool around it speaks")
+    tell({"done": True})
+"""
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    """Puts a script in the place of the worker; its ``fate`` is what native comes to."""
+
+    def replace(fate: str, *arguments: str) -> None:
+        script = tmp_path / "stub.py"
+        script.write_text(STUB.replace("FATE", fate))
+        monkeypatch.setattr(gpu_check, "WORKER", [sys.executable, str(script), *arguments])
+        monkeypatch.setattr(gpu_check, "START_SECONDS", 20.0)
+        for module in (gpu_check, gpu_worker):
+            monkeypatch.setattr(module, "SIMULATED", True)
+
+    return replace
+
+
+FATES = {"time.sleep(99)": "hung: nothing for 3 s while doing native; killed",
+         "os._exit(7)": "died with exit code 7 while doing native"}  # fmt: skip
+
+
+@pytest.mark.parametrize("fate", FATES)
+@pytest.mark.parametrize("stage", ["parity", "bench"])
+def test_a_worker_that_is_lost_costs_what_it_did_only(stage, fate, stub, tmp_path, capsys):
+    stub(fate)
+    silence = "3" if "sleep" in fate else "60"  # a stub that works may be slow, too
+    code = gpu_check.main(["--out", str(tmp_path), "--only", stage, "--silence", silence, "--minutes", "60"])
+    assert code == 1
+    rows = read(tmp_path)[stage]
+    lost = [row for row in rows if row["verdict"] == "lost"]
+    assert [row["detail"] for row in lost] == [FATES[fate]] * gpu_check.TOO_OFTEN, "then native gets no more tasks"
+    tasks = int(read(tmp_path)["stages"][-1]["note"].split(" ")[0])
+    assert read(tmp_path)["stages"][-1]["note"] == f"{tasks} of {tasks} tasks; given up: native"
+    key = "backend" if stage == "parity" else "candidate"
+    assert sum(row[key] == "triton" and row["verdict"] == "ok" for row in rows) == tasks
+    text = (tmp_path / "report.md").read_text()
+    assert "## Wrong" in text and FATES[fate] in text
+
+
+def test_an_exception_in_a_task_is_a_row_and_the_worker_goes_on(monkeypatch):
+    def broken(task, tell):
+        tell({"doing": "timing"})
+        raise RuntimeError("CUDA out of memory")
+
+    told = []
+    monkeypatch.setitem(gpu_worker.TASKS, "bench", broken)
+    monkeypatch.setattr(gpu_worker, "SIMULATED", True)
+    gpu_worker.serve({"task": "bench", "case": "lstm", "mode": "training"}, told.append)
+    row = {"case": "lstm", "mode": "training", "candidate": "timing", "verdict": "failed"}
+    row |= {"detail": "RuntimeError: CUDA out of memory"}
+    assert told == [{"doing": "timing"}, {"row": row}, {"done": True}]
+
+
+def test_a_first_answer_may_take_longer_than_the_next(stub, tmp_path):
+    stub("time.sleep(99)")
+    worker = gpu_check.Worker(gpu_check.WORKER, tmp_path / "log.txt")
+    with pytest.raises(gpu_check.Lost, match="nothing for 1 s while doing native"):
+        list(worker.ask({"task": "parity", "backends": ["native"]}, silence=1.0, start=20.0))
+
+
+def test_a_worker_that_never_starts(stub, tmp_path, monkeypatch):
+    stub("pass")
+    monkeypatch.setattr(gpu_check, "WORKER", [sys.executable, "-c", "raise SystemExit(3)"])
+    assert gpu_check.main(["--out", str(tmp_path), "--only", "parity", "--minutes", "5"]) == 1
+    notes = [stage["note"] for stage in read(tmp_path)["stages"]]
+    assert notes[0] == "broken off: died with exit code 3 while doing starting"
+    assert notes[1] == f"{gpu_check.TOO_OFTEN} of 3 tasks; no worker starts, see log.txt"
+    assert gpu_check.main(["--out", str(tmp_path), "--only", "latencies"]) == 1
+
+
+def test_time_that_is_up_leaves_tasks(stub, tmp_path):
+    stub("time.sleep(0.2)")
+    assert gpu_check.main(["--out", str(tmp_path), "--only", "bench", "--minutes", "0.02"]) == 0
+    done, total = map(int, read(tmp_path)["stages"][-1]["note"].split(" ")[:3:2])
+    assert done < total
+
+
+WRONG_LSTM = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import gpu_worker
+from fastseq.ops.lstm import native
+right = native.forward
+def bent(*args):
+    output, *rest = right(*args)
+    return output * 1.05, *rest
+native.forward = bent
+gpu_worker.main()
+"""
+
+
+def test_a_wrong_kernel_is_exit_code_1(tmp_path, monkeypatch, stub):
+    stub("pass")
+    script = tmp_path / "wrong.py"
+    script.write_text(WRONG_LSTM.format(folder=str(ROOT / "benchmarks")))
+    monkeypatch.setattr(gpu_check, "WORKER", [sys.executable, str(script)])
+    monkeypatch.setenv("FASTSEQ_SIM", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(gpu_check, "BACKENDS", ["native"])
+    monkeypatch.delitem(gpu_check.STAGES, "compile")
+    assert gpu_check.main(["--out", str(tmp_path), "--minutes", "60", "--silence", "600"]) == 1
+    data = read(tmp_path)
+    verdicts = {row["op"]: row["verdict"] for row in data["parity"] if row["op"] in ("lstm", "attention")}
+    assert verdicts == {"lstm": "WRONG", "attention": "ok"}
+    assert all("exceeds" in row["detail"] for row in data["parity"] if row["op"] == "lstm")
+    wrong = {(row["case"].split(" ")[0], row["candidate"]) for row in data["bench"] if row["verdict"] == "WRONG"}
+    assert wrong >= {("lstm", "native"), ("packed", "native")}
+    timed = {(row["case"], row["candidate"]) for row in data["bench"] if "us_per_step" in row}
+    assert not {(case, name) for case, name in timed if case.startswith("lstm (") and name == "native"}, "no figure"
+    assert any(case.startswith("cell") and name == "native" for case, name in timed)
+
+
+TOOLS = {
+    "clean": ('exec "$@"', "clean", 0),
+    "finds": ('"$@"; exit 9', "FOUND", 1),
+    "refuses": ("echo no such device >&2; exit 3", "not finished", 0),
+    "breaks": ('"$@"; exit 4', "refused (exit code 4)", 0),
+}
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_sanitizers(name, stub, tmp_path, monkeypatch):
+    """A finding counts; a tool that refuses is told."""
+    stub("pass")
+    script, verdict, wrong = TOOLS[name]
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    skip = 'while [ "${1#--}" != "$1" ]; do shift 2; done\n'  # the tool's own options
+    tool.write_text(f"#!/bin/sh\n{skip}{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    for module in (gpu_check, gpu_worker):
+        monkeypatch.setattr(module, "SIMULATED", False)
+    check = gpu_check.Check(gpu_check.parse(["--out", str(tmp_path / "out")]), "")
+    assert gpu_check.run_sanitizers(check) == "done"
+    rows = check.report.data["sanitizer"]
+    assert [(row["tool"], row["verdict"]) for row in rows] == [(tool, verdict) for tool in gpu_check.SANITIZERS]
+    assert len(check.report.wrong()) == wrong * len(rows)
+
+
+def test_the_smallest_cases_are_in_the_grid():
+    names = {f"{case.op} {case.name}" for case in GRIDS["quick"]()}
+    assert set(gpu_check.SMALLEST) <= names
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_latencies_compile_for_every_architecture(tmp_path):
+    source = ROOT / "benchmarks" / "latencies.cu"
+    command = ["nvcc", *gpu_check.NVCC_FLAGS, "-Xptxas", "-warn-spills,-Werror", source, "-o", tmp_path / "latencies"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run = subprocess.run([tmp_path / "latencies"], capture_output=True, text=True)
+    if not torch.cuda.is_available():
+        assert (run.returncode, run.stdout) == (1, "")
+        assert run.stderr.startswith("GPU: ")
+
+
+def test_latencies_become_rows(tmp_path, monkeypatch, stub):
+    stub("pass")
+    monkeypatch.setattr(gpu_check, "SIMULATED", False)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "build").mkdir()
+    (tmp_path / "benchmarks" / "latencies.cu").write_text("")
+    program = tmp_path / "build" / "latencies"
+    row = {"what": "grid barrier", "where": "132 blocks", "number": 0.9, "value": "0.9 µs"}
+    program.write_text(f"#!/bin/sh\necho '{json.dumps(row)}'\necho 'st.async: trapped' >&2\nexit 1\n")
+    program.chmod(0o755)
+    check = gpu_check.Check(gpu_check.parse(["--out", str(tmp_path / "out")]), "")
+    assert gpu_check.measure_latencies(check) == "exit code 1: st.async: trapped"
+    assert check.report.data["latencies"] == [row], "what came before is kept"
+
+
+def test_the_report_survives_odd_text(tmp_path):
+    report = gpu_report.Report(tmp_path, "gpu_check.py")
+    detail = "a | pipe\nand a new line"
+    report.add(
+        "parity", {"op": "lstm", "case": "c", "dtype": "d", "backend": "b", "verdict": "failed", "detail": detail}
+    )
+    (line,) = [line for line in (tmp_path / "report.md").read_text().splitlines() if "pipe" in line]
+    assert line.count("|") == 5
+    assert report.wrong()[0]["detail"] == detail

@@ -1,0 +1,131 @@
+"""csrc/cuda compiled by nvcc for chips that are not there: one object for each file, and what is in it.
+
+Kept in build/cuda_build by the hash of all it is made of. No GPU, no driver. Triton brings the tools that read objects.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import re
+import runpy
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "build/cuda_build"
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+ARCHITECTURES = (80, 90, 100)  # machine code for these,
+PTX_ARCHITECTURES = (80, 90)  # PTX for these
+FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+
+
+find_cuda = runpy.run_path(str(ROOT / "setup.py"))["find_cuda"]
+
+
+def require() -> None:
+    """Skip the tests of a file where its tools are missing."""
+    pytest.importorskip("triton", reason="needs the cuobjdump that comes with Triton: pip install triton")
+    if find_cuda() is None:
+        pytest.skip("no nvcc was found: install the CUDA toolkit, or set CUDA_HOME", allow_module_level=True)
+
+
+def generate_code() -> list[str]:
+    """Machine code from the nearest PTX, as a driver makes it of the PTX that is shipped."""
+    flags = []
+    for ptx in PTX_ARCHITECTURES:
+        codes = [f"sm_{a}" for a in ARCHITECTURES if nearest_ptx(a) == ptx]
+        flags.append(f"-gencode=arch=compute_{ptx},code=[{','.join(codes)},compute_{ptx}]")
+    return flags
+
+
+def nearest_ptx(architecture: int) -> int:
+    return max(ptx for ptx in PTX_ARCHITECTURES if ptx <= architecture)
+
+
+@functools.cache
+def objects() -> tuple[Path, ...]:
+    """An object for each csrc/cuda/*.cu; beside it, as .log, what ptxas said."""
+    nvcc, jobs = find_cuda() / "bin/nvcc", int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    common = hashlib.sha256(" ".join(FLAGS + generate_code()).encode() + run(nvcc, "--version").stdout.encode())
+
+    def compiled(source: Path) -> Path:
+        key = common.copy()
+        for path in sorted(files_of(source)):
+            key.update(path.read_bytes())
+        out = FOLDER / f"{source.stem}-{key.hexdigest()[:16]}.o"
+        if not out.exists():
+            partial = out.with_suffix(".partial.o")
+            done = run(nvcc, *FLAGS, *generate_code(), "--threads", jobs, "-c", source, "-o", partial)
+            out.with_suffix(".log").write_text(done.stderr)
+            partial.rename(out)
+        return out
+
+    with building(), ThreadPoolExecutor(jobs) as pool:
+        return tuple(pool.map(compiled, SOURCES))
+
+
+def files_of(source: Path) -> set[Path]:
+    """A source and all of this project that it includes."""
+    found, new = set(), [source.resolve()]
+    while new:
+        path = new.pop()
+        found.add(path)
+        names = re.findall(r'^\s*#include "(.*)"', path.read_text(), re.MULTILINE)
+        included = ((path.parent / name).resolve() for name in names)
+        new += [p for p in included if p.exists() and p not in found]
+    return found
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+    """One process builds, the others wait and find it done."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@functools.cache
+def ptx(architecture: int) -> tuple[str, ...]:
+    """The PTX of every object for ``architecture``."""
+    from nvidia_binaries import tool
+
+    texts = []
+    for path in objects():
+        for section in tool("cuobjdump", "-ptx", path).split("\nFatbin "):
+            head, version, text = section.partition("\n.version")
+            if version and f"arch = sm_{architecture}\n" in head:
+                texts.append(version + text)
+    return tuple(texts)
+
+
+def kernels(architecture: int) -> list[str]:
+    """The mangled names of all kernels."""
+    return [name for text in ptx(architecture) for name in re.findall(r"\.entry (\w+)\(", text)]
+
+
+@functools.cache
+def readable(name: str) -> str:
+    """A mangled name as the source spells it, without namespaces and parameters: lstm_cell_forward_kernel<float, 4>."""
+    full = run("c++filt", name).stdout.strip()
+    full = full.replace("(anonymous namespace)::", "").replace("fastseq::cuda::", "")
+    depth = 0
+    for at, character in enumerate(full):
+        depth += {"<": 1, ">": -1}.get(character, 0)
+        if character == "(" and depth == 0:
+            full = full[:at]
+            break
+    return full.removeprefix("void ")
+
+
+def run(*command) -> subprocess.CompletedProcess:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[:4000]}")
+    return done

@@ -1,0 +1,203 @@
+"""``backend="native"`` on CUDA tensors: whole modules through the kernels, on the host-side device everywhere."""
+
+import contextlib
+
+import emulator
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastseq
+from fastseq.dispatch import LSTMCall, _first_rule, objection
+from fastseq.testing.numerics import compare, evaluate
+
+pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="the host-side device needs a C++ compiler")
+
+
+@pytest.fixture
+def as_native(monkeypatch):
+    """With exact float32 products, as the CPU's are."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with emulator.as_native():
+        yield
+
+
+def results(module, input, hx, packed=None, **options):
+    """Outputs, and gradients of input, states and parameters, by name."""
+    input, hx = input.clone().requires_grad_(), tuple(h.clone().requires_grad_() for h in hx)
+    given = input if packed is None else pack_padded_sequence(input, packed, enforce_sorted=False)
+    output, (h_n, c_n), *rest = module(given, hx, **options)
+    outputs = {"output": output if packed is None else output.data, "h_n": h_n, "c_n": c_n}
+    outputs |= {"cell_states": rest[0]} if rest else {}
+    return evaluate(outputs, {"input": input, "h0": hx[0], "c0": hx[1], **dict(module.named_parameters())})
+
+
+def check(T, B, I, H, dtype=torch.float32, packed=None, lengths=None, layers=1, bidirectional=False, bias=True):  # noqa: E741
+    """The native module beside nn.LSTM, in the dtype and in float64."""
+    options = {"num_layers": layers, "bidirectional": bidirectional, "bias": bias}
+    directions = layers * (2 if bidirectional else 1)
+    input, hx = torch.randn(T, B, I).to(dtype), [torch.randn(directions, B, H).to(dtype) for _ in range(2)]
+    plain = torch.nn.LSTM(I, H, **options).to(dtype)
+    ours = fastseq.LSTM(I, H, **options, backend="native").to(dtype)
+    oracle = fastseq.LSTM(I, H, **options, backend="reference").double()
+    extra = {} if lengths is None else {"lengths": lengths}
+    for module in (ours, oracle):
+        module.load_state_dict(plain.state_dict())
+    baseline = plain if lengths is None else fastseq.LSTM(I, H, **options, backend="torch").to(dtype)
+    baseline.load_state_dict(plain.state_dict())
+    found = [
+        results(module, input.to(kind), [h.to(kind) for h in hx], packed, **extra)
+        for module, kind in ((ours, dtype), (oracle, torch.float64), (baseline, dtype))
+    ]
+    wrong = [str(c) for c in compare(*found) if not c.ok]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_layers_and_directions(as_native, dtype):
+    check(4, 3, 5, 16, dtype, layers=2, bidirectional=True)
+
+
+def test_without_bias_and_for_one_sequence(as_native):
+    check(3, 1, 4, 7, bias=False)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_no_sequences_in_two_directions(as_native, capability):
+    module = fastseq.LSTM(4, 8, bidirectional=True, backend="native")
+    with emulator.device(capability=capability):
+        output, (h_n, _) = module(torch.randn(3, 0, 4, requires_grad=True))
+        output.sum().backward()
+    assert (output.shape, h_n.shape) == ((3, 0, 16), (2, 0, 8))
+    assert module.weight_hh_l0.grad.abs().sum() == 0
+
+
+def test_packed_input(as_native):
+    check(5, 4, 3, 8, packed=torch.tensor([2, 5, 1, 4]), bidirectional=True)
+
+
+def test_lengths_with_an_empty_sequence(as_native):
+    check(5, 4, 3, 8, lengths=torch.tensor([2, 0, 5, 4]), bidirectional=True)
+
+
+@pytest.mark.parametrize("kernel", ["grid", "cluster"])
+def test_not_a_bit_depends_on_the_padding(as_native, kernel, monkeypatch):
+    monkeypatch.setenv("FASTSEQ_LSTM_KERNEL", kernel)
+    module = fastseq.LSTM(6, 24, bidirectional=True, backend="native").bfloat16()
+    lengths = torch.tensor([5, 0, 3, 1])
+    padding = torch.arange(5).unsqueeze(1) >= lengths  # (T, B)
+    x, grad = torch.randn(5, 4, 6).bfloat16(), torch.randn(5, 4, 48).bfloat16()
+
+    def run(garbage):
+        input = x.masked_fill(padding.unsqueeze(-1), garbage).requires_grad_()
+        output, (h_n, c_n) = module(input, lengths=lengths)
+        grads = (grad.masked_fill(padding.unsqueeze(-1), garbage), torch.ones_like(h_n), torch.ones_like(c_n))
+        return output, h_n, c_n, *torch.autograd.grad((output, h_n, c_n), (input, *module.parameters()), grads)
+
+    for clean, dirty in zip(run(0.0), run(torch.nan), strict=True):
+        assert torch.equal(clean, dirty)
+
+
+def test_cell_states(as_native):
+    input = torch.randn(4, 3, 5)
+    ours = fastseq.LSTM(5, 8, backend="native")
+    lengths = torch.tensor([4, 0, 2])
+    *_, cells = ours(input, lengths=lengths, return_cell_states=True)
+    ours.backend = "reference"
+    *_, expected = ours(input, lengths=lengths, return_cell_states=True)
+    torch.testing.assert_close(cells, expected)
+
+
+def test_tf32_follows_the_flag_of_torch(as_native, monkeypatch):
+    module, input = fastseq.LSTM(5, 8, backend="native"), torch.randn(4, 3, 5)
+    exact = module(input)[0]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    rounded = module(input)[0]
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(exact, rounded, rtol=0, atol=1e-3)
+
+
+def test_directions_run_one_after_the_other_where_the_device_keeps_the_weights_of_one_only(as_native, monkeypatch):
+    """As on a GPU at large hidden sizes."""
+    from fastseq.ops.lstm import native_cuda
+
+    calls = []
+    fits = native_cuda.fits
+    monkeypatch.setattr(native_cuda, "fits", lambda *a, **k: calls.append(a) or (len(a) < 4 and fits(*a, **k)))
+    check(3, 2, 5, 8, bidirectional=True)
+    assert any(len(call) == 4 for call in calls)
+
+
+def test_the_gpu_of_the_tensors_is_asked_what_fits(as_native, monkeypatch):
+    from fastseq.ops.lstm import native_cuda
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda index: asked.append(index) or contextlib.nullcontext())
+    assert native_cuda.unsupported(LSTMCall("cuda", torch.bfloat16, 4, 8, batch=2, device_index=1)) is None
+    assert asked == [1]
+
+
+def test_double_backward(as_native):
+    module = fastseq.LSTM(3, 4, backend="native")
+    input = torch.randn(3, 2, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(module(input)[0].square().sum(), input, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), input)
+    assert torch.isfinite(second).all() and second.abs().max() > 0
+
+
+def test_the_whole_model_trains(as_native):
+    """Encoder, decoder and attention of a seq2seq model on the kernels: the loss and gradients of the reference."""
+    config = fastseq.Seq2SeqConfig(
+        src_vocab_size=12, tgt_vocab_size=11, embedding_dim=6, hidden_size=8, attention="additive"
+    )
+    model = fastseq.Seq2Seq(config).eval()
+    src, lengths, tgt = torch.randint(4, 11, (3, 5)), torch.tensor([5, 3, 1]), torch.randint(4, 11, (3, 4))
+    found = []
+    for backend in ("native", "reference"):
+        with fastseq.use_backend(backend):
+            logits = model(src, lengths, tgt).logits
+            model.zero_grad()
+            logits.square().mean().backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_what_does_not_fit_is_refused_with_a_way_out(as_native):
+    with pytest.raises(RuntimeError, match=r"hidden_size=4096 .* use backend='torch' or 'triton'"):
+        fastseq.LSTM(4, 4096, backend="native")(torch.randn(2, 3, 4))
+    with pytest.raises(RuntimeError, match="float64"):
+        fastseq.LSTM(4, 5, backend="native").double()(torch.randn(2, 3, 4).double())
+
+
+def test_torch_compile_keeps_one_graph(as_native):
+    from fastseq.ops.lstm import native_cuda
+
+    native_cuda.register_fakes("fastseq_sim")
+    module = fastseq.LSTM(3, 4, backend="native")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    input = torch.randn(3, 2, 3, requires_grad=True)
+    torch.testing.assert_close(compiled(input)[0], module(input)[0])
+    (grad,) = torch.autograd.grad(compiled(input)[0].sum(), input)
+    torch.testing.assert_close(grad, torch.autograd.grad(module(input)[0].sum(), input)[0])
+
+
+CALL = LSTMCall("cuda", torch.bfloat16, 512, 512, batch=32, steps=100)
+
+
+def test_auto_takes_the_kernels_where_cudnn_is_known_to_be_weak_and_says_that_nobody_measured_it(monkeypatch):
+    """Its rows for CUDA are marked until a GPU was there."""
+    from fastseq import _native
+    from fastseq.ops.lstm import native_cuda
+
+    monkeypatch.setattr(_native, "why_not_cuda", lambda index=None: "")
+    monkeypatch.setattr(native_cuda, "fits", lambda *_, **__: True)
+    for call in (CALL, CALL._replace(dtype=torch.float32), CALL._replace(dtype=torch.float16, packed=True)):
+        backend, why = _first_rule("lstm", call)
+        assert backend == "native" and "not measured yet" in why
+    small, half = CALL._replace(hidden_size=128), CALL._replace(dtype=torch.float16)
+    for call in (small, half, CALL._replace(autocast=True), CALL._replace(hidden_size=2048)):
+        assert _first_rule("lstm", call)[0] == "torch"
+    monkeypatch.setattr(native_cuda, "fits", lambda *_, **__: False)
+    assert _first_rule("lstm", CALL)[0] == "torch"
+    assert "use backend='torch' or 'triton'" in objection("lstm", "native", CALL)

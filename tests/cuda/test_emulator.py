@@ -1,0 +1,67 @@
+"""The device that lets CUDA kernels run without a GPU: it must run right kernels, and find what is wrong in others."""
+
+import os
+import subprocess
+
+import emulator
+import pytest
+
+pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="the host-side device needs a C++ compiler")
+
+TOOLS = {
+    "plain": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
+    "thread": ["-fsanitize=thread"],
+}
+
+
+def run(tool: str, scenario: str, seed: int | None = None) -> str:
+    """What the scenario printed, tools' reports included."""
+    flags = [*emulator.FLAGS, *TOOLS[tool], "-O1"]
+    program = emulator.build(f"device_check_{tool}", flags, [emulator.HERE / "device_check.cpp"], program=True)
+    arguments = [str(program), scenario, *([] if seed is None else [str(seed)])]
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=0"}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("scenario", ["reverse", "enclosed", "copy", "ring", "cluster"])
+def test_right_kernels_run_and_no_tool_complains(tool, scenario):
+    assert run(tool, scenario) == "ok\n"
+    for seed in range(5):
+        assert run(tool, scenario, seed) == "ok\n"
+
+
+@pytest.mark.parametrize(
+    ("scenario", "says"),
+    [
+        ("deadlock", "deadlock: block (0, 0, 0) thread 0 waits in __syncthreads"),
+        ("lost lane", "__shfl_sync: a lane of the mask has ended"),
+        ("ring too large", "a cooperative launch of 200 blocks, more than are resident at once"),
+        ("too much shared memory", "a block has no 1048576 bytes"),
+        ("copy without wait", "wrong"),
+        ("cluster without wait", "mbarrier: more arrivals than the phase has"),
+        ("ring with one buffer", "wrong"),
+        ("ring without barrier", "wrong"),
+    ],
+)
+def test_wrong_kernels_are_reported(scenario, says):
+    assert says in run("plain", scenario)
+
+
+RACES = ("reverse without barrier", "enclosed without barrier", "ring with one buffer", "ring without barrier")
+
+
+@pytest.mark.parametrize("scenario", RACES)
+def test_thread_sanitizer_finds_races(scenario):
+    assert "WARNING: ThreadSanitizer: data race" in run("thread", scenario)
+
+
+def test_a_missing_barrier_shows_when_threads_come_in_another_order():
+    assert "wrong\n" in {run("plain", "reverse without barrier", seed) for seed in range(3)}
+
+
+def test_out_of_bounds_and_misaligned_accesses_are_found():
+    assert "AddressSanitizer" in run("address", "out of bounds")
+    assert "misaligned address" in run("address", "misaligned")

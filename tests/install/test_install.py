@@ -1,0 +1,272 @@
+"""Installing without a compiler, and importing where a part is missing: fresh directories, fresh processes."""
+
+import contextlib
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastseq import _native
+from fastseq.dispatch import AttentionCall, LSTMCall, LSTMCellCall, objection, select
+
+ROOT = Path(__file__).parents[2]
+HIDE_LIBRARY = """
+import sys
+class Hide:
+    def find_spec(self, name, *_):
+        if name == "fastseq._C":
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Hide())
+"""
+TRAIN_ONE_STEP = """
+import torch
+import fastseq
+torch.manual_seed(0)
+x = torch.randn(4, 2, 3)
+for backend in ("auto", "reference", "torch"):
+    y, _ = fastseq.LSTM(3, 5, backend=backend)(x)
+    y.sum().backward()
+"""
+
+
+def run(code, site=None, **environment):
+    """Run code in a fresh process outside the source tree; returns its standard output.
+
+    site: the directory of another installation to import fastseq from, instead of the one under test.
+    """
+    command = [sys.executable, "-c", code]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FASTSEQ_")} | environment
+    if site is not None:
+        command.insert(1, "-S")  # no .pth files: an editable install would lend its compiled library
+        env["PYTHONPATH"] = os.pathsep.join((str(site), str(Path(torch.__file__).parent.parent)))
+    process = subprocess.run(command, env=env, text=True, capture_output=True, cwd="/")
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
+
+
+def source_tree(target):
+    """A copy of what a clone holds, without anything built."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for name in ("fastseq", "csrc"):
+        shutil.copytree(ROOT / name, target / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def pip_install(tmp_path, **environment):
+    """Install a copy of the sources into a directory of its own: (directory, the finished process)."""
+    source, target = source_tree(tmp_path / "source"), tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--verbose", "--no-deps", "--no-build-isolation"]
+    process = subprocess.run(
+        [*command, "--disable-pip-version-check", "--target", str(target), str(source)],
+        env=os.environ | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    return target, process
+
+
+@pytest.fixture
+def no_compiler(tmp_path):
+    """An environment in which no program at all is on the PATH."""
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    return {"PATH": str(empty), "CXX": ""}
+
+
+def test_install_without_the_compiled_operators(tmp_path):
+    target, process = pip_install(tmp_path, FASTSEQ_NATIVE="0")
+    assert process.returncode == 0, process.stdout
+    assert "fastseq: installing without the compiled operators: FASTSEQ_NATIVE=0." in process.stdout
+    assert not list(target.glob("fastseq/_C*"))
+    code = (
+        "import fastseq; from fastseq import _native; print(fastseq.__file__, _native.available(), _native.why_not())"
+    )
+    where, available, why = run(code + TRAIN_ONE_STEP, site=target).split(maxsplit=2)
+    assert Path(where).is_relative_to(target)
+    assert available == "False"
+    assert "fastseq._C is not part of this installation" in why
+
+
+def test_install_with_no_compiler_on_the_path(tmp_path, no_compiler):
+    target, process = pip_install(tmp_path, FASTSEQ_NATIVE="", **no_compiler)
+    assert process.returncode == 0, process.stdout
+    assert "without the compiled operators: no C++ compiler was found (install g++ or clang++" in process.stdout
+    assert not list(target.glob("fastseq/_C*"))
+    run(TRAIN_ONE_STEP, site=target)
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"FASTSEQ_NATIVE": "yes"}, "FASTSEQ_NATIVE must be 0, 1 or unset, got 'yes'"),
+        (
+            {"FASTSEQ_CUDA": "1", "FASTSEQ_NATIVE": "0"},
+            "FASTSEQ_CUDA=1, but FASTSEQ_NATIVE=0",
+        ),
+        ({"FASTSEQ_CUDA": "2"}, "FASTSEQ_CUDA must be 0, 1 or unset, got '2'"),
+        ({"FASTSEQ_NATIVE": "1", "CXX": "no-such-compiler"}, "FASTSEQ_NATIVE=1, but no C++ compiler was found"),
+    ],
+    ids=["unknown value", "CUDA without native", "unknown CUDA value", "forced without compiler"],
+)
+def test_setup_refuses_with_a_sentence(tmp_path, environment, sentence):
+    process = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=source_tree(tmp_path / "source"),
+        env=os.environ | environment,
+        text=True,
+        capture_output=True,
+    )
+    assert process.returncode != 0
+    assert sentence in process.stderr
+
+
+def load_setup(monkeypatch):
+    """The functions of setup.py."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_the_toolkit_is_found_by_cuda_home_only_where_it_is_whole(tmp_path, monkeypatch):
+    find_cuda = load_setup(monkeypatch)["find_cuda"]
+    for name in ("bin/nvcc", "include/cuda_runtime.h"):
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        assert find_cuda() != tmp_path
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    assert find_cuda() == tmp_path
+
+
+def test_architectures(monkeypatch):
+    setup = load_setup(monkeypatch)
+    assert setup["generate_code"](setup["cuda_architectures"]()) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a")
+    assert setup["cuda_architectures"]() == ["8.6", "9.0a"]
+    for wrong, sentence in (("Hopper", "expected versions such as 8.0;9.0"), ("7.5", "need compute capability 8.0")):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
+        with pytest.raises(SystemExit, match=sentence):
+            setup["cuda_architectures"]()
+
+
+@pytest.mark.skipif(_native.why_not_cuda() != "", reason=_native.why_not_cuda())
+def test_cuda_operators_are_registered_without_a_gpu():
+    """The library that nvcc helped to build loads beside any build of torch; here it is loaded."""
+    names = ("lstm_cell_forward", "lstm_cell_backward", "lstm_recurrence_forward", "lstm_recurrence_backward")
+    for name in (*names, "attention_forward", "attention_backward", "lstm_step"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastseq::{name}", "CUDA"), name
+
+
+def test_a_library_without_cuda_kernels_says_so(monkeypatch):
+    monkeypatch.setattr(_native, "_module", SimpleNamespace(cuda_architectures=""))
+    assert "built without nvcc" in _native.why_not_cuda()
+    call = LSTMCall("cuda", torch.float32, 8, 8, batch=2, steps=3)
+    assert "built without nvcc" in objection("lstm", "native", call)
+
+
+def test_a_gpu_that_cannot_run_the_cuda_kernels_is_served_by_others(monkeypatch):
+    problem = "no kernel image is available for execution on the device"
+    monkeypatch.setattr(
+        _native, "_module", SimpleNamespace(cuda_architectures="8.0 9.0+PTX", cuda_problem=lambda: problem)
+    )
+    monkeypatch.setattr(_native, "_why_not_gpu_number", _native._why_not_gpu_number.__wrapped__)
+    for name, value in {
+        "is_available": True,
+        "current_device": 0,
+        "device": contextlib.nullcontext(),
+        "get_device_capability": (7, 5),
+        "get_device_name": "Tesla T4",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    calls = [
+        LSTMCall("cuda", torch.float32, 8, 8, batch=2, steps=3, compiling=compiling) for compiling in (False, True)
+    ]
+    calls += [AttentionCall("additive", "cuda", torch.float32), LSTMCellCall("cuda", torch.float32, 8)]
+    for op, call in zip(("lstm", "lstm", "attention", "lstm_cell"), calls, strict=True):
+        sentence = objection(op, "native", call)
+        assert "Tesla T4 (compute capability 7.5)" in sentence
+        assert "8.0, 9.0+PTX" in sentence
+        assert problem in sentence
+        assert select(op, "auto", call) != "native"
+
+
+def test_a_traced_call_asks_what_the_gpu_can_run(monkeypatch):
+    monkeypatch.setattr(_native, "_why_not_gpu_number", lambda index: "x" * len(os.listdir("/")))  # cannot be traced
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def traced(x):
+        return x + 1 if _native._why_not_gpu(0) else x
+
+    assert traced(torch.zeros(1)) == 1
+
+
+@pytest.mark.skipif(_native.why_not_cuda() != "" or torch.cuda.is_available(), reason="needs CUDA kernels and no GPU")
+def test_the_library_knows_that_there_is_no_gpu():
+    assert "driver" in _native._module.cuda_problem()
+
+
+def test_a_failing_compiler_is_an_error(tmp_path):
+    compiler = tmp_path / "bad-compiler"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-dumpversion*|*-dumpfullversion*) echo 12.2.0;; *) exit 1;; esac\n')
+    compiler.chmod(0o755)
+    _, process = pip_install(tmp_path, CXX=str(compiler), FASTSEQ_NATIVE="", MAX_JOBS="1")
+    assert process.returncode != 0
+    assert "Set FASTSEQ_NATIVE=0 to install without them." in process.stdout
+
+
+def test_import_without_the_library():
+    report = "from fastseq import _native; print(_native.why_not()); print(_native.build_info())"
+    why, build_info = run(HIDE_LIBRARY + report + TRAIN_ONE_STEP).splitlines()
+    assert "FASTSEQ_NATIVE=1 pip install" in why
+    assert build_info == "{}"
+
+
+def test_a_library_that_does_not_load_keeps_its_error():
+    broken = "import sys; sys.modules['fastseq._C'] = None\n"
+    assert "fastseq._C" in run(broken + "from fastseq import _native; print(_native.why_not())" + TRAIN_ONE_STEP)
+
+
+def test_import_with_triton_blocked():
+    run("import sys; sys.modules['triton'] = None\n" + TRAIN_ONE_STEP)
+
+
+def test_import_brings_torch_only():
+    code = "import sys, torch; before = set(sys.modules); import fastseq; print(*(set(sys.modules) - before))"
+    brought = {name.split(".")[0] for name in run(code).split()}
+    extras = {
+        "lightning",
+        "pytorch_lightning",
+        "matplotlib",
+        "tokenizers",
+        "sacrebleu",
+        "jsonargparse",
+        "triton",
+        "numpy",
+    }
+    assert not brought & extras
+
+
+@pytest.mark.skipif(not _native.available(), reason="the compiled operators are not part of this install")
+def test_build_info():
+    info = _native.build_info()
+    assert info["compiler"].startswith(("GCC", "Clang"))
+    assert info["cpu"] in ("baseline", "avx2", "avx512", "avx512_bf16")
+    assert "-O3" in info["flags"]
+    assert all(float(name.removesuffix("+PTX").rstrip("af")) >= 8 for name in info["cuda_architectures"])
+
+
+@pytest.mark.skipif(not _native.available(), reason="the compiled operators are not part of this install")
+def test_an_unknown_instruction_set_is_refused():
+    why = run("from fastseq import _native; print(_native.why_not())", FASTSEQ_CPU_ISA="sse9")
+    assert "FASTSEQ_CPU_ISA must be baseline, avx2, avx512, avx512_bf16 or unset" in why

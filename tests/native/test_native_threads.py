@@ -1,0 +1,113 @@
+"""The compiled LSTM on 1, 2 and 3 threads, called from several threads at once, and on every instruction set."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from native_cases import Problem, dtype_id, threads
+from test_native_lstm import PATHS
+
+from fastseq import _native
+
+pytestmark = pytest.mark.skipif(not _native.available(), reason=f"{_native.why_not()}")
+
+TESTS = Path(__file__).parent
+
+
+def assert_same_bits(results, expected):
+    for a, b in zip(results, expected, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))  # saved values past the lengths are NaN
+
+
+@pytest.mark.parametrize("direction", ["reverse", "both"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_threads_change_nothing(dtype, path, direction):
+    problem = Problem(*PATHS[path], "lengths", dtype, direction)
+    expected = problem.both()
+    for count in (2, 3, 1, *4 * (3, 2)):  # again and again: a race shows only when threads overlap
+        with threads(count):
+            assert_same_bits(problem.both(), expected)
+
+
+def test_python_threads_at_once():
+    problems = [Problem(*PATHS[path], "lengths", direction="both") for path in PATHS]
+    expected = [problem.both() for problem in problems]
+
+    def caller(number):
+        with threads(2):  # of this thread, and of those that torch starts from now on
+            for k in range(3 * len(problems)):
+                k = (k + number) % len(problems)
+                assert_same_bits(problems[k].both(), expected[k])
+
+    with ThreadPoolExecutor(4) as callers:
+        for result in [callers.submit(caller, number) for number in range(4)]:
+            result.result()
+
+
+def openmp():
+    """The OpenMP library that torch uses here, or None."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().split() if maps.exists() else []
+    paths = [line for line in lines if "libgomp" in line]
+    return ctypes.CDLL(paths[0]) if paths else None
+
+
+def test_calls_within_a_parallel_region():
+    library = openmp()
+    if library is None:
+        pytest.skip("torch does not use libgomp here, whose entry point this test knows")
+    problem = Problem(*PATHS["panels of a few rows"], "lengths", direction="both")
+    expected, found = problem.both(), []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def region(_):
+        found.append(problem.both())
+
+    with threads(3):
+        library.GOMP_parallel(region, None, 2, 0)
+    assert len(found) == 2
+    for results in found:
+        assert_same_bits(results, expected)
+
+
+@pytest.mark.parametrize("flags", [(), ("-O1", "-fsanitize=thread")], ids=["plain", "ThreadSanitizer"])
+def test_team_with_late_members(flags, tmp_path):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path / "team_check"
+    command = [compiler, "-std=c++20", "-O2", "-pthread", *flags]
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    build = subprocess.run([*command, probe, "-o", program], capture_output=True)
+    if build.returncode or subprocess.run(program).returncode:
+        pytest.skip(f"{compiler} cannot build and run with {' '.join(flags)}")
+    subprocess.run([*command, TESTS / "team_check.cpp", "-o", program], check=True)
+    result = subprocess.run(program, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set_of_this_machine(isa):
+    environment = os.environ | {"FASTSEQ_CPU_ISA": isa}
+    ask = "from fastseq import _native; print(_native.build_info()['cpu'])"
+    used = subprocess.check_output([sys.executable, "-c", ask], env=environment, text=True).strip()
+    if used != isa:
+        pytest.skip(f"this machine has no {isa}")
+    subset = (
+        "layer_matches and both and lengths or every_path and forward or threads_change and both and place or padding"
+        " or rows_beside or cell_matches or roundings or saturate or 16_bit or hundred or denormal or step"
+        " or random_calls"
+    )
+    names = ("native/test_native_lstm", "native/test_native_cell", "native/test_native_threads", "nn/test_decode_step")
+    files = [TESTS.parent / f"{name}.py" for name in names]
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-p", "no:cacheprovider", "-k", subset]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

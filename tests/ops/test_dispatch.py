@@ -1,0 +1,266 @@
+"""Which backend serves what, by name, by block, by environment variable; and what fastseq says about it."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import fastseq
+from fastseq import LSTM, _native, dispatch
+from fastseq.dispatch import LSTMCall, LSTMCellCall, select
+from fastseq.ops.lstm import torch as torch_backend
+from fastseq.ops.lstm.torch import runs_under_autocast
+
+CALL = LSTMCall("cpu", torch.float32, 4, 5, batch=2, steps=3)
+X = torch.randn(3, 2, 4)
+needs_native = pytest.mark.skipif(not _native.available(), reason="the compiled operators are not part of this install")
+
+
+def run(code: str, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
+
+
+def served(**kwargs) -> str:
+    with dispatch.record() as choices:
+        LSTM(4, 5, **kwargs)(X)
+    (choice,) = choices
+    return choice.backend
+
+
+def test_argument_beats_block_beats_default():
+    default = served()
+    assert default != "reference"
+    with fastseq.use_backend("reference"):
+        assert served() == "reference"
+        assert served(backend="torch") == "torch"
+        with fastseq.use_backend("torch"):
+            assert served() == "torch"
+        assert served() == "reference"
+    assert served() == default
+
+
+def test_records_nest_and_belong_to_a_thread():
+    lstm = LSTM(4, 5)
+    with dispatch.record() as outer:
+        with dispatch.record() as inner:
+            pass
+        thread = threading.Thread(target=lstm, args=(X,))
+        thread.start()
+        thread.join()
+        lstm(X)
+    assert (len(inner), len(outer)) == (0, 1)
+
+
+def test_an_empty_environment_variable_means_auto():
+    assert run("import fastseq", FASTSEQ_BACKEND="").returncode == 0
+
+
+@needs_native
+def test_auto_follows_the_measurements():
+    def chosen(op, call):
+        return select(op, "auto", call)
+
+    padded = CALL._replace(batch=32, steps=50)
+    wide = dispatch._wide_vectors()
+    assert chosen("lstm", padded) == ("native" if wide else "torch")
+    assert chosen("lstm", padded._replace(batch=4)) == "native"
+    assert chosen("lstm", padded._replace(device="cuda")) == "torch"
+    autocast = padded._replace(autocast=True, dtype=torch.bfloat16)
+    assert chosen("lstm", autocast) == ("torch" if runs_under_autocast(torch.bfloat16) else "native")
+    assert chosen("lstm", padded._replace(proj_size=3)) == "torch"
+    for changes in (dict(packed=True), dict(lengths=True), dict(dtype=torch.float16)):
+        assert chosen("lstm", padded._replace(**changes)) == "native"
+    assert chosen("lstm", padded._replace(dtype=torch.float64)) == "torch"
+    assert chosen("lstm", padded._replace(dtype=torch.float64, batch=1)) == "native"
+    cell, x = fastseq.LSTMCell(4, 5), X[0]
+    with dispatch.record() as choices:
+        cell(x)
+        with torch.no_grad():
+            cell(x)
+        fastseq.ops.lstm_cell(torch.randn(2, 20), torch.randn(2, 5))
+    assert [choice.backend for choice in choices] == ["torch", "native", "native"]
+    gates = LSTMCellCall("cuda", torch.float32, 5)
+    assert chosen("lstm_cell", gates._replace(with_gemms=True)) == "torch"
+    if not _native.why_not_cuda():
+        assert chosen("lstm_cell", gates) == "native"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("changes", [dict(batch=1), dict(batch=256), dict(compiling=True)], ids=str)
+def test_auto_gives_cells_that_train_to_torch(device, dtype, changes):
+    """What LSTMCell relies on when it does not ask."""
+    call = LSTMCellCall(device, dtype, 4, with_gemms=True, requires_grad=True, **changes)
+    assert select("lstm_cell", "auto", call) == "torch"
+
+
+def test_a_cell_that_trains_takes_the_short_path_only_under_auto(monkeypatch):
+    cell, x = fastseq.LSTMCell(4, 5), X[0]
+    asked = []
+    monkeypatch.setattr("fastseq.nn.lstm_cell.select", lambda *args: asked.append(args[1]) or "reference")
+    cell(x)
+    assert not asked
+    with fastseq.use_backend("reference"):
+        cell(x)
+    with dispatch.record():
+        cell(x)
+    cell.backend = "reference"
+    cell(x)
+    assert asked == ["auto", "auto", "reference"]
+
+
+@pytest.mark.parametrize(
+    ("wide", "matrix", "products", "inference", "training"),
+    [
+        (True, False, False, "native", "native"),
+        (True, False, True, "torch", "native"),
+        (True, True, True, "torch", "torch"),
+        (False, False, False, "torch", "torch"),
+    ],
+)
+def test_auto_leaves_bfloat16_to_who_multiplies_it_faster(wide, matrix, products, inference, training, monkeypatch):
+    monkeypatch.setattr(dispatch, "_wide_vectors", lambda: wide)
+    monkeypatch.setattr(dispatch, "_matrix_unit", lambda: matrix)
+    monkeypatch.setattr(dispatch, "_bfloat16_products", lambda: products)
+    call = CALL._replace(batch=32, steps=50, dtype=torch.bfloat16)
+    assert select("lstm", "auto", call) == inference
+    assert select("lstm", "auto", call._replace(requires_grad=True)) == training
+
+
+def test_block_ends_with_an_exception():
+    with pytest.raises(KeyError), fastseq.use_backend("reference"):
+        raise KeyError
+    assert served() != "reference"
+
+
+def test_environment_variable():
+    code = "import fastseq, torch; print(fastseq.explain(fastseq.LSTM(4, 5), torch.randn(3, 2, 4)))"
+    assert "-> reference: asked for by name" in run(code, FASTSEQ_BACKEND="reference").stdout
+    refused = run(code, FASTSEQ_BACKEND="cudnn")
+    assert refused.returncode != 0
+    assert "FASTSEQ_BACKEND: unknown backend 'cudnn'; choose one of 'auto'" in refused.stderr
+
+
+def test_unknown_names_list_the_valid_ones():
+    for attempt in (lambda: select("lstm", "cuda", CALL), lambda: fastseq.use_backend("cuda").__enter__()):
+        with pytest.raises(ValueError, match="'auto', 'reference', 'torch', 'native', 'triton'"):
+            attempt()
+
+
+def test_a_named_backend_never_falls_back():
+    with pytest.raises(RuntimeError, match="triton backend runs on CUDA and ROCm tensors"):
+        LSTM(4, 5, backend="triton")(X)
+    with pytest.raises(RuntimeError, match="cannot return the cell states"):
+        LSTM(4, 5, backend="torch")(X, return_cell_states=True)
+
+
+@needs_native
+def test_native_says_what_it_cannot_do():
+    with pytest.raises(RuntimeError, match="no projection"):
+        LSTM(4, 5, proj_size=2, backend="native")(X)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(return_cell_states=True),
+        dict(compiling=True, lengths=True, batch=None, steps=None),
+        dict(proj_size=2, return_cell_states=True),
+        dict(dtype=torch.float16),
+    ],
+    ids=str,
+)
+def test_auto_always_finds_a_backend_that_serves(changes):
+    call = CALL._replace(**changes)
+    chosen = select("lstm", "auto", call)
+    assert dispatch.objection("lstm", chosen, call) is None
+
+
+def test_auto_never_picks_an_unavailable_kernel(monkeypatch):
+    monkeypatch.setattr(_native, "available", lambda: False)
+    monkeypatch.setattr(_native, "why_not", lambda: "it was not built.")
+    assert select("lstm", "auto", CALL._replace(return_cell_states=True)) == "reference"
+    traced = CALL._replace(compiling=True, lengths=True, batch=None, steps=None)  # batch and steps are None: dynamic
+    assert select("lstm", "auto", traced) == "reference"
+    with pytest.raises(RuntimeError, match="it was not built"):
+        select("lstm", "native", CALL)
+    assert "it was not built" in fastseq.info()
+
+
+def test_every_rule_names_a_known_kernel_and_its_evidence():
+    for rule in dispatch.RULES:
+        assert (rule.op, rule.backend) in dispatch.IMPLEMENTATIONS
+        assert rule.why
+
+
+def test_explain_names_backend_reason_and_objections():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.cell = LSTM(4, 5), fastseq.LSTMCell(5, 5, backend="reference")
+
+        def forward(self, x):
+            return self.cell(self.lstm(x)[0][-1])
+
+    text = fastseq.explain(Two(), X)
+    assert "lstm (1x:" in text
+    assert "lstm_cell (1x:" in text
+    assert "-> reference: asked for by name" in text
+    assert "triton: lstm: the triton backend runs on CUDA" in text
+    assert "accelerate" in fastseq.explain(nn.Linear(4, 4), X)
+
+
+def test_info_has_a_row_for_every_op_and_a_sentence_for_every_no():
+    text = fastseq.info()
+    table = text[text.index("backends on cpu") :].splitlines()
+    for op in dispatch.OPS:
+        (row,) = (line.split() for line in table if line.split()[:1] == [op])
+        assert len(row) == len(dispatch.BACKENDS)
+        for name, cell in zip(dispatch.BACKENDS[1:], row[1:], strict=True):
+            assert cell in ("yes", "no")
+            assert (f"no {name} for {op}:" in text) == (cell == "no")
+
+
+def test_import_with_triton_blocked_and_with_the_native_library_missing():
+    code = (
+        "import sys; sys.modules['triton'] = None; sys.modules['fastseq._C'] = None\n"
+        "import torch, fastseq\n"
+        "assert not fastseq._native.available()\n"
+        "m = fastseq.LSTM(4, 5, 2, bidirectional=True); y, _ = m(torch.randn(3, 2, 4), lengths=torch.tensor([1, 3]))\n"
+        "y.sum().backward(); m(torch.randn(3, 2, 4), return_cell_states=True)\n"
+        "fastseq.LSTMCell(4, 5)(torch.randn(2, 4))\n"
+        "fastseq.Attention(4, 4)(torch.randn(2, 3, 4), torch.randn(2, 5, 4))\n"
+        "print(fastseq.info())"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert "native                missing: " in result.stdout
+
+
+def test_import_brings_torch_only():
+    code = (
+        "import sys, torch; before = {m.split('.')[0] for m in sys.modules}\n"
+        "import fastseq; print(*sorted({m.split('.')[0] for m in sys.modules} - before))"
+    )
+    assert run(code).stdout.split() == ["fastseq"]
+
+
+def test_cudnn_gets_states_in_one_piece_and_may_be_differentiated_in_eval_mode(monkeypatch):
+    """Tensors on meta stand for those on a GPU; a CPU would not mind."""
+    calls = []
+
+    def kernel(input, hx, weights, bias, layers, dropout, training, *rest):
+        calls.append((all(h.is_contiguous() for h in hx), dropout, training))
+        return input, *hx
+
+    monkeypatch.setattr(torch_backend, "_vf_lstm", kernel)
+    x, h = torch.empty(4, 3, 2, device="meta"), torch.empty(3, 2, 5, device="meta").transpose(0, 1)
+    torch_backend.stack(x, (h, h), [], num_layers=2, dropout=0.5)
+    torch_backend.stack(x, (h, h), [], num_layers=2, dropout=0.5, training=True)
+    with torch.no_grad():
+        torch_backend.stack(x, (h, h), [], num_layers=2, dropout=0.5)
+    assert calls == [(True, 0.0, True), (True, 0.5, True), (True, 0.5, False)]

@@ -1,0 +1,226 @@
+"""Every Triton kernel compiled ahead of time for GPUs that are not there, as its launcher would compile it there.
+
+tests/triton_table.json holds what the compiler made of them. After a change that is meant:
+python tests/test_triton_binaries.py, which writes it anew for the installed version of Triton.
+"""
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed on this platform")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
+
+import triton
+from triton_binaries import facts
+
+import fastseq
+from fastseq import ops
+from fastseq.ops.common.triton.compile import compiled, compiling_for
+from fastseq.ops.common.triton.runtime import CHIPS
+from fastseq.warmup import warmup
+
+TABLE = Path(__file__).with_name("triton_table.json")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def zeros(dtype, *shapes):
+    return [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def cell(H, dtype, N=3):
+    h, c = ops.lstm_cell(*zeros(dtype, (N, 4 * H), (N, H)), backend="triton")
+    (h.sum() + c.sum()).backward()
+
+
+def lstm(H, dtype, T=2, B=2):
+    input, h0, c0, *weights = zeros(dtype, (T, B, H), (B, H), (B, H), (4 * H, H), (4 * H, H), (4 * H,), (4 * H,))
+    output, (h_n, c_n) = ops.lstm(input, (h0, c0), *weights, lengths=torch.full((B,), T), backend="triton")
+    (output.sum() + h_n.sum() + c_n.sum()).backward()
+
+
+def attention(score, A, D, dtype, T=3, S=4, B=2):
+    query, keys, values, *more = zeros(dtype, (B, T, A), (B, S, A), (B, S, D), *([(A,)] * 2 if score != "dot" else []))
+    context, weights = ops.attention(
+        query, keys, values, score=score, **dict(zip(("weight", "bias"), more, strict=False)),
+        lengths=torch.full((B,), S), need_weights=True, backend="triton",
+    )  # fmt: skip
+    (context.sum() + weights.sum()).backward()
+
+
+CASES = {
+    "lstm_cell 512 float32": lambda: cell(512, F32),
+    "lstm_cell 512 bfloat16": lambda: cell(512, BF16),
+    "lstm 16 float16": lambda: lstm(16, F16),
+    "lstm 64 float32": lambda: lstm(64, F32),
+    "lstm 128 bfloat16": lambda: lstm(128, BF16),
+    "lstm 128 float32": lambda: lstm(128, F32),
+    "lstm 257 bfloat16": lambda: lstm(257, BF16),
+    "lstm 512 float32": lambda: lstm(512, F32),
+    "lstm 512 bfloat16": lambda: lstm(512, BF16),
+    "lstm 1024 float32": lambda: lstm(1024, F32),
+    "lstm 1024 bfloat16": lambda: lstm(1024, BF16),
+    "attention dot 512 512 bfloat16": lambda: attention("dot", 512, 512, BF16),
+    "attention dot 256 1024 float32": lambda: attention("dot", 256, 1024, F32),
+    "attention additive 512 1024 bfloat16": lambda: attention("additive", 512, 1024, BF16),
+    "attention dot 257 300 float32": lambda: attention("dot", 257, 300, F32),
+    "attention additive 257 300 float16": lambda: attention("additive", 257, 300, F16),
+    "attention additive 256 512 float32": lambda: attention("additive", 256, 512, F32),
+}
+NO_PRODUCT = ("lstm_cell_", "attention_additive_")  # kernels without tl.dot
+
+
+def build(case: str, target: str) -> dict[str, dict[str, int]]:
+    """Run the case for a chip: what became of each kernel that it launched, by name."""
+    chip = CHIPS[target]
+    with compiling_for(chip) as launches:
+        CASES[case]()
+    return {k.name: facts(k, chip) for k in compiled(chip) if k.hash in launches}
+
+
+def expected_of(case: str, target: str) -> dict[str, dict[str, int]] | None:
+    return json.loads(TABLE.read_text()).get(triton.__version__, {}).get(f"{case} {target}")
+
+
+def check_limits(name: str, found: dict[str, int], chip, case: str) -> None:
+    assert found["spilled"] == 0, f"{name} keeps values in memory: {found}"
+    assert found["shared"] <= chip.shared_memory, f"{name} needs more shared memory than {chip}: {found}"
+    if chip.is_nvidia:
+        assert found["registers"] * found["threads"] <= 65536, f"{name}: one program exceeds the register file: {found}"
+    else:
+        waves = -(-found["threads"] // 64 // 4)  # of one program on each of four SIMDs of 512 registers
+        assert found["registers"] * waves <= 512, f"{name}: one program exceeds the register file: {found}"
+    products = sum(found.get(kind, 0) for kind in ("mma", "wgmma", "tcgen05", "mfma"))
+    additive_forward = name == "attention_forward_kernel" and "additive" in case
+    if not name.startswith(NO_PRODUCT) and not additive_forward:
+        assert products > 0, f"{name} multiplies without tensor cores: {found}"
+    if not any(odd in case for odd in ("257", "lstm 16 ")):
+        assert found["wide_loads"] > 0, f"{name} has no 16-byte loads: {found}"
+
+
+def check_growth(name: str, found: dict[str, int], expected: dict[str, int], case: str) -> None:
+    for what in ("registers", "shared"):
+        assert found[what] <= 1.1 * expected[what], (
+            f"{name}, {case}: {what} grew from {expected[what]} to {found[what]}, more than 10 %; if that is meant, "
+            "write the table anew: python tests/test_triton_binaries.py"
+        )
+    for what in ("mma", "wgmma", "tcgen05", "mfma", "wide_loads"):
+        assert bool(found.get(what)) == bool(expected.get(what)), f"{name}, {case}: {what} was {expected}, is {found}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_fits_the_chip_and_the_table(case, target):
+    found, expected = build(case, target), expected_of(case, target)
+    assert found
+    for name, kernel in found.items():
+        check_limits(name, kernel, CHIPS[target], case)
+    if expected is None:
+        warnings.warn(f"tests/triton_table.json has no row for Triton {triton.__version__}, {case}", stacklevel=1)
+        return
+    assert found.keys() == expected.keys()
+    for name, kernel in found.items():
+        check_growth(name, kernel, expected[name], f"{case} on {target}")
+
+
+@pytest.mark.parametrize("case", ["lstm 1024 bfloat16", "lstm 1024 float32"])
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_large_products_take_the_widest_instruction_that_can_be_trusted(case, target):
+    """wgmma on Hopper from Triton 3.7.1 on; else the products of a warp. See _wide_products_work."""
+    trusted = target == "sm_90" and triton.__version__ != "3.6.0"
+    for name, kernel in build(case, target).items():
+        assert (kernel["wgmma"] > 0) == trusted, f"{name}: {kernel}"
+        assert kernel["tcgen05"] == 0, f"{name}: {kernel}"
+        assert (kernel["mma"] > 0) != trusted, f"{name}: {kernel}"
+
+
+@pytest.mark.parametrize("case", ["lstm 64 float32", "lstm 128 bfloat16"])
+def test_chips_with_little_shared_memory(case):
+    """99 KiB instead of 227: a launch that asks for more raises OutOfResources here as it would there."""
+    for name, kernel in build(case, "sm_89").items():
+        check_limits(name, kernel, CHIPS["sm_89"], case)
+
+
+def test_a_kernel_that_does_not_fit_is_refused(monkeypatch):
+    from fastseq.ops.lstm import triton as backend
+
+    keep_all = backend.Config(16, 128, 0, warps=8, stages=2)
+    monkeypatch.setattr(backend, "configure", lambda *_, **__: keep_all)
+    with pytest.raises(triton.runtime.errors.OutOfResources, match="shared memory"):
+        build("lstm 128 bfloat16", "sm_89")
+
+
+LENGTHS, BATCHES = range(1, 21), (1, 2, 3, 7, 16, 17, 32, 48, 64, 100)
+
+
+@pytest.mark.parametrize(("H", "dtype"), [(16, F32), (63, BF16), (512, F32), (512, BF16)], ids=str)
+def test_lengths_and_batch_sizes_compile_nothing(H, dtype):
+    """One compilation of each kernel serves all T, B and S."""
+    chip = CHIPS["sm_90"]
+
+    def kernels():
+        return {(k.name, k.hash) for k in compiled(chip)}
+
+    def work(T, B):
+        cell(H, dtype, N=B)
+        lstm(H, dtype, T, B)
+        attention("additive", H, H, dtype, T, S=T, B=B)
+
+    with compiling_for(chip):
+        work(2, 5)
+        before = kernels()
+        for T in LENGTHS:
+            work(T, 5)
+        for B in BATCHES:
+            work(2, B)
+    assert kernels() == before
+
+
+@pytest.mark.parametrize("H", [24, 264])
+def test_warmup_leaves_nothing_to_compile(H):
+    """Training and decoding after ``fastseq warmup``: an encoder, a decoder, steps of cells, attention."""
+    chip = CHIPS["sm_90"]
+    warmup(H, BF16, chip=chip.name)
+    before = {k.hash for k in compiled(chip)}
+    encoder = fastseq.LSTM(H, H, bidirectional=True, dtype=BF16, backend="triton")
+    decoder = fastseq.LSTM(H, H, dtype=BF16, backend="triton")
+    additive = fastseq.Attention(H, H, score="additive", dtype=BF16, backend="triton")
+    with compiling_for(chip) as launches:
+        for train in (True, False):
+            with torch.set_grad_enabled(train):
+                source, target = torch.zeros(7, 20, H, dtype=BF16), torch.zeros(4, 20, H, dtype=BF16)
+                lengths = torch.arange(20) % 8
+                memory, (h, c) = encoder(source, lengths=lengths)
+                memory = memory[..., :H] + memory[..., H:]
+                output, _ = decoder(target, (h[:1].contiguous(), c[1:]))
+                query, keys = output.transpose(0, 1), memory.transpose(0, 1)
+                context, _ = ops.attention(query, keys, lengths=lengths.int(), backend="triton")
+                context = context + additive(query, keys, mask=torch.ones(20, 7, dtype=torch.bool))[0]
+                _, (last, _) = decoder(target)
+                steps = ops.lstm_cell(target[0].repeat(1, 4), target[0].requires_grad_(train), backend="triton")
+                if train:
+                    (context.sum() + steps[0].sum()).backward()
+                    last.sum().backward()
+    assert launches
+    assert {k.hash for k in compiled(chip)} == before
+
+
+def write_table() -> None:
+    """A line for each case and chip."""
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    table[triton.__version__] = {f"{case} {target}": build(case, target) for case in CASES for target in TARGETS}
+    versions = (
+        f'"{version}": {{\n' + ",\n".join(f'"{case}": {json.dumps(rows[case])}' for case in sorted(rows)) + "\n}"
+        for version, rows in sorted(table.items())
+    )
+    TABLE.write_text("{\n" + ",\n".join(versions) + "\n}\n")
+
+
+if __name__ == "__main__":
+    write_table()
