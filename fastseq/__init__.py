@@ -1,6 +1,6 @@
 """fastseq: LSTM sequence-to-sequence models, made fast without changing them. ``nn.LSTM`` becomes ``fastseq.LSTM``."""
 
-from fastseq import dispatch, ops
+from fastseq import ops
 from fastseq._native import empty_cache
 from fastseq.dispatch import explain, use_backend
 from fastseq.info import info
@@ -8,8 +8,6 @@ from fastseq.nn import LSTM, Attention, LSTMCell, accelerate, restore
 from fastseq.seq2seq import Seq2Seq, Seq2SeqConfig, build_seq2seq_model
 
 __version__ = "0.1.0"
-
-dispatch.load()
 
 __all__ = [
     "LSTM",

@@ -32,6 +32,11 @@ def available() -> bool:
     return _module is not None
 
 
+def device_of(t: torch.Tensor) -> str:
+    """The device whose kernels serve ``t``: its type. The host-side device of the tests replaces this function."""
+    return t.device.type
+
+
 def why_not() -> str:
     """Why the library is missing and how to build it, as sentences; empty where it is loaded."""
     if available():

@@ -7,7 +7,10 @@ import platform
 import torch
 
 from fastseq import _native
-from fastseq.dispatch import BACKENDS, OPS, AttentionCall, LSTMCall, LSTMCellCall, objection
+from fastseq.dispatch import BACKENDS, objection
+from fastseq.ops.attention.spec import AttentionCall
+from fastseq.ops.lstm.spec import LSTMCall
+from fastseq.ops.lstm_cell.spec import LSTMCellCall
 
 
 def _example_calls(device: str, dtype: torch.dtype) -> dict[str, object]:
@@ -55,7 +58,7 @@ def _version_of(package: str) -> str:
 def _table(calls: dict[str, object]) -> list[str]:
     names = BACKENDS[1:]
     rows, reasons = [], []
-    for op in OPS:
+    for op in calls:
         sentences = {name: objection(op, name, calls[op]) for name in names}
         rows.append(f"  {op:<12}" + "".join(f"{'yes' if sentences[name] is None else 'no':<12}" for name in names))
         reasons += [f"  no {name} for {sentence}" for name, sentence in sentences.items() if sentence is not None]

@@ -1,4 +1,4 @@
-"""Arrows point one way: cli -> training -> generation -> nn -> ops/<op>/api -> function -> backends -> _native."""
+"""The arrows between the rooms of the package, one line a room, held against the imports; DESIGN.md draws them."""
 
 import ast
 from pathlib import Path
@@ -6,91 +6,111 @@ from pathlib import Path
 import pytest
 
 import fastseq
+from fastseq.dispatch import BACKENDS
 
 ROOT = Path(fastseq.__file__).parent
-FILES = sorted(path for path in ROOT.rglob("*.py"))
-OUTSIDE = {"bench", "parity", "testing"}  # these may use testing.py
+FILES = sorted(ROOT.rglob("*.py"))
+MOST_ROOT_MODULES = 9
+
+# Room -> the rooms that it may import besides itself. A module belongs to the room with the longest matching name;
+# "OP" stands for each folder of ops/ but common; "fastseq" for the package itself, which has the version.
+ARROWS = {
+    "_native": "",
+    "errors": "",
+    "dispatch": "",
+    "ops.common": "_native",
+    "ops.OP.spec": "",
+    "ops.OP.reference": "ops.OP.spec ops.common",
+    "ops.OP.torch": "ops.OP.spec ops.common",
+    "ops.OP.native": "ops.OP.spec ops.common _native ops.OP.native_cuda",
+    "ops.OP.native_cuda": "ops.OP.spec ops.common _native",
+    "ops.OP.triton": "ops.OP.spec ops.common ops.OP.triton_kernels",
+    "ops.OP.triton_kernels": "ops.common",
+    "ops.OP.directions": "ops.OP.spec",
+    "ops.OP.function": "ops.OP.spec ops.OP.directions ops.OP.reference ops.common dispatch",
+    "ops.OP.rules": "ops.OP.spec ops.OP.torch ops.OP.native ops.common _native dispatch",
+    "ops.OP.api": "ops.OP.spec ops.OP.rules ops.OP.function ops.common _native dispatch",
+    "ops.OP": "ops.OP.api ops.OP.rules dispatch",
+    "ops": "ops.OP ops.common",
+    "nn": "ops ops.OP ops.OP.api ops.common dispatch",
+    "seq2seq": "nn ops ops.OP ops.OP.api ops.common dispatch",
+    "info": "ops.OP.spec _native dispatch",
+    "console": "fastseq _native errors",
+    "testing": "seq2seq nn ops ops.OP dispatch",
+    "bench": "testing console seq2seq nn ops ops.OP dispatch _native errors",
+    "parity": "testing console seq2seq nn ops ops.OP dispatch errors",
+    "warmup": "console seq2seq nn ops ops.common dispatch errors",
+    "training": "seq2seq nn ops dispatch errors",
+    "cli": "fastseq errors",  # and each command's module, imported by name when it is chosen
+    "": "_native dispatch info ops nn seq2seq",  # fastseq/__init__.py
+    "__main__": "cli",
+}
 IMPORT_TRITON = {"triton_kernels", "math", "compile"}  # themselves imported where a kernel is launched
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    """fastseq/ops/lstm/api.py -> "ops.lstm.api"; a package's __init__.py is the package, the root is ""."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 MODULES = {module_name(path) for path in FILES}
+OPS = {name.split(".")[1] for name in MODULES if name.startswith("ops.")} - {"common"}
 
 
 def imports(path: Path) -> set[str]:
-    """Names of the modules a file imports, anywhere in it; ``from a import b`` gives a.b where that is a module."""
+    """The modules that a file imports, anywhere in it: fastseq's without the prefix, others as "triton", "torch"."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {
-                f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in MODULES else node.module
-                for alias in node.names
-            }
-    return found
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole.removeprefix("fastseq.") in MODULES else node.module)
+    return {name.removeprefix("fastseq.") if name.startswith("fastseq.") else name for name in found}
 
 
-def family(name: str) -> str:
-    """The command that a module of this package belongs to: "bench" for fastseq.bench and fastseq.bench.roofline."""
-    return ".".join(name.split(".")[1:2]).partition("_")[0]
-
-
-def rank(name: str) -> int | None:
-    """Height of a module of this package; None for what any layer may import."""
+def room(name: str) -> str:
+    """The room of a module of the package, with OP for the name of an op."""
     parts = name.split(".")
-    if parts[1:2] in (["cli"], ["__main__"]):
-        return 7
-    if parts[1:2] in (["training"], ["info"], ["warmup"]) or family(name) in OUTSIDE:
-        return 6
-    if parts[1:2] == ["seq2seq"]:
-        return 5
-    if parts[1:2] == ["nn"]:
-        return 4
-    if parts[1:2] == ["ops"]:
-        ranks = {"api": 3, "function": 2}
-        if parts[2:3] == ["common"]:
-            return 1
-        return ranks.get(parts[-1], 1 if len(parts) == 4 else 3)
-    return None
+    if parts[0] == "ops" and parts[1:2] and parts[1] in OPS:
+        parts[1] = "OP"
+    while parts and ".".join(parts) not in ARROWS:
+        parts.pop()
+    return ".".join(parts)
 
 
-def test_the_package_has_files():
-    assert len(FILES) > 20
+def test_the_root_is_small():
+    assert len(list(ROOT.glob("*.py"))) <= MOST_ROOT_MODULES
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_down(path):
+def test_imports_follow_the_arrows(path):
     own = module_name(path)
-    height = rank(own)
+    allowed = {room(own), *ARROWS[room(own)].split()}
     for name in imports(path):
-        if name == "triton" or name.startswith("triton."):
+        if name.split(".")[0] == "triton":
             assert path.stem in IMPORT_TRITON, f"{own} imports triton; only {IMPORT_TRITON} may"
-        if not name.startswith("fastseq."):
+        if name not in MODULES and name != "fastseq":
             continue
-        if name.startswith("fastseq.testing"):
-            assert family(own) in OUTSIDE, f"{own} imports testing.py"
-        other = rank(name)
-        if height is not None and other is not None:
-            lazy = own == "fastseq.seq2seq.model" and name.startswith(
-                "fastseq.seq2seq.generation"
-            )  # model.generate, at call time
-            assert other <= height or lazy, f"{own} imports {name}, which lies above it"
+        target = "fastseq" if name == "fastseq" else room(name)
+        assert target in allowed, f"{own} imports {name}; {room(own) or 'fastseq'} may import {ARROWS[room(own)]}"
+        one_op = own.split(".")[:2], name.split(".")[:2]
+        if room(own).startswith("ops.OP") and target.startswith("ops.OP"):
+            assert one_op[0] == one_op[1], f"{own} imports {name} of another op"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("ops/*/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_backends_do_not_know_each_other(path):
-    backends = {"reference", "torch", "native", "triton"}
-    if path.stem not in backends:
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_backend_names_are_compared_in_dispatch_and_rules_alone(path):
+    """Elsewhere a backend is asked for its attributes: ``run``, ``step``, ``SINGLE_DIRECTION``, ..."""
+    if path.name in ("dispatch.py", "rules.py"):
         return
-    for name in imports(path):
-        last = name.split(".")[-1]
-        assert not (name.startswith("fastseq.ops") and last in backends), f"{path.name} imports {name}"
-    if path.stem == "reference":
-        ours = {name for name in imports(path) if name.split(".")[0] != "torch"}
-        assert ours <= {"fastseq.ops.common.layout"}, f"{path} may import torch only"
+    for node in ast.walk(ast.parse(path.read_text())):
+        sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+        if isinstance(node, ast.Match):
+            sides = [value for value in ast.walk(node) if isinstance(value, ast.Constant)]
+        values = [value for side in sides for value in getattr(side, "elts", [side])]
+        named = {v.value for v in values if isinstance(v, ast.Constant)} & set(BACKENDS[1:])
+        assert not named, f"{path}:{node.lineno} compares with the backend name {named}"

@@ -1,16 +1,13 @@
 """Drop-in LSTM: parameters, arguments and results of ``torch.nn.LSTM``, computed by the best backend."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq.dispatch import check_name, select
-from fastseq.ops.common.autocast import autocast_enabled, cast_inputs, without_autocast
+from fastseq.dispatch import check_name
+from fastseq.ops.common.autocast import autocast_enabled
 from fastseq.ops.common.checks import check_pair
-from fastseq.ops.lstm.api import check_batch_sizes, check_lengths, describe, without_padding
-from fastseq.ops.lstm.function import apply as apply_lstm
-from fastseq.ops.lstm.torch import stack as vendor_stack
+from fastseq.ops.lstm.api import Stack, check_batch_sizes, check_lengths, run
 
 
 class LSTM(nn.RNNBase):
@@ -28,7 +25,7 @@ class LSTM(nn.RNNBase):
         ValueError, TypeError: as ``torch.nn.LSTM`` does; and ValueError for an unknown backend.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917  the signature of nn.LSTM
         self,
         input_size: int,
         hidden_size: int,
@@ -114,7 +111,8 @@ class LSTM(nn.RNNBase):
             steps, batch = (data.size(1), data.size(0)) if self.batch_first else (data.size(0), data.size(1))
             lengths = check_lengths(lengths, steps, batch, data.device)
 
-        output, h_n, c_n, cell_states = self._run(data, hx, batch_sizes, lengths, return_cell_states)
+        stack = self._stack(data, hx, batch_sizes, lengths)
+        output, h_n, c_n, cell_states = run(stack, return_cell_states, self.backend)
 
         if packed:
             order = (batch_sizes, sorted_indices, unsorted_indices)
@@ -203,68 +201,19 @@ class LSTM(nn.RNNBase):
                     f"LSTM: the {name} tensor is {tensor.dtype}, the input {data.dtype}; convert one of them"
                 )
 
-    def _run(self, data: Tensor, hx, batch_sizes, lengths, return_cell_states: bool):
-        """-> output, h_n, c_n, cell_states (None unless asked for), in the layout of the data."""
-        weights = [getattr(self, name) for name in self._flat_weights_names]
-        call = describe(
+    def _stack(self, data: Tensor, hx, batch_sizes: Tensor | None, lengths: Tensor | None) -> Stack:
+        """The call as ops.lstm runs it, with the weights as they are now."""
+        return Stack(
             data,
-            hx,
-            weights,
+            *hx,
+            tuple(getattr(self, name) for name in self._flat_weights_names),
+            lengths,
             batch_sizes,
-            batch_dim=0 if self.batch_first else 1,
-            autocast=autocast_enabled(data.device.type) and data.dtype != torch.float64,
+            num_layers=self.num_layers,
+            bias=self.bias,
             proj_size=self.proj_size,
-            lengths=lengths is not None,
-            return_cell_states=return_cell_states,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            training=self.training,
         )
-        backend = select("lstm", self.backend, call)
-        if backend == "torch":
-            options = dict(bias=self.bias, num_layers=self.num_layers, dropout=self.dropout, training=self.training)
-            options |= dict(bidirectional=self.bidirectional, batch_first=self.batch_first)
-            return *vendor_stack(data, hx, weights, batch_sizes=batch_sizes, lengths=lengths, **options), None
-        data, *rest = cast_inputs(data, *hx, *weights)
-        hx, weights = rest[:2], rest[2:]
-        time_major = batch_sizes is not None or not self.batch_first
-        data = data if time_major else data.transpose(0, 1)
-        data = without_padding(data, lengths, backend)
-        with without_autocast(data.device.type):
-            output, h_n, c_n, cell_states = self._layers(
-                backend, data, hx, weights, lengths, batch_sizes, return_cell_states
-            )
-        if not time_major:
-            output = output.transpose(0, 1)
-            cell_states = cell_states.transpose(0, 1) if return_cell_states else None
-        return output, h_n, c_n, cell_states
-
-    def _layers(self, backend: str, input: Tensor, hx, weights, lengths, batch_sizes, return_cell_states: bool):
-        """Layer by layer; input is time-major or packed."""
-        directions = 2 if self.bidirectional else 1
-        h_n, c_n, cell_states = [], [], None
-        for layer in range(self.num_layers):
-            last = layer == self.num_layers - 1
-            first, end = layer * directions, (layer + 1) * directions
-            input, h, c, cell_states = apply_lstm(
-                backend,
-                input,
-                hx[0][first:end],
-                hx[1][first:end],
-                [self._direction(weights, k) for k in range(first, end)],
-                lengths,
-                batch_sizes,
-                False,
-                return_cell_states and last,
-            )
-            h_n.append(h)
-            c_n.append(c)
-            if self.dropout and not last:
-                input = F.dropout(input, self.dropout, self.training)
-        if self.num_layers == 1:
-            return input, h_n[0], c_n[0], cell_states
-        return input, torch.cat(h_n), torch.cat(c_n), cell_states
-
-    def _direction(self, weights, k: int) -> tuple[Tensor | None, ...]:
-        """weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of the k-th layer and direction; None where it has none."""
-        count = 2 + 2 * self.bias + bool(self.proj_size)
-        own = weights[k * count : (k + 1) * count]
-        biases = own[2:4] if self.bias else (None, None)
-        return *own[:2], *biases, own[-1] if self.proj_size else None

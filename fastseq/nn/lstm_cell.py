@@ -1,17 +1,15 @@
 """Drop-in LSTMCell: parameters, arguments and results of ``torch.nn.LSTMCell``, computed by the best backend."""
 
+import functools
 import weakref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastseq.dispatch import LSTMCellCall, check_name, select, takes_auto
+from fastseq.dispatch import check_name
 from fastseq.ops.common.checks import check_pair
-from fastseq.ops.lstm_cell import native as native_cell
-from fastseq.ops.lstm_cell.function import apply as apply_lstm_cell
+from fastseq.ops.lstm_cell.api import run
 
-_vf_lstm_cell = torch._VF.lstm_cell
 _CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
@@ -69,31 +67,10 @@ class LSTMCell(nn.RNNCellBase):
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
     def _step(self, input: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        weights = self._weights()
-        if weights[0].requires_grad and torch.is_grad_enabled() and takes_auto(self.backend):
-            return _vf_lstm_cell(input, (h, c), *weights)  # RULES say so too; asking them costs 3 % of a short step
-        compiling = torch.compiler.is_compiling()
-        call = LSTMCellCall(
-            device=input.device.type,
-            dtype=c.dtype,
-            hidden_size=self.hidden_size,
-            with_gemms=True,
-            requires_grad=torch.is_grad_enabled()
-            and any(t is not None and t.requires_grad for t in (*weights, input, h, c)),
-            compiling=compiling,
-            batch=None if compiling else input.size(0),
-            device_index=input.device.index,
-        )
-        backend = select("lstm_cell", self.backend, call)
-        if backend == "torch":
-            return _vf_lstm_cell(input, (h, c), *weights)  # which checks its arguments
-        self._check(input, h, c)
-        if backend == "native" and not call.requires_grad and not compiling and input.dtype == h.dtype == c.dtype:
-            if self.weight_dtype == torch.bfloat16 and c.dtype == torch.float32 and c.size(0) <= 8:
-                weights = (*_narrow(self), *weights[2:])
-            return native_cell.step(input, h, c, *weights)
-        gates = F.linear(input, self.weight_ih, self.bias_ih) + F.linear(h, self.weight_hh, self.bias_hh)
-        return apply_lstm_cell(backend, gates.to(c.dtype), c)  # under autocast the gates are narrower than the state
+        narrow = None
+        if self.weight_dtype == torch.bfloat16 and c.dtype == torch.float32 and c.size(0) <= 8:
+            narrow = functools.partial(_narrow, self)
+        return run(input, (h, c), self._weights(), backend=self.backend, check=self._check, narrow=narrow)
 
     def _weights(self) -> tuple[Tensor | None, ...]:
         """weight_ih, weight_hh, bias_ih, bias_hh, as they are now."""

@@ -2,16 +2,18 @@
 
 import torch
 
-from fastseq.dispatch import IMPLEMENTATIONS, AttentionCall, LSTMCall, objection
+from fastseq.dispatch import BACKENDS, objection
+from fastseq.ops.attention.spec import AttentionCall
+from fastseq.ops.lstm.spec import LSTMCall
 
 
 def serving_lstm(**changes) -> list[str]:
     """Names of the backends without objection to this lstm call."""
     call = LSTMCall("cpu", torch.float32, input_size=4, hidden_size=5, batch=2, steps=3)._replace(**changes)
-    return [name for op, name in IMPLEMENTATIONS if op == "lstm" and objection(op, name, call) is None]
+    return [name for name in BACKENDS[1:] if objection("lstm", name, call) is None]
 
 
 def serving_attention(**changes) -> list[str]:
     """Names of the backends without objection to this attention call."""
     call = AttentionCall("additive", "cpu", torch.float32, batch=2, steps=3, positions=4)._replace(**changes)
-    return [name for op, name in IMPLEMENTATIONS if op == "attention" and objection(op, name, call) is None]
+    return [name for name in BACKENDS[1:] if objection("attention", name, call) is None]

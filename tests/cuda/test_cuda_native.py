@@ -8,7 +8,8 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
-from fastseq.dispatch import LSTMCall, _first_rule, objection
+from fastseq.dispatch import first_rule, objection
+from fastseq.ops.lstm.spec import LSTMCall
 from fastseq.testing.numerics import compare, evaluate
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="the host-side device needs a C++ compiler")
@@ -193,11 +194,11 @@ def test_auto_takes_the_kernels_where_cudnn_is_known_to_be_weak_and_says_that_no
     monkeypatch.setattr(_native, "why_not_cuda", lambda index=None: "")
     monkeypatch.setattr(native_cuda, "fits", lambda *_, **__: True)
     for call in (CALL, CALL._replace(dtype=torch.float32), CALL._replace(dtype=torch.float16, packed=True)):
-        backend, why = _first_rule("lstm", call)
+        backend, why = first_rule("lstm", call)
         assert backend == "native" and "not measured yet" in why
     small, half = CALL._replace(hidden_size=128), CALL._replace(dtype=torch.float16)
     for call in (small, half, CALL._replace(autocast=True), CALL._replace(hidden_size=2048)):
-        assert _first_rule("lstm", call)[0] == "torch"
+        assert first_rule("lstm", call)[0] == "torch"
     monkeypatch.setattr(native_cuda, "fits", lambda *_, **__: False)
-    assert _first_rule("lstm", CALL)[0] == "torch"
+    assert first_rule("lstm", CALL)[0] == "torch"
     assert "use backend='torch' or 'triton'" in objection("lstm", "native", CALL)

@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from fastseq import _native
-from fastseq.dispatch import AttentionCall, LSTMCall, LSTMCellCall, objection, select
+from fastseq.dispatch import objection, select
+from fastseq.ops.attention.spec import AttentionCall
+from fastseq.ops.lstm.spec import LSTMCall
+from fastseq.ops.lstm_cell.spec import LSTMCellCall
 
 ROOT = Path(__file__).parents[2]
 HIDE_LIBRARY = """

@@ -12,9 +12,10 @@ import torch
 from attention_cases import allowed_positions, gradients, make_padding
 
 from fastseq import _native
-from fastseq.dispatch import AttentionCall, record, use_backend
+from fastseq.dispatch import record, use_backend
 from fastseq.nn.attention import Attention
 from fastseq.ops.attention import attention, native, prepare_keys
+from fastseq.ops.attention.spec import AttentionCall
 from fastseq.seq2seq.config import Seq2SeqConfig
 from fastseq.seq2seq.decoder import Decoder
 from fastseq.seq2seq.model import Seq2Seq

@@ -7,9 +7,10 @@ import torch
 from native_cases import DIRECTIONS, LAYOUTS, Problem, dtype_id, ops
 
 from fastseq import _native
-from fastseq.dispatch import LSTMCall, LSTMCellCall
 from fastseq.ops.lstm import native as lstm_native
+from fastseq.ops.lstm.spec import LSTMCall
 from fastseq.ops.lstm_cell import native as cell_native
+from fastseq.ops.lstm_cell.spec import LSTMCellCall
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=f"{_native.why_not()}")
 

@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import fastseq
 from fastseq import LSTM, LSTMCell
-from fastseq.dispatch import LSTMCall, select
+from fastseq.dispatch import select
 from fastseq.ops.lstm import torch as torch_backend
+from fastseq.ops.lstm.spec import LSTMCall
 from fastseq.ops.lstm.torch import runs_under_autocast
 from fastseq.testing.numerics import assert_all_accurate
 

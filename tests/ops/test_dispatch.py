@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,15 @@ from torch import nn
 
 import fastseq
 from fastseq import LSTM, _native, dispatch
-from fastseq.dispatch import LSTMCall, LSTMCellCall, select
+from fastseq.dispatch import select
+from fastseq.ops.lstm import rules as lstm_rules
 from fastseq.ops.lstm import torch as torch_backend
+from fastseq.ops.lstm.spec import LSTMCall, Stack
 from fastseq.ops.lstm.torch import runs_under_autocast
+from fastseq.ops.lstm_cell import api as cell_api
+from fastseq.ops.lstm_cell.spec import LSTMCellCall
 
+ROOT = Path(__file__).parents[2]
 CALL = LSTMCall("cpu", torch.float32, 4, 5, batch=2, steps=3)
 X = torch.randn(3, 2, 4)
 needs_native = pytest.mark.skipif(not _native.available(), reason="the compiled operators are not part of this install")
@@ -65,7 +71,7 @@ def test_auto_follows_the_measurements():
         return select(op, "auto", call)
 
     padded = CALL._replace(batch=32, steps=50)
-    wide = dispatch._wide_vectors()
+    wide = lstm_rules.avx512(padded)
     assert chosen("lstm", padded) == ("native" if wide else "torch")
     assert chosen("lstm", padded._replace(batch=4)) == "native"
     assert chosen("lstm", padded._replace(device="cuda")) == "torch"
@@ -101,7 +107,7 @@ def test_auto_gives_cells_that_train_to_torch(device, dtype, changes):
 def test_a_cell_that_trains_takes_the_short_path_only_under_auto(monkeypatch):
     cell, x = fastseq.LSTMCell(4, 5), X[0]
     asked = []
-    monkeypatch.setattr("fastseq.nn.lstm_cell.select", lambda *args: asked.append(args[1]) or "reference")
+    monkeypatch.setattr(cell_api, "select", lambda *args: asked.append(args[1]) or "reference")
     cell(x)
     assert not asked
     with fastseq.use_backend("reference"):
@@ -123,9 +129,10 @@ def test_a_cell_that_trains_takes_the_short_path_only_under_auto(monkeypatch):
     ],
 )
 def test_auto_leaves_bfloat16_to_who_multiplies_it_faster(wide, matrix, products, inference, training, monkeypatch):
-    monkeypatch.setattr(dispatch, "_wide_vectors", lambda: wide)
-    monkeypatch.setattr(dispatch, "_matrix_unit", lambda: matrix)
-    monkeypatch.setattr(dispatch, "_bfloat16_products", lambda: products)
+    instructions = "avx512_bf16" if products else "avx512" if wide else "avx2"
+    monkeypatch.setattr(lstm_rules, "_instruction_set", lambda: instructions)
+    monkeypatch.setattr(lstm_rules, "_amx", lambda: matrix)
+    dispatch.forget()
     call = CALL._replace(batch=32, steps=50, dtype=torch.bfloat16)
     assert select("lstm", "auto", call) == inference
     assert select("lstm", "auto", call._replace(requires_grad=True)) == training
@@ -183,6 +190,7 @@ def test_auto_always_finds_a_backend_that_serves(changes):
 def test_auto_never_picks_an_unavailable_kernel(monkeypatch):
     monkeypatch.setattr(_native, "available", lambda: False)
     monkeypatch.setattr(_native, "why_not", lambda: "it was not built.")
+    dispatch.forget()
     assert select("lstm", "auto", CALL._replace(return_cell_states=True)) == "reference"
     traced = CALL._replace(compiling=True, lengths=True, batch=None, steps=None)  # batch and steps are None: dynamic
     assert select("lstm", "auto", traced) == "reference"
@@ -191,10 +199,13 @@ def test_auto_never_picks_an_unavailable_kernel(monkeypatch):
     assert "it was not built" in fastseq.info()
 
 
-def test_every_rule_names_a_known_kernel_and_its_evidence():
-    for rule in dispatch.RULES:
-        assert (rule.op, rule.backend) in dispatch.IMPLEMENTATIONS
+@pytest.mark.parametrize("op", dispatch.ops())
+def test_every_rule_names_a_known_backend_its_reason_and_its_evidence(op):
+    for rule in dispatch.rules(op):
+        assert rule.backend in dispatch.BACKENDS[1:]
         assert rule.why
+        for file in rule.evidence.split(", ") if rule.evidence != dispatch.NOT_MEASURED else ():
+            assert (ROOT / file).is_file()
 
 
 def test_explain_names_backend_reason_and_objections():
@@ -217,7 +228,7 @@ def test_explain_names_backend_reason_and_objections():
 def test_info_has_a_row_for_every_op_and_a_sentence_for_every_no():
     text = fastseq.info()
     table = text[text.index("backends on cpu") :].splitlines()
-    for op in dispatch.OPS:
+    for op in dispatch.ops():
         (row,) = (line.split() for line in table if line.split()[:1] == [op])
         assert len(row) == len(dispatch.BACKENDS)
         for name, cell in zip(dispatch.BACKENDS[1:], row[1:], strict=True):
@@ -259,8 +270,9 @@ def test_cudnn_gets_states_in_one_piece_and_may_be_differentiated_in_eval_mode(m
 
     monkeypatch.setattr(torch_backend, "_vf_lstm", kernel)
     x, h = torch.empty(4, 3, 2, device="meta"), torch.empty(3, 2, 5, device="meta").transpose(0, 1)
-    torch_backend.stack(x, (h, h), [], num_layers=2, dropout=0.5)
-    torch_backend.stack(x, (h, h), [], num_layers=2, dropout=0.5, training=True)
+    stack = Stack(x, h, h, (), num_layers=2, dropout=0.5)
+    torch_backend.run(stack)
+    torch_backend.run(stack._replace(training=True))
     with torch.no_grad():
-        torch_backend.stack(x, (h, h), [], num_layers=2, dropout=0.5)
+        torch_backend.run(stack)
     assert calls == [(True, 0.0, True), (True, 0.5, True), (True, 0.5, False)]

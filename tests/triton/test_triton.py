@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from fastseq import _native, dispatch, ops
-from fastseq.dispatch import AttentionCall, LSTMCall, LSTMCellCall, objection, select
+from fastseq.dispatch import objection, select
+from fastseq.ops.attention.spec import AttentionCall
 from fastseq.ops.common.triton import runtime
+from fastseq.ops.lstm.spec import LSTMCall
+from fastseq.ops.lstm_cell.spec import LSTMCellCall
 
 TESTS = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed here")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fastseq import ops
-from fastseq.dispatch import LSTMCall, objection
+from fastseq.dispatch import objection
+from fastseq.ops.lstm.spec import LSTMCall
 from fastseq.testing.numerics import assert_all_accurate, float32_products
 
 pytestmark = [

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseq import _native
-from fastseq.dispatch import AttentionCall, implementation, select, takes_auto
+from fastseq.dispatch import implementation, select, takes_auto
 from fastseq.ops.attention.function import apply
 from fastseq.ops.attention.reference import wide_dtype
+from fastseq.ops.attention.spec import AttentionCall
 from fastseq.ops.common.autocast import autocast_enabled, cast_inputs
 
 SCORES = {  # and the parameters that each takes

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from fastseq.dispatch import implementation
 from fastseq.ops.attention import reference
-from fastseq.ops.common.autocast import needs_function, without_autocast
+from fastseq.ops.common.autocast import without_autocast
+from fastseq.ops.common.autograd import needs_function
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -81,7 +82,7 @@ def apply(
         keys = keys.view_as(keys) if keys is query else keys
         values = values.view_as(values) if values is keys or values is query else values
         inputs = (query, keys, values, weight, bias, lengths, mask)
-        if needs_function(backend, *inputs[:5]):
+        if needs_function(implementation("attention", backend), *inputs[:5]):
             return AttentionFunction.apply(backend, score, scale, need_weights, *inputs, *prepared)
         run = implementation("attention", backend).forward
         context, weights, _ = run(*inputs, score, scale, need_weights, False, *prepared)

@@ -7,6 +7,8 @@ What lies at positions that no step attends to (padding), NaN and inf too, reach
 import torch
 from torch import Tensor
 
+PLAIN_TORCH = True  # a compiler differentiates it by itself
+
 
 def unsupported(call) -> str | None:
     return None

@@ -89,3 +89,8 @@ def _previous_packed(output: Tensor, h0: Tensor, batch_sizes: Tensor, reverse: b
     inside &= sequence < batch_sizes[source_step]
     rows = torch.where(inside, offsets[source_step] + sequence, output.size(0) + sequence)
     return torch.cat((output, h0))[rows.to(output.device)]
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    """``t.contiguous()``, or None for None."""
+    return None if t is None else t.contiguous()

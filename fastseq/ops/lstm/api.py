@@ -1,12 +1,16 @@
-"""The public LSTM op: one layer, one direction, the whole sequence."""
+"""The public LSTM op, and the path that it shares with ``fastseq.LSTM``: describe, select, cast, apply."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastseq.dispatch import LSTMCall, select
+from fastseq import _native
+from fastseq.dispatch import implementation, select
 from fastseq.ops.common.autocast import autocast_enabled, cast_inputs, without_autocast
+from fastseq.ops.common.dtypes import tf32_allowed
 from fastseq.ops.common.layout import zero_padding
 from fastseq.ops.lstm.function import apply
+from fastseq.ops.lstm.spec import Layer, LSTMCall, Stack
 
 
 def lstm(
@@ -28,7 +32,7 @@ def lstm(
 
     Per step: ``i, f, g, o = x W_ih^T + b_ih + h W_hh^T + b_hh``, ``c = sigmoid(f) c + sigmoid(i) tanh(g)``,
     ``h = sigmoid(o) tanh(c)``, and with ``weight_hr`` ``h = h W_hr^T`` (Sak et al. 2014). Differentiable twice in every
-    tensor.
+    tensor. Under autocast the dtypes of the results are those of ``nn.LSTM``.
 
     Args:
         input: (T, B, I), or packed (N, I) if ``batch_sizes`` is given.
@@ -52,39 +56,100 @@ def lstm(
     """
     if len(hx) != 2:
         raise RuntimeError(f"lstm: hx must be two tensors, h0 and c0, got {len(hx)}")
-    tensors = (input, *hx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, input.size(0))
-    _check_shapes(*tensors, batch_sizes)
+    _check_shapes(input, hx, weights, batch_sizes)
     if lengths is not None:
         if batch_sizes is not None:
             raise ValueError("lstm: give lengths (padded input) or batch_sizes (packed input), not both")
         lengths = check_lengths(lengths, input.size(0), input.size(1), input.device)
-    tensors = cast_inputs(*tensors)
-    call = describe(
-        tensors[0],
-        tensors[1:3],
-        tensors[3:],
+    stack = Stack(
+        input,
+        hx[0].unsqueeze(0),
+        hx[1].unsqueeze(0),
+        tuple(w for w in weights if w is not None),
+        lengths,
         batch_sizes,
+        bias=bias_ih is not None,
         proj_size=0 if weight_hr is None else weight_hr.size(0),
-        lengths=lengths is not None,
         reverse=reverse,
-        return_cell_states=return_cell_states,
     )
-    chosen = select("lstm", backend, call)
-    with without_autocast(input.device.type):
-        x, h0, c0, *weights = tensors
-        x = without_padding(x, lengths, chosen)
-        output, h_n, c_n, cell_states = apply(
-            chosen, x, h0[None], c0[None], [tuple(weights)], lengths, batch_sizes, reverse, return_cell_states
-        )
+    output, h_n, c_n, cell_states = run(stack, return_cell_states, backend)
     h_n, c_n = h_n.squeeze(0), c_n.squeeze(0)
     return (output, (h_n, c_n), cell_states) if return_cell_states else (output, (h_n, c_n))
 
 
-def without_padding(input: Tensor, lengths: Tensor | None, backend: str) -> Tensor:
-    """The input with zeros past the lengths, for backends that compute on the padding: NaN must reach no gradient."""
-    return input if lengths is None or backend == "native" else zero_padding(input, lengths)
+def run(stack: Stack, cell_states: bool, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """All layers on the backend that serves the call; the caller has checked the shapes.
+
+    Returns output and, if wanted, the last layer's cell states in the layout of the input, h_n (L*D, B, P), c_n
+    (L*D, B, H): output, h_n, c_n, cell_states.
+    """
+    chosen = select("lstm", backend, describe(stack, cell_states))
+    module = implementation("lstm", chosen)
+    if hasattr(module, "run"):
+        return *module.run(stack), None
+    input, h0, c0, *weights = cast_inputs(stack.input, stack.h0, stack.c0, *stack.weights)
+    transposed = stack.batch_first and stack.batch_sizes is None
+    input = input.transpose(0, 1) if transposed else input
+    if stack.lengths is not None and not getattr(module, "SKIPS_PADDING", False):
+        input = zero_padding(input, stack.lengths)  # NaN in the padding must reach no gradient
+    stack = stack._replace(input=input, h0=h0, c0=c0, weights=tuple(weights))
+    with without_autocast(input.device.type):
+        output, h_n, c_n, states = _layers(stack, cell_states, chosen)
+    if transposed:
+        output = output.transpose(0, 1)
+        states = None if states is None else states.transpose(0, 1)
+    return output, h_n, c_n, states
+
+
+def _layers(stack: Stack, cell_states: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Layer by layer, with dropout between; the input is time-major or packed."""
+    directions = 2 if stack.bidirectional else 1
+    input, h_n, c_n, states = stack.input, [], [], None
+    for k in range(stack.num_layers):
+        last = k == stack.num_layers - 1
+        rows = slice(k * directions, (k + 1) * directions)
+        weights = tuple(stack.weights_of(row) for row in range(rows.start, rows.stop))
+        layer = Layer(
+            input, stack.h0[rows], stack.c0[rows], weights, stack.lengths, stack.batch_sizes, reverse=stack.reverse
+        )
+        input, h, c, states = apply(backend, layer, cell_states and last)
+        h_n.append(h)
+        c_n.append(c)
+        if stack.dropout and not last:
+            input = F.dropout(input, stack.dropout, stack.training)
+    if stack.num_layers == 1:
+        return input, h_n[0], c_n[0], states
+    return input, torch.cat(h_n), torch.cat(c_n), states
+
+
+def describe(stack: Stack, cell_states: bool) -> LSTMCall:
+    """The facts of the call that decide its backend."""
+    compiling, packed = torch.compiler.is_compiling(), stack.batch_sizes is not None
+    input, device = stack.input, stack.input.device
+    autocast = autocast_enabled(device.type) and input.dtype != torch.float64
+    steps = stack.batch_sizes.size(0) if packed else input.size(1 if stack.batch_first else 0)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (input, stack.h0, stack.c0, *stack.weights))
+    return LSTMCall(
+        device=_native.device_of(input),
+        dtype=torch.get_autocast_dtype(device.type) if autocast else input.dtype,
+        input_size=input.size(-1),
+        hidden_size=stack.c0.size(-1),
+        proj_size=stack.proj_size,
+        packed=packed,
+        lengths=stack.lengths is not None,
+        reverse=stack.reverse,
+        return_cell_states=cell_states,
+        requires_grad=needs_grad,
+        autocast=autocast,
+        batch=None if compiling else stack.c0.size(-2),
+        steps=None if compiling else steps,
+        compiling=compiling,
+        tf32=_native.device_of(input) == "cuda" and tf32_allowed(),
+        device_index=device.index,
+    )
 
 
 def check_lengths(lengths: Tensor, steps: int, batch: int, device: torch.device) -> Tensor:
@@ -106,7 +171,7 @@ def check_lengths(lengths: Tensor, steps: int, batch: int, device: torch.device)
 
 
 def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
-    """RuntimeError unless these are batch sizes of a PackedSequence of ``rows`` rows; values go unseen in a trace."""
+    """RuntimeError unless these are batch sizes of a PackedSequence of ``rows`` rows; a trace skips the values."""
     if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
         raise RuntimeError(
             "lstm: batch_sizes must be one int64 per time step on the CPU, as in PackedSequence, "
@@ -123,29 +188,7 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
         )
 
 
-def describe(input, hx, weights, batch_sizes, *, batch_dim: int = 1, autocast: bool = False, **options) -> LSTMCall:
-    """The LSTMCall of these arguments: ``hx`` (..., B, H) each; ``batch_dim`` of a padded input."""
-    compiling = torch.compiler.is_compiling()
-    packed = batch_sizes is not None
-    steps = batch_sizes.size(0) if packed else input.size(1 - batch_dim)
-    return LSTMCall(
-        device=input.device.type,
-        dtype=torch.get_autocast_dtype(input.device.type) if autocast else input.dtype,
-        input_size=input.size(-1),
-        hidden_size=hx[1].size(-1),
-        packed=packed,
-        autocast=autocast,
-        requires_grad=torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (input, *hx, *weights)),
-        batch=None if compiling else hx[1].size(-2),
-        steps=None if compiling else steps,
-        compiling=compiling,
-        device_index=input.device.index,
-        **options,
-    )
-
-
-def _check_shapes(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes) -> None:
+def _check_shapes(input, hx, weights, batch_sizes) -> None:
     rank = 3 if batch_sizes is None else 2
     if input.dim() != rank:
         raise RuntimeError(
@@ -156,8 +199,10 @@ def _check_shapes(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_
         raise RuntimeError(f"lstm: input must be floating point, got {input.dtype}")
     if input.size(0) == 0:
         raise RuntimeError("lstm: expected at least one time step, got none")
+    h0, c0 = hx
     if c0.dim() != 2:
         raise RuntimeError(f"lstm: c0 must have shape (B, H), got {tuple(c0.shape)}")
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
     batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
     hidden = c0.size(-1)
     projected = hidden if weight_hr is None else weight_hr.size(0)

@@ -1,96 +1,65 @@
-"""A layer out of backends that run one direction at a time: results side by side, gradients of shared inputs added."""
+"""Lifts a backend of single directions to a layer: results concatenated, gradients of shared inputs added.
+
+A backend with ``SINGLE_DIRECTION`` gets a ``Layer`` of one direction at a time (D = 1).
+"""
 
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-
-class OneByOne:
-    """``forward``, ``backward`` and ``run`` of a layer, from a module that has them for a single direction."""
-
-    def __init__(self, module: ModuleType):
-        self.module = module
-
-    def forward(
-        self, input, h0, c0, weights, lengths, batch_sizes, reverse, need_backward, need_cell_states
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Arguments and results as of ``native.forward``; saved: those of the directions, one after the other."""
-        results = [
-            self.module.forward(
-                input, h0[d], c0[d], *own, lengths, batch_sizes, backwards, need_backward, need_cell_states
-            )
-            for d, (own, backwards) in enumerate(zip(weights, _reversed(weights, reverse), strict=True))
-        ]
-        outputs, h_n, c_n, cell_states, saved = zip(*results, strict=True)
-        cell_states = _side_by_side(cell_states) if need_cell_states else None
-        return _side_by_side(outputs), torch.stack(h_n), torch.stack(c_n), cell_states, sum(saved, ())
-
-    def backward(
-        self,
-        grad_output,
-        grad_h_n,
-        grad_c_n,
-        grad_cell_states,
-        input,
-        h0,
-        c0,
-        weights,
-        saved,
-        lengths,
-        batch_sizes,
-        reverse,
-        needs,
-    ) -> tuple[Tensor | None, ...]:
-        """Arguments and results as of ``native.backward``."""
-        need_shared, need_weights = needs[:3], needs[3:]
-        per_direction, found = len(saved) // len(weights), []
-        outputs, cells = _split(grad_output, len(weights)), _split(grad_cell_states, len(weights))
-        for d, (own, backwards) in enumerate(zip(weights, _reversed(weights, reverse), strict=True)):
-            found.append(
-                self.module.backward(
-                    outputs[d],
-                    None if grad_h_n is None else grad_h_n[d],
-                    None if grad_c_n is None else grad_c_n[d],
-                    cells[d],
-                    input,
-                    h0[d],
-                    c0[d],
-                    *own,
-                    saved[d * per_direction : (d + 1) * per_direction],
-                    lengths,
-                    batch_sizes,
-                    backwards,
-                    (*need_shared, *need_weights[d * len(own) : (d + 1) * len(own)]),
-                )
-            )
-        inputs, h0, c0 = ([grads[k] for grads in found] for k in range(3))
-        grad_input = sum(inputs[1:], inputs[0]) if need_shared[0] else None
-        grad_h0, grad_c0 = (torch.stack(x) if need else None for x, need in zip((h0, c0), need_shared[1:], strict=True))
-        return (grad_input, grad_h0, grad_c0, *(g for grads in found for g in grads[3:]))
-
-    def run(self, input, h0, c0, weights, lengths, batch_sizes, reverse) -> tuple[Tensor, Tensor, Tensor]:
-        """output, h_n, c_n of a backend that brings its own autograd."""
-        results = [
-            self.module.run(input, h0[d], c0[d], *own, lengths, batch_sizes, backwards)
-            for d, (own, backwards) in enumerate(zip(weights, _reversed(weights, reverse), strict=True))
-        ]
-        outputs, h_n, c_n = zip(*results, strict=True)
-        return _side_by_side(outputs), torch.stack(h_n), torch.stack(c_n)
+from fastseq.ops.lstm.spec import Grads, Layer, LayerGrads, Result, Want
 
 
-def one_by_one(module: ModuleType) -> OneByOne:
-    """A layer-wise view of a backend of single directions."""
-    return OneByOne(module)
+def forward(implementation: ModuleType, layer: Layer, want: Want) -> Result:
+    """``implementation.forward`` of all directions; saved: the tensors of the directions, one after the other."""
+    directions = len(layer.weights)
+    if directions == 1 or not getattr(implementation, "SINGLE_DIRECTION", False):
+        return implementation.forward(layer, want)
+    results = [implementation.forward(direction(layer, d), want) for d in range(directions)]
+    output, h_n, c_n, cell_states, saved = zip(*results, strict=True)
+    cell_states = torch.cat(cell_states, -1) if want.cell_states else None
+    return Result(torch.cat(output, -1), torch.cat(h_n), torch.cat(c_n), cell_states, sum(saved, ()))
 
 
-def _reversed(weights: list, reverse: bool) -> tuple[bool, ...]:
-    return (False, True) if len(weights) == 2 else (reverse,)
+def backward(
+    implementation: ModuleType, layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: LayerGrads
+) -> LayerGrads:
+    """``implementation.backward`` of all directions."""
+    directions = len(layer.weights)
+    if directions == 1 or not getattr(implementation, "SINGLE_DIRECTION", False):
+        return implementation.backward(layer, saved, grads, needs)
+    count = len(saved) // directions
+    of_directions = [
+        implementation.backward(
+            direction(layer, d),
+            saved[d * count : (d + 1) * count],
+            grads_of(grads, d, directions),
+            needs._replace(weights=needs.weights[d : d + 1]),
+        )
+        for d in range(directions)
+    ]
+    inputs, h0, c0, weights = zip(*of_directions, strict=True)
+    return LayerGrads(
+        sum(inputs[1:], inputs[0]) if needs.input else None,
+        torch.cat(h0) if needs.h0 else None,
+        torch.cat(c0) if needs.c0 else None,
+        sum(weights, ()),
+    )
 
 
-def _side_by_side(tensors: tuple[Tensor, ...]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-1)
+def direction(layer: Layer, d: int) -> Layer:
+    """Direction ``d`` of a layer of two, as a layer of its own."""
+    states = {name: getattr(layer, name)[d : d + 1] for name in ("h0", "c0", "weights")}
+    return layer._replace(**states, reverse=d == 1)
 
 
-def _split(t: Tensor | None, parts: int) -> tuple[Tensor | None, ...]:
-    return (None,) * parts if t is None else t.chunk(parts, dim=-1)
+def grads_of(grads: Grads, d: int, directions: int) -> Grads:
+    """The gradients of the results of direction ``d``."""
+    output, h_n, c_n, cell_states = grads
+    return Grads(
+        None if output is None else output.chunk(directions, -1)[d],
+        None if h_n is None else h_n[d : d + 1],
+        None if c_n is None else c_n[d : d + 1],
+        None if cell_states is None else cell_states.chunk(directions, -1)[d],
+    )

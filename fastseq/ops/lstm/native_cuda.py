@@ -1,9 +1,10 @@
-"""The ``native`` backend of ``lstm`` on a GPU: the recurrence of a layer, all steps and directions, is one kernel.
+"""The ``native`` backend of ``lstm`` on CUDA: the recurrence of a layer, all steps and directions, is one kernel.
 
 torch multiplies by W_ih before it and makes the weight gradients after it, each in one product over all steps.
 """
 
 import contextlib
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,157 +12,115 @@ from torch import Tensor
 
 from fastseq import _native
 from fastseq.ops.common import layout
+from fastseq.ops.common.dtypes import tf32_allowed
+from fastseq.ops.common.layout import contiguous
+from fastseq.ops.lstm.spec import Grads, Layer, LayerGrads, Result, Want, Weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRACED_HIDDEN_SIZE = 512
+TRACED_HIDDEN_SIZE = 512  # the largest that an A100 and every Hopper have room for
 
 
-def forward(
-    input: Tensor,  # (T, B, I), or (N, I) with batch_sizes
-    h0: Tensor,  # (D, B, H)
-    c0: Tensor,  # (D, B, H)
-    weights: list[tuple],  # per direction W_ih (4H, I), W_hh (4H, H), b_ih and b_hh (4H,) or None, None
-    lengths: Tensor | None,  # (B,) int64
-    batch_sizes: Tensor | None,  # (T,) int64, CPU
-    reverse: bool,
-    need_backward: bool,
-    need_cell_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """-> output (..., D*H), h_n and c_n (D, B, H), cell states like output or None, saved for ``backward``."""
-    if batch_sizes is not None:
-        input, lengths = layout.pad(input, batch_sizes)
-    gates = F.linear(input.contiguous(), _rows([w[0] for w in weights]), _bias(weights))  # (T, B, D * 4H)
-    output, h_n, c_n, activations, cell_states = _forward(
-        gates,
-        h0.contiguous(),
-        c0.contiguous(),
-        torch.stack([w[1] for w in weights]),
-        _lengths(lengths, input),
-        reverse,
-        tf32_allowed(),
-        need_backward,
-        need_backward or need_cell_states,
+def forward(layer: Layer, want: Want) -> Result:
+    """Saved: activations (T, B, D * 4H) in the dtype of the input, cell states (T, B, D * H) in float32."""
+    input, lengths = _padded(layer)
+    gates = F.linear(input.contiguous(), _cat([w.ih for w in layer.weights]), _bias(layer.weights))  # (T, B, D * 4H)
+    output, h_n, c_n, activations, cell_states = _by_direction(
+        _native.operators.lstm_recurrence_forward.default,
+        layer,
+        columns=(gates,),
+        states=(layer.h0.contiguous(), layer.c0.contiguous(), torch.stack([w.hh for w in layer.weights])),
+        options=(_lengths(lengths, input), (tf32_allowed(), want.backward, want.backward or want.cell_states)),
+        joins=(-1, 0, 0, -1, -1),
     )
-    saved = (activations, cell_states) if need_backward else ()
-    wanted_states = cell_states.to(input.dtype, copy=True) if need_cell_states else None  # saved ones stay the op's own
-    if wanted_states is not None and lengths is not None:
-        wanted_states = layout.zero_padding(wanted_states, lengths)  # the kernel writes none past the lengths
-    if batch_sizes is not None:
-        output = layout.pack(output, batch_sizes)
-        wanted_states = layout.pack(wanted_states, batch_sizes) if need_cell_states else None
-    return output, h_n, c_n, wanted_states, saved
+    saved = (activations, cell_states) if want.backward else ()
+    wanted = cell_states.to(input.dtype, copy=True) if want.cell_states else None  # backward reads the saved ones
+    if wanted is not None and lengths is not None:
+        wanted = layout.zero_padding(wanted, lengths)  # the kernel writes none past the lengths
+    if layer.batch_sizes is not None:
+        output = layout.pack(output, layer.batch_sizes)
+        wanted = layout.pack(wanted, layer.batch_sizes) if want.cell_states else None
+    return Result(output, h_n, c_n, wanted, saved)
 
 
-def backward(
-    grad_output: Tensor | None,  # like output
-    grad_h_n: Tensor | None,  # (D, B, H)
-    grad_c_n: Tensor | None,  # (D, B, H)
-    grad_cell_states: Tensor | None,  # like output
-    input: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weights: list[tuple],
-    saved: tuple[Tensor, ...],
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    reverse: bool,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of input, h0, c0 and, five per direction, the weights; None where not needed."""
-    need_input, need_h0, need_c0, *need_weights = needs
+def backward(layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: LayerGrads) -> LayerGrads:
+    """The gradient of all gates by one kernel, then a product over all steps for each other gradient."""
     activations, cell_states = saved
-    if batch_sizes is not None:
-        input, lengths = layout.pad(input, batch_sizes)
+    input, lengths = _padded(layer)
+    grad_output, grad_cell_states = grads.output, grads.cell_states
+    if layer.batch_sizes is not None:
         grad_output, grad_cell_states = (
-            g if g is None else layout.pad(g, batch_sizes)[0] for g in (grad_output, grad_cell_states)
+            g if g is None else layout.pad(g, layer.batch_sizes)[0] for g in (grad_output, grad_cell_states)
         )
     elif lengths is not None:
         input = layout.zero_padding(input, lengths)
-    grads = (_contiguous(g) for g in (grad_output, grad_h_n, grad_c_n, grad_cell_states))
-    weight_hh, lengths = torch.stack([w[1] for w in weights]), _lengths(lengths, input)
-    grad_gates, grad_h0, grad_c0 = _backward(
-        *grads, activations, cell_states, c0.contiguous(), weight_hh, lengths, reverse, tf32_allowed()
+    grad_gates, grad_h0, grad_c0 = _by_direction(
+        lambda output, cells, acts, states, h, c, *rest: _native.operators.lstm_recurrence_backward.default(
+            output, h, c, cells, acts, states, *rest
+        ),
+        layer,
+        columns=(contiguous(grad_output), contiguous(grad_cell_states), activations, cell_states),
+        states=(
+            contiguous(grads.h_n),
+            contiguous(grads.c_n),
+            layer.c0.contiguous(),
+            torch.stack([w.hh for w in layer.weights]),
+        ),
+        options=(_lengths(lengths, input), (tf32_allowed(),)),
+        joins=(-1, 0, 0),
     )
-    grad_input = grad_gates @ _rows([w[0] for w in weights]) if need_input else None
-    if need_input and batch_sizes is not None:
-        grad_input = layout.pack(grad_input, batch_sizes)
-    result = [grad_input, grad_h0 if need_h0 else None, grad_c0 if need_c0 else None]
-    for d, rows in enumerate(grad_gates.chunk(len(weights), -1)):  # (T, B, 4H)
-        own = need_weights[5 * d : 5 * d + 5]
+    grad_input = grad_gates @ _cat([w.ih for w in layer.weights]) if needs.input else None
+    if needs.input and layer.batch_sizes is not None:
+        grad_input = layout.pack(grad_input, layer.batch_sizes)
+    weights, directions = [], len(layer.weights)
+    for d, (rows, own) in enumerate(zip(grad_gates.chunk(directions, -1), needs.weights, strict=True)):  # (T, B, 4H)
         before = None
-        if own[1]:
-            saved = (t.chunk(len(weights), -1)[d] for t in (activations, cell_states))
-            before = layout.hidden_before(*saved, h0[d], lengths, reverse or d == 1)
-        result += _weight_gradients(rows, input, before, own)
-    return tuple(result)
+        if own.hh:
+            of_direction = (t.chunk(directions, -1)[d] for t in saved)
+            before = layout.hidden_before(*of_direction, layer.h0[d], lengths, layer.reverse or d == 1)
+        weights.append(_weight_gradients(rows, input, before, own))
+    return LayerGrads(grad_input, grad_h0 if needs.h0 else None, grad_c0 if needs.c0 else None, tuple(weights))
 
 
-def _weight_gradients(grad_gates: Tensor, input: Tensor, before: Tensor | None, needs) -> list[Tensor | None]:
-    """grad_gates (T, B, 4H), input (T, B, I), h before each step (T, B, H) where it is needed -> five gradients."""
+def _weight_gradients(grad_gates: Tensor, input: Tensor, before: Tensor | None, needs: Weights) -> Weights:
+    """grad_gates (T, B, 4H), input (T, B, I), h before each step (T, B, H) where it is needed."""
     rows = grad_gates.flatten(0, 1)  # (T * B, 4H)
-    bias = rows.sum(0) if needs[2] or needs[3] else None
-    return [
-        rows.T @ input.flatten(0, 1) if needs[0] else None,
-        rows.T @ before.flatten(0, 1) if needs[1] else None,
-        bias if needs[2] else None,
-        bias if needs[3] else None,
+    bias = rows.sum(0) if needs.bias_ih or needs.bias_hh else None
+    return Weights(
+        rows.T @ input.flatten(0, 1) if needs.ih else None,
+        rows.T @ before.flatten(0, 1) if needs.hh else None,
+        bias if needs.bias_ih else None,
+        bias if needs.bias_hh else None,
         None,
-    ]
+    )
 
 
-def _forward(gates, h0, c0, weight_hh, lengths, reverse, *options):
-    """The operator; where the device cannot keep the weights of both directions, one direction after the other."""
-    run = _native.operators.lstm_recurrence_forward.default
-    if _at_once(c0):
-        return run(gates, h0, c0, weight_hh, lengths, reverse, *options)
-    found = [
-        run(own.contiguous(), h0[d : d + 1], c0[d : d + 1], weight_hh[d : d + 1], lengths, d == 1, *options)
-        for d, own in enumerate(gates.chunk(2, -1))
-    ]
-    output, h_n, c_n, activations, cell_states = zip(*found, strict=True)
-    return (
-        torch.cat(output, -1), torch.cat(h_n), torch.cat(c_n), torch.cat(activations, -1), torch.cat(cell_states, -1)
-    )  # fmt: skip
-
-
-def _backward(
-    grad_output, grad_h_n, grad_c_n, grad_cell_states, activations, cell_states, c0, weight_hh, lengths, reverse, tf32
-):
-    """The operator, likewise."""
-    run = _native.operators.lstm_recurrence_backward.default
-    grads = (grad_output, grad_h_n, grad_c_n, grad_cell_states)
-    if _at_once(c0):
-        return run(*grads, activations, cell_states, c0, weight_hh, lengths, reverse, tf32)
-    columns = (grad_output, grad_cell_states, activations, cell_states)
-    found = []
-    for d in range(2):
-        output, cells, acts, states = (_contiguous(t if t is None else t.chunk(2, -1)[d]) for t in columns)
-        h, c = (t if t is None else t[d : d + 1] for t in (grad_h_n, grad_c_n))
-        found.append(run(output, h, c, cells, acts, states, c0[d : d + 1], weight_hh[d : d + 1], lengths, d == 1, tf32))
-    grad_gates, grad_h0, grad_c0 = zip(*found, strict=True)
-    return torch.cat(grad_gates, -1), torch.cat(grad_h0), torch.cat(grad_c0)
-
-
-def _at_once(c0: Tensor) -> bool:
-    directions, batch, hidden_size = c0.shape
-    if directions == 1 or torch.compiler.is_compiling():
-        return True
-    return fits(batch, hidden_size, c0.dtype, directions, index=c0.device.index)
+def _by_direction(
+    operator: Callable,
+    layer: Layer,
+    *,
+    columns: Sequence[Tensor | None],  # (T, B, D * X) each
+    states: Sequence[Tensor | None],  # (D, ...) each
+    options: tuple,  # lengths, and what comes after ``reverse``
+    joins: tuple[int, ...],  # the axis of each result along which directions are concatenated
+) -> tuple[Tensor, ...]:
+    """Call a recurrence operator; one direction after the other where the device keeps the weights of one only."""
+    lengths, rest = options
+    directions, batch, hidden_size = layer.c0.shape
+    index = layer.c0.device.index
+    together = directions == 1 or torch.compiler.is_compiling()
+    if together or fits(batch, hidden_size, layer.c0.dtype, directions, index=index):
+        return operator(*columns, *states, lengths, layer.reverse, *rest)
+    results = []
+    for d in range(directions):
+        own_columns = (contiguous(t if t is None else t.chunk(directions, -1)[d]) for t in columns)
+        own_states = (t if t is None else t[d : d + 1] for t in states)
+        results.append(operator(*own_columns, *own_states, lengths, d == 1, *rest))
+    return tuple(torch.cat(of_both, axis) for axis, of_both in zip(joins, zip(*results, strict=True), strict=True))
 
 
 def unsupported(call) -> str | None:
-    """Why this backend cannot serve the call (an ``LSTMCall`` on CUDA) and the way out, or None."""
-    missing = _native.why_not_cuda(call.device_index)
-    if missing:
-        return f"lstm: the native backend has no CUDA kernels here: {missing}"
-    if call.dtype not in DTYPES:
-        return (
-            f"lstm: the native backend computes in float32, bfloat16 and float16 on CUDA (got {call.dtype}); "
-            "use backend='torch'."
-        )
-    if call.proj_size:
-        return f"lstm: the native backend has no projection (proj_size={call.proj_size}); use backend='torch'."
-    if call.compiling:  # what fits is not asked while a graph is traced: what an A100 or a Hopper has room for
+    """Why no CUDA kernel fits the call (an ``LSTMCall``, past ``native.unsupported``) and the way out, or None."""
+    if call.compiling:  # while a graph is traced the device is not queried
         if call.hidden_size > TRACED_HIDDEN_SIZE:
             return (
                 f"lstm: the native backend is traced up to hidden_size={TRACED_HIDDEN_SIZE} on CUDA "
@@ -176,51 +135,37 @@ def unsupported(call) -> str | None:
 
 
 def fits(batch: int, hidden_size: int, dtype: torch.dtype, directions: int = 1, index: int | None = None) -> bool:
-    """Whether the GPU of this index, or the current one, can run forward and backward of such a recurrence."""
+    """True if the GPU of this index, or the current one, can run forward and backward of such a recurrence."""
     with contextlib.nullcontext() if index is None else torch.cuda.device(index):
         return _native.operators.lstm_recurrence_fits(batch, directions, hidden_size, dtype.itemsize, tf32_allowed())
 
 
-def tf32_allowed() -> bool:
-    """Whether torch lets cuDNN's RNNs round float32 products to TF32 (``torch.backends.cudnn.allow_tf32``, true there).
+def _padded(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """The input (T, B, I) and lengths (B,) or None, also of a packed layer."""
+    if layer.batch_sizes is None:
+        return layer.input, layer.lengths
+    return layout.pad(layer.input, layer.batch_sizes)
 
-    ``torch.backends.cudnn.rnn.fp32_precision`` says the same in torch's newer interface.
-    """
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
 
-
-def _rows(matrices: list[Tensor]) -> Tensor:
-    """Those of all directions below each other."""
+def _cat(matrices: list[Tensor]) -> Tensor:
+    """Concatenate the directions along dim 0."""
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
-def _bias(weights: list[tuple]) -> Tensor | None:
-    """(D * 4H,) or None."""
-    return None if weights[0][2] is None else _rows([w[2] + w[3] for w in weights])
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+def _bias(weights: tuple[Weights, ...]) -> Tensor | None:
+    """b_ih + b_hh of all directions, (D * 4H,), or None."""
+    return None if weights[0].bias_ih is None else _cat([w.bias_ih + w.bias_hh for w in weights])
 
 
 def _lengths(lengths: Tensor | None, like: Tensor) -> Tensor | None:
     return None if lengths is None else lengths.to(like.device, torch.int64).contiguous()
 
 
-def _fake_forward(gates, h0, c0, weight_hh, lengths, reverse, tf32, need_activations, need_cell_states):
-    op = "lstm_recurrence_forward"
-    torch._check(c0.dim() == 3, lambda: f"{op}: c0 must have the shape (D, B, H), got {tuple(c0.shape)}")
-    torch._check(gates.dim() == 3, lambda: f"{op}: gates must have the shape (T, B, D * 4H), got {tuple(gates.shape)}")
-    D, B, H = c0.shape
-    T = gates.shape[0]
-    torch._check(
-        gates.shape[1] == B and gates.shape[2] == D * 4 * H,
-        lambda: f"{op}: gates must have the shape {(T, B, D * 4 * H)}, got {tuple(gates.shape)}",
-    )
-    torch._check(
-        tuple(weight_hh.shape) == (D, 4 * H, H),
-        lambda: f"{op}: weight_hh must have the shape {(D, 4 * H, H)}, got {tuple(weight_hh.shape)}",
-    )
+def _fake_forward(*arguments):
+    """As the schema: gates, h0, c0, weight_hh, lengths, reverse, tf32, need_activations, need_cell_states."""
+    gates, _, c0 = arguments[:3]
+    need_activations, need_cell_states = arguments[-2:]
+    (D, B, H), T = c0.shape, gates.shape[0]
     return (
         gates.new_empty(T, B, D * H),
         c0.new_empty(D, B, H),
@@ -230,14 +175,14 @@ def _fake_forward(gates, h0, c0, weight_hh, lengths, reverse, tf32, need_activat
     )
 
 
-def _fake_backward(
-    grad_output, grad_h_n, grad_c_n, grad_cell_states, activations, cell_states, c0, weight_hh, lengths, reverse, tf32
-):
+def _fake_backward(*arguments):
+    """As the schema: 4 gradients, activations, cell states, c0, weight_hh, lengths, reverse, tf32."""
+    activations, c0 = arguments[4], arguments[6]
     return torch.empty_like(activations), torch.empty_like(c0), torch.empty_like(c0)
 
 
 def register_fakes(library: str) -> None:
-    """What torch.compile needs to know of the operators: the shapes of their results."""
+    """Register the shapes of the operators' results, which torch.compile needs."""
     torch.library.register_fake(f"{library}::lstm_recurrence_forward", _fake_forward)
     torch.library.register_fake(f"{library}::lstm_recurrence_backward", _fake_backward)
 

@@ -1,6 +1,6 @@
-"""The LSTM as torch's vendor kernels compute it (oneDNN on CPU, cuDNN on CUDA), differentiated by torch.
+"""The ``torch`` backend of ``lstm``: oneDNN on CPU, cuDNN on CUDA, differentiated by torch.
 
-``torch._VF.lstm`` is what ``torch.nn.LSTM`` itself calls; it is bound here at import, so that replacing
+``torch._VF.lstm`` is the function that ``torch.nn.LSTM`` itself calls. It is bound here at import, so that replacing
 ``torch.nn.LSTM`` at run time cannot make fastseq call itself.
 """
 
@@ -11,14 +11,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastseq.ops.common import layout
+from fastseq.ops.lstm.spec import Stack
 
 _vf_lstm = torch._VF.lstm
 
 
 def unsupported(call) -> str | None:
+    """Why this backend cannot serve the call (an ``LSTMCall``) and the way out, or None."""
     if call.return_cell_states:
         return (
-            "lstm: the torch backend cannot return the cell states of every step (the vendor's kernels keep them); "
+            "lstm: the torch backend cannot return the cell states of every step (oneDNN and cuDNN keep them); "
             "use backend='native' or 'reference', or return_cell_states=False."
         )
     if call.lengths and call.device == "meta":
@@ -56,59 +58,49 @@ def runs_under_autocast(dtype: torch.dtype) -> bool:
 runs_under_autocast._dynamo_marked_constant = True  # TorchDynamo calls it instead of tracing it, as in _native
 
 
-def stack(
-    input: Tensor,
-    hx: tuple[Tensor, Tensor],
-    weights: list[Tensor],
-    *,
-    batch_sizes: Tensor | None = None,
-    lengths: Tensor | None = None,
-    bias: bool = True,
-    num_layers: int = 1,
-    dropout: float = 0.0,
-    training: bool = False,
-    bidirectional: bool = False,
-    batch_first: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All layers and directions in one call of the vendor's kernel.
+def run(stack: Stack) -> tuple[Tensor, Tensor, Tensor]:
+    """All layers and directions in one call of oneDNN or cuDNN -> output in the layout of the input, h_n, c_n.
 
-    input: (T, B, I), (B, T, I) with ``batch_first``, or packed (N, I) with ``batch_sizes`` (T,). hx: h0 (L*D, B, P), c0
-        (L*D, B, H).
-    weights: as in ``nn.LSTM._flat_weights``. lengths (B,): the batch is packed on the way, which copies them to the
-        host.
-    Returns output in the layout of the input, h_n, c_n.
+    Under autocast the tensors come as they are: torch casts them, and decides the dtypes of the results.
     """
-    hx = tuple(h.contiguous() for h in hx)  # cuDNN refuses others
-    if not training and input.device.type != "cpu" and torch.is_grad_enabled():
+    if stack.reverse:
+        return _reversed(stack)
+    hx, weights = (stack.h0.contiguous(), stack.c0.contiguous()), stack.weights  # cuDNN refuses other states
+    training, dropout = stack.training, stack.dropout
+    if not training and stack.input.device.type != "cpu" and torch.is_grad_enabled():
         training, dropout = True, 0.0  # cuDNN differentiates nothing that it computed for inference; the same numbers
-    options = (bias, num_layers, dropout, training, bidirectional)
-    if batch_sizes is not None:
-        return _vf_lstm(input, batch_sizes, hx, weights, *options)
-    if lengths is None or lengths.numel() == 0:
-        return _vf_lstm(input, hx, weights, *options, batch_first)
+    options = (stack.bias, stack.num_layers, dropout, training, stack.bidirectional)
+    if stack.batch_sizes is not None:
+        return _vf_lstm(stack.input, stack.batch_sizes, hx, weights, *options)
+    if stack.lengths is None or stack.lengths.numel() == 0:
+        return _vf_lstm(stack.input, hx, weights, *options, stack.batch_first)
+    return _packed(stack, hx, options)
+
+
+def _packed(stack: Stack, hx: tuple[Tensor, Tensor], options: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """A padded batch with lengths, packed for the call; the lengths are copied to the host."""
+    lengths, batch_first = stack.lengths, stack.batch_first
     # Packing refuses empty sequences: they run one step on zeros, and then get zeros and their initial state back.
     empty = lengths == 0
-    input = torch.where(empty[:, None, None] if batch_first else empty[:, None], 0, input)
-    steps = input.size(1 if batch_first else 0)
+    rows = empty[:, None, None] if batch_first else empty[:, None]
+    input = torch.where(rows, 0, stack.input)
     packed = pack_padded_sequence(input, lengths.clamp(min=1).cpu(), batch_first, enforce_sorted=False)
     hx = tuple(h.index_select(1, packed.sorted_indices) for h in hx)
-    data, h_n, c_n = _vf_lstm(packed.data, packed.batch_sizes, hx, weights, *options)
+    data, h_n, c_n = _vf_lstm(packed.data, packed.batch_sizes, hx, stack.weights, *options)
+    steps = input.size(1 if batch_first else 0)
     output, _ = pad_packed_sequence(packed._replace(data=data), batch_first, total_length=steps)
     h_n, c_n = (h.index_select(1, packed.unsorted_indices) for h in (h_n, c_n))
     h0, c0 = (h.index_select(1, packed.unsorted_indices) for h in hx)
-    output = torch.where(empty[:, None, None] if batch_first else empty[:, None], 0, output)
+    output = torch.where(rows, 0, output)
     return output, torch.where(empty[:, None], h0, h_n), torch.where(empty[:, None], c0, c_n)
 
 
-def run(
-    input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, batch_sizes, reverse
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer and direction: output in the layout of the input, h_n (B, P), c_n (B, H)."""
-    padded = input
+def _reversed(stack: Stack) -> tuple[Tensor, Tensor, Tensor]:
+    """A single direction from the last step to the first: input and output are flipped in time."""
+    input, lengths, batch_sizes = stack.input, stack.lengths, stack.batch_sizes
     if batch_sizes is not None:
-        padded, lengths = layout.pad(input, batch_sizes)
-    weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if w is not None]
-    padded = layout.flip(padded, lengths) if reverse else padded
-    output, h_n, c_n = stack(padded, (h0[None], c0[None]), weights, lengths=lengths, bias=bias_ih is not None)
-    output = layout.flip(output, lengths) if reverse else output
-    return output if batch_sizes is None else layout.pack(output, batch_sizes), h_n[0], c_n[0]
+        input, lengths = layout.pad(input, batch_sizes)
+    forwards = stack._replace(input=layout.flip(input, lengths), lengths=lengths, batch_sizes=None, reverse=False)
+    output, h_n, c_n = run(forwards)
+    output = layout.flip(output, lengths)
+    return output if batch_sizes is None else layout.pack(output, batch_sizes), h_n, c_n

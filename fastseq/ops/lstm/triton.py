@@ -14,6 +14,9 @@ from torch import Tensor
 
 from fastseq.ops.common import layout
 from fastseq.ops.common.triton.runtime import Chip, chip_of, dot_precision, power_of_two, ready, why_not
+from fastseq.ops.lstm.spec import Grads, Layer, LayerGrads, Result, Want, Weights
+
+SINGLE_DIRECTION = True  # see directions.py
 
 
 def unsupported(call) -> str | None:
@@ -80,160 +83,156 @@ def _resident(padded: int, dtype: torch.dtype, chip: Chip) -> Config | None:
     return Config(16, padded, 0, warps=min(8, padded // 8), stages=stages)
 
 
-def forward(
-    input: Tensor,  # (T, B, I), or (N, I) with batch_sizes
-    h0: Tensor,  # (B, H)
-    c0: Tensor,  # (B, H)
-    weight_ih: Tensor,  # (4H, I)
-    weight_hh: Tensor,  # (4H, H)
-    bias_ih: Tensor | None,  # (4H,)
-    bias_hh: Tensor | None,  # (4H,)
-    weight_hr: None,
-    lengths: Tensor | None,  # (B,) int64
-    batch_sizes: Tensor | None,  # (T,) int64, CPU
-    reverse: bool,
-    need_backward: bool,
-    need_cell_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """-> output (T, B, H) or (N, H), h_n and c_n (B, H), cell states like output or None, saved for ``backward``."""
-    if batch_sizes is not None:
-        input, lengths = layout.pad(input, batch_sizes)
-    gates = F.linear(input.contiguous(), weight_ih, None if bias_ih is None else bias_ih + bias_hh)
-    T, B, H = *gates.shape[:2], c0.size(1)
-    output = gates.new_empty(T, B, H)
-    activations = gates.new_empty(gates.shape, dtype=torch.float32) if need_backward else None
-    cell_states = output.new_empty(T, B, H, dtype=torch.float32) if need_backward or need_cell_states else None
+def forward(layer: Layer, want: Want) -> Result:
+    """Saved: activations (T, B, 4H) and cell states (T, B, H) in float32."""
+    input, lengths, weights = layer.input, layer.lengths, layer.weights[0]
+    if layer.batch_sizes is not None:
+        input, lengths = layout.pad(input, layer.batch_sizes)
+    bias = None if weights.bias_ih is None else weights.bias_ih + weights.bias_hh
+    gates = F.linear(input.contiguous(), weights.ih, bias)
+    T, B, H = *gates.shape[:2], layer.c0.size(-1)
+    results = _Results(
+        gates.new_empty(T, B, H),
+        gates.new_empty(gates.shape, dtype=torch.float32) if want.backward else None,
+        gates.new_empty(T, B, H, dtype=torch.float32) if want.backward or want.cell_states else None,
+    )
     config = configure(H, gates.dtype, chip_of(gates), backward=False)
     run = _forward_steps if config.block_k else _forward_sequence
+    operands = map(ready, (gates, layer.h0[0], layer.c0[0], weights.hh, lengths))
     with torch.cuda.device_of(gates):
-        h_n, c_n = run(
-            config, reverse, ready(gates), ready(h0), ready(c0), ready(weight_hh), ready(lengths),
-            output, activations, cell_states,
-        )  # fmt: skip
-    saved = (activations, cell_states) if need_backward else ()
-    wanted_states = (
-        cell_states.to(output.dtype, copy=True) if need_cell_states else None
-    )  # saved ones stay the op's own
-    if batch_sizes is not None:
-        output = layout.pack(output, batch_sizes)
-        wanted_states = layout.pack(wanted_states, batch_sizes) if need_cell_states else None
-    return output, h_n, c_n, wanted_states, saved
+        h_n, c_n = run(config, layer.reverse, _Operands(*operands), results)
+    output, activations, cell_states = results
+    saved = (activations, cell_states) if want.backward else ()
+    wanted = cell_states.to(output.dtype, copy=True) if want.cell_states else None  # backward reads the saved ones
+    if layer.batch_sizes is not None:
+        output = layout.pack(output, layer.batch_sizes)
+        wanted = layout.pack(wanted, layer.batch_sizes) if want.cell_states else None
+    return Result(output, h_n[None], c_n[None], wanted, saved)
 
 
-def _forward_sequence(config, reverse, gates, h0, c0, weight_hh, lengths, output, activations, cell_states):
+class _Operands(NamedTuple):
+    """The inputs of the forward kernels, in their order."""
+
+    gates: Tensor  # (T, B, 4H) x W_ih^T + b
+    h0: Tensor  # (B, H)
+    c0: Tensor  # (B, H)
+    weight_hh: Tensor  # (4H, H)
+    lengths: Tensor | None  # (B,) int64
+
+
+class _Results(NamedTuple):
+    """The per-step results of the forward kernels, allocated by the caller."""
+
+    output: Tensor  # (T, B, H)
+    activations: Tensor | None  # (T, B, 4H) float32
+    cell_states: Tensor | None  # (T, B, H) float32
+
+
+def _forward_sequence(config, reverse: bool, operands: _Operands, results: _Results) -> tuple[Tensor, Tensor]:
+    """All steps in one launch -> h_n, c_n (B, H)."""
     from fastseq.ops.lstm.triton_kernels import lstm_sequence_forward_kernel
 
+    output, activations, cell_states = results
     T, B, H = output.shape
-    h_n, c_n = h0.new_empty(B, H), c0.new_empty(B, H)
-    lstm_sequence_forward_kernel[(-(-B // config.block_b),)](
-        gates, h0, c0, weight_hh, lengths, output, h_n, c_n, activations, cell_states, T, B,
-        H=H, REVERSE=reverse, **_options(config, gates),
-    )  # fmt: skip
+    h_n, c_n = operands.h0.new_empty(B, H), operands.c0.new_empty(B, H)
+    pointers = (*operands, output, h_n, c_n, activations, cell_states)
+    options = _options(config, operands.gates)
+    lstm_sequence_forward_kernel[(-(-B // config.block_b),)](*pointers, T, B, H=H, REVERSE=reverse, **options)
     return h_n, c_n
 
 
-def _forward_steps(config, reverse, gates, h0, c0, weight_hh, lengths, output, activations, cell_states):
+def _forward_steps(config, reverse: bool, operands: _Operands, results: _Results) -> tuple[Tensor, Tensor]:
+    """A launch for each step -> h_n, c_n (B, H)."""
     from fastseq.ops.lstm.triton_kernels import lstm_step_forward_kernel
 
-    T, B, H = output.shape
+    T, B, H = results.output.shape
+    gates, h0, c0, weight_hh, lengths = operands
     h, c = h0.new_empty(2, B, H), c0.to(torch.float32, copy=True)
     h[0] = h0
     grid = (-(-B // config.block_b), -(-H // config.block_h))
     options = _options(config, gates)
     for step in range(T):
         t = T - 1 - step if reverse else step
-        lstm_step_forward_kernel[grid](
-            gates, weight_hh, lengths, h, c, output, activations, cell_states, t, step % 2, T, B, H=H, **options
-        )
+        pointers = (gates, weight_hh, lengths, h, c, *results)
+        lstm_step_forward_kernel[grid](*pointers, t, step % 2, T, B, H=H, **options)
     return h[T % 2].clone(), c.to(c0.dtype, copy=True)
 
 
-def backward(
-    grad_output: Tensor | None,  # like output
-    grad_h_n: Tensor | None,  # (B, H)
-    grad_c_n: Tensor | None,  # (B, H)
-    grad_cell_states: Tensor | None,  # like output
-    input: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: None,
-    saved: tuple[Tensor, ...],
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    reverse: bool,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr; None where not needed."""
-    need_input, need_h0, need_c0, need_weight_ih, need_weight_hh, need_bias_ih, need_bias_hh, _ = needs
+def backward(layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: LayerGrads) -> LayerGrads:
+    """The gradient of all gates by the kernels, then a product over all steps for each other gradient."""
     activations, cell_states = saved
-    if batch_sizes is not None:
-        input, lengths = layout.pad(input, batch_sizes)
+    input, lengths, weights, own = layer.input, layer.lengths, layer.weights[0], needs.weights[0]
+    grad_output, grad_cell_states = grads.output, grads.cell_states
+    if layer.batch_sizes is not None:
+        input, lengths = layout.pad(input, layer.batch_sizes)
         grad_output, grad_cell_states = (
-            g if g is None else layout.pad(g, batch_sizes)[0] for g in (grad_output, grad_cell_states)
+            g if g is None else layout.pad(g, layer.batch_sizes)[0] for g in (grad_output, grad_cell_states)
         )
-    config = configure(c0.size(1), weight_hh.dtype, chip_of(weight_hh), backward=True)
+    config = configure(layer.c0.size(-1), weights.hh.dtype, chip_of(weights.hh), backward=True)
     run = _backward_steps if config.block_k else _backward_sequence
-    grads = (grad_output, grad_h_n, grad_c_n, grad_cell_states)
-    with torch.cuda.device_of(weight_hh):
-        grad_gates, grad_h0, grad_c0 = run(
-            config, reverse, *map(ready, grads), activations, cell_states, ready(c0), ready(weight_hh), ready(lengths)
-        )
+    grad_h_n, grad_c_n = (g if g is None else g[0] for g in (grads.h_n, grads.c_n))
+    incoming = Grads(*map(ready, (grad_output, grad_h_n, grad_c_n, grad_cell_states)))
+    of_steps = (activations, cell_states, ready(layer.c0[0]), ready(weights.hh), ready(lengths))
+    with torch.cuda.device_of(weights.hh):
+        grad_gates, grad_h0, grad_c0 = run(config, layer.reverse, incoming, _Saved(*of_steps))
     rows = grad_gates.flatten(0, 1)  # (T * B, 4H)
-    grad_input = grad_gates @ weight_ih if need_input else None
-    if need_input and batch_sizes is not None:
-        grad_input = layout.pack(grad_input, batch_sizes)
-    grad_bias = rows.sum(0) if need_bias_ih or need_bias_hh else None
-    before = layout.hidden_before(activations, cell_states, h0, lengths, reverse) if need_weight_hh else None
-    return (
-        grad_input,
-        grad_h0 if need_h0 else None,
-        grad_c0 if need_c0 else None,
-        rows.T @ input.flatten(0, 1) if need_weight_ih else None,
-        rows.T @ before.flatten(0, 1) if need_weight_hh else None,
-        grad_bias if need_bias_ih else None,
-        grad_bias if need_bias_hh else None,
+    grad_input = grad_gates @ weights.ih if needs.input else None
+    if needs.input and layer.batch_sizes is not None:
+        grad_input = layout.pack(grad_input, layer.batch_sizes)
+    before = None
+    if own.hh:
+        before = layout.hidden_before(activations, cell_states, layer.h0[0], lengths, layer.reverse)
+    grad_bias = rows.sum(0) if own.bias_ih or own.bias_hh else None
+    of_weights = Weights(
+        rows.T @ input.flatten(0, 1) if own.ih else None,
+        rows.T @ before.flatten(0, 1) if own.hh else None,
+        grad_bias if own.bias_ih else None,
+        grad_bias if own.bias_hh else None,
         None,
     )
+    states = (grad_h0[None] if needs.h0 else None, grad_c0[None] if needs.c0 else None)
+    return LayerGrads(grad_input, *states, (of_weights,))
 
 
-def _backward_sequence(
-    config, reverse, grad_output, grad_h_n, grad_c_n, grad_cell_states, activations, cell_states, c0, weight_hh, lengths
-):
+class _Saved(NamedTuple):
+    """The tensors that the backward kernels read besides the gradients, in their order."""
+
+    activations: Tensor  # (T, B, 4H) float32
+    cell_states: Tensor  # (T, B, H) float32
+    c0: Tensor  # (B, H)
+    weight_hh: Tensor  # (4H, H)
+    lengths: Tensor | None  # (B,) int64
+
+
+def _backward_sequence(config, reverse: bool, grads: Grads, saved: _Saved) -> tuple[Tensor, Tensor, Tensor]:
+    """All steps in one launch -> grad_gates (T, B, 4H), grad_h0, grad_c0 (B, H)."""
     from fastseq.ops.lstm.triton_kernels import lstm_sequence_backward_kernel
 
-    T, B, H = cell_states.shape
+    (T, B, H), c0 = saved.cell_states.shape, saved.c0
     grad_gates = c0.new_empty(T, B, 4 * H)
     grad_h0, grad_c0 = c0.new_empty(B, H), c0.new_empty(B, H)
-    grad_h_n, grad_c_n = (c0.new_zeros(B, H) if grad is None else grad for grad in (grad_h_n, grad_c_n))
-    lstm_sequence_backward_kernel[(-(-B // config.block_b),)](
-        grad_output, grad_h_n, grad_c_n, grad_cell_states, activations, cell_states, c0, weight_hh, lengths,
-        grad_gates, grad_h0, grad_c0, T, B, H=H, REVERSE=reverse, **_options(config, weight_hh),
-    )  # fmt: skip
+    grad_h_n, grad_c_n = (c0.new_zeros(B, H) if grad is None else grad for grad in (grads.h_n, grads.c_n))
+    pointers = (grads.output, grad_h_n, grad_c_n, grads.cell_states, *saved, grad_gates, grad_h0, grad_c0)
+    options = _options(config, saved.weight_hh)
+    lstm_sequence_backward_kernel[(-(-B // config.block_b),)](*pointers, T, B, H=H, REVERSE=reverse, **options)
     return grad_gates, grad_h0, grad_c0
 
 
-def _backward_steps(
-    config, reverse, grad_output, grad_h_n, grad_c_n, grad_cell_states, activations, cell_states, c0, weight_hh, lengths
-):
+def _backward_steps(config, reverse: bool, grads: Grads, saved: _Saved) -> tuple[Tensor, Tensor, Tensor]:
+    """A launch for each step -> grad_gates (T, B, 4H), grad_h0, grad_c0 (B, H)."""
     from fastseq.ops.lstm.triton_kernels import lstm_step_backward_kernel
 
-    T, B, H = cell_states.shape
+    (T, B, H), c0, lengths = saved.cell_states.shape, saved.c0, saved.lengths
     grad_gates = c0.new_empty(T, B, 4 * H)
-    dh, dc = (_copy_or_zeros(grad, cell_states[0]) for grad in (grad_h_n, grad_c_n))
+    dh, dc = (_copy_or_zeros(grad, saved.cell_states[0]) for grad in (grads.h_n, grads.c_n))
     grid = (-(-B // config.block_b), -(-H // config.block_h))
-    options = _options(config, weight_hh)
+    options = _options(config, saved.weight_hh)
     previous = -1
     for t in range(T) if reverse else reversed(range(T)):
-        lstm_step_backward_kernel[grid](
-            grad_output, grad_cell_states, activations, cell_states, c0, weight_hh, lengths, dh, dc, grad_gates,
-            t, previous, T, B, H=H, REVERSE=reverse, **options,
-        )  # fmt: skip
+        pointers = (grads.output, grads.cell_states, *saved, dh, dc, grad_gates)
+        lstm_step_backward_kernel[grid](*pointers, t, previous, T, B, H=H, REVERSE=reverse, **options)
         previous = t
-    grad_h0 = grad_gates[previous] @ weight_hh
+    grad_h0 = grad_gates[previous] @ saved.weight_hh
     if lengths is not None:
         grad_h0 = torch.where((previous < lengths).unsqueeze(1), grad_h0, dh)
     return grad_gates, grad_h0.to(c0.dtype), dc.to(c0.dtype)

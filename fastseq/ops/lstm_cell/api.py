@@ -1,10 +1,16 @@
-"""The public LSTM cell op."""
+"""The public LSTM cell ops, and the path of one LSTMCell step."""
+
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastseq.dispatch import LSTMCellCall, select
+from fastseq import _native
+from fastseq.dispatch import implementation, select
 from fastseq.ops.lstm_cell.function import apply
+from fastseq.ops.lstm_cell.rules import FAST_STEP, trains_on_torch
+from fastseq.ops.lstm_cell.spec import Cell, LSTMCellCall
 
 
 def lstm_cell(gates: Tensor, c: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -37,7 +43,7 @@ def lstm_cell(gates: Tensor, c: Tensor, *, backend: str | None = None) -> tuple[
     dtype = torch.promote_types(gates.dtype, c.dtype)
     gates, c = gates.to(dtype), c.to(dtype)
     call = LSTMCellCall(
-        device=gates.device.type,
+        device=_native.device_of(gates),
         dtype=dtype,
         hidden_size=c.size(-1),
         requires_grad=torch.is_grad_enabled() and (gates.requires_grad or c.requires_grad),
@@ -45,5 +51,84 @@ def lstm_cell(gates: Tensor, c: Tensor, *, backend: str | None = None) -> tuple[
         device_index=gates.device.index,
     )
     chosen = select("lstm_cell", backend, call)
-    h, c_n = apply(chosen, gates.reshape(-1, gates.size(-1)), c.reshape(-1, c.size(-1)))
+    h, c_n = apply(chosen, Cell(gates.reshape(-1, gates.size(-1)), c.reshape(-1, c.size(-1))))
     return h.view(c.shape), c_n.view(c.shape)
+
+
+def lstm_step(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of ``torch.nn.LSTMCell`` for inference, by the compiled kernel of the tensors' device.
+
+    A step of one sequence waits for its weights. With ``weight_ih`` and ``weight_hh`` in bfloat16 beside float32 for
+    everything else, half as many bytes come from memory; sums and states stay float32, and the weights are all that is
+    rounded (relative error up to 2 ** -9 each).
+
+    Args:
+        input: (B, I).
+        hx: h and c, (B, H) each.
+        weight_ih: (4H, I). weight_hh: (4H, H). Gate order i, f, g, o.
+        bias_ih: (4H,), or (B, 4H) for a part of the gates that differs from row to row. bias_hh: (4H,).
+
+    Returns:
+        The next h and c, (B, H).
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit; a gradient is asked for; the compiled library is missing.
+    """
+    if not _native.available():
+        raise RuntimeError(f"lstm_step: {_native.why_not()}")
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *hx, *weights)):
+        raise RuntimeError("lstm_step: has no gradient; call it under torch.no_grad(), or use fastseq.LSTMCell")
+    return implementation("lstm_cell", "native").step(input, hx, weights)
+
+
+def run(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: tuple[Tensor | None, ...],
+    *,
+    backend: str | None,
+    check: Callable[[Tensor, Tensor, Tensor], None],
+    narrow: Callable[[], tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of LSTMCell: both products and the cell.
+
+    Args:
+        input: (B, I). hx: h and c, (B, H) each.
+        weights: weight_ih (4H, I), weight_hh (4H, H), bias_ih and bias_hh (4H,) or None.
+        check: raises where input, h and c do not fit; not called for torch's own cell, which checks them itself.
+        narrow: returns weight_ih and weight_hh in bfloat16, for a kernel that reads them beside float32.
+
+    Returns:
+        The next h and c, (B, H).
+    """
+    if trains_on_torch(weights[0], backend):
+        return FAST_STEP(input, hx, weights)
+    (h, c), compiling = hx, torch.compiler.is_compiling()
+    requires_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, input, h, c))
+    call = LSTMCellCall(
+        device=_native.device_of(input),
+        dtype=c.dtype,
+        hidden_size=c.size(-1),
+        with_gemms=True,
+        requires_grad=requires_grad,
+        compiling=compiling,
+        batch=None if compiling else input.size(0),
+        device_index=input.device.index,
+    )
+    chosen = select("lstm_cell", backend, call)
+    module = implementation("lstm_cell", chosen)
+    if hasattr(module, "run_step"):
+        return module.run_step(input, hx, weights)
+    check(input, h, c)
+    if hasattr(module, "step") and not (requires_grad or compiling) and input.dtype == h.dtype == c.dtype:
+        return module.step(input, hx, weights if narrow is None else (*narrow(), *weights[2:]))
+    gates = F.linear(input, *weights[::2]) + F.linear(h, *weights[1::2])
+    return apply(chosen, Cell(gates.to(c.dtype), c))  # under autocast the gates are narrower than the state

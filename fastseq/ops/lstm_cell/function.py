@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from fastseq.dispatch import implementation
-from fastseq.ops.common.autocast import needs_function, without_autocast
+from fastseq.ops.common.autocast import without_autocast
+from fastseq.ops.common.autograd import differentiable_backward, needs_function
 from fastseq.ops.lstm_cell import reference
+from fastseq.ops.lstm_cell.spec import Cell, Grads
 
 
 class LSTMCellFunction(torch.autograd.Function):
@@ -13,7 +15,7 @@ class LSTMCellFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend: str, gates: Tensor, c: Tensor):
-        h, c_n, saved = implementation("lstm_cell", backend).forward(gates, c)
+        h, c_n, saved = implementation("lstm_cell", backend).forward(Cell(gates, c), True)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gates, c, *saved)
@@ -22,30 +24,22 @@ class LSTMCellFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_h, grad_c_n):
         gates, c, *saved = ctx.saved_tensors
+        cell, grads = Cell(gates, c), Grads(grad_h, grad_c_n)
         with without_autocast(c.device.type):
             if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
-                return None, *_differentiable_backward(grad_h, grad_c_n, gates, c)
-            return None, *implementation("lstm_cell", ctx.backend).backward(grad_h, grad_c_n, gates, c, tuple(saved))
+                return None, *differentiable_backward(_forward, cell, grads, ctx.needs_input_grad[1:])
+            return None, *implementation("lstm_cell", ctx.backend).backward(cell, tuple(saved), grads)
 
 
-def _differentiable_backward(grad_h, grad_c_n, gates: Tensor, c: Tensor):
-    """Recompute the forward through the reference, which torch can differentiate as often as is asked for."""
-    gates, c = gates.view_as(gates), c.view_as(c)  # aliases: one input may be, or depend on, the other
-    h, c_n, _ = reference.forward(gates, c)
-    pairs = [(out, grad) for out, grad in ((h, grad_h), (c_n, grad_c_n)) if grad is not None]
-    if not pairs:
-        return None, None
-    outputs, grad_outputs = zip(*pairs, strict=True)
-    wanted = [t for t in (gates, c) if t.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, allow_unused=True))
-    return tuple(next(found) if t.requires_grad else None for t in (gates, c))
+def _forward(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.forward(Cell(gates, c), False)[:2]
 
 
-def apply(backend: str, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Run on the named backend, recording a backward only where one can be asked for."""
-    if backend == "torch":
-        return implementation("lstm_cell", "torch").run(gates, c)
-    if needs_function(backend, gates, c):
-        return LSTMCellFunction.apply(backend, gates, c)
-    h, c_n, _ = implementation("lstm_cell", backend).forward(gates, c)
-    return h, c_n
+def apply(backend: str, cell: Cell) -> tuple[Tensor, Tensor]:
+    """Run on the named backend -> h, c_n (N, H). Records a backward only where a gradient can be asked for."""
+    module = implementation("lstm_cell", backend)
+    if hasattr(module, "run"):
+        return module.run(cell)
+    if needs_function(module, *cell):
+        return LSTMCellFunction.apply(backend, *cell)
+    return module.forward(cell, False)[:2]

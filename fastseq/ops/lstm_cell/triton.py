@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastseq.ops.common.triton.runtime import chip_of, power_of_two, ready, why_not
+from fastseq.ops.lstm_cell.spec import Cell, Grads, Result
 
 
 def unsupported(call) -> str | None:
@@ -11,27 +12,26 @@ def unsupported(call) -> str | None:
     return why_not("lstm_cell", call)
 
 
-def forward(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """gates (N, 4H) pre-activations, order i f g o; c (N, H) -> h (N, H), c_n (N, H), and nothing to save."""
+def forward(cell: Cell, need_backward: bool) -> Result:
+    """Nothing is saved: see ``backward``."""
     from fastseq.ops.lstm_cell.triton_kernels import lstm_cell_forward_kernel
 
+    c = ready(cell.c)
     h_n, c_n = c.new_empty(c.shape), c.new_empty(c.shape)
-    _launch(lstm_cell_forward_kernel, ready(gates), ready(c), h_n, c_n)
-    return h_n, c_n, ()
+    _launch(lstm_cell_forward_kernel, ready(cell.gates), c, h_n, c_n)
+    return Result(h_n, c_n)
 
 
-def backward(
-    grad_h: Tensor | None, grad_c_n: Tensor | None, gates: Tensor, c: Tensor, saved: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the results (N, H), each may be None -> grad_gates (N, 4H), grad_c (N, H).
+def backward(cell: Cell, saved: tuple[Tensor, ...], grads: Grads) -> tuple[Tensor, Tensor]:
+    """-> grad_gates (N, 4H), grad_c (N, H).
 
     The activations are computed again: five exponentials an element cost less than writing and reading five floats.
     """
     from fastseq.ops.lstm_cell.triton_kernels import lstm_cell_backward_kernel
 
-    gates, c = ready(gates), ready(c)
+    gates, c = ready(cell.gates), ready(cell.c)
     grad_gates, grad_c = torch.empty_like(gates), torch.empty_like(c)
-    _launch(lstm_cell_backward_kernel, gates, c, ready(grad_h), ready(grad_c_n), grad_gates, grad_c)
+    _launch(lstm_cell_backward_kernel, gates, c, ready(grads.h), ready(grads.c), grad_gates, grad_c)
     return grad_gates, grad_c
 
 

@@ -1,0 +1,167 @@
+"""The rules by which ``auto`` chooses the backend of ``lstm``.
+
+Ratios are the time of nn.LSTM over the time of the row's backend, by ``fastseq bench`` on a Xeon (Emerald Rapids,
+AVX-512, no AMX) and an EPYC (Zen 4), with 1 and 2 threads: the cases of the evidence files, and more like them.
+"""
+
+import functools
+
+import torch
+
+from fastseq import _native
+from fastseq.dispatch import Rule
+
+XEON_AND_ZEN4 = "benchmarks/results/cpu-xeon-1thread.json, benchmarks/results/cpu-zen4-1thread.json"
+
+
+def on_cpu(call) -> bool:
+    return call.device == "cpu"
+
+
+def on_cuda(call) -> bool:
+    return call.device == "cuda"
+
+
+def traced(call) -> bool:
+    return call.compiling
+
+
+def eager(call) -> bool:
+    """Neither traced nor under autocast, where the kernels of the torch backend decide the dtypes of the results."""
+    return not (call.autocast or call.compiling)
+
+
+def autocast(call) -> bool:
+    return call.autocast
+
+
+def inference(call) -> bool:
+    return not call.requires_grad
+
+
+def returns_cell_states(call) -> bool:
+    return call.return_cell_states
+
+
+def variable_lengths(call) -> bool:
+    """Several sequences of different lengths: torch runs these op by op, native skips the padding."""
+    return (call.packed or call.lengths) and call.batch > 1
+
+
+def at_most_4_sequences(call) -> bool:
+    return call.batch <= 4
+
+
+def float64(call) -> bool:
+    return call.dtype == torch.float64
+
+
+def float32(call) -> bool:
+    return call.dtype == torch.float32
+
+
+def bfloat16(call) -> bool:
+    return call.dtype == torch.bfloat16
+
+
+def float16(call) -> bool:
+    return call.dtype == torch.float16
+
+
+def float32_or_bfloat16(call) -> bool:
+    return call.dtype in (torch.float32, torch.bfloat16)
+
+
+def hidden_size_193_to_1024(call) -> bool:
+    return 192 < call.hidden_size <= 1024
+
+
+@functools.cache
+def _instruction_set() -> str:
+    return _native.build_info().get("cpu", "")
+
+
+def avx512(call) -> bool:
+    """The compiled kernels use AVX-512 on this machine; with narrower vectors they were not measured."""
+    return _instruction_set().startswith("avx512")
+
+
+def avx512_bf16(call) -> bool:
+    """oneDNN and the compiled kernels multiply bfloat16 by the same instruction, AVX-512's dot product."""
+    return _instruction_set() == "avx512_bf16"
+
+
+@functools.cache
+def _amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
+
+
+def no_matrix_unit(call) -> bool:
+    """Without AMX, by which oneDNN multiplies bfloat16 several times as fast as vector instructions do."""
+    return not _amx()
+
+
+RULES = (
+    Rule("native", (returns_cell_states,), "oneDNN and cuDNN do not return the cell states of every step"),
+    Rule("native", (traced,), "one opaque operator: the graph stays whole, T and B stay dynamic"),
+    Rule(
+        "native",
+        (on_cpu, eager, float16),
+        "torch has no float16 kernel on CPU and runs op by op: native is 1.2 to 29 times as fast",
+        XEON_AND_ZEN4,
+    ),
+    Rule(
+        "native",
+        (on_cpu, eager, float64, at_most_4_sequences),
+        "torch has no float64 kernel on CPU and runs op by op: native is 1.1 to 3.7 times as fast for few sequences",
+        XEON_AND_ZEN4,
+    ),
+    Rule(
+        "native",
+        (on_cpu, eager, variable_lengths, float32_or_bfloat16),
+        "variable lengths, where torch runs op by op: native is 1.3 to 3.9 times as fast",
+        XEON_AND_ZEN4,
+    ),
+    Rule(
+        "native",
+        (on_cpu, eager, at_most_4_sequences, float32_or_bfloat16),
+        "few sequences: native reads the weights without packing them, 1.1 to 3.4 times as fast",
+        XEON_AND_ZEN4,
+    ),
+    Rule(
+        "native",
+        (on_cpu, eager, float32, avx512),
+        "the products end in the cell, in registers: native is 1.0 to 1.5 times as fast",
+        XEON_AND_ZEN4,
+    ),
+    Rule(
+        "torch",
+        (on_cpu, eager, bfloat16, avx512_bf16, inference),
+        "inference with AVX-512's bfloat16 dot product: native is 0.97 to 1.04 times as fast (Zen 4)",
+        "benchmarks/results/cpu-zen4-1thread.json",
+    ),
+    Rule(
+        "native",
+        (on_cpu, eager, bfloat16, avx512, no_matrix_unit),
+        "without a matrix unit: native is 1.4 to 2.0 times as fast (Xeon), training on Zen 4 0.97 to 2.2 times",
+        XEON_AND_ZEN4,
+    ),
+    Rule(
+        "native",
+        (on_cuda, eager, variable_lengths),
+        "not measured yet: variable lengths, for which cuDNN launches kernels step by step",
+    ),
+    Rule(
+        "native",
+        (on_cuda, eager, float32_or_bfloat16, hidden_size_193_to_1024),
+        "not measured yet: torch takes cuDNN's persistent kernels only for float16, or up to hidden_size=192",
+    ),
+    Rule("torch", (), "oneDNN or cuDNN: no kernel of fastseq was measured faster here"),
+    Rule(
+        "native",
+        (on_cpu, autocast),
+        "oneDNN, which nn.LSTM calls under autocast, has no LSTM in this dtype on this processor",
+    ),
+    Rule("triton", (on_cuda,), "the torch backend refuses this call; not measured yet"),
+    Rule("reference", (), "no other backend serves this call"),
+)

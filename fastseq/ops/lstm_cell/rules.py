@@ -1,0 +1,77 @@
+"""The rules by which ``auto`` chooses the backend of ``lstm_cell``, and the call that skips them.
+
+Ratios are the time of the torch backend over the time of the row's backend, by ``fastseq bench`` on a Xeon (Emerald
+Rapids, AVX-512) and an EPYC (Zen 4), with 1 and 2 threads.
+"""
+
+import torch
+
+from fastseq.dispatch import Rule, takes_auto
+from fastseq.ops.lstm_cell.torch import run_step
+
+XEON_AND_ZEN4 = "benchmarks/results/cpu-xeon-1thread.json, benchmarks/results/cpu-zen4-1thread.json"
+
+
+def on_cpu(call) -> bool:
+    return call.device == "cpu"
+
+
+def on_cuda(call) -> bool:
+    return call.device == "cuda"
+
+
+def eager(call) -> bool:
+    return not call.compiling
+
+
+def float32(call) -> bool:
+    return call.dtype == torch.float32
+
+
+def inference(call) -> bool:
+    return not call.requires_grad
+
+
+def from_gates(call) -> bool:
+    """The pointwise part alone: the gates were computed before."""
+    return not call.with_gemms
+
+
+def with_gemms(call) -> bool:
+    """The whole cell of LSTMCell: both products and the pointwise part."""
+    return call.with_gemms
+
+
+def at_most_32_rows(call) -> bool:
+    return call.batch is not None and call.batch <= 32
+
+
+RULES = (
+    Rule(
+        "native",
+        (from_gates, on_cpu, float32, eager),
+        "one pass instead of seven kernels: native is 1.08 to 1.66 times as fast (B 1 to 256, H 256 and 512)",
+        XEON_AND_ZEN4,
+    ),
+    Rule(
+        "native",
+        (with_gemms, inference, on_cpu, float32, at_most_32_rows),
+        "both products and the cell in one pass over the weights: native is 1.03 to 4 times as fast (B 1 to 32)",
+        XEON_AND_ZEN4,
+    ),
+    Rule("native", (from_gates, on_cuda, eager), "not measured yet: one kernel, where torch launches nine"),
+    Rule("triton", (from_gates, on_cuda, eager), "not measured yet: one kernel, where torch launches nine"),
+    Rule("torch", (), "no kernel of fastseq was measured faster here"),
+)
+
+
+def trains_on_torch(weight: torch.Tensor, backend: str | None) -> bool:
+    """True for a step of LSTMCell that trains under ``auto``: RULES give each such call to the torch backend.
+
+    ``FAST_STEP`` runs it then: describing the call and selecting take 3 % of a short step.
+    ``test_auto_gives_cells_that_train_to_torch`` holds this to RULES.
+    """
+    return weight.requires_grad and torch.is_grad_enabled() and takes_auto(backend)
+
+
+FAST_STEP = run_step
