@@ -86,42 +86,44 @@ def run(stack: Stack, cell_states: bool, backend: str | None) -> tuple[Tensor, T
     Returns output and, if wanted, the last layer's cell states in the layout of the input, h_n (L*D, B, P), c_n
     (L*D, B, H): output, h_n, c_n, cell_states.
     """
-    chosen = select("lstm", backend, describe(stack, cell_states))
+    call = describe(stack, cell_states)
+    chosen = select("lstm", backend, call)
     module = implementation("lstm", chosen)
     if hasattr(module, "run"):
         return *module.run(stack), None
-    input, h0, c0, *weights = cast_inputs(stack.input, stack.h0, stack.c0, *stack.weights)
+    if call.autocast:
+        input, h0, c0, *weights = cast_inputs(stack.input, stack.h0, stack.c0, *stack.weights)
+        stack = stack._replace(input=input, h0=h0, c0=c0, weights=weights)
     transposed = stack.batch_first and stack.batch_sizes is None
-    input = input.transpose(0, 1) if transposed else input
+    input = stack.input.transpose(0, 1) if transposed else stack.input
     if stack.lengths is not None and not getattr(module, "SKIPS_PADDING", False):
         input = zero_padding(input, stack.lengths)  # NaN in the padding must reach no gradient
-    stack = stack._replace(input=input, h0=h0, c0=c0, weights=tuple(weights))
     with without_autocast(input.device.type):
-        output, h_n, c_n, states = _layers(stack, cell_states, chosen)
+        output, h_n, c_n, states = _layers(stack, input, cell_states, chosen)
     if transposed:
         output = output.transpose(0, 1)
         states = None if states is None else states.transpose(0, 1)
     return output, h_n, c_n, states
 
 
-def _layers(stack: Stack, cell_states: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Layer by layer, with dropout between; the input is time-major or packed."""
+def _layers(
+    stack: Stack, input: Tensor, cell_states: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Layer by layer, with dropout between; ``input`` is time-major or packed."""
     directions = 2 if stack.bidirectional else 1
-    input, h_n, c_n, states = stack.input, [], [], None
-    for k in range(stack.num_layers):
+    of_layer = [tuple(map(stack.weights_of, range(k, k + directions))) for k in range(0, len(stack.h0), directions)]
+    rest = (stack.lengths, stack.batch_sizes, stack.reverse)
+    if stack.num_layers == 1:
+        return apply(backend, Layer(input, stack.h0, stack.c0, *of_layer, *rest), cell_states)
+    h_n, c_n, states = [], [], None
+    h0, c0 = stack.h0.split(directions), stack.c0.split(directions)
+    for k, weights in enumerate(of_layer):
         last = k == stack.num_layers - 1
-        rows = slice(k * directions, (k + 1) * directions)
-        weights = tuple(stack.weights_of(row) for row in range(rows.start, rows.stop))
-        layer = Layer(
-            input, stack.h0[rows], stack.c0[rows], weights, stack.lengths, stack.batch_sizes, reverse=stack.reverse
-        )
-        input, h, c, states = apply(backend, layer, cell_states and last)
+        input, h, c, states = apply(backend, Layer(input, h0[k], c0[k], weights, *rest), cell_states and last)
         h_n.append(h)
         c_n.append(c)
         if stack.dropout and not last:
             input = F.dropout(input, stack.dropout, stack.training)
-    if stack.num_layers == 1:
-        return input, h_n[0], c_n[0], states
     return input, torch.cat(h_n), torch.cat(c_n), states
 
 
