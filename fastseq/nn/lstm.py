@@ -54,10 +54,7 @@ class LSTM(nn.RNNBase):
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """As ``nn.RNNBase``, for the weights as they are now: functional calls replace them by others."""
         if input.dtype != self._dtype() and not autocast_enabled(input.device.type):
-            raise ValueError(
-                f"LSTM: the input is {input.dtype}, the weights are {self._dtype()}; "
-                f"convert the input, input.to({self._dtype()}), or the model, model.to({input.dtype})"
-            )
+            raise ValueError(_other_dtype(input.dtype, self._dtype()))
         if not input.is_floating_point():
             raise RuntimeError(f"LSTM: input must be floating point, got {input.dtype}")
         expected = 2 if batch_sizes is not None else 3
@@ -146,9 +143,7 @@ class LSTM(nn.RNNBase):
                 )
             hx = self.permute_hidden(hx, sorted_indices)
         if data.dtype != self._dtype() and not autocast_enabled(data.device.type):
-            raise RuntimeError(
-                f"RNN input dtype ({data.dtype}) does not match weight dtype ({self._dtype()}); convert one of them"
-            )
+            raise RuntimeError(_other_dtype(data.dtype, self._dtype()))
         self.check_input(data, batch_sizes)
         self.check_hidden_size(
             hx[0], self.get_expected_hidden_size(data, batch_sizes), "Expected hidden[0] size {}, got {}"
@@ -218,3 +213,11 @@ class LSTM(nn.RNNBase):
             dropout=self.dropout,
             training=self.training,
         )
+
+
+def _other_dtype(input: torch.dtype, weight: torch.dtype) -> str:
+    """The sentence of nn.LSTM, by which users' tests recognise it."""
+    return (
+        f"RNN input dtype ({input}) does not match weight dtype ({weight}). "
+        f"Convert input: input.to({weight}), or convert model: model.to({input})"
+    )

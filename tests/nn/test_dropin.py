@@ -564,3 +564,28 @@ def test_every_option_of_forward_is_alive():
     assert len(cells) == 3
     assert not torch.equal(module(x, lengths=torch.tensor([1, 3]))[0], output)
     assert not torch.equal(module(x, (torch.ones(1, 2, 5), torch.ones(1, 2, 5)))[0], output)
+
+
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_another_dtype_gets_the_sentence_of_nn_lstm(form):
+    theirs, ours = pair(4, 5)
+    x = torch.randn(3, 2, 4).double()
+    with pytest.raises(ValueError) as expected:  # noqa: PT011  the sentence is compared below
+        theirs(x)
+    kind, given = (ValueError, x) if form == "padded" else (RuntimeError, pack_padded_sequence(x, [3, 1]))
+    with pytest.raises(kind) as actual:
+        ours(given)
+    assert str(actual.value) == str(expected.value)
+
+
+@backends
+@pytest.mark.parametrize("as_list", [False, True], ids=["tensor", "list"])
+def test_lengths_stay_on_the_cpu_under_another_default_device(backend, as_list):
+    module, x, lengths = LSTM(4, 5, backend=backend), torch.randn(3, 2, 4), torch.tensor([3, 1])
+    expected = module(x, lengths=lengths)
+    try:
+        torch.set_default_device("meta")
+        actual = module(x, lengths=[3, 1] if as_list else lengths)
+    finally:
+        torch.set_default_device(None)
+    assert_same(actual, expected)

@@ -21,6 +21,15 @@ def needs_function(implementation: ModuleType, *tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def distinct(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Clone a gradient that stands for two inputs: users change gradients in place, so no two may share storage."""
+    seen, own = set(), []
+    for grad in grads:
+        own.append(grad.clone() if grad is not None and id(grad) in seen else grad)
+        seen.add(id(grad))
+    return tuple(own)
+
+
 def differentiable_backward(
     forward: Callable[..., Sequence[Tensor | None]],
     tensors: Sequence[Tensor | None],

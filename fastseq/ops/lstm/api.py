@@ -156,7 +156,8 @@ def describe(stack: Stack, cell_states: bool) -> LSTMCall:
 
 def check_lengths(lengths: Tensor, steps: int, batch: int, device: torch.device) -> Tensor:
     """Lengths as int64 (B,) on ``device``: checked on the CPU; clamped to 0..T elsewhere, and while tracing."""
-    lengths = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor):
+        lengths = torch.tensor(lengths, device="cpu")  # as_tensor() would follow torch.set_default_device
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be integers, got {lengths.dtype}")
     if lengths.dim() != 1 or lengths.size(0) != batch:

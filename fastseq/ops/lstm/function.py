@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastseq.dispatch import implementation
 from fastseq.ops.common.autocast import without_autocast
-from fastseq.ops.common.autograd import differentiable_backward, needs_function
+from fastseq.ops.common.autograd import differentiable_backward, distinct, needs_function
 from fastseq.ops.lstm import directions, reference
 from fastseq.ops.lstm.spec import Grads, Layer, LayerGrads, Want, by_direction
 
@@ -39,7 +39,7 @@ class LSTMFunction(torch.autograd.Function):
                 layer = _layer(tensors, lengths, batch_sizes, ctx.reverse)
                 needs = LayerGrads(*needs[:3], by_direction(needs[3:]))
                 grads = directions.backward(implementation("lstm", ctx.backend), layer, saved, grads, needs)
-                found = (*grads[:3], *(grad for own in grads.weights for grad in own))
+                found = distinct((*grads[:3], *(grad for own in grads.weights for grad in own)))
         return None, None, None, None, None, *found
 
 

@@ -45,8 +45,7 @@ def runs_under_autocast(dtype: torch.dtype) -> bool:
 
     Found by one call of the smallest LSTM per process and dtype: torch does not check what oneDNN supports.
     """
-    input, state = torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)
-    weights = [torch.zeros(4, 1), torch.zeros(4, 1)]
+    input, state, *weights = (torch.zeros(shape, device="cpu") for shape in ((1, 1, 1), (1, 1, 1), (4, 1), (4, 1)))
     try:
         with torch.no_grad(), torch.autocast("cpu", dtype):
             _vf_lstm(input, (state, state), weights, False, 1, 0.0, True, False, False)
