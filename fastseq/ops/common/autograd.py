@@ -1,4 +1,4 @@
-"""Autograd: when an op needs its Function, and the differentiable backward that all Functions share."""
+"""Autograd: when an op needs its Function, and the derivatives and vmap rules that all Functions share."""
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -11,14 +11,57 @@ from torch.autograd import forward_ad
 def needs_function(implementation: ModuleType, *tensors: Tensor | None) -> bool:
     """True if a call must go through its autograd Function, because a derivative can be asked for.
 
-    False in a traced graph on a backend with ``PLAIN_TORCH``, which the compiler differentiates by itself. In forward
-    mode the Function raises, where a bare kernel would drop the tangents.
+    False in a traced graph on a backend with ``PLAIN_TORCH``, which the compiler differentiates by itself. True under a
+    transform of torch.func: the Function has the vmap rule.
     """
     if torch.compiler.is_compiling() and getattr(implementation, "PLAIN_TORCH", False):
         return False
-    if forward_ad._current_level >= 0:
+    if transformed():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def transformed() -> bool:
+    """True within a transform of torch.func (grad, vjp, vmap, ...), or a backward with batched gradients."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def recompute(grads: Sequence[Tensor | None]) -> bool:
+    """True if a backward must take ``differentiable_backward``: its result is differentiated, or batched by vmap."""
+    if torch.is_grad_enabled() or transformed():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)  # is_grads_batched
+
+
+def vmapped() -> bool:
+    """True within torch.func.vmap, at any depth."""
+    if not transformed():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def forward_mode() -> bool:
+    """True where forward-mode derivatives are computed, which the reference alone has."""
+    return forward_ad._current_level >= 0
+
+
+def one_by_one(apply: Callable[..., Sequence[Tensor | None]], in_dims: Sequence[int | None], args: Sequence, size: int):
+    """The vmap rule of a Function by a loop: apply it to each sample, stack the results at dim 0 -> results, dims."""
+    samples = []
+    for k in range(size):
+        given = (a if dim is None else a.select(dim, k) for a, dim in zip(args, in_dims, strict=True))
+        samples.append(apply(*given))
+    results = tuple(None if of_one[0] is None else torch.stack(of_one) for of_one in zip(*samples, strict=True))
+    return results, tuple(None if result is None else 0 for result in results)
+
+
+def fold(t: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
+    """Samples (at ``dim``; the same for all where None) folded into the batch at ``axis`` -> (..., size * B, ...)."""
+    t = t.unsqueeze(axis).expand(*t.shape[:axis], size, *t.shape[axis:]) if dim is None else t.movedim(dim, axis)
+    return t.flatten(axis, axis + 1)
 
 
 def distinct(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -36,7 +79,7 @@ def differentiable_backward(
     grads: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The backward under create_graph=True: recompute the forward, which torch can differentiate any number of times.
+    """The backward under create_graph=True or a transform: recompute the forward, which torch can differentiate again.
 
     Args:
         forward: maps ``tensors`` to the results, in plain torch.
@@ -47,12 +90,26 @@ def differentiable_backward(
     Returns:
         The gradient of each input; None where it is not wanted, or nothing depends on the input.
     """
-    aliases = [t if t is None else t.view_as(t) for t in tensors]  # one input may be, or depend on, another
-    outputs = forward(*aliases)
-    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out is not None and grad is not None]
-    if not pairs:
+    given = [k for k, grad in enumerate(grads) if grad is not None]
+    wanted = [k for k, need in enumerate(needs) if need]
+    if not given or not wanted:
         return (None,) * len(needs)
-    outputs, grad_outputs = zip(*pairs, strict=True)
-    wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
-    gradients = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, allow_unused=True))
-    return tuple(next(gradients) if need else None for need in needs)
+
+    def outputs_of(*of_wanted: Tensor) -> tuple[Tensor, ...]:
+        replaced = dict(zip(wanted, of_wanted, strict=True))
+        outputs = forward(*(replaced.get(k, t) for k, t in enumerate(tensors)))
+        return tuple(outputs[k] for k in given)
+
+    cotangents, inputs = tuple(grads[k] for k in given), [tensors[k] for k in wanted]
+    if transformed():
+        found = torch.func.vjp(outputs_of, *inputs)[1](cotangents)
+    else:
+        create_graph = torch.is_grad_enabled()  # else batched gradients, of a backward that is not differentiated again
+        with torch.enable_grad():
+            # Views, since one input may be, or depend on, another; leaves in the pull-back of a vjp that has ended.
+            views = (t.view_as(t) for t in inputs)
+            aliases = [view if view.requires_grad else view.detach().requires_grad_() for view in views]
+            outputs = outputs_of(*aliases)
+        found = torch.autograd.grad(outputs, aliases, cotangents, create_graph=create_graph, allow_unused=True)
+    by_input = dict(zip(wanted, found, strict=True))
+    return tuple(by_input.get(k) for k in range(len(needs)))

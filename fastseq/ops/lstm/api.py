@@ -7,6 +7,7 @@ from torch import Tensor
 from fastseq import _native
 from fastseq.dispatch import implementation, select
 from fastseq.ops.common.autocast import autocast_enabled, cast_inputs, without_autocast
+from fastseq.ops.common.autograd import vmapped
 from fastseq.ops.common.dtypes import tf32_allowed
 from fastseq.ops.common.layout import zero_padding
 from fastseq.ops.lstm.function import apply
@@ -149,6 +150,7 @@ def describe(stack: Stack, cell_states: bool) -> LSTMCall:
         batch=None if compiling else stack.c0.size(-2),
         steps=None if compiling else steps,
         compiling=compiling,
+        vmapped=vmapped(),
         tf32=_native.device_of(input) == "cuda" and tf32_allowed(),
         device_index=device.index,
     )
@@ -164,7 +166,7 @@ def check_lengths(lengths: Tensor, steps: int, batch: int, device: torch.device)
         raise ValueError(
             f"lengths must have shape ({batch},), one per sequence of the batch, got {tuple(lengths.shape)}"
         )
-    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or vmapped():
         return lengths.to(device, torch.int64).clamp(0, steps)
     if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
         raise ValueError(

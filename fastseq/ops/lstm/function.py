@@ -1,39 +1,51 @@
 """Autograd of one LSTM layer in one or two directions: one Function, shared by all backends."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from fastseq.dispatch import implementation
 from fastseq.ops.common.autocast import without_autocast
-from fastseq.ops.common.autograd import differentiable_backward, distinct, needs_function
+from fastseq.ops.common.autograd import (
+    differentiable_backward,
+    distinct,
+    fold,
+    forward_mode,
+    needs_function,
+    one_by_one,
+    recompute,
+)
 from fastseq.ops.lstm import directions, reference
 from fastseq.ops.lstm.spec import Grads, Layer, LayerGrads, Want, by_direction
 
 
 class LSTMFunction(torch.autograd.Function):
-    """(..., the tensors of a Layer, flat) -> output, h_n, c_n and, on request, all cell states."""
+    """(..., the tensors of a Layer, flat) -> output, h_n, c_n, cell states or None, and the saved tensors."""
 
     @staticmethod
-    def forward(ctx, backend: str, reverse: bool, cell_states: bool, lengths, batch_sizes, *tensors):
+    def forward(backend: str, reverse: bool, cell_states: bool, lengths, batch_sizes, *tensors):
         layer = _layer(tensors, lengths, batch_sizes, reverse)
         *results, saved = directions.forward(implementation("lstm", backend), layer, Want(True, cell_states))
-        ctx.backend, ctx.reverse, ctx.inputs = backend, reverse, len(tensors)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(lengths, batch_sizes, *tensors, *saved)  # not the output: users change it in place
-        return tuple(results) if cell_states else tuple(results[:3])
+        return *results, *saved
 
     @staticmethod
-    def backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cell_states=None):
+    def setup_context(ctx, inputs, outputs):
+        ctx.backend, ctx.reverse, _, lengths, batch_sizes, *tensors = inputs
+        saved = outputs[4:]
+        ctx.inputs = len(tensors)
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(lengths, batch_sizes, *tensors, *saved)  # not the output: users change it in place
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cell_states, *_):
         lengths, batch_sizes, *rest = ctx.saved_tensors
         tensors, saved = rest[: ctx.inputs], tuple(rest[ctx.inputs :])
         grads, needs = Grads(grad_output, grad_h_n, grad_c_n, grad_cell_states), ctx.needs_input_grad[5:]
         with without_autocast(tensors[0].device.type):
-            if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
-
-                def forward(*aliases):
-                    layer = _layer(aliases, lengths, batch_sizes, ctx.reverse)
-                    return directions.forward(reference, layer, Want(False, True))[:4]
-
+            if recompute(grads):
+                forward = functools.partial(_reference, lengths, batch_sizes, ctx.reverse)
                 found = differentiable_backward(forward, tensors, grads, needs)
             else:
                 layer = _layer(tensors, lengths, batch_sizes, ctx.reverse)
@@ -41,6 +53,25 @@ class LSTMFunction(torch.autograd.Function):
                 grads = directions.backward(implementation("lstm", ctx.backend), layer, saved, grads, needs)
                 found = distinct((*grads[:3], *(grad for own in grads.weights for grad in own)))
         return None, None, None, None, None, *found
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        """Shared weights: the samples are folded into the batch of a padded input. Else one sample at a time."""
+        if args[4] is not None or any(dim is not None for dim in in_dims[8:]):
+            return one_by_one(lambda *given: LSTMFunction.apply(*given)[:4], in_dims, args, info.batch_size)
+        batch = args[6].dim() - (in_dims[6] is not None)  # of h0 (D, B, P): its dimensions without the samples
+        assert batch == 3, "a layer's states have three dimensions"
+        folded = list(args)
+        for k, axis in ((3, 0), (5, 1), (6, 1), (7, 1)):  # lengths, input, h0, c0, and the axis of B in each
+            folded[k] = None if args[k] is None else fold(args[k], in_dims[k], info.batch_size, axis)
+        results = LSTMFunction.apply(*folded)[:4]
+        unfolded = tuple(r if r is None else r.unflatten(1, (info.batch_size, -1)) for r in results)
+        return unfolded, tuple(r if r is None else 1 for r in results)
+
+
+def _reference(lengths, batch_sizes, reverse: bool, *tensors) -> tuple[Tensor, ...]:
+    """output, h_n, c_n and cell states by the reference, in the order of ``Grads``."""
+    return directions.forward(reference, _layer(tensors, lengths, batch_sizes, reverse), Want(False, True))[:4]
 
 
 def _layer(tensors, lengths, batch_sizes, reverse: bool) -> Layer:
@@ -53,7 +84,9 @@ def apply(backend: str, layer: Layer, cell_states: bool) -> tuple[Tensor, Tensor
     Records a backward only where a gradient can be asked for.
     """
     module, tensors = implementation("lstm", backend), layer.tensors()
+    if forward_mode():
+        return directions.forward(reference, layer, Want(False, cell_states))[:4]
     if needs_function(module, *tensors):
-        results = LSTMFunction.apply(backend, layer.reverse, cell_states, layer.lengths, layer.batch_sizes, *tensors)
-        return results if cell_states else (*results, None)
+        options = (backend, layer.reverse, cell_states, layer.lengths, layer.batch_sizes)
+        return LSTMFunction.apply(*options, *tensors)[:4]
     return directions.forward(module, layer, Want(False, cell_states))[:4]

@@ -35,6 +35,10 @@ def autocast(call) -> bool:
     return call.autocast
 
 
+def under_vmap(call) -> bool:
+    return call.vmapped
+
+
 def inference(call) -> bool:
     return not call.requires_grad
 
@@ -104,6 +108,7 @@ def no_matrix_unit(call) -> bool:
 RULES = (
     Rule("native", (returns_cell_states,), "oneDNN and cuDNN do not return the cell states of every step"),
     Rule("native", (traced,), "one opaque operator: the graph stays whole, T and B stay dynamic"),
+    Rule("native", (under_vmap,), "under torch.func.vmap the samples are folded into the batch"),
     Rule(
         "native",
         (on_cpu, eager, float16),

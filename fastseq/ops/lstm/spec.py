@@ -13,8 +13,8 @@ from torch import Tensor
 class LSTMCall(NamedTuple):
     """The facts of one ``lstm`` call that decide its backend. ``batch`` and ``steps`` are None in a traced graph.
 
-    ``tf32``: on CUDA, float32 products of a recurrence may be rounded to TF32. ``device_index``: of several GPUs; None
-    is the current one.
+    ``vmapped``: within torch.func.vmap. ``tf32``: on CUDA, float32 products of a recurrence may be rounded to TF32.
+    ``device_index``: of several GPUs; None is the current one.
     """
 
     device: str
@@ -31,6 +31,7 @@ class LSTMCall(NamedTuple):
     batch: int | None = None
     steps: int | None = None
     compiling: bool = False
+    vmapped: bool = False
     tf32: bool = False
     device_index: int | None = None
 

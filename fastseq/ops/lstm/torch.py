@@ -30,6 +30,11 @@ def unsupported(call) -> str | None:
             "lstm: the torch backend cannot be traced with lengths (it packs, and packing depends on their values); "
             "use backend='native' or 'reference' under torch.compile and torch.export."
         )
+    if call.vmapped:
+        return (
+            "lstm: the torch backend cannot run under torch.func.vmap (torch has no batching rule for its LSTM); "
+            "use backend='native' or 'reference'."
+        )
     fused = not (call.packed or call.lengths or call.proj_size)  # the others run op by op, in every dtype
     if call.autocast and call.device == "cpu" and fused and not runs_under_autocast(call.dtype):
         return (

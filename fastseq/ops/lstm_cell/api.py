@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastseq import _native
 from fastseq.dispatch import implementation, select
+from fastseq.ops.common.autograd import transformed, vmapped
 from fastseq.ops.lstm_cell.function import apply
 from fastseq.ops.lstm_cell.rules import FAST_STEP, trains_on_torch
 from fastseq.ops.lstm_cell.spec import Cell, LSTMCellCall
@@ -125,10 +126,14 @@ def run(
     )
     chosen = select("lstm_cell", backend, call)
     module = implementation("lstm_cell", chosen)
-    if hasattr(module, "run_step"):
+    if hasattr(module, "run_step") and not vmapped():  # torch has no batching rule for its cell
         return module.run_step(input, hx, weights)
     check(input, h, c)
-    if hasattr(module, "step") and not (requires_grad or compiling) and input.dtype == h.dtype == c.dtype:
+    if (
+        hasattr(module, "step")
+        and not (requires_grad or compiling or transformed())
+        and input.dtype == h.dtype == c.dtype
+    ):
         return module.step(input, hx, weights if narrow is None else (*narrow(), *weights[2:]))
     gates = F.linear(input, *weights[::2]) + F.linear(h, *weights[1::2])
     return apply(chosen, Cell(gates.to(c.dtype), c))  # under autocast the gates are narrower than the state

@@ -5,33 +5,44 @@ from torch import Tensor
 
 from fastseq.dispatch import implementation
 from fastseq.ops.common.autocast import without_autocast
-from fastseq.ops.common.autograd import differentiable_backward, needs_function
+from fastseq.ops.common.autograd import differentiable_backward, fold, forward_mode, needs_function, recompute
 from fastseq.ops.lstm_cell import reference
 from fastseq.ops.lstm_cell.spec import Cell, Grads
 
 
 class LSTMCellFunction(torch.autograd.Function):
-    """(backend, gates (N, 4H), c (N, H)) -> h (N, H), c_n (N, H)."""
+    """(backend, gates (N, 4H), c (N, H)) -> h (N, H), c_n (N, H), and the saved tensors."""
 
     @staticmethod
-    def forward(ctx, backend: str, gates: Tensor, c: Tensor):
+    def forward(backend: str, gates: Tensor, c: Tensor):
         h, c_n, saved = implementation("lstm_cell", backend).forward(Cell(gates, c), True)
-        ctx.backend = backend
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gates, c, *saved)
-        return h, c_n
+        return h, c_n, *(t.view_as(t) if t is c_n else t for t in saved)  # no result is returned twice
 
     @staticmethod
-    def backward(ctx, grad_h, grad_c_n):
+    def setup_context(ctx, inputs, outputs):
+        ctx.backend, gates, c = inputs
+        ctx.mark_non_differentiable(*outputs[2:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gates, c, *outputs[2:])
+
+    @staticmethod
+    def backward(ctx, grad_h, grad_c_n, *_):
         gates, c, *saved = ctx.saved_tensors
         cell, grads = Cell(gates, c), Grads(grad_h, grad_c_n)
         with without_autocast(c.device.type):
-            if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
-                return None, *differentiable_backward(_forward, cell, grads, ctx.needs_input_grad[1:])
+            if recompute(grads):
+                return None, *differentiable_backward(_reference, cell, grads, ctx.needs_input_grad[1:])
             return None, *implementation("lstm_cell", ctx.backend).backward(cell, tuple(saved), grads)
 
+    @staticmethod
+    def vmap(info, in_dims, backend: str, gates: Tensor, c: Tensor):
+        """Fold the samples into the rows."""
+        folded = (fold(t, dim, info.batch_size, 0) for t, dim in zip((gates, c), in_dims[1:], strict=True))
+        results = LSTMCellFunction.apply(backend, *folded)[:2]
+        return tuple(r.unflatten(0, (info.batch_size, -1)) for r in results), (0, 0)
 
-def _forward(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+
+def _reference(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return reference.forward(Cell(gates, c), False)[:2]
 
 
@@ -40,6 +51,8 @@ def apply(backend: str, cell: Cell) -> tuple[Tensor, Tensor]:
     module = implementation("lstm_cell", backend)
     if hasattr(module, "run"):
         return module.run(cell)
+    if forward_mode():
+        return _reference(*cell)
     if needs_function(module, *cell):
-        return LSTMCellFunction.apply(backend, *cell)
+        return LSTMCellFunction.apply(backend, *cell)[:2]
     return module.forward(cell, False)[:2]
