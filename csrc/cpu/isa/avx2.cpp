@@ -10,7 +10,6 @@
 
 #include "cpu/isa/kernel_table-inl.h"
 
-FASTSEQ_REGION_BEGIN
 namespace fastseq::cpu::FASTSEQ_ISA {
 
 template Kernels<float> make_kernels();
@@ -19,6 +18,5 @@ template Kernels<BFloat16> make_kernels();
 template Kernels<Half> make_kernels();
 
 }  // namespace fastseq::cpu::FASTSEQ_ISA
-FASTSEQ_REGION_END
 
 #endif

@@ -10,12 +10,10 @@
 
 #include "cpu/isa/kernel_table-inl.h"
 
-FASTSEQ_REGION_BEGIN
 namespace fastseq::cpu::FASTSEQ_ISA {
 
 template Kernels<BFloat16> make_kernels();
 
 }  // namespace fastseq::cpu::FASTSEQ_ISA
-FASTSEQ_REGION_END
 
 #endif

@@ -5,7 +5,6 @@
 
 #include "cpu/isa/kernel_table-inl.h"
 
-FASTSEQ_REGION_BEGIN
 namespace fastseq::cpu::FASTSEQ_ISA {
 
 template Kernels<float> make_kernels();
@@ -14,4 +13,3 @@ template Kernels<BFloat16> make_kernels();
 template Kernels<Half> make_kernels();
 
 }  // namespace fastseq::cpu::FASTSEQ_ISA
-FASTSEQ_REGION_END

@@ -53,7 +53,7 @@ FASTSEQ_INLINE int64_t padded_to_vectors(int64_t columns) {
   return (columns + kLanes<S> - 1) / kLanes<S> * kLanes<S>;
 }
 
-// Positions of sentence b, from its length or mask. Takes memory only if they are not contiguous.
+// Positions of sentence b, from its length or its mask, which takes memory.
 template <class S>
 Positions attended(const AttentionInputParams<S>& in, int64_t b, Arena& arena) {
   if (in.lengths) {

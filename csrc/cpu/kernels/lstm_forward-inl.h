@@ -31,7 +31,7 @@ struct ForwardJob {
   int64_t members;
 
   Acc<S>* c;         // (block rows, H) shared by the team
-  Operand<S>* h[2];  // (block rows, depth of H) of even and odd steps; unless kDirect
+  Operand<S>* h[2];  // (block rows, depth of H) read by even and odd steps; unless kDirect
   Operand<S>* x;     // (chunk rows, depth of I), one for each member; unless kDirect
   Acc<S>* gates;     // (panels, chunk rows, 4 vectors) x W_ih^T + bias
 
