@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LINT_READY := $(VENV)/.lint-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/native/*.cpp tests/cuda/*/*.cpp tests/cuda/*/*.h benchmarks/*.cu)
 
 .PHONY: demo test lint sanitize triton-versions latencies clean

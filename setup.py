@@ -6,6 +6,10 @@ Without either they are built where a C++ compiler is found. FASTSEQ_CXXFLAGS ar
 The CUDA kernels are built too where nvcc is found (CUDA_HOME, PATH, /usr/local/cuda), with or without a GPU, beside a
 CPU build of torch as well. FASTSEQ_CUDA=0 leaves them out, FASTSEQ_CUDA=1 turns a missing nvcc into an error.
 TORCH_CUDA_ARCH_LIST names the architectures.
+
+FASTSEQ_CPU_KERNELS="avx2" builds the CPU kernels of these instruction sets only (a list of baseline, avx2, avx512 and
+avx512_bf16; unset: all), for a short build on one machine. The library then runs the widest of them that the processor
+has, and its import fails where there is none. avx512_bf16 includes avx512, which has the kernels of all other types.
 """
 
 import os
@@ -33,6 +37,7 @@ FLAGS = [
     "-Wall",
     "-Wno-psabi",
 ]
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")  # of the CPU kernels: csrc/cpu/isa/*.cpp
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-warn-spills"]
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # Ampere and Hopper; what is newer compiles the PTX when it loads the library
 TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that the built library loads in
@@ -63,6 +68,19 @@ def why_not_native() -> str | None:
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python.h was not found (install the headers of this Python, such as python3-dev)"
     return None
+
+
+def instruction_sets() -> list[str]:
+    """From FASTSEQ_CPU_KERNELS, such as "avx2, avx512" -> ["avx2", "avx512"]; all if it is unset or empty."""
+    names = set(re.split(r"[;, ]+", os.environ.get("FASTSEQ_CPU_KERNELS", "").strip())) - {""}
+    if unknown := sorted(names - set(INSTRUCTION_SETS)):
+        raise SystemExit(
+            f"fastseq: FASTSEQ_CPU_KERNELS names {', '.join(map(repr, unknown))}; "
+            f"expected a list of {', '.join(INSTRUCTION_SETS)}."
+        )
+    if "avx512_bf16" in names:
+        names.add("avx512")
+    return [name for name in INSTRUCTION_SETS if not names or name in names]
 
 
 def find_cuda() -> Path | None:
@@ -151,6 +169,7 @@ def native_build() -> dict:
 
     os.environ["CXX"] = find_compiler()
     cuda = why_not_cuda() is None
+    left_out = [name for name in INSTRUCTION_SETS if name not in instruction_sets()]
     defines = [
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         f'-DFASTSEQ_BUILD_FLAGS="{" ".join(FLAGS)}"',
@@ -158,6 +177,7 @@ def native_build() -> dict:
         f'-DFASTSEQ_CUDA_ARCHITECTURES="{" ".join(cuda_architectures()) if cuda else ""}"',
         f"-DFASTSEQ_WITH_CUDA={int(cuda)}",
         f"-fmacro-prefix-map={ROOT}/=",  # paths in error messages are relative to the project, wherever it was built
+        *(f"-DFASTSEQ_WITHOUT_{name.upper()}" for name in left_out),  # read by csrc/cpu/isa/isa.h
     ]
 
     class Build(BuildExtension):
@@ -172,12 +192,13 @@ def native_build() -> dict:
                     "Set FASTSEQ_NATIVE=0 to install without them."
                 ) from error
 
-    sources = [p.relative_to(ROOT) for p in ROOT.glob("csrc/**/*.cpp")]
+    without = {ROOT / f"csrc/cpu/isa/{name}.cpp" for name in left_out}
+    sources = [p.relative_to(ROOT) for p in ROOT.glob("csrc/**/*.cpp") if p not in without]
     extension = CppExtension(
         "fastseq._C",
         sources=sorted(str(p) for p in sources if cuda or "cuda" not in p.parts),
         include_dirs=[str(ROOT / "csrc")],
-        depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.[hi]*")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
         extra_compile_args=FLAGS + defines + shlex.split(os.environ.get("FASTSEQ_CXXFLAGS", "")),
         extra_link_args=cuda_link_flags() if cuda else [],
         py_limited_api=True,  # abi3: torch adds Py_LIMITED_API

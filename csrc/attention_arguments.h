@@ -1,4 +1,4 @@
-// The arguments that the attention operators of every device have in common, and their checks.
+// Arguments that the attention operators of all devices share, and their checks.
 #pragma once
 
 #include "checks.h"
@@ -17,10 +17,21 @@ struct AttentionArguments {
   int64_t width() const { return values.size(2); }
   ScalarType dtype() const { return query.scalar_type(); }
 
-  // whole and strided(name, tensor, shape, dtype) check that a tensor is on the device and has this form; whole, that
-  // it is contiguous, too. `prepared` is each device's own.
+  // Stride between the rows of mask; 0 if all steps share one row. Requires mask.
+  int64_t mask_row() const { return mask->size(1) == 1 ? 0 : mask->stride(1); }
+
+  // strided(name, tensor, shape, dtype) checks that a tensor is on the device and has this shape and dtype; whole(...)
+  // also that it is contiguous. `prepared` has another form on each device, which checks it.
   template <class Whole, class Strided>
   void check(const char* op, const Whole& whole, const Strided& strided) const;
+
+  // Checks the other arguments of the backward: the softmax weights and both incoming gradients.
+  template <class Whole, class Strided>
+  void check_backward(const Tensor& weights,               // (B, T, S) acc
+                      const Tensor& grad_context,          // (B, T, D)
+                      const OptionalTensor& grad_weights,  // (B, T, S)
+                      const Whole& whole,
+                      const Strided& strided) const;
 };
 
 template <class Whole, class Strided>
@@ -39,6 +50,18 @@ void AttentionArguments::check(const char* op, const Whole& whole, const Strided
   if (!mask) return;
   check_rank(op, "mask", *mask, 3, "(B, 1 or T, S)");
   strided("mask", *mask, {B, mask->size(1) == 1 ? 1 : T, S}, ScalarType::Bool);
+}
+
+template <class Whole, class Strided>
+void AttentionArguments::check_backward(const Tensor& weights,
+                                        const Tensor& grad_context,
+                                        const OptionalTensor& grad_weights,
+                                        const Whole& whole,
+                                        const Strided& strided) const {
+  const int64_t B = batch(), T = steps(), S = positions();
+  whole("weights", weights, {B, T, S}, accumulate_type(dtype()));
+  strided("grad_context", grad_context, {B, T, width()}, dtype());
+  if (grad_weights) strided("grad_weights", *grad_weights, {B, T, S}, dtype());
 }
 
 }  // namespace fastseq

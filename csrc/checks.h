@@ -1,4 +1,4 @@
-// Checks of operator arguments. Every refusal is a sentence: operator, argument, what was expected, what was given.
+// Checks of operator arguments. Every refusal is a sentence: operator, argument, expected form, actual form.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -48,19 +48,19 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& t) 
   STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous; call .contiguous() on it");
 }
 
-// The tensor has this shape and dtype and is on the CPU, at any strides.
+// Checks for a CPU tensor of this shape and dtype, at any strides.
 inline void check_cpu_strided(const char* op, const char* name, const Tensor& t, const Shape& shape, ScalarType dtype) {
   STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be a CPU tensor; move it with .cpu()");
   check_form(op, name, t, shape, dtype);
 }
 
-// The same, and it is contiguous.
+// Checks for a contiguous CPU tensor of this shape and dtype.
 inline void check_cpu(const char* op, const char* name, const Tensor& t, const Shape& shape, ScalarType dtype) {
   check_cpu_strided(op, name, t, shape, dtype);
   check_contiguous(op, name, t);
 }
 
-// The dtype that tensors of `dtype` are computed in.
+// Dtype that tensors of `dtype` are computed in.
 inline ScalarType accumulate_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

@@ -1,4 +1,4 @@
-// The maths of one LSTM cell element: no memory, no threads, no dtype but the one it computes in (float or double).
+// The maths of one LSTM cell element, in float or double: no memory access, no threads. Shared by CPU and CUDA kernels.
 //
 //   i, f, o = sigmoid(pre_i, pre_f, pre_o)    g = tanh(pre_g)    c' = f * c + i * g    h = o * tanh(c')
 #pragma once
@@ -21,7 +21,7 @@ struct SplitExp {
   float fraction;  // expm1(x - n ln 2), |x - n ln 2| <= ln(2) / 2
 };
 
-// Branch-free, so that compilers vectorise a loop around it. x is clamped to +-87, where e^x is still a normal float32.
+// Branch-free, so that compilers vectorise loops around it. Clamps x to +-87, where e^x is still a normal float32.
 // The polynomial is a Chebyshev fit of (expm1(r) - r) / r^2; its error is below 2e-10.
 FASTSEQ_INLINE SplitExp split_exp(float x) {
   constexpr float kLimit = 87.0f;
@@ -67,7 +67,7 @@ FASTSEQ_INLINE double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 
 FASTSEQ_INLINE double tanh(double x) { return std::tanh(x); }
 
-// Forward: the four pre-activations are replaced by their activations, c by c'. Returns h.
+// Forward: replaces the four pre-activations by their activations and c by c'. Returns h.
 template <class A>
 FASTSEQ_INLINE A lstm_cell_forward(A& i, A& f, A& g, A& o, A& c) {
   i = sigmoid(i);
@@ -80,8 +80,8 @@ FASTSEQ_INLINE A lstm_cell_forward(A& i, A& f, A& g, A& o, A& c) {
 
 template <class A>
 struct CellGradient {
-  A i, f, g, o;  // of the four pre-activations
-  A c;           // of the cell state before the step
+  A i, f, g, o;  // gradients of the four pre-activations
+  A c;           // gradient of the cell state before the step
 };
 
 // Backward. i, f, g, o: activations; c_prev, c: cell state before and after the step; dh, dc: gradients of h and of c.

@@ -1,8 +1,8 @@
-// The operators' library, and the Python module whose import registers it.
+// Defines the operator library and the Python module whose import registers it.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/isa.h"
+#include "cpu/isa/isa.h"
 #include "schemas.h"
 #if FASTSEQ_WITH_CUDA
 #include "cuda/lstm_cell.h"
@@ -37,8 +37,8 @@ PyModuleDef module_definition = {
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  if (!fastseq::requested_isa_is_known()) {
-    PyErr_SetString(PyExc_ImportError, "FASTSEQ_CPU_ISA must be baseline, avx2, avx512, avx512_bf16 or unset");
+  if (const char* problem = fastseq::cpu::isa_problem()) {
+    PyErr_SetString(PyExc_ImportError, problem);
     return nullptr;
   }
   PyObject* module = PyModule_Create(&module_definition);
@@ -46,7 +46,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
       PyModule_AddStringConstant(module, "flags", FASTSEQ_BUILD_FLAGS) < 0 ||
       PyModule_AddStringConstant(module, "torch", FASTSEQ_BUILD_TORCH) < 0 ||
       PyModule_AddStringConstant(module, "cuda_architectures", FASTSEQ_CUDA_ARCHITECTURES) < 0 ||
-      PyModule_AddStringConstant(module, "cpu", fastseq::isa_name(fastseq::machine_isa())) < 0) {
+      PyModule_AddStringConstant(module, "cpu", fastseq::cpu::isa_name(fastseq::cpu::machine_isa())) < 0) {
     Py_XDECREF(module);
     return nullptr;
   }

@@ -1,7 +1,7 @@
 // Every operator schema, once.
 //
 // acc stands for float32 where the tensors are float32, bfloat16 or float16, and for float64 where they are float64.
-// Rows of a sequence tensor are (T, B), or (N,) when batch_sizes (T,) of a PackedSequence is given; lengths (B,).
+// Rows of a sequence tensor are (T, B), or (N,) if batch_sizes (T,) of a PackedSequence is given; lengths (B,).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,19 +15,20 @@ void define_operators(Library& m) {
   m.def(
       "lstm_cell_backward(Tensor activations, Tensor c, Tensor c_n, Tensor? grad_h, Tensor? grad_c_n) "
       "-> (Tensor grad_gates, Tensor grad_c)");
-  // One step with its products, no gradients. input (B, I); h, c (B, H); weight_ih (4H, I), weight_hh (4H, H), also in
-  // bfloat16 beside float32; bias_ih (4H,) or (B, 4H), bias_hh (4H,).
+  // One step including its products, without gradients. input (B, I); h, c (B, H); weight_ih (4H, I), weight_hh (4H,
+  // H), also in bfloat16 beside float32; bias_ih (4H,) or (B, 4H), bias_hh (4H,).
   m.def(
       "lstm_step(Tensor input, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
       "Tensor? bias_hh) -> (Tensor h_n, Tensor c_n)");
   // One layer in D directions. input (rows, I); h0, c0 (D, B, H); weights, per direction: W_ih (4H, I), W_hh (4H, H)
   // and optionally b_ih, b_hh (4H,); lengths, batch_sizes int64 on the CPU. A single direction may be reversed.
-  // output (rows, D * H); activations (rows, D * 4H); cell_states (rows, D * H) acc; what is not needed has shape (0,).
+  // output (rows, D * H); activations (rows, D * 4H); cell_states (rows, D * H) acc; results not needed have shape
+  // (0,).
   m.def(
       "lstm_forward(Tensor input, Tensor h0, Tensor c0, Tensor[] weights, Tensor? lengths, Tensor? batch_sizes, "
       "bool reverse, bool need_activations, bool need_cell_states) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor activations, Tensor cell_states)");
-  // grad_weights, per direction: of W_ih, W_hh and of either bias; none unless needed.
+  // grad_weights, per direction: gradients of W_ih, of W_hh and of each bias; empty unless need_weights.
   m.def(
       "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cell_states, Tensor input, "
       "Tensor h0, Tensor c0, Tensor[] weights, Tensor activations, Tensor cell_states, Tensor? lengths, "
@@ -36,7 +37,7 @@ void define_operators(Library& m) {
   // The recurrence of one layer on CUDA, after the product with W_ih. gates (T, B, D * 4H) = input W_ih^T + bias; h0,
   // c0 (D, B, H); weight_hh (D, 4H, H); lengths (B,) int64 on the device. A single direction may be reversed. tf32:
   // float32 products by tensor cores, 10 bits of mantissa. output (T, B, D * H), zero past the lengths; activations (T,
-  // B, D * 4H); cell_states (T, B, D * H) acc; what is not needed has the shape (0,).
+  // B, D * 4H); cell_states (T, B, D * H) acc; results not needed have shape (0,).
   m.def(
       "lstm_recurrence_forward(Tensor gates, Tensor h0, Tensor c0, Tensor weight_hh, Tensor? lengths, bool reverse, "
       "bool tf32, bool need_activations, bool need_cell_states) "
@@ -47,7 +48,7 @@ void define_operators(Library& m) {
       "lstm_recurrence_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cell_states, "
       "Tensor activations, Tensor cell_states, Tensor c0, Tensor weight_hh, Tensor? lengths, bool reverse, bool tf32) "
       "-> (Tensor grad_gates, Tensor grad_h0, Tensor grad_c0)");
-  // Whether the current device can run both of them. itemsize: of the tensors' dtype, 4 or 2 bytes.
+  // True if the current device can run both of them. itemsize: bytes of the tensors' dtype, 4 or 2.
   m.def("lstm_recurrence_fits(int batch, int directions, int hidden, int itemsize, bool tf32) -> bool");
   // query (B, T, A), keys (B, S, A), values (B, S, D); weight, bias (A,) of the additive score, neither for dot;
   // lengths (B,) int64 or mask (B, 1 or T, S) bool; prepared: attention_prepare(keys, ...). context (B, T, D); weights
@@ -55,18 +56,18 @@ void define_operators(Library& m) {
   m.def(
       "attention_forward(Tensor query, Tensor keys, Tensor values, Tensor? weight, Tensor? bias, Tensor? lengths, "
       "Tensor? mask, Tensor? prepared, float scale, bool need_weights) -> (Tensor context, Tensor weights)");
-  // What is not needed has the shape (0,).
+  // Gradients not needed have shape (0,).
   m.def(
       "attention_backward(Tensor grad_context, Tensor? grad_weights, Tensor query, Tensor keys, Tensor values, "
       "Tensor? weight, Tensor? bias, Tensor? lengths, Tensor? mask, Tensor? prepared, Tensor weights, float scale, "
       "bool need_scores, bool need_values) "
       "-> (Tensor grad_query, Tensor grad_keys, Tensor grad_values, Tensor grad_weight, Tensor grad_bias)");
-  // What the additive score computes of its keys (B, S, A) up to the lengths (B,), for many calls with these keys:
-  // (B, S, A16 + 16) acc, where A16 is A rounded up to 16. On CUDA nothing: (0,).
+  // Precomputes the function of the keys (B, S, A), up to the lengths (B,), that the additive score needs, for many
+  // calls with these keys. Returns (B, S, A16 + 16) acc, where A16 is A rounded up to 16; on CUDA (0,).
   m.def("attention_prepare(Tensor keys, Tensor? lengths) -> Tensor");
-  // Gives the memory that finished calls left for later ones back to the system; returns how many bytes.
+  // Frees the memory that the pool keeps for later calls. Returns the number of bytes.
   m.def("cpu_empty_cache() -> int");
-  // Multiply-adds in the dtype of `example` on all threads, `steps` rounds each; returns how many operations they were.
+  // Runs multiply-adds in the dtype of `example` on all threads, `steps` rounds each. Returns the number of operations.
   m.def("cpu_fma_chain(Tensor example, int steps) -> int");
 }
 

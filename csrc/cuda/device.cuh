@@ -6,7 +6,7 @@
 #include <cstring>
 
 #ifdef FASTSEQ_HOST_DEVICE
-#include "../cpu/storage.h"
+#include "../cpu/runtime/storage.h"
 #include "cuda_names.h"
 #else
 #include <cuda_bf16.h>

@@ -163,6 +163,18 @@ def test_architectures(monkeypatch):
             setup["cuda_architectures"]()
 
 
+def test_instruction_sets(monkeypatch):
+    monkeypatch.delenv("FASTSEQ_CPU_KERNELS", raising=False)
+    instruction_sets = load_setup(monkeypatch)["instruction_sets"]
+    assert instruction_sets() == ["baseline", "avx2", "avx512", "avx512_bf16"]
+    for value, names in (("avx2", ["avx2"]), ("avx512_bf16, baseline", ["baseline", "avx512", "avx512_bf16"])):
+        monkeypatch.setenv("FASTSEQ_CPU_KERNELS", value)
+        assert instruction_sets() == names
+    monkeypatch.setenv("FASTSEQ_CPU_KERNELS", "avx2 sse9")
+    with pytest.raises(SystemExit, match="FASTSEQ_CPU_KERNELS names 'sse9'; expected a list of baseline, avx2"):
+        instruction_sets()
+
+
 @pytest.mark.skipif(_native.why_not_cuda() != "", reason=_native.why_not_cuda())
 def test_cuda_operators_are_registered_without_a_gpu():
     """The library that nvcc helped to build loads beside any build of torch; here it is loaded."""

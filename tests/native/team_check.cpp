@@ -1,5 +1,5 @@
-// Runs csrc/cpu/team.cpp with members that come late, and checks that every share of every step is done exactly once,
-// after all shares of the step before. Exits with 1 and a sentence where that is not so.
+// Runs csrc/cpu/runtime/team.cpp with late members. Checks that every share of every step is computed exactly once,
+// after all shares of the previous step. On failure it prints a sentence and exits with 1.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -8,30 +8,30 @@
 
 namespace {
 
-// The clock of the team. A thread that holds finds its second look to be late, and gets the answer only when
-// everybody else has passed the barrier: the last moment at which it can give somebody up.
+// The team's clock. The second poll of a holding thread returns a time past spin_timeout, and only after all other
+// threads have passed the barrier: the last moment at which it can time out.
 struct HeldClock : std::chrono::steady_clock {
-  static thread_local int looks_left;  // 0: does not hold
+  static thread_local int polls_left;  // until this thread holds; 0: it does not
   static std::atomic<bool> holding;
   static std::atomic<int64_t> passed, others;
 
   static time_point now() {
-    if (looks_left == 0 || --looks_left > 0) return steady_clock::now();
+    if (polls_left == 0 || --polls_left > 0) return steady_clock::now();
     holding = true;
     while (passed < others) std::this_thread::yield();
     return steady_clock::now() + std::chrono::hours(1);
   }
 };
-thread_local int HeldClock::looks_left = 0;
+thread_local int HeldClock::polls_left = 0;
 std::atomic<bool> HeldClock::holding{false};
 std::atomic<int64_t> HeldClock::passed{0}, HeldClock::others{0};
 
 }  // namespace
 
 #define FASTSEQ_CLOCK ::HeldClock
-#include "../csrc/cpu/team.cpp"
+#include "cpu/runtime/team.cpp"
 
-using fastseq::Team;
+using fastseq::cpu::ThreadTeam;
 
 namespace {
 
@@ -39,34 +39,35 @@ constexpr int64_t kMostMembers = 6, kSteps = 40;
 
 struct Scenario {
   const char* name;
-  int64_t members, threads;  // each thread stands for members / threads members
-  int64_t late;              // the thread that sleeps, or -1
-  int64_t step;              // before which step it does, or -1: before it joins
+  int64_t members, threads;  // each thread represents members / threads members
+  int64_t late;              // index of the thread that sleeps, or -1
+  int64_t step;              // step before which it sleeps, or -1: before join()
   std::chrono::microseconds sleep = std::chrono::milliseconds(20);
-  bool hold = false;  // the first thread holds its clock at the first barrier, which the last one completes then
+  bool hold = false;  // the first thread holds its clock at the first barrier, which the last thread then completes
 };
 
-// How often each share of each step was done. Plain integers: ThreadSanitizer reports what no barrier orders.
+// Number of times each share of each step was computed. Plain integers, so that ThreadSanitizer reports accesses that
+// no barrier orders.
 struct Work {
   int done[kSteps][kMostMembers] = {};
   bool in_order[kMostMembers];
-  std::atomic<int64_t> ready{0};       // threads that run: starting one takes longer than a team waits
-  std::atomic<int64_t> at_the_end{0};  // threads that took part in every step
+  std::atomic<int64_t> ready{0};     // running threads: starting one takes longer than spin_timeout
+  std::atomic<int64_t> finished{0};  // threads that took part in every step
 };
 
 void sleep_if_late(const Scenario& scenario, int64_t thread, int64_t step) {
   if (thread == scenario.late && step == scenario.step) std::this_thread::sleep_for(scenario.sleep);
 }
 
-// What every kernel does: join, then share by share, step by step, with a barrier after each.
-void run_thread(const Scenario& scenario, int64_t thread, Team& team, Work& work) {
+// Calls the team as every kernel does: join, then all shares of each step, with a barrier after each step.
+void run_thread(const Scenario& scenario, int64_t thread, ThreadTeam& team, Work& work) {
   const int64_t each = scenario.members / scenario.threads;
   ++work.ready;
   while (work.ready < scenario.threads) std::this_thread::yield();
   sleep_if_late(scenario, thread, -1);
-  Team::Share share = team.join(thread * each, (thread + 1) * each);
+  ThreadTeam::Share share = team.join(thread * each, (thread + 1) * each);
   if (share.begin == share.end) return;
-  if (scenario.hold && thread == 0) HeldClock::looks_left = 2;
+  if (scenario.hold && thread == 0) HeldClock::polls_left = 2;
   for (int64_t step = 0; step < kSteps; ++step) {
     sleep_if_late(scenario, thread, step);
     for (int64_t member = share.begin; member < share.end; ++member) {
@@ -80,37 +81,37 @@ void run_thread(const Scenario& scenario, int64_t thread, Team& team, Work& work
     if (!team.wait(share)) return;
     ++HeldClock::passed;
   }
-  ++work.at_the_end;
+  ++work.finished;
 }
 
-int together = 0;  // runs of several threads in which none was given up
-int given_up = 0;  // runs in which somebody was
+int together = 0;   // runs of several threads without a timeout
+int timed_out = 0;  // runs with a timeout
 
 bool check(const Scenario& scenario) {
-  Team team(scenario.members);
+  ThreadTeam team(scenario.members);
   Work work;
   for (bool& in_order : work.in_order) in_order = true;
   HeldClock::holding = false, HeldClock::passed = 0, HeldClock::others = scenario.threads - 1;
-  fastseq::crowded_until = 0;
+  fastseq::cpu::oversubscribed_until = 0;
   std::vector<std::thread> threads;
   for (int64_t i = 0; i < scenario.threads; ++i) {
     threads.emplace_back([&, i] { run_thread(scenario, i, team, work); });
   }
   for (std::thread& thread : threads) thread.join();
-  const bool all = work.at_the_end == scenario.threads;
+  const bool all = work.finished == scenario.threads;
   if (scenario.threads > 1 && all) ++together;
-  if (!all) ++given_up;
+  if (!all) ++timed_out;
   for (int64_t member = 0; member < scenario.members; ++member) {
     for (int64_t step = 0; step < kSteps; ++step) {
       if (work.done[step][member] == 1 && work.in_order[member]) continue;
-      std::printf("%s: share %d of step %d was done %d times%s\n", scenario.name, int(member), int(step),
+      std::printf("%s: share %d of step %d was computed %d times%s\n", scenario.name, int(member), int(step),
                   work.done[step][member], work.in_order[member] ? "" : ", too early");
       return false;
     }
   }
-  // Whoever was given up is a sign of a crowded machine.
-  if (all || fastseq::crowded_until > 0) return true;
-  std::printf("%s: the machine should count as crowded\n", scenario.name);
+  // A timeout means that the machine is oversubscribed.
+  if (all || fastseq::cpu::oversubscribed_until > 0) return true;
+  std::printf("%s: the machine should count as oversubscribed\n", scenario.name);
   return false;
 }
 
@@ -132,21 +133,21 @@ int main() {
       {"the last is late to the last barrier", 6, 3, 2, kSteps - 1},
   };
   for (const Scenario& scenario : scenarios) {
-    given_up = 0;
+    timed_out = 0;
     for (int round = 0; round < 10; ++round) {
       if (!check(scenario)) return 1;
     }
-    if (scenario.late < 0 || given_up > 0) continue;
-    std::printf("%s: nobody was given up in 10 runs\n", scenario.name);
+    if (scenario.late < 0 || timed_out > 0) continue;
+    std::printf("%s: no timeout in 10 runs\n", scenario.name);
     return 1;
   }
-  for (int round = 0; round < 300; ++round) {  // arrives while the others give it up
-    if (!check({"late by as much as is waited for", 6, 3, round % 3, round % 5 - 1, fastseq::late_after * round / 300}))
+  for (int round = 0; round < 300; ++round) {  // arrives while the others time out
+    if (!check({"late by about the timeout", 6, 3, round % 3, round % 5 - 1, fastseq::cpu::spin_timeout * round / 300}))
       return 1;
   }
-  fastseq::late_after = std::chrono::seconds(10);  // nobody is given up, however busy the machine
+  fastseq::cpu::spin_timeout = std::chrono::seconds(10);  // no timeout, however busy the machine
   for (int round = 0; round < 20; ++round) {
-    if (!check({"gives one up when all have passed", 6, 3, -1, 0, {}, true})) return 1;
+    if (!check({"times out when all have passed", 6, 3, -1, 0, {}, true})) return 1;
   }
   together = 0;
   for (int round = 0; round < 20; ++round) {

@@ -83,7 +83,7 @@ def test_team_with_late_members(flags, tmp_path):
     if compiler is None:
         pytest.skip("no C++ compiler")
     program = tmp_path / "team_check"
-    command = [compiler, "-std=c++20", "-O2", "-pthread", *flags]
+    command = [compiler, "-std=c++20", "-O2", "-pthread", f"-I{TESTS.parents[1] / 'csrc'}", *flags]
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() { return 0; }\n")
     build = subprocess.run([*command, probe, "-o", program], capture_output=True)

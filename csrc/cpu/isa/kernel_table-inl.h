@@ -1,0 +1,46 @@
+// Collects the kernels of one instruction set into its table. Included by avx2.cpp and its siblings; see region.h.
+#pragma once
+
+#include "cpu/isa/kernel_table.h"
+#include "cpu/isa/region.h"
+#include "cpu/kernels/attention_backward-inl.h"
+#include "cpu/kernels/attention_forward-inl.h"
+#include "cpu/kernels/attention_tanh-inl.h"
+#include "cpu/kernels/gemm-inl.h"
+#include "cpu/kernels/lstm_backward-inl.h"
+#include "cpu/kernels/lstm_cell-inl.h"
+#include "cpu/kernels/lstm_forward-inl.h"
+#include "cpu/kernels/lstm_gradients-inl.h"
+#include "cpu/kernels/pack-inl.h"
+
+FASTSEQ_REGION_BEGIN
+namespace fastseq::cpu::FASTSEQ_ISA {
+
+template <class S>
+Kernels<S> make_kernels() {
+  Kernels<S> table{};
+  table.gate_units = kLanes<S>;
+  table.panel_columns = 4 * kLanes<S>;
+  table.operand_bytes = sizeof(Operand<S>);
+  table.pair = kPair<S>;
+  table.cell_forward = cell_forward<S>;
+  table.cell_backward = cell_backward<S>;
+  table.cell_step = cell_step<S>;
+  table.pack_gates = pack_gates<S>;
+  table.pack_columns = pack_weight_columns<S>;
+  table.forward_shared_bytes = forward_shared_bytes<S>;
+  table.forward_member_bytes = forward_member_bytes<S>;
+  table.lstm_forward = lstm_forward<S>;
+  table.lstm_backward = lstm_backward<S>;
+  table.weight_gradient_bytes = weight_gradient_bytes<S>;
+  table.lstm_weight_gradients = lstm_weight_gradients<S>;
+  table.lstm_input_gradients = lstm_input_gradients<S>;
+  table.fma_chain = fma_chain<S>;
+  table.attention_forward = attention_forward<S>;
+  table.attention_backward = attention_backward<S>;
+  table.attention_prepare = attention_prepare<S>;
+  return table;
+}
+
+}  // namespace fastseq::cpu::FASTSEQ_ISA
+FASTSEQ_REGION_END

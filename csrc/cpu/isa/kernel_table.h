@@ -1,0 +1,66 @@
+// One table of kernel function pointers per storage type S, filled for the instruction set in use.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernels/attention_params.h"
+#include "cpu/kernels/lstm_cell_params.h"
+#include "cpu/kernels/lstm_params.h"
+#include "cpu/runtime/sequences.h"
+#include "cpu/runtime/storage.h"
+#include "cpu/runtime/team.h"
+
+namespace fastseq::cpu {
+
+// Layouts of packed weights are private to the kernels; callers see their sizes only.
+template <class S>
+struct Kernels {
+  int64_t gate_units;     // hidden units in one panel of gates
+  int64_t panel_columns;  // columns in one panel of columns
+  int64_t operand_bytes;  // bytes of one operand of a product
+  int64_t pair;           // depths in one lane
+
+  void (*cell_forward)(const LstmCellForwardParams<S>&, int64_t begin, int64_t end);    // rows of the batch
+  void (*cell_backward)(const LstmCellBackwardParams<S>&, int64_t begin, int64_t end);  // rows of the batch
+  void (*cell_step)(const LstmStepParams<S>&, int64_t begin, int64_t end, const void** pointers, void* scratch);
+
+  void (*pack_gates)(const S* weight, int64_t H, int64_t K, int64_t panel, void* packed);
+  void (*pack_columns)(const S* weight, int64_t K, int64_t N, int64_t panel, void* packed);
+
+  int64_t (*forward_shared_bytes)(const LstmForwardParams<S>&);
+  int64_t (*forward_member_bytes)(const LstmForwardParams<S>&);
+  void (*lstm_forward)(const LstmForwardParams<S>&,
+                       int64_t direction,
+                       int64_t block,
+                       ThreadTeam& team,
+                       int64_t members,
+                       ThreadTeam::Share share,
+                       void* shared,   // forward_shared_bytes of the team
+                       void* member);  // forward_member_bytes of this member
+  void (*lstm_backward)(const LstmBackwardParams<S>&,
+                        int64_t direction,
+                        int64_t block,
+                        ThreadTeam& team,
+                        int64_t members,
+                        ThreadTeam::Share share,
+                        void* shared);  // (block rows, H) of Acc<S>
+  int64_t (*weight_gradient_bytes)(const LstmBackwardParams<S>&);
+  void (*lstm_weight_gradients)(
+      const LstmBackwardParams<S>&, int64_t direction, const ValidRows&, int64_t begin, int64_t end, void* scratch);
+  void (*lstm_input_gradients)(
+      const LstmBackwardParams<S>&, const ValidRows&, int64_t panel, int64_t begin, int64_t end);
+
+  // Measures the peak: `steps` rounds of as many multiply-adds as registers hold. Returns floating-point operations.
+  int64_t (*fma_chain)(int64_t steps);
+
+  // Sentences [begin, end), with attention_scratch_bytes() of scratch memory.
+  void (*attention_forward)(const AttentionForwardParams<S>&, int64_t begin, int64_t end, void* scratch);
+  void (*attention_backward)(const AttentionBackwardParams<S>&, int64_t begin, int64_t end, void* scratch);
+  void (*attention_prepare)(const AttentionPrepareParams<S>&, int64_t begin, int64_t end, void* scratch);
+};
+
+// The table of machine_isa(), for S = float, double, BFloat16 and Half.
+template <class S>
+const Kernels<S>& kernels();
+
+}  // namespace fastseq::cpu

@@ -1,0 +1,93 @@
+// Products of skinny (GEMV-like) batches: rows of W are read in place, because packing them would cost more than it
+// saves.
+//
+// A panel product broadcasts one element of a row over the lanes. A dot product runs along the lanes instead: each lane
+// sums a part of the depth, and the lanes are added at the end.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa/region.h"
+#include "cpu/kernels/gemm-inl.h"
+#include "cpu/kernels/pack-inl.h"
+#include "cpu/kernels/vector-inl.h"
+
+FASTSEQ_REGION_BEGIN
+namespace fastseq::cpu::FASTSEQ_ISA {
+
+// Rows of W per group, a power of two: as many sums as registers hold. At most 8, because the hardware does not
+// prefetch 16 streams (130 GB/s from the L2 cache instead of 159, Emerald Rapids).
+template <class S>
+constexpr int dot_group(int rows) {
+  int group = kLanes<S> < 8 ? kLanes<S> : 8;
+  while (group * rows > 4 * kTileRows) group /= 2;
+  return group;
+}
+
+template <class S>
+FASTSEQ_INLINE void multiply_lanes(Vec<Acc<S>> a, Vec<Acc<S>> w, Vec<Acc<S>>& sum) {
+  if constexpr (kPair<S> == 2) {
+#if FASTSEQ_BF16_DOT
+    sum = (VFloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)w);
+#endif
+  } else {
+    sum = fma(a, w, sum);
+  }
+}
+
+// Sums over depths [0, K) of GROUP rows of W times ROWS rows of a, each still spread over the lanes.
+template <class S, int ROWS, int GROUP, class W>
+FASTSEQ_INLINE void dot_group_sums(const Operand<S>* const* a,  // (ROWS) rows of K elements
+                                   const W* const* w,           // (GROUP) rows of K elements
+                                   int64_t K,
+                                   Vec<Acc<S>> (*sums)[kLanes<S>],
+                                   int group) {
+  constexpr int64_t kStep = kLanes<S> * kPair<S>;
+  Vec<Acc<S>> sum[ROWS][GROUP] = {};
+  const auto step = [&](int64_t k, auto... n) FASTSEQ_LAMBDA_INLINE {
+    Vec<Acc<S>> row[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) row[r] = load_operands(a[r] + k, n...);
+#pragma GCC unroll 16
+    for (int g = 0; g < GROUP; ++g) {
+      const Vec<Acc<S>> column = load_operands(w[g] + k, n...);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) multiply_lanes<S>(row[r], column, sum[r][g]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kStep <= K; k += kStep) step(k);
+  if (k < K) step(k, K - k);
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 16
+    for (int g = 0; g < GROUP; ++g) sums[r][group * GROUP + g] = sum[r][g];
+  }
+}
+
+// total[r][q] += row r times the rows of W of gate q, for `units` hidden units from `unit` on.
+template <class S, int ROWS, class W>
+FASTSEQ_INLINE void multiply_rows(const Operand<S>* const* a,
+                                  const W* weight,  // (4H, K)
+                                  int64_t H,
+                                  int64_t K,
+                                  int64_t unit,
+                                  int64_t units,
+                                  Vec<Acc<S>> (&total)[ROWS][4]) {
+  constexpr int GROUP = dot_group<S>(ROWS);
+  for (int64_t q = 0; q < 4; ++q) {
+    Vec<Acc<S>> sums[ROWS][kLanes<S>];
+    for (int group = 0; group < kLanes<S> / GROUP; ++group) {
+      const W* row[GROUP];
+      for (int g = 0; g < GROUP; ++g) {
+        const int64_t u = group * GROUP + g;  // lanes past the last unit repeat it
+        row[g] = weight + (q * H + unit + (u < units ? u : units - 1)) * K;
+      }
+      dot_group_sums<S, ROWS, GROUP>(a, row, K, sums, group);
+    }
+    for (int r = 0; r < ROWS; ++r) total[r][q] += reduce_lanes<kLanes<S> / 2>(sums[r]);
+  }
+}
+
+}  // namespace fastseq::cpu::FASTSEQ_ISA
+FASTSEQ_REGION_END

@@ -1,0 +1,311 @@
+// Forward of one direction of an LSTM layer over one block of sequences, all steps.
+//
+// Runs in chunks of steps. A chunk first multiplies all its input rows with W_ih. Then, step by step, it multiplies h
+// with W_hh and applies the cell while the sums are in registers.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/isa/region.h"
+#include "cpu/kernels/cell-inl.h"
+#include "cpu/kernels/dot-inl.h"
+#include "cpu/kernels/gemm-inl.h"
+#include "cpu/kernels/lstm_params.h"
+#include "cpu/kernels/pack-inl.h"
+#include "cpu/kernels/vector-inl.h"
+#include "cpu/runtime/sequences.h"
+#include "cpu/runtime/team.h"
+
+FASTSEQ_REGION_BEGIN
+namespace fastseq::cpu::FASTSEQ_ISA {
+
+template <class S>
+struct ForwardJob {
+  const LstmForwardParams<S>& p;
+  const LstmForwardDirection<S>& d;
+  int64_t direction;  // index, which selects the columns in tensors of the layer
+  SequenceBlock block;
+  ThreadTeam& team;
+  ThreadTeam::Share share;
+  int64_t members;
+
+  Acc<S>* c;         // (block rows, H) shared by the team
+  Operand<S>* h[2];  // (block rows, depth of H) read by even and odd steps; unless kDirect
+  Operand<S>* x;     // (chunk rows, depth of I), one for each member; unless kDirect
+  Acc<S>* gates;     // (panels, chunk rows, 4 vectors) x W_ih^T + bias
+
+  int64_t panels() const { return (p.hidden + kLanes<S> - 1) / kLanes<S>; }
+  int64_t first_panel() const { return panels() * share.begin / members; }
+  int64_t last_panel() const { return panels() * share.end / members; }
+  // The k-th panel of a step. The order alternates, so that a step begins with panels that the step before left in the
+  // L2 cache.
+  int64_t panel_of(int64_t k, int64_t step) const { return step % 2 == 0 ? first_panel() + k : last_panel() - 1 - k; }
+  PrefetchCursor prefetch(const void* packed, int64_t panel, int64_t K) const {
+    const bool inside = first_panel() <= panel && panel < last_panel();
+    return prefetch_panel<S>(packed, inside ? panel : first_panel(), padded_depth<S>(K));
+  }
+  int64_t units(int64_t panel) const {
+    const int64_t rest = p.hidden - panel * kLanes<S>;
+    return rest < kLanes<S> ? rest : kLanes<S>;
+  }
+};
+
+// The running rows of one step: their positions, and h before the step.
+template <class S>
+struct StepRows {
+  int64_t count;
+  int64_t position[kBlockRows];
+  const Operand<S>* h[kBlockRows];
+};
+
+// total[r][q] += row r times W, for the four gates of one panel of hidden units.
+template <class S, int ROWS, class W>
+FASTSEQ_INLINE void multiply_gates(const Operand<S>* const* a,
+                                   const void* packed,  // W by pack_gates, or null
+                                   const W* weight,     // (4H, K)
+                                   int64_t H,
+                                   int64_t K,
+                                   int64_t panel,
+                                   int64_t units,
+                                   PrefetchCursor& prefetch,
+                                   Vec<Acc<S>> (&total)[ROWS][4]) {
+  if (packed) {
+    const int64_t depth = padded_depth<S>(K);
+    multiply_panel<S, ROWS>(a, panel_at<S>(packed, panel, depth), depth, prefetch, total);
+  } else if constexpr (ROWS <= kSkinnyRows) {
+    multiply_rows<S, ROWS>(a, weight, H, K, panel * kLanes<S>, units, total);
+  }
+}
+
+// gates[panel][row] = x W_ih^T + bias, for `rows` input rows and the panels of this member.
+template <class S>
+void multiply_inputs(ForwardJob<S>& job, const Operand<S>* const* x, int64_t rows) {
+  const LstmForwardParams<S>& p = job.p;
+  const int64_t H = p.hidden;
+  for (int64_t panel = job.first_panel(); panel < job.last_panel(); ++panel) {
+    const int64_t units = job.units(panel);
+    Vec<Acc<S>> bias[4];
+    for (int64_t q = 0; q < 4; ++q) bias[q] = vload(job.d.bias + q * H + panel * kLanes<S>, units);
+    PrefetchCursor prefetch = job.prefetch(job.d.packed_ih, panel + 1, p.input_size);
+    Acc<S>* const out = job.gates + panel * p.chunk_rows * 4 * kLanes<S>;
+    const auto tile = [&](auto height, int64_t first) FASTSEQ_NOINLINE {
+      constexpr int ROWS = decltype(height)::count;
+      Vec<Acc<S>> total[ROWS][4] = {};
+      multiply_gates<S, ROWS>(x + first, job.d.packed_ih, job.d.weight_ih, H, p.input_size, panel, units, prefetch,
+                              total);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) vstore(total[r][q] + bias[q], out + ((first + r) * 4 + q) * kLanes<S>);
+      }
+    };
+    if (job.d.packed_ih) {
+      for_each_tile(rows, tile);
+    } else {
+      for_each_tile<kSkinnyRows>(rows, tile);
+    }
+  }
+}
+
+// Applies the cell to the pre-activations of one row. Stores c, h and, if needed, the results for the backward.
+template <class S>
+FASTSEQ_INLINE void finish_row(ForwardJob<S>& job,
+                               int64_t row,
+                               int64_t position,
+                               int64_t unit,
+                               int64_t units,
+                               int64_t next,               // index into job.h after the step
+                               Vec<Acc<S>> (&gates)[4]) {  // pre-activations
+  const LstmForwardParams<S>& p = job.p;
+  const int64_t H = p.hidden, column = job.direction * H + unit;
+  Acc<S>* const cell = job.c + row * H + unit;
+  Vec<Acc<S>> c = vload(cell, units);
+  const Vec<Acc<S>> h = cell_update<Acc<S>>(gates, c);
+  vstore(c, cell, units);
+  S* const output = p.output + position * p.directions * H + column;
+  vstore(h, output, units);
+  if constexpr (!kDirect<S>) {
+    Operand<S>* const operand = job.h[next] + row * padded_depth<S>(H) + unit;
+    if constexpr (sizeof(Operand<S>) == sizeof(S)) {
+      vstore(h, operand, units);
+    } else {
+      vstore(vload(output, units), operand, units);  // rounded as the output is
+    }
+  }
+  if (p.cell_states) vstore(c, p.cell_states + position * p.directions * H + column, units);
+  if (!p.activations) return;
+  store_gates(gates, p.activations + (position * p.directions + job.direction) * 4 * H + unit, H, units);
+}
+
+// One step of all running rows. gates: their rows of the chunk, in the first panel.
+template <class S>
+void run_step(ForwardJob<S>& job, const StepRows<S>& rows, const Acc<S>* gates, int64_t step) {
+  const LstmForwardParams<S>& p = job.p;
+  for (int64_t k = 0; k < job.last_panel() - job.first_panel(); ++k) {
+    const int64_t panel = job.panel_of(k, step), next = (step + 1) % 2;
+    PrefetchCursor prefetch = job.prefetch(job.d.packed_hh, job.panel_of(k + 1, step), p.hidden);
+    const int64_t units = job.units(panel);
+    const Acc<S>* const start = gates + panel * p.chunk_rows * 4 * kLanes<S>;
+    const auto tile = [&](auto height, int64_t first) FASTSEQ_NOINLINE {
+      constexpr int ROWS = decltype(height)::count;
+      Vec<Acc<S>> total[ROWS][4] = {};
+      multiply_gates<S, ROWS>(rows.h + first, job.d.packed_hh, job.d.weight_hh, p.hidden, p.hidden, panel, units,
+                              prefetch, total);
+#pragma GCC unroll 1
+      for (int r = 0; r < ROWS; ++r) {
+        // The input part is added last: sums of h W_hh are small, and a large start value would round them coarsely.
+        for (int q = 0; q < 4; ++q) total[r][q] += vload(start + ((first + r) * 4 + q) * kLanes<S>);
+        finish_row(job, first + r, rows.position[first + r], panel * kLanes<S>, units, next, total[r]);
+      }
+    };
+    if (job.d.packed_hh) {
+      for_each_tile(rows.count, tile);
+    } else {
+      for_each_tile<kSkinnyRows>(rows.count, tile);
+    }
+  }
+}
+
+// Operands of an input row: the tensor itself if kDirect, else a converted copy in slot `slot` of job.x.
+template <class S>
+FASTSEQ_INLINE const Operand<S>* input_operands(ForwardJob<S>& job, int64_t position, int64_t slot) {
+  const S* const row = job.p.input + position * job.p.input_size;
+  if constexpr (kDirect<S>) {
+    return row;
+  } else {
+    const int64_t depth = padded_depth<S>(job.p.input_size);
+    convert_row(row, job.p.input_size, depth, job.x + slot * depth);
+    return job.x + slot * depth;
+  }
+}
+
+template <class S>
+FASTSEQ_INLINE void step_rows(ForwardJob<S>& job, int64_t step, int64_t count, StepRows<S>& rows) {
+  const LstmForwardParams<S>& p = job.p;
+  rows.count = count;
+  for (int64_t r = 0; r < count; ++r) {
+    rows.position[r] = job.block.position(r, step);
+    if constexpr (kDirect<S>) {
+      rows.h[r] = step == 0 ? job.d.h0 + job.block.sequence(r) * p.hidden
+                            : p.output + (job.block.position(r, step - 1) * p.directions + job.direction) * p.hidden;
+    } else {
+      rows.h[r] = job.h[step % 2] + r * padded_depth<S>(p.hidden);
+    }
+  }
+}
+
+// Runs the next steps, as many as fill a chunk. Returns true if this thread continues.
+template <class S>
+bool run_chunk(ForwardJob<S>& job, int64_t& step, int64_t& running) {
+  const Operand<S>* x[kChunkRows];
+  int64_t rows = 0, end = step;
+  for (int64_t count = running; (count = job.block.running(end, count)) > 0 && rows + count <= job.p.chunk_rows;
+       ++end) {
+    for (int64_t r = 0; r < count; ++r, ++rows) x[rows] = input_operands(job, job.block.position(r, end), rows);
+  }
+  multiply_inputs(job, x, rows);
+  StepRows<S> current;
+  for (const Acc<S>* gates = job.gates; step < end; ++step) {
+    running = job.block.running(step, running);
+    step_rows(job, step, running, current);
+    run_step(job, current, gates, step);
+    gates += running * 4 * kLanes<S>;
+    const int64_t shares = job.share.end - job.share.begin;
+    if (!job.team.wait(job.share)) return false;
+    if (job.share.end - job.share.begin != shares) {  // alone from here on; the new panels have no gates yet
+      ++step;
+      return true;
+    }
+  }
+  return true;
+}
+
+// Sets the states before the first step and clears rows past the end of every sequence, in this member's columns.
+template <class S>
+void start_block(ForwardJob<S>& job) {
+  const LstmForwardParams<S>& p = job.p;
+  const int64_t H = p.hidden, begin = job.first_panel() * kLanes<S>;
+  const int64_t end = job.last_panel() * kLanes<S> < H ? job.last_panel() * kLanes<S> : H;
+  for (int64_t r = 0; r < job.block.rows(); ++r) {
+    const int64_t b = job.block.sequence(r);
+    for (int64_t j = begin; j < end; j += kLanes<S>) {
+      vstore(vload(job.d.c0 + b * H + j, end - j), job.c + r * H + j, end - j);
+    }
+    if constexpr (!kDirect<S>) {
+      const int64_t depth = padded_depth<S>(H);
+      convert_row(job.d.h0 + b * H + begin, end - begin, end == H ? depth - begin : end - begin,
+                  job.h[0] + r * depth + begin);
+      for (int64_t j = H; end == H && j < depth; ++j) job.h[1][r * depth + j] = Operand<S>{};
+    }
+    if (p.seq.packed) continue;
+    for (int64_t t = job.block.length(r); t < p.seq.steps; ++t) {
+      const int64_t row = (p.seq.offset[t] + b) * p.directions + job.direction;
+      fill_zero(p.output + row * H + begin, end - begin);
+      if (p.cell_states) fill_zero(p.cell_states + row * H + begin, end - begin);
+    }
+  }
+}
+
+// Stores the states after the last step of every sequence.
+template <class S>
+void finish_block(const ForwardJob<S>& job) {
+  const LstmForwardParams<S>& p = job.p;
+  const int64_t H = p.hidden;
+  for (int64_t r = 0; r < job.block.rows(); ++r) {
+    const int64_t b = job.block.sequence(r), length = job.block.length(r);
+    const S* h = job.d.h0 + b * H;
+    if (length > 0) h = p.output + (job.block.position(r, length - 1) * p.directions + job.direction) * H;
+    std::memcpy(job.d.h_n + b * H, h, H * sizeof(S));
+    for (int64_t j = 0; j < H; j += kLanes<S>) vstore(vload(job.c + r * H + j, H - j), job.d.c_n + b * H + j, H - j);
+  }
+}
+
+// Scratch bytes that a team shares.
+template <class S>
+int64_t forward_shared_bytes(const LstmForwardParams<S>& p) {
+  const int64_t rows = SequenceBlock{p.seq, false, 0, p.blocks}.rows();
+  return rows * (p.hidden * sizeof(Acc<S>) + (kDirect<S> ? 0 : 2 * padded_depth<S>(p.hidden) * sizeof(Operand<S>)));
+}
+
+// Additional scratch bytes of each member.
+template <class S>
+int64_t forward_member_bytes(const LstmForwardParams<S>& p) {
+  const int64_t panels = (p.hidden + kLanes<S> - 1) / kLanes<S>;
+  const int64_t gates = panels * p.chunk_rows * 4 * kLanes<S> * sizeof(Acc<S>);
+  return gates + (kDirect<S> ? 0 : p.chunk_rows * padded_depth<S>(p.input_size) * sizeof(Operand<S>));
+}
+
+template <class S>
+void lstm_forward(const LstmForwardParams<S>& p,
+                  int64_t direction,
+                  int64_t block,
+                  ThreadTeam& team,
+                  int64_t members,
+                  ThreadTeam::Share share,
+                  void* shared,    // forward_shared_bytes
+                  void* member) {  // forward_member_bytes
+  const FlushDenormals flush;
+  const LstmForwardDirection<S>& d = p.direction[direction];
+  ForwardJob<S> job{p,    d,       direction, SequenceBlock{p.seq, d.reverse, block, p.blocks},
+                    team, share,   members,   nullptr,
+                    {},   nullptr, nullptr};
+  const int64_t rows = job.block.rows(), depth = padded_depth<S>(p.hidden);
+  job.c = static_cast<Acc<S>*>(shared);
+  job.gates = static_cast<Acc<S>*>(member);
+  if constexpr (!kDirect<S>) {
+    job.h[0] = reinterpret_cast<Operand<S>*>(job.c + rows * p.hidden);
+    job.h[1] = job.h[0] + rows * depth;
+    job.x = reinterpret_cast<Operand<S>*>(job.gates + job.panels() * p.chunk_rows * 4 * kLanes<S>);
+  }
+  start_block(job);
+  if (!team.wait(job.share)) return;
+  int64_t running = rows;
+  for (int64_t step = 0; (running = job.block.running(step, running)) > 0;) {
+    if (!run_chunk(job, step, running)) return;
+  }
+  if (job.share.begin == 0) finish_block(job);
+}
+
+}  // namespace fastseq::cpu::FASTSEQ_ISA
+FASTSEQ_REGION_END

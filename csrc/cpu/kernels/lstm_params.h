@@ -1,0 +1,80 @@
+// Parameters of the LSTM kernels, for one layer. S: storage type, Acc<S>: the type computed in.
+//
+// A layer has D = 1 or 2 directions over the same input. Per-step tensors of the layer hold both, side by side.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/runtime/sequences.h"
+#include "cpu/runtime/storage.h"
+
+namespace fastseq::cpu {
+
+// Largest number of rows in one block: their states stay in the L1 and L2 cache.
+constexpr int64_t kBlockRows = 64;
+// Rows of the input gradient that are computed with one panel of W_ih before the next panel is read.
+constexpr int64_t kInputGradientRows = 48;
+// Largest number of input rows that are multiplied with W_ih in one chunk.
+constexpr int64_t kChunkRows = 256;
+// Largest skinny batch. Rows of W are then read in place instead of packed: a step uses each of them only a few times.
+constexpr int64_t kSkinnyRows = 4;
+
+// Fields of both passes: one direction, and the layer.
+template <class S>
+struct LstmDirection {
+  bool reverse;
+  const S* weight_ih;  // (4H, I)
+  const S* weight_hh;  // (4H, H)
+  const S *h0, *c0;    // (B, H)
+};
+
+template <class S>
+struct LstmLayerParams {
+  Sequences seq;
+  int64_t input_size, hidden, directions;  // I, H, D
+  const S* input;                          // (rows, I)
+  int64_t blocks;                          // number of blocks that the batch is divided into
+};
+
+template <class S>
+struct LstmForwardDirection : LstmDirection<S> {
+  const void* packed_ih;  // by pack_gates, or null: rows of weight_ih are read in place
+  const void* packed_hh;  // by pack_gates, or null: rows of weight_hh are read in place
+  const Acc<S>* bias;     // (4H,) b_ih + b_hh
+  S *h_n, *c_n;           // (B, H)
+};
+
+template <class S>
+struct LstmForwardParams : LstmLayerParams<S> {
+  S* output;            // (rows, D * H)
+  S* activations;       // (rows, D * 4H) or null
+  Acc<S>* cell_states;  // (rows, D * H) or null
+  LstmForwardDirection<S> direction[2];
+  int64_t chunk_rows;  // block rows .. kChunkRows
+};
+
+template <class S>
+struct LstmBackwardDirection : LstmDirection<S> {
+  void* packed_ih;               // W_ih by pack_columns, or null if grad_input is not needed
+  void* packed_hh;               // W_hh by pack_columns
+  const S *grad_h_n, *grad_c_n;  // (B, H) or null
+  S *grad_h0, *grad_c0;          // (B, H)
+  Acc<S>* sums_ih;               // (4H, I) gradient of W_ih, before rounding
+  Acc<S>* sums_hh;               // (4H, H) gradient of W_hh, before rounding
+  S* grad_bias;                  // (4H,)
+  void* grad_gates;              // (rows, gates_stride) operands, scratch
+  void* hidden_states;           // (rows + B, H) operands, scratch: h of every step, then h0
+};
+
+template <class S>
+struct LstmBackwardParams : LstmLayerParams<S> {
+  const S* grad_output;       // (rows, D * H) or null
+  const S* grad_cell_states;  // (rows, D * H) or null
+  const S* activations;       // (rows, D * 4H)
+  const Acc<S>* cell_states;  // (rows, D * H)
+  S* grad_input;              // (rows, I) or null
+  LstmBackwardDirection<S> direction[2];
+  int64_t gates_stride;  // elements between rows of grad_gates
+};
+
+}  // namespace fastseq::cpu

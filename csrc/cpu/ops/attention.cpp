@@ -1,0 +1,211 @@
+// The attention operators on the CPU: checks, outputs, threads. The arithmetic is in cpu/kernels/attention_*-inl.h.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <tuple>
+
+#include "attention_arguments.h"
+#include "cpu/isa/kernel_table.h"
+#include "cpu/kernels/attention_params.h"
+#include "cpu/ops/arguments.h"
+#include "cpu/runtime/pool.h"
+
+namespace fastseq::cpu {
+namespace {
+
+using torch::stable::parallel_for;
+
+// Tanh evaluations, or groups of 8 multiply-adds, that are worth another thread.
+constexpr int64_t kThreadGrain = 1 << 14;
+
+template <class S>
+Strided<const S> strided(const OptionalTensor& t) {
+  if (!t) return {};
+  return {static_cast<const S*>(t->const_data_ptr()), t->stride(0), t->stride(1), t->stride(2)};
+}
+
+// The checks that AttentionArguments asks of a device: a CPU tensor, contiguous or at any strides.
+auto check_whole(const char* op) {
+  return [op](const char* name, const Tensor& t, const Shape& shape, ScalarType type) {
+    check_cpu(op, name, t, shape, type);
+  };
+}
+
+auto check_strided(const char* op) {
+  return [op](const char* name, const Tensor& t, const Shape& shape, ScalarType type) {
+    check_cpu_strided(op, name, t, shape, type);
+  };
+}
+
+struct Arguments : AttentionArguments {
+  void check(const char* op) const;
+  template <class S>
+  AttentionInputParams<S> inputs() const;
+};
+
+void Arguments::check(const char* op) const {
+  AttentionArguments::check(op, check_whole(op), check_strided(op));
+  STD_TORCH_CHECK(weight || !(bias || prepared), op, ": bias and prepared belong to the additive score; pass weight");
+  const Shape shape{batch(), positions(), prepared_columns(size())};
+  if (prepared) check_cpu(op, "prepared", *prepared, shape, accumulate_type(dtype()));
+}
+
+template <class S>
+AttentionInputParams<S> Arguments::inputs() const {
+  AttentionInputParams<S> in{};
+  in.steps = steps(), in.positions = positions(), in.size = size(), in.width = width();
+  in.query = strided<S>(query), in.keys = strided<S>(keys), in.values = strided<S>(values);
+  in.weight = read<S>(weight), in.bias = read<S>(bias);
+  in.lengths = read<int64_t>(lengths);
+  in.mask = strided<bool>(mask);
+  if (mask) in.mask.row = mask_row();
+  in.prepared = read<Acc<S>>(prepared);
+  in.scale = static_cast<Acc<S>>(scale);
+  return in;
+}
+
+// Calls run(begin, end, scratch) for ranges of the batch. A sentence is never divided, so results do not depend on the
+// number of threads.
+template <class S, class Run>
+void for_sentences(const Arguments& arguments, const AttentionInputParams<S>& in, const Run& run) {
+  const int64_t work = in.steps * in.positions * (in.weight ? in.size + in.width / 8 : (in.size + in.width) / 8);
+  parallel_for(0, arguments.batch(), kThreadGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    const PooledScratch scratch(attention_scratch_bytes(in));
+    run(begin, end, scratch.at(0));
+  });
+}
+
+std::tuple<Tensor, Tensor> attention_forward_cpu(Tensor query,
+                                                 Tensor keys,
+                                                 Tensor values,
+                                                 OptionalTensor weight,
+                                                 OptionalTensor bias,
+                                                 OptionalTensor lengths,
+                                                 OptionalTensor mask,
+                                                 OptionalTensor prepared,
+                                                 double scale,
+                                                 bool need_weights) {
+  const char* op = "attention_forward";
+  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}};
+  arguments.check(op);
+  const int64_t B = arguments.batch(), T = arguments.steps();
+  Tensor context = pooled_empty(query, {B, T, arguments.width()}, arguments.dtype());
+  Tensor weights = pooled_empty(query, need_weights ? Shape{B, T, arguments.positions()} : Shape{0},
+                                accumulate_type(arguments.dtype()));
+  with_storage_type(op, arguments.dtype(), [&](auto zero) {
+    using S = decltype(zero);
+    AttentionForwardParams<S> p{};
+    p.in = arguments.inputs<S>();
+    p.context = write<S>(context);
+    p.weights = write<Acc<S>>(weights);
+    for_sentences(arguments, p.in, [&](int64_t begin, int64_t end, void* scratch) {
+      kernels<S>().attention_forward(p, begin, end, scratch);
+    });
+  });
+  return {context, weights};
+}
+
+// Sums rows (B, columns) over the batch, always in the same order, into `sum` (at most `columns` elements).
+template <class S>
+void sum_sentences(const Acc<S>* rows, int64_t B, int64_t columns, const Tensor& sum) {
+  const int64_t size = sum.numel();
+  const std::unique_ptr<Acc<S>[]> total(new Acc<S>[columns]());
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t c = 0; c < size; ++c) total[c] += rows[b * columns + c];
+  }
+  for (int64_t c = 0; c < size; ++c) store(total[c], write<S>(sum) + c);
+}
+
+// Gradients of one backward call, empty where not needed.
+struct AttentionGradients {
+  Tensor query, keys, values, weight, bias;
+
+  AttentionGradients(const Arguments& x, bool need_scores, bool need_values)
+      : query(empty(x, need_scores, {x.batch(), x.steps(), x.size()})),
+        keys(empty(x, need_scores, {x.batch(), x.positions(), x.size()})),
+        values(empty(x, need_values, {x.batch(), x.positions(), x.width()})),
+        weight(empty(x, need_scores && x.weight, {x.size()})),
+        bias(empty(x, need_scores && x.weight, {x.size()})) {}
+
+ private:
+  static Tensor empty(const Arguments& x, bool needed, const Shape& shape) {
+    return pooled_empty(x.query, needed ? shape : Shape{0}, x.dtype());
+  }
+};
+
+template <class S>
+void backward(const Arguments& arguments, AttentionBackwardParams<S>& p, const AttentionGradients& grads) {
+  const int64_t B = arguments.batch(), columns = p.need_scores && p.in.weight ? whole_columns(p.in.size) : 0;
+  const PooledScratch rows(2 * B * columns * sizeof(Acc<S>));  // (2, B, columns): grad_weight, grad_bias per sentence
+  p.grad_query = write<S>(grads.query);
+  p.grad_keys = write<S>(grads.keys);
+  p.grad_values = write<S>(grads.values);
+  p.grad_weight = rows.at<Acc<S>>(0);
+  p.grad_bias = p.grad_weight + B * columns;
+  for_sentences(arguments, p.in, [&](int64_t begin, int64_t end, void* scratch) {
+    kernels<S>().attention_backward(p, begin, end, scratch);
+  });
+  if (columns == 0) return;
+  sum_sentences<S>(p.grad_weight, B, columns, grads.weight);
+  sum_sentences<S>(p.grad_bias, B, columns, grads.bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(Tensor grad_context,
+                                                                          OptionalTensor grad_weights,
+                                                                          Tensor query,
+                                                                          Tensor keys,
+                                                                          Tensor values,
+                                                                          OptionalTensor weight,
+                                                                          OptionalTensor bias,
+                                                                          OptionalTensor lengths,
+                                                                          OptionalTensor mask,
+                                                                          OptionalTensor prepared,
+                                                                          Tensor weights,
+                                                                          double scale,
+                                                                          bool need_scores,
+                                                                          bool need_values) {
+  const char* op = "attention_backward";
+  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}};
+  arguments.check(op);
+  arguments.check_backward(weights, grad_context, grad_weights, check_whole(op), check_strided(op));
+  const AttentionGradients grads(arguments, need_scores, need_values);
+  with_storage_type(op, arguments.dtype(), [&](auto zero) {
+    using S = decltype(zero);
+    AttentionBackwardParams<S> p{};
+    p.in = arguments.inputs<S>();
+    p.weights = read<Acc<S>>(weights);
+    p.grad_context = strided<S>(grad_context);
+    p.grad_weights = strided<S>(grad_weights);
+    p.need_scores = need_scores;
+    p.need_values = need_values;
+    backward(arguments, p, grads);
+  });
+  return {grads.query, grads.keys, grads.values, grads.weight, grads.bias};
+}
+
+Tensor attention_prepare_cpu(Tensor keys, OptionalTensor lengths) {
+  const char* op = "attention_prepare";
+  const Arguments arguments{{keys, keys, keys, {}, {}, lengths, {}, {}, 1.0}};
+  arguments.check(op);
+  Tensor prepared = pooled_empty(keys, {keys.size(0), keys.size(1), prepared_columns(keys.size(2))},
+                                 accumulate_type(keys.scalar_type()));
+  with_storage_type(op, keys.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    AttentionPrepareParams<S> p{arguments.inputs<S>(), write<Acc<S>>(prepared)};
+    for_sentences(arguments, p.in, [&](int64_t begin, int64_t end, void* scratch) {
+      kernels<S>().attention_prepare(p, begin, end, scratch);
+    });
+  });
+  return prepared;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward_cpu));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
+  m.impl("attention_prepare", TORCH_BOX(&attention_prepare_cpu));
+}
+
+}  // namespace fastseq::cpu

@@ -1,0 +1,211 @@
+// The operator lstm_backward on the CPU: checks, outputs, packing, threads. The arithmetic is in lstm_backward-inl.h
+// and lstm_gradients-inl.h.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cpu/isa/kernel_table.h"
+#include "cpu/kernels/lstm_params.h"
+#include "cpu/ops/arguments.h"
+#include "cpu/ops/lstm_layer.h"
+#include "cpu/runtime/pool.h"
+#include "cpu/runtime/sequence_tables.h"
+
+namespace fastseq::cpu {
+namespace {
+
+// Layout of the scratch memory of one direction in one backward call: byte offsets of its parts.
+template <class S>
+struct BackwardScratch {
+  int64_t packed_ih, packed_hh, gates, hidden, end;
+
+  BackwardScratch(const LstmBackwardParams<S>& p, int64_t columns_ih, int64_t columns_hh) {
+    const Kernels<S>& k = kernels<S>();
+    const auto aligned = [](int64_t bytes) { return divide_up(bytes, 64) * 64; };
+    packed_ih = 0;
+    packed_hh = packed_ih + aligned(packed_bytes<S>(columns_ih, k.panel_columns, 4 * p.hidden));
+    gates = packed_hh + aligned(packed_bytes<S>(columns_hh, k.panel_columns, 4 * p.hidden));
+    hidden = gates + aligned(p.seq.rows * p.gates_stride * k.operand_bytes);
+    end = hidden + aligned((p.seq.rows + p.seq.batch) * p.hidden * k.operand_bytes);
+  }
+};
+
+template <class S>
+void weight_gradients(const LayerArguments& layer, const LstmBackwardParams<S>& p, const ValidRows& valid) {
+  const Kernels<S>& k = kernels<S>();
+  const int64_t gates = 4 * layer.hidden, bytes = divide_up(k.weight_gradient_bytes(p), 64) * 64;
+  const int64_t work = valid.count * gates * (layer.input_size + layer.hidden) * layer.directions;
+  const int64_t threads = std::clamp<int64_t>(work / kGrain, 1, torch::stable::get_num_threads());
+  const int64_t shares = std::min(divide_up(threads, layer.directions), gates), tasks = shares * layer.directions;
+  const PooledScratch scratch(tasks * bytes);
+  run_tasks(tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t part = i % shares;
+      k.lstm_weight_gradients(p, i / shares, valid, gates * part / shares, gates * (part + 1) / shares,
+                              scratch.at(i * bytes));
+    }
+  });
+}
+
+template <class S>
+void input_gradients(const LstmBackwardParams<S>& p, const ValidRows& valid, int64_t panels) {
+  constexpr int64_t kRows = kInputGradientRows;
+  const int64_t blocks = divide_up(valid.count, kRows);
+  const int64_t work = kRows * kernels<S>().panel_columns * 4 * p.hidden * p.directions;
+  run_tasks(blocks * panels, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / panels * kRows;
+      kernels<S>().lstm_input_gradients(p, valid, i % panels, first, std::min(first + kRows, valid.count));
+    }
+  });
+}
+
+// Rounds sums to the storage type. Does nothing where the sums were computed in `out` itself.
+template <class S>
+void round_sums(const Acc<S>* sums, const Tensor& out) {
+  S* const to = write<S>(out);
+  if (static_cast<const void*>(sums) == to) return;
+  for (int64_t i = 0; i < out.numel(); ++i) store(sums[i], to + i);
+}
+
+// Sets the scratch pointers of every direction, and where its weight gradients are summed: `wide`, or the tensors.
+template <class S>
+void place_directions(LstmBackwardParams<S>& p,
+                      const BackwardScratch<S>& at,
+                      const PooledScratch& scratch,
+                      const std::vector<Tensor>& grad_weights,  // W_ih, W_hh, bias per direction; or none
+                      Acc<S>* wide) {                           // (D, 4H, I + H), or null: sums need no rounding
+  const int64_t gates = 4 * p.hidden, columns = p.input_size + p.hidden;
+  for (int64_t d = 0; d < p.directions; ++d) {
+    LstmBackwardDirection<S>& to = p.direction[d];
+    const int64_t base = d * at.end;
+    to.packed_ih = p.grad_input ? scratch.at(base + at.packed_ih) : nullptr;
+    to.packed_hh = scratch.at(base + at.packed_hh);
+    to.grad_gates = scratch.at(base + at.gates);
+    to.hidden_states = scratch.at(base + at.hidden);
+    if (grad_weights.empty()) continue;
+    to.sums_ih = wide ? wide + d * gates * columns : write<Acc<S>>(grad_weights[3 * d]);
+    to.sums_hh = wide ? to.sums_ih + gates * p.input_size : write<Acc<S>>(grad_weights[3 * d + 1]);
+    to.grad_bias = write<S>(grad_weights[3 * d + 2]);
+  }
+}
+
+template <class S>
+void backward(const LayerArguments& layer,
+              const SequenceTable& table,
+              LstmBackwardParams<S>& p,
+              const std::vector<Tensor>& grad_weights) {  // W_ih, W_hh, bias per direction; or none
+  const Kernels<S>& k = kernels<S>();
+  const int64_t H = layer.hidden, I = layer.input_size, D = layer.directions;
+  const int64_t panels_ih = p.grad_input ? divide_up(I, k.panel_columns) : 0, panels_hh = divide_up(H, k.panel_columns);
+  const ThreadPlan plan = plan_threads(layer, table, panels_hh);
+  p.blocks = plan.blocks;
+  // Padded by a cache line, so that rows of a power-of-two length do not all map to the same cache sets.
+  p.gates_stride = 4 * H + 64 / k.operand_bytes;
+
+  const BackwardScratch<S> at(p, panels_ih, panels_hh);
+  const PooledScratch scratch(D * at.end);
+  constexpr bool kNarrow = sizeof(S) < sizeof(Acc<S>);
+  const PooledScratch wide(kNarrow && !grad_weights.empty() ? D * 4 * H * (I + H) * sizeof(Acc<S>) : 0);
+  place_directions(p, at, scratch, grad_weights, kNarrow ? wide.at<Acc<S>>(0) : nullptr);
+  pack_all(D, panels_ih + panels_hh, k.panel_columns * 4 * H, [&](int64_t direction, int64_t panel) {
+    const LstmBackwardDirection<S>& d = p.direction[direction];
+    if (panel < panels_ih) return k.pack_columns(d.weight_ih, 4 * H, I, panel, d.packed_ih);
+    k.pack_columns(d.weight_hh, 4 * H, H, panel - panels_ih, d.packed_hh);
+  });
+
+  const int64_t states = divide_up(divide_up(layer.batch, plan.blocks) * H * sizeof(Acc<S>), 64) * 64;
+  const PooledScratch shared(D * plan.blocks * states);
+  run_teams(D, plan, [&](int64_t d, int64_t block, int64_t i, ThreadTeam& team, ThreadTeam::Share share) {
+    k.lstm_backward(p, d, block, team, plan.members, share, shared.at(i * states));
+  });
+
+  const bool reverse[2] = {p.direction[0].reverse, p.direction[1].reverse};
+  const ValidRowTable valid = list_valid_rows(p.seq, reverse, D);
+  if (p.grad_input) input_gradients(p, valid.rows(), panels_ih);
+  if (grad_weights.empty()) return;
+  weight_gradients(layer, p, valid.rows());
+  for (int64_t d = 0; d < D; ++d) {
+    round_sums<S>(p.direction[d].sums_ih, grad_weights[3 * d]);
+    round_sums<S>(p.direction[d].sums_hh, grad_weights[3 * d + 1]);
+  }
+}
+
+void check_per_step(const char* op,
+                    const SequenceTable& table,
+                    int64_t columns,
+                    ScalarType dtype,
+                    std::initializer_list<std::pair<const char*, OptionalTensor>> tensors) {
+  for (const auto& [name, t] : tensors) check_optional(op, name, t, with_columns(table.rows, columns), dtype);
+}
+
+// W_ih, W_hh, bias per direction.
+std::vector<Tensor> empty_weight_gradients(const LayerArguments& layer) {
+  std::vector<Tensor> grads;
+  for (int64_t d = 0; d < layer.directions; ++d) {
+    for (const Shape& shape :
+         {Shape{4 * layer.hidden, layer.input_size}, {4 * layer.hidden, layer.hidden}, {4 * layer.hidden}}) {
+      grads.push_back(pooled_empty(layer.input, shape, layer.dtype));
+    }
+  }
+  return grads;
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward_cpu(OptionalTensor grad_output,
+                                                                          OptionalTensor grad_h_n,
+                                                                          OptionalTensor grad_c_n,
+                                                                          OptionalTensor grad_cell_states,
+                                                                          Tensor input,
+                                                                          Tensor h0,
+                                                                          Tensor c0,
+                                                                          std::vector<Tensor> weights,
+                                                                          Tensor activations,
+                                                                          Tensor cell_states,
+                                                                          OptionalTensor lengths,
+                                                                          OptionalTensor batch_sizes,
+                                                                          bool reverse,
+                                                                          bool need_input,
+                                                                          bool need_weights) {
+  const char* op = "lstm_backward";
+  const SequenceTable table = read_sequences(op, input, c0, lengths, batch_sizes);
+  const LayerArguments layer = read_layer(op, input, h0, c0, weights, table, reverse);
+  const int64_t B = layer.batch, H = layer.hidden, D = layer.directions;
+  const ScalarType dtype = layer.dtype;
+  check_per_step(op, table, D * H, dtype, {{"grad_output", grad_output}, {"grad_cell_states", grad_cell_states}});
+  check_per_step(op, table, D * 4 * H, dtype, {{"activations", activations}});
+  check_per_step(op, table, D * H, accumulate_type(dtype), {{"cell_states", cell_states}});
+  check_optional(op, "grad_h_n", grad_h_n, {D, B, H}, dtype);
+  check_optional(op, "grad_c_n", grad_c_n, {D, B, H}, dtype);
+  Tensor grad_input = pooled_empty(input, need_input ? with_columns(table.rows, layer.input_size) : Shape{0}, dtype);
+  Tensor grad_h0 = pooled_empty(c0, {D, B, H}, dtype), grad_c0 = pooled_empty(c0, {D, B, H}, dtype);
+  const std::vector<Tensor> grad_weights = need_weights ? empty_weight_gradients(layer) : std::vector<Tensor>{};
+  with_storage_type(op, dtype, [&](auto zero) {
+    using S = decltype(zero);
+    LstmBackwardParams<S> p = layer_params<LstmBackwardParams<S>, S>(layer, table);
+    p.grad_output = read<S>(grad_output);
+    p.grad_cell_states = read<S>(grad_cell_states);
+    p.activations = read<S>(activations);
+    p.cell_states = read<Acc<S>>(cell_states);
+    p.grad_input = write<S>(grad_input);
+    if (p.grad_input && table.valid_steps < p.seq.rows) fill_zero(p.grad_input, p.seq.rows * p.input_size);
+    for (int64_t d = 0; d < D; ++d) {
+      LstmBackwardDirection<S>& to = p.direction[d];
+      to.grad_h_n = grad_h_n ? read<S>(grad_h_n) + d * B * H : nullptr;
+      to.grad_c_n = grad_c_n ? read<S>(grad_c_n) + d * B * H : nullptr;
+      to.grad_h0 = write<S>(grad_h0) + d * B * H;
+      to.grad_c0 = write<S>(grad_c0) + d * B * H;
+    }
+    backward(layer, table, p, grad_weights);
+  });
+  return {grad_input, grad_h0, grad_c0, grad_weights};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) { m.impl("lstm_backward", TORCH_BOX(&lstm_backward_cpu)); }
+
+}  // namespace fastseq::cpu

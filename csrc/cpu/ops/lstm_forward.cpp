@@ -1,0 +1,113 @@
+// The operator lstm_forward on the CPU: checks, outputs, packing, threads. The arithmetic is in lstm_forward-inl.h.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "cpu/isa/kernel_table.h"
+#include "cpu/kernels/lstm_params.h"
+#include "cpu/ops/arguments.h"
+#include "cpu/ops/lstm_layer.h"
+#include "cpu/runtime/pool.h"
+#include "cpu/runtime/sequence_tables.h"
+
+namespace fastseq::cpu {
+namespace {
+
+// Below this number of valid rows in a call, reading W_ih in place costs less than packing it.
+constexpr int64_t kRowsWorthPacking = 128;
+
+// b_ih + b_hh of every direction, (D, 4H).
+template <class S>
+void sum_biases(const LayerArguments& layer, Acc<S>* out) {
+  const int64_t gates = 4 * layer.hidden;
+  for (int64_t d = 0; d < layer.directions; ++d) {
+    for (int64_t j = 0; j < gates; ++j) {
+      out[d * gates + j] = layer.bias ? load(read<S>(layer.weight(d, 2))[j]) + load(read<S>(layer.weight(d, 3))[j]) : 0;
+    }
+  }
+}
+
+// Input rows in one chunk: enough to amortise reading a panel of W_ih, few enough for their gates to stay in cache.
+int64_t chunk_rows(int64_t block_rows, int64_t hidden) {
+  constexpr int64_t kGates = 1 << 15;
+  return std::clamp<int64_t>(kGates / (4 * hidden + 1), std::max<int64_t>(block_rows, 32), kChunkRows);
+}
+
+template <class S>
+void forward(const LayerArguments& layer, const SequenceTable& table, LstmForwardParams<S>& p) {
+  const Kernels<S>& k = kernels<S>();
+  const int64_t H = layer.hidden, I = layer.input_size, D = layer.directions;
+  const int64_t panels = divide_up(H, k.gate_units);
+  const ThreadPlan plan = plan_threads(layer, table, panels);
+  p.blocks = plan.blocks;
+  p.chunk_rows = chunk_rows(divide_up(layer.batch, plan.blocks), H);
+
+  const bool skinny_input = table.valid_steps < kRowsWorthPacking;
+  const bool skinny_batch = skinny_input || layer.batch <= kSkinnyRows;
+  const int64_t bytes_ih = skinny_input ? 0 : packed_bytes<S>(panels, 4 * k.gate_units, I);
+  const int64_t bytes_hh = skinny_batch ? 0 : packed_bytes<S>(panels, 4 * k.gate_units, H);
+  const PooledScratch packed(D * (bytes_ih + bytes_hh)), bias(D * 4 * H * sizeof(Acc<S>));
+  sum_biases<S>(layer, bias.at<Acc<S>>(0));
+  for (int64_t d = 0; d < D; ++d) {
+    p.direction[d].packed_ih = skinny_input ? nullptr : packed.at(d * bytes_ih);
+    p.direction[d].packed_hh = skinny_batch ? nullptr : packed.at(D * bytes_ih + d * bytes_hh);
+    p.direction[d].bias = bias.at<Acc<S>>(0) + d * 4 * H;
+  }
+  pack_all(skinny_input ? 0 : 2 * D, panels, 4 * k.gate_units * (I + H) / 2, [&](int64_t weight, int64_t panel) {
+    const LstmForwardDirection<S>& d = p.direction[weight / 2];
+    if (weight % 2 == 0) k.pack_gates(d.weight_ih, H, I, panel, const_cast<void*>(d.packed_ih));
+    if (weight % 2 == 1 && !skinny_batch) k.pack_gates(d.weight_hh, H, H, panel, const_cast<void*>(d.packed_hh));
+  });
+
+  const int64_t team_bytes = divide_up(k.forward_shared_bytes(p), 64) * 64;
+  const int64_t member_bytes = divide_up(k.forward_member_bytes(p), 64) * 64;
+  const int64_t teams = D * plan.blocks;
+  const PooledScratch scratch(teams * (team_bytes + plan.members * member_bytes));
+  run_teams(D, plan, [&](int64_t d, int64_t block, int64_t i, ThreadTeam& team, ThreadTeam::Share share) {
+    void* const member = scratch.at(teams * team_bytes + (i * plan.members + share.begin) * member_bytes);
+    k.lstm_forward(p, d, block, team, plan.members, share, scratch.at(i * team_bytes), member);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(Tensor input,
+                                                                    Tensor h0,
+                                                                    Tensor c0,
+                                                                    std::vector<Tensor> weights,
+                                                                    OptionalTensor lengths,
+                                                                    OptionalTensor batch_sizes,
+                                                                    bool reverse,
+                                                                    bool need_activations,
+                                                                    bool need_cell_states) {
+  const char* op = "lstm_forward";
+  const SequenceTable table = read_sequences(op, input, c0, lengths, batch_sizes);
+  const LayerArguments layer = read_layer(op, input, h0, c0, weights, table, reverse);
+  const int64_t B = layer.batch, H = layer.hidden, D = layer.directions;
+  const ScalarType dtype = layer.dtype;
+
+  Tensor output = pooled_empty(input, with_columns(table.rows, D * H), dtype);
+  Tensor h_n = pooled_empty(c0, {D, B, H}, dtype), c_n = pooled_empty(c0, {D, B, H}, dtype);
+  Tensor activations = pooled_empty(input, need_activations ? with_columns(table.rows, D * 4 * H) : Shape{0}, dtype);
+  Tensor cell_states =
+      pooled_empty(input, need_cell_states ? with_columns(table.rows, D * H) : Shape{0}, accumulate_type(dtype));
+  with_storage_type(op, dtype, [&](auto zero) {
+    using S = decltype(zero);
+    LstmForwardParams<S> p = layer_params<LstmForwardParams<S>, S>(layer, table);
+    p.output = write<S>(output);
+    p.activations = write<S>(activations);
+    p.cell_states = write<Acc<S>>(cell_states);
+    for (int64_t d = 0; d < D; ++d) {
+      p.direction[d].h_n = write<S>(h_n) + d * B * H;
+      p.direction[d].c_n = write<S>(c_n) + d * B * H;
+    }
+    forward(layer, table, p);
+  });
+  return {output, h_n, c_n, activations, cell_states};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) { m.impl("lstm_forward", TORCH_BOX(&lstm_forward_cpu)); }
+
+}  // namespace fastseq::cpu

@@ -1,0 +1,51 @@
+#include "cpu/ops/lstm_layer.h"
+
+namespace fastseq::cpu {
+namespace {
+
+// With a skinny batch a step is bound by reading W_hh: each thread's share of it should fit into the L2 cache.
+constexpr int64_t kWeightShareBytes = 1 << 20;
+
+}  // namespace
+
+LayerArguments read_layer(const char* op,
+                          const Tensor& input,
+                          const Tensor& h0,
+                          const Tensor& c0,
+                          const std::vector<Tensor>& weights,
+                          const SequenceTable& table,
+                          bool reverse) {
+  const int64_t D = c0.size(0), B = c0.size(1), H = c0.size(2), I = input.size(input.dim() - 1);
+  const ScalarType dtype = input.scalar_type();
+  STD_TORCH_CHECK(D == 1 || D == 2, op, ": c0 must be for 1 or 2 directions, got ", D);
+  const int64_t count = weights.size();
+  STD_TORCH_CHECK(count == 2 * D || count == 4 * D, op, ": weights must be weight_ih, weight_hh and optionally ",
+                  "bias_ih, bias_hh for each of ", D, " directions, got ", count, " tensors");
+  const LayerArguments layer{input, h0, c0, weights, count == 4 * D, reverse, I, H, B, D, dtype};
+  check_cpu(op, "input", input, with_columns(table.rows, I), dtype);
+  check_cpu(op, "h0", h0, {D, B, H}, dtype);
+  check_cpu(op, "c0", c0, {D, B, H}, dtype);
+  for (int64_t d = 0; d < D; ++d) {
+    check_cpu(op, "weight_ih", layer.weight(d, 0), {4 * H, I}, dtype);
+    check_cpu(op, "weight_hh", layer.weight(d, 1), {4 * H, H}, dtype);
+    if (!layer.bias) continue;
+    check_cpu(op, "bias_ih", layer.weight(d, 2), {4 * H}, dtype);
+    check_cpu(op, "bias_hh", layer.weight(d, 3), {4 * H}, dtype);
+  }
+  return layer;
+}
+
+ThreadPlan plan_threads(const LayerArguments& layer, const SequenceTable& table, int64_t panels) {
+  const int64_t B = layer.batch, D = layer.directions, H = layer.hidden;
+  const int64_t work = table.valid_steps * D * 4 * H * (layer.input_size + H);
+  const int64_t threads = std::clamp<int64_t>(work / kGrain, 1, torch::stable::get_num_threads());
+  const bool together = B > kSkinnyRows || D == 1 || 4 * H * H * 4 <= kWeightShareBytes;
+  const int64_t per_direction = together ? std::max<int64_t>(1, threads / D) : threads;
+  const bool split_batch = per_direction == 1 || B >= 4 * per_direction;
+  const int64_t shares = split_batch ? per_direction : 1;
+  const int64_t blocks = std::min(std::max<int64_t>(B, 1), shares * divide_up(divide_up(B, shares), kBlockRows));
+  const bool alone = split_batch || ThreadTeam::oversubscribed();
+  return {std::max<int64_t>(blocks, 1), alone ? 1 : std::min(per_direction, panels), together || alone};
+}
+
+}  // namespace fastseq::cpu
