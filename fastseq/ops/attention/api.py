@@ -7,7 +7,7 @@ from torch import Tensor
 from fastseq.dispatch import implementation, select, takes_auto
 from fastseq.ops.attention.function import apply
 from fastseq.ops.attention.rules import fast_path
-from fastseq.ops.attention.spec import AttentionCall, Inputs, Keys, Prepared, Want, version
+from fastseq.ops.attention.spec import CONTEXT, AttentionCall, Inputs, Keys, Prepared, version
 from fastseq.ops.common.autocast import cast_inputs
 from fastseq.ops.common.dtypes import accumulate_dtype
 
@@ -18,7 +18,6 @@ SCORES = {  # name: its parameters
     "normed_additive": ("weight", "bias", "gain"),
 }
 ADDITIVE = ("additive", "normed_additive")
-CONTEXT_ONLY = Want(weights=False, backward=False)
 
 
 def prepare_keys(keys: Tensor, *, score: str, lengths: Tensor | None = None, backend: str | None = None) -> Keys:
@@ -119,7 +118,7 @@ def attention(
         chosen = fast_path(query, keys, values)
         if chosen is not None:
             inputs = Inputs(query, keys, values, None, None, None, None, None, scale)
-            return implementation("attention", chosen).forward(inputs, CONTEXT_ONLY).context, None
+            return implementation("attention", chosen).forward(inputs, CONTEXT).context, None
     _check_score(score, weight, bias, gain)
     dtype = keys.dtype
     query, keys, values, weight, bias, gain = cast_inputs(query, keys, values, weight, bias, gain)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastseq.dispatch import implementation
 from fastseq.ops.attention import reference
-from fastseq.ops.attention.spec import Grads, InputGrads, Inputs, Want
+from fastseq.ops.attention.spec import CONTEXT, CONTEXT_AND_WEIGHTS, Grads, InputGrads, Inputs, Want
 from fastseq.ops.common.autocast import without_autocast
 from fastseq.ops.common.autograd import differentiable_backward, needs_function
 
@@ -43,7 +43,9 @@ def _plain_torch(inputs: Inputs, need_weights: bool) -> tuple[Tensor, Tensor | N
     """The reference, to be differentiated by torch: its padding is zeroed first, because 0 * NaN is NaN."""
     allowed = reference.allowed_positions(inputs)
     keys, values = (reference.without_padding(x, allowed) for x in (inputs.keys, inputs.values))
-    context, weights, _ = reference.forward(inputs._replace(keys=keys, values=values), Want(need_weights, False))
+    context, weights, _ = reference.forward(
+        inputs._replace(keys=keys, values=values), Want(need_weights, backward=False)
+    )
     return context, weights
 
 
@@ -64,12 +66,12 @@ def apply(backend: str, inputs: Inputs, need_weights: bool) -> tuple[Tensor, Ten
     """
     module = implementation("attention", backend)
     with without_autocast(inputs.query.device.type):
-        if hasattr(module, "run"):
+        if not hasattr(module, "forward"):  # torch differentiates it
             return module.run(inputs, need_weights)
         if module is reference and torch.compiler.is_compiling():  # the compiler differentiates it
             return _plain_torch(inputs, need_weights)
-        inputs = _without_repeats(inputs)
         if needs_function(module, *inputs.differentiable()):
-            return AttentionFunction.apply(backend, inputs.scale, need_weights, *inputs.tensors())
-        context, weights, _ = module.forward(inputs, Want(need_weights, backward=False))
+            tensors = _without_repeats(inputs).tensors()
+            return AttentionFunction.apply(backend, inputs.scale, need_weights, *tensors)
+        context, weights, _ = module.forward(inputs, CONTEXT_AND_WEIGHTS if need_weights else CONTEXT)
         return context, weights

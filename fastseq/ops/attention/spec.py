@@ -60,6 +60,10 @@ class Want(NamedTuple):
     backward: bool  # save what ``backward`` reads
 
 
+CONTEXT = Want(weights=False, backward=False)  # without gradients; one step is short, so these are built once
+CONTEXT_AND_WEIGHTS = Want(weights=True, backward=False)
+
+
 class Result(NamedTuple):
     """The results of a forward."""
 
