@@ -47,6 +47,8 @@ def prepare(keys: Tensor, lengths: Tensor | None) -> Tensor | None:
 def _operator_inputs(inputs: Inputs) -> tuple[Tensor | None, ...]:
     """Vectors contiguous; query, keys, values and mask are read at any strides."""
     query, keys, values, weight, bias, lengths, mask, prepared, _ = inputs
+    if weight is lengths is None:
+        return inputs[:-1]
     return query, keys, values, contiguous(weight), contiguous(bias), _int64(lengths), mask, prepared
 
 

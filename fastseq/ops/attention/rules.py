@@ -9,7 +9,6 @@ from torch.autograd import forward_ad
 
 from fastseq import _native
 from fastseq.dispatch import Rule
-from fastseq.ops.common.autocast import autocast_enabled
 
 CPU_RESULTS = "benchmarks/results/cpu-xeon-1thread.json"
 
@@ -125,7 +124,7 @@ def fast_path(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
         and query.is_cpu
         and keys.is_cpu
         and values.is_cpu
-        and not autocast_enabled("cpu")
+        and not torch.is_autocast_enabled("cpu")
         and _native.available()
     )
     return "native" if plain else None
