@@ -27,7 +27,7 @@ def forward(inputs: Inputs, want: Want) -> Result:
 
 
 def backward(inputs: Inputs, saved: tuple[Tensor, ...], grads: Grads, needs: InputGrads) -> InputGrads:
-    """The scores are recomputed from the saved weights and the inputs."""
+    """Reads the saved weights; recomputes the tanh of the additive score."""
     scores_needed = needs.query or needs.keys or needs.weight or needs.bias
     result = _native.operators.attention_backward.default(
         *grads, *_operator_inputs(inputs), *saved, inputs.scale, scores_needed, needs.values
