@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseq.dispatch import check_name
-from fastseq.ops.attention import PreparedKeys, attention, prepare_keys
-from fastseq.ops.attention.api import SCORES
+from fastseq.ops.attention.api import ADDITIVE, SCORES, Keys, attention, prepare_keys
 
 
 class Attention(nn.Module):
@@ -37,7 +36,7 @@ class Attention(nn.Module):
         backend: "auto", "reference", "torch", "native" or "triton".
 
     Raises:
-        ValueError: unknown score or backend; an option that the score has no use for; sizes that do not fit.
+        ValueError: unknown score or backend; an option that the score does not take; sizes that do not fit.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class Attention(nn.Module):
         kind = {"device": device, "dtype": dtype}
         if score == "general":
             self.key_proj = nn.Linear(key_size, query_size, bias=False, **kind)
-        elif score in ("additive", "normed_additive"):
+        elif score in ADDITIVE:
             size = query_size if attention_size is None else attention_size
             self.query_proj = nn.Linear(query_size, size, bias=bias is None or bias, **kind)
             self.key_proj = nn.Linear(key_size, size, bias=False, **kind)
@@ -70,10 +69,10 @@ class Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, as described above."""
+        """Initialise all parameters again, as described above."""
         for projection in self.children():
             projection.reset_parameters()
-        if self.score in ("additive", "normed_additive"):
+        if self.score in ADDITIVE:
             bound = 1 / math.sqrt(self.v.numel())
             nn.init.uniform_(self.v, -bound, bound)
         if self.score == "normed_additive":
@@ -84,7 +83,7 @@ class Attention(nn.Module):
     def forward(
         self,
         query: Tensor,
-        keys: Tensor,
+        keys: Tensor | Keys,
         values: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
@@ -95,8 +94,8 @@ class Attention(nn.Module):
 
         Args:
             query: (B, T, Q), or (B, Q) for a single step.
-            keys: (B, S, K).
-            values: (B, S, D); default: the keys.
+            keys: (B, S, K); or the ``Keys`` of :meth:`project_keys`, which serve many calls.
+            values: (B, S, D); default: the keys. Required with ``Keys``.
             lengths: (B,) integers: attend to the first ``lengths[b]`` positions. See :func:`fastseq.ops.attention`.
             mask: bool, True = attend: (B, S) or (B, T, S). Not together with ``lengths``.
             need_weights: also return the weights.
@@ -105,47 +104,27 @@ class Attention(nn.Module):
             context (B, T, D), weights (B, T, S) or None; without the T for a single step.
 
         Raises:
-            ValueError, RuntimeError: see :func:`fastseq.ops.attention`.
+            ValueError: ``Keys`` without values; see :func:`fastseq.ops.attention`.
+            RuntimeError: see :func:`fastseq.ops.attention`.
         """
-        values = keys if values is None else values
-        return self.attend(
-            query, self.project_keys(keys), values, lengths=lengths, mask=mask, need_weights=need_weights
-        )
-
-    def project_keys(self, keys: Tensor) -> Tensor:
-        """What depends on the keys alone, once per sentence: keys (B, S, K) -> projected keys (B, S, A)."""
-        if keys.dim() != 3 or keys.size(-1) != self.key_size:
-            raise RuntimeError(f"Attention: keys must have shape (B, S, {self.key_size}), got {tuple(keys.shape)}")
-        return keys if self.score == "dot" else self.key_proj(keys)
-
-    def prepare_keys(self, projected_keys: Tensor, lengths: Tensor | None = None) -> PreparedKeys | None:
-        """For many single steps with the same keys: see :func:`fastseq.ops.prepare_keys`."""
-        return prepare_keys(projected_keys, score=self.score, lengths=lengths, backend=self.backend)
-
-    def attend(
-        self,
-        query: Tensor,
-        projected_keys: Tensor,
-        values: Tensor,
-        *,
-        lengths: Tensor | None = None,
-        mask: Tensor | None = None,
-        need_weights: bool = False,
-        prepared: PreparedKeys | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As ``forward``, with keys that :meth:`project_keys` returned and what :meth:`prepare_keys` made of them."""
+        if isinstance(keys, Keys):
+            projected = keys
+            if values is None:
+                raise ValueError("Attention: values must be given with projected keys")
+        else:
+            projected, values = self.project_keys(keys), keys if values is None else values
         if query.dim() not in (2, 3) or query.size(-1) != self.query_size:
             raise RuntimeError(
                 f"Attention: query must have shape (B, T, {self.query_size}) or (B, {self.query_size}), "
                 f"got {tuple(query.shape)}"
             )
         score, weight, gain = "dot", None, None
-        if self.score in ("additive", "normed_additive"):
+        if self.score in ADDITIVE:
             score, weight, gain = self.score, self.v, getattr(self, "gain", None)
             query = self.query_proj(query)
         return attention(
             query,
-            projected_keys,
+            projected,
             values,
             score=score,
             weight=weight,
@@ -154,9 +133,27 @@ class Attention(nn.Module):
             lengths=lengths,
             mask=mask,
             need_weights=need_weights,
-            prepared=prepared,
             backend=self.backend,
         )
+
+    def project_keys(self, keys: Tensor, lengths: Tensor | None = None, *, single_steps: bool = False) -> Keys:
+        """Compute once per sentence the part that depends on the keys alone.
+
+        Args:
+            keys: (B, S, K).
+            lengths: (B,) of the calls to come; used with ``single_steps`` alone.
+            single_steps: many calls of one query step each will follow. The additive scores on the native CPU backend
+                then precompute more. It takes as long as three such calls save, and memory as for the keys in float32.
+
+        Returns:
+            An immutable ``Keys``, to be passed to :meth:`forward` and otherwise opaque.
+        """
+        if keys.dim() != 3 or keys.size(-1) != self.key_size:
+            raise RuntimeError(f"Attention: keys must have shape (B, S, {self.key_size}), got {tuple(keys.shape)}")
+        projected = keys if self.score == "dot" else self.key_proj(keys)
+        if not single_steps:
+            return Keys(projected)
+        return prepare_keys(projected, score=self.score, lengths=lengths, backend=self.backend)
 
     def extra_repr(self) -> str:
         parts = [f"{self.query_size}, {self.key_size}, score={self.score!r}"]

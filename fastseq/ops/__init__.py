@@ -1,7 +1,7 @@
 """The ops behind the modules: one folder each, one public function each."""
 
-from fastseq.ops.attention import PreparedKeys, attention, prepare_keys
+from fastseq.ops.attention import attention
 from fastseq.ops.lstm import lstm
 from fastseq.ops.lstm_cell import lstm_cell, lstm_step
 
-__all__ = ["PreparedKeys", "attention", "lstm", "lstm_cell", "lstm_step", "prepare_keys"]
+__all__ = ["attention", "lstm", "lstm_cell", "lstm_step"]

@@ -1,4 +1,4 @@
-"""What a Seq2Seq model is made of, as one immutable value that can be saved."""
+"""The options of a Seq2Seq model, as one immutable value that can be saved."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ BRIDGE_ACTIVATIONS = ("tanh", "relu", "none")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seq2SeqConfig:
-    """The options of :class:`Seq2Seq`. An option that could have no effect beside the others raises.
+    """The options of :class:`Seq2Seq`. An option without effect beside the others raises.
 
     Args:
         src_vocab_size: number of source tokens; leave out with ``source_features``.
@@ -36,14 +36,14 @@ class Seq2SeqConfig:
         bridge_activation: "tanh", "relu" or "none", after the linear bridge.
         dropout: between the LSTM layers, and the default of the next two.
         embed_dropout: on the embeddings.
-        output_dropout: on what the output projection reads.
+        output_dropout: on the input of the output projection.
         share_all_embeddings: one matrix for source embedding, target embedding and output projection (Press & Wolf
             2017).
         share_decoder_input_output_embed: one matrix for target embedding and output projection.
-        pad_id, bos_id, eos_id, unk_id: reserved token ids, the same in both vocabularies. The model itself knows
-            padding only: an embedding that starts at zero and gets no gradient, unless the matrix is shared with the
-            output. ``generate`` uses pad, bos and eos, and forbids unk with ``generate_unk=False``; data and command
-            line put unknown tokens there.
+        pad_id, bos_id, eos_id, unk_id: reserved token ids, the same in both vocabularies. The model itself uses
+            pad alone: its embedding starts at zero and gets no gradient, unless the matrix is shared with the output.
+            ``generate`` uses pad, bos and eos, and forbids unk with ``generate_unk=False``. The data pipeline maps
+            unknown tokens to unk.
         backend: "auto", "reference", "torch", "native" or "triton", for the LSTMs and the attention.
 
     Raises:
@@ -83,7 +83,7 @@ class Seq2SeqConfig:
 
     @property
     def tied(self) -> bool:
-        """Whether the output projection is the target embedding."""
+        """True if the output projection is the target embedding."""
         return self.share_all_embeddings or self.share_decoder_input_output_embed
 
     def to_dict(self) -> dict[str, Any]:

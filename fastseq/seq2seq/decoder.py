@@ -8,39 +8,29 @@ from torch import Tensor, nn
 
 from fastseq.nn.attention import Attention
 from fastseq.nn.lstm import LSTM
-from fastseq.ops.common.autocast import autocast_enabled
 from fastseq.ops.lstm_cell import lstm_cell
 from fastseq.seq2seq.config import Seq2SeqConfig
 from fastseq.seq2seq.encoder import EncoderOutput, embedding
 
 
 class DecoderState(NamedTuple):
-    """Where a decoder stands between two steps: immutable, and all that it remembers."""
+    """The complete state of a decoder between two steps, immutable."""
 
     h: Tensor  # (L, B, H)
     c: Tensor  # (L, B, H)
     feed: Tensor | None  # (B, H) last attentional vector; None without input feeding
 
     def index_select(self, rows: Tensor) -> "DecoderState":
-        """The sentences ``rows`` (N,), in that order, repeats allowed: how a beam search reorders its hypotheses."""
+        """The sentences ``rows`` (N,), in that order, repeats allowed. Beam search reorders its hypotheses by it."""
         feed = None if self.feed is None else self.feed.index_select(0, rows)
         return DecoderState(self.h.index_select(1, rows), self.c.index_select(1, rows), feed)
 
-    def repeat_interleave(self, k: int) -> "DecoderState":
-        """Each sentence k times in a row: 0 0 1 1 2 2 for k = 2."""
-        feed = None if self.feed is None else self.feed.repeat_interleave(k, 0)
-        return DecoderState(self.h.repeat_interleave(k, 1), self.c.repeat_interleave(k, 1), feed)
-
-    def detach(self) -> "DecoderState":
-        """The same values without their history."""
-        return DecoderState(self.h.detach(), self.c.detach(), None if self.feed is None else self.feed.detach())
-
 
 class _Layer(NamedTuple):
-    """The parameters of one layer, as one step needs them."""
+    """The parameters of one layer in the form that one step reads."""
 
-    embedding: Tensor  # (4H, E) what multiplies the embedding; E = 0 above the first layer
-    input: Tensor  # (4H, H) what multiplies the rest of the input: the feed, or the layer below
+    embedding: Tensor  # (4H, E) columns of weight_ih for the embedding; E = 0 above the first layer
+    input: Tensor  # (4H, H) its other columns: for the feed, or for the layer below
     hidden: Tensor  # (4H, H)
     bias: Tensor  # (4H,)
 
@@ -84,17 +74,15 @@ class Decoder(nn.Module):
         """The state before the first step. Copies, because torch.export takes one tensor given twice for one input."""
         return DecoderState(enc.h.clone(), enc.c.clone(), torch.zeros_like(enc.h[0]) if self.input_feeding else None)
 
-    def prepare(self, enc: EncoderOutput) -> EncoderOutput:
-        """``enc`` with what its keys have to give to every step, where that saves time."""
-        if self.attention is None:
-            return enc
-        return enc._replace(prepared=self.attention.prepare_keys(enc.keys, enc.lengths))
+    def by_steps(self, teacher_forcing_ratio: float) -> bool:
+        """True if :meth:`forward` runs the target step by step instead of all at once."""
+        return self.input_feeding or teacher_forcing_ratio < 1
 
     def forward(
         self, tokens: Tensor, enc: EncoderOutput, teacher_forcing_ratio: float, need_weights: bool
     ) -> tuple[Tensor, Tensor | None, DecoderState]:
         """tokens (B, T) -> logits (B, T, V), weights (B, T, S) or None, state after the last step."""
-        if self.input_feeding or teacher_forcing_ratio < 1:
+        if self.by_steps(teacher_forcing_ratio):
             return self._step_by_step(tokens, enc, teacher_forcing_ratio, need_weights)
         output, (h, c) = self.lstm(self._embed(tokens), (enc.h, enc.c))
         vectors, weights = self._attend(output, enc, need_weights)
@@ -112,15 +100,14 @@ class Decoder(nn.Module):
 
     def _step_by_step(self, tokens: Tensor, enc: EncoderOutput, teacher_forcing_ratio: float, need_weights: bool):
         layers = self._layers()
-        enc = self.prepare(enc)
         state = self.start(enc)
         h, c, vector = state.h.unbind(0), state.c.unbind(0), state.feed
         gates = self._input_gates(tokens.t(), layers)  # (T, B, 4H): the embeddings' part of all steps in one GEMM
         vectors, logits, weights = [], [], []
         for t, step_gates in enumerate(gates.unbind(0)):
             if t > 0 and teacher_forcing_ratio < 1:
-                own_gates = self._input_gates(logits[-1].argmax(-1), layers)
-                step_gates = _choose(step_gates, own_gates, teacher_forcing_ratio)
+                predicted_gates = self._input_gates(logits[-1].argmax(-1), layers)
+                step_gates = _choose(step_gates, predicted_gates, teacher_forcing_ratio)
             feed = vector if self.input_feeding else None
             h, c, vector, step_weights = self._advance(step_gates, h, c, feed, enc, layers, need_weights)
             vectors.append(vector)
@@ -158,7 +145,7 @@ class Decoder(nn.Module):
             weight_ih, weight_hh, bias_ih, bias_hh = (getattr(self.lstm, name) for name in names)
             size = self.embedding.embedding_dim if k == 0 else 0
             tensors = (weight_ih[:, :size], weight_ih[:, size:], weight_hh, bias_ih + bias_hh)
-            if autocast_enabled(device):  # once here, not at every step
+            if device != "meta" and torch.is_autocast_enabled(device):  # cast once here, not at every step
                 tensors = (x.to(torch.get_autocast_dtype(device)) for x in tensors)
             layers.append(_Layer(*tensors))
         return layers
@@ -174,9 +161,7 @@ class Decoder(nn.Module):
         """query (B, H) or (B, T, H) -> attentional vectors of the same shape, weights or None."""
         if self.attention is None:
             return query, None
-        context, weights = self.attention.attend(
-            query, enc.keys, enc.memory, lengths=enc.lengths, need_weights=need_weights, prepared=enc.prepared
-        )
+        context, weights = self.attention(query, enc.keys, enc.memory, lengths=enc.lengths, need_weights=need_weights)
         return torch.tanh(self.combine(torch.cat((context, query), -1))), weights
 
     def _project(self, vectors: Tensor) -> Tensor:
@@ -186,9 +171,9 @@ class Decoder(nn.Module):
         return DecoderState(torch.stack(tuple(h)), torch.stack(tuple(c)), vector if self.input_feeding else None)
 
 
-def _choose(truth: Tensor, own: Tensor, ratio: float) -> Tensor:
-    """Per sentence (row), the gates of the true token with probability ``ratio``, else those of the own prediction."""
+def _choose(truth: Tensor, predicted: Tensor, ratio: float) -> Tensor:
+    """Per sentence (row): the gates of the true token with probability ``ratio``, else of the predicted one."""
     if ratio == 0:
-        return own
+        return predicted
     use_truth = torch.rand(truth.size(0), 1, device=truth.device) < ratio
-    return torch.where(use_truth, truth, own)
+    return torch.where(use_truth, truth, predicted)

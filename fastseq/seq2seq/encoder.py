@@ -1,4 +1,4 @@
-"""The source side of Seq2Seq: encoder, and the bridge that turns its final states into the decoder's first."""
+"""The source side of Seq2Seq: the encoder, and the bridge from its final states to the decoder's first ones."""
 
 from typing import NamedTuple
 
@@ -6,25 +6,24 @@ import torch
 from torch import Tensor, nn
 
 from fastseq.nn.lstm import LSTM
-from fastseq.ops.attention import PreparedKeys
+from fastseq.ops.attention.api import Keys
 from fastseq.seq2seq.config import Seq2SeqConfig
 
 
 class EncoderOutput(NamedTuple):
-    """Everything the decoder needs to know about the sources: immutable, computed once per batch."""
+    """All results that depend on the sources alone: immutable, computed once per batch."""
 
     memory: Tensor  # (B, S, D) encoder outputs, 0 past the length
-    keys: Tensor | None  # (B, S, A) projected for the attention; None without attention
+    keys: Keys | None  # (B, S, A) projected for the attention, opaque; None without attention
     lengths: Tensor  # (B,) int64
     h: Tensor  # (L, B, H) first hidden state of each decoder layer
     c: Tensor  # (L, B, H) first cell state of each decoder layer
-    prepared: PreparedKeys | None = None  # of these keys, for decoding step by step; selecting rows drops it
 
     def index_select(self, rows: Tensor) -> "EncoderOutput":
         """The sentences ``rows`` (N,), in that order, repeats allowed."""
         return EncoderOutput(
             self.memory.index_select(0, rows),
-            None if self.keys is None else self.keys.index_select(0, rows),
+            None if self.keys is None else self.keys.index_select(rows),
             self.lengths.index_select(0, rows),
             self.h.index_select(1, rows),
             self.c.index_select(1, rows),
@@ -34,7 +33,7 @@ class EncoderOutput(NamedTuple):
         """Each sentence k times in a row: 0 0 1 1 2 2 for k = 2."""
         return EncoderOutput(
             self.memory.repeat_interleave(k, 0),
-            None if self.keys is None else self.keys.repeat_interleave(k, 0),
+            None if self.keys is None else self.keys.repeat_interleave(k),
             self.lengths.repeat_interleave(k, 0),
             self.h.repeat_interleave(k, 1),
             self.c.repeat_interleave(k, 1),

@@ -1,9 +1,8 @@
 """Greedy decoding, beam search and sampling for encoder-decoder models, batched over sentences, on the model's device.
 
-A model takes part by the protocol of :class:`fastseq.Seq2Seq`: ``config`` with ``pad_id``, ``bos_id``, ``eos_id``;
+A model has the protocol of :class:`fastseq.Seq2Seq`: ``config`` with ``pad_id``, ``bos_id``, ``eos_id``;
 ``encode(src, src_lengths)``; ``start(enc)``; ``decode_step(tokens, state, enc, need_weights=...)``; an encoder output
-with ``lengths`` and ``repeat_interleave(k)``; a state with ``index_select(rows)``; and, if it likes, ``prepare(enc)``:
-the encoder output for the steps to come.
+with ``lengths`` and ``repeat_interleave(k)``; a state with ``index_select(rows)``.
 
 Shapes: B sentences, K beams, R returned sequences per sentence, N decoder rows (B * K or B * R, those of one sentence
 side by side), V target vocabulary, S source positions, T decoding steps, L longest returned sequence.
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 LENGTH_PENALTY_TYPES = ("avg", "wu", "none")
 EXTRA_TOKENS = 10  # the default limit is ceil(max_length_ratio * source length) + EXTRA_TOKENS
-STEPS_BETWEEN_CHECKS = 8  # "is every sentence done?" makes the host wait for a GPU; on the CPU it is asked each step
+STEPS_BETWEEN_CHECKS = 8  # on a GPU the check "all sentences done" synchronises; on the CPU every step checks
 MINUS_INFINITY = float("-inf")
 
 
@@ -28,11 +27,11 @@ class GenerateOutput(NamedTuple):
     sequences: Tensor  # (B * R, L) int64: no bos; eos kept; pad after it
     sequences_scores: Tensor  # (B * R,) log-probability, eos included, divided by the length penalty; float32 or wider
     lengths: Tensor  # (B * R,) int64: number of tokens, eos included
-    cross_attentions: Tensor | None  # (B * R, L, S) weights behind each token, 0 past the length; None unless asked for
+    cross_attentions: Tensor | None  # (B * R, L, S) weights behind each token, 0 past the length; None unless requested
 
 
 class _Options(NamedTuple):
-    """What ``generate`` was asked for, with the special tokens of the model."""
+    """The options of one ``generate`` call, with the special tokens of the model."""
 
     pad_id: int
     bos_id: int
@@ -98,13 +97,13 @@ def generate(
 
     Names and meanings are those of Hugging Face ``generate``, except that ``top_k`` is off unless given. The model is
     in eval mode during the call and gets every training flag back afterwards, also after an exception; no gradient is
-    recorded. An answer does not depend on the other sentences of the batch, except that all samples are drawn from one
+    recorded. A result does not depend on the other sentences of the batch, except that all samples are drawn from one
     stream of random numbers. The tokens pad and bos are never generated; unk may be.
 
     Args:
         src: (B, S) tokens or (B, S, F) features, as the model's ``encode`` takes them.
         src_lengths: (B,) valid positions of each source, 0 allowed; None means all S.
-        max_new_tokens: most tokens of a sequence, eos included. Default: each sentence's own limit,
+        max_new_tokens: limit on the tokens of a sequence, eos included. Default: each sentence's own limit,
             ``ceil(max_length_ratio * source length) + 10``, or ``min_new_tokens`` where that is more. Beam search lets
             the hypotheses cut off at the limit compete with the finished ones.
         min_new_tokens: tokens that must come before eos.
@@ -128,7 +127,7 @@ def generate(
 
     Returns:
         GenerateOutput. Scores are log-probabilities under the model itself in every mode: temperature, top-k, top-p and
-        forbidden tokens decide what is chosen and leave the score of a sequence alone.
+        forbidden tokens change the choice of tokens, not the score of a sequence.
 
     Raises:
         ValueError: an option out of its range, options that exclude each other, an empty batch, or
@@ -167,7 +166,7 @@ def generate(
 
 
 def _check(o: _Options) -> None:
-    """Raise ValueError for the first option that makes no sense."""
+    """Raise ValueError for the first invalid option."""
     infinity = float("inf")
     limit = infinity if o.max_new_tokens is None else o.max_new_tokens
     sampling = f"temperature={o.temperature}, top_k={o.top_k}, top_p={o.top_p}"
@@ -221,7 +220,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _limits(src_lengths: Tensor, options: _Options) -> Tensor:
-    """(B,) most tokens of each sentence."""
+    """(B,) limit on the tokens of each sentence."""
     if options.max_new_tokens is not None:
         return torch.full_like(src_lengths, options.max_new_tokens)
     limits = (src_lengths * options.max_length_ratio).ceil().to(src_lengths.dtype) + EXTRA_TOKENS
@@ -238,13 +237,13 @@ def _penalised(scores: Tensor, lengths: Tensor, options: _Options) -> Tensor:
 
 
 def _all_done(done: Tensor, step: int) -> bool:
-    """The only question a step asks the device. Steps after the last sentence is done change no result."""
+    """True if every sentence is done: the only synchronisation of a step. Steps after that change no result."""
     interval = 1 if done.device.type == "cpu" else STEPS_BETWEEN_CHECKS
     return (step + 1) % interval == 0 and bool(done.all())
 
 
 def _advance(model: nn.Module, tokens: Tensor, state: Any, enc: Any, options: _Options) -> tuple:
-    """One step of the model for tokens (N,): logits (N, V), state, attention (N, S) if asked for."""
+    """One step of the model for tokens (N,): logits (N, V), state, attention (N, S) if requested."""
     logits, state, attention = model.decode_step(tokens, state, enc, need_weights=options.output_attentions)
     if options.output_attentions and attention is None:
         raise ValueError("generate: output_attentions=True needs a model with attention; this one has none.")
@@ -291,16 +290,11 @@ def _sample(log_probs: Tensor, options: _Options) -> Tensor:
     return tokens.gather(1, probs.multinomial(1, generator=options.generator))[:, 0]
 
 
-def _prepare(model: nn.Module, enc: Any) -> Any:
-    return model.prepare(enc) if hasattr(model, "prepare") else enc
-
-
 def _decode_rows(model: nn.Module, enc: Any, limits: Tensor, options: _Options) -> GenerateOutput:
-    """Greedy decoding and sampling: no row looks at another one. limits (B,)."""
+    """Greedy decoding and sampling: rows are independent. limits (B,)."""
     if options.num_return_sequences > 1:
         enc = enc.repeat_interleave(options.num_return_sequences)
         limits = limits.repeat_interleave(options.num_return_sequences)
-    enc = _prepare(model, enc)
     state = model.start(enc)
     tokens = torch.full_like(limits, options.bos_id)
     scores, lengths = torch.zeros_like(limits, dtype=torch.float32), torch.zeros_like(limits)
@@ -329,7 +323,6 @@ def _beam_search(model: nn.Module, enc: Any, limits: Tensor, options: _Options) 
     """Beam search over all sentences at once; limits (B,). A sentence that is done keeps its pool from then on."""
     batch, beams = len(limits), options.num_beams
     enc = enc.repeat_interleave(beams)
-    enc = _prepare(model, enc)
     state = model.start(enc)
     first_rows = torch.arange(0, batch * beams, beams, device=limits.device)[:, None]  # (B, 1) rows of the first beams
     tokens = limits.new_full((batch * beams,), options.bos_id)
@@ -365,7 +358,7 @@ def _beam_search(model: nn.Module, enc: Any, limits: Tensor, options: _Options) 
 
 
 def _collect(pool: _Pool, scores: Tensor, lengths: Tensor, options: _Options) -> _Pool:
-    """Put the K best candidates of a step, scores (B, K) and lengths (B, K), into the pool; -inf: it goes on."""
+    """Put the K best candidates of a step, scores (B, K) and lengths (B, K), into the pool; -inf: not finished."""
     places = torch.arange(scores.shape[1], device=scores.device).expand_as(lengths)
     scores = torch.cat([pool.scores, _penalised(scores, lengths, options)], 1)  # (B, 2K)
     scores, order = scores.sort(dim=1, descending=True, stable=True)  # stable: equals stay, free places keep length 0

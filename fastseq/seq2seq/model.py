@@ -12,10 +12,10 @@ from fastseq.seq2seq.generation import generate
 
 
 class Seq2SeqOutput(NamedTuple):
-    """What a training step needs."""
+    """The results of :meth:`Seq2Seq.forward`."""
 
     logits: Tensor  # (B, T, V)
-    attention: Tensor | None  # (B, T, S), if asked for
+    attention: Tensor | None  # (B, T, S), if requested
     state: DecoderState  # after the last step
 
 
@@ -27,7 +27,7 @@ class Seq2Seq(nn.Module):
     (Bahdanau et al. 2015) and forms the attentional vector, tanh(W [context, h]) (Luong et al. 2015), which the output
     projection reads and which, with input feeding, is part of the next step's input [embedding, feed].
 
-    Token batches are batch-first, states (layers, B, H). No call leaves anything behind on the module: states travel as
+    Token batches are batch-first, states (layers, B, H). No call changes the module: states travel as
     :class:`EncoderOutput` and :class:`DecoderState`.
 
     Args:
@@ -56,10 +56,10 @@ class Seq2Seq(nn.Module):
 
         Args:
             src: (B, S) integer tokens; (B, S, F) floating point with ``source_features``.
-            src_lengths: (B,) integers in 0..S on any device; None: all S. What lies past the length has no influence.
+            src_lengths: (B,) integers in 0..S on any device; None: all S. Positions past the length have no influence.
             tgt_in: (B, T) integer tokens, T >= 1, the target shifted right: it begins with bos.
             teacher_forcing_ratio: at each step after the first, and for each sentence, the probability that the true
-                token is the input; else the input is the most probable token of the step before (scheduled sampling,
+                token is the input; otherwise the most probable token of the step before (scheduled sampling,
                 Bengio et al. 2015). Drawn from torch's generator; 1.0 and 0.0 draw nothing. Below 1.0 the target runs
                 step by step.
             need_weights: also return the attention weights; there are none with attention="none".
@@ -68,13 +68,14 @@ class Seq2Seq(nn.Module):
             Seq2SeqOutput with logits (B, T, V), attention (B, T, S) or None, and the state after step T.
 
         Raises:
-            ValueError: wrong shapes, dtypes, lengths, ratio, or token ids outside the vocabulary (ids are looked at
+            ValueError: wrong shapes, dtypes, lengths, ratio, or token ids outside the vocabulary (ids are checked
                 on the CPU only).
         """
         if not 0 <= teacher_forcing_ratio <= 1:
             raise ValueError(f"Seq2Seq: teacher_forcing_ratio must lie in [0, 1], got {teacher_forcing_ratio}")
         _check_tokens("tgt_in", tgt_in, self.config.tgt_vocab_size, "(B, T)")
-        enc = self.encode(src, src_lengths)
+        by_steps = self.decoder.by_steps(teacher_forcing_ratio)
+        enc = self.encode(src, src_lengths, single_steps=by_steps)
         if tgt_in.size(0) != src.size(0) or tgt_in.size(1) == 0:
             raise ValueError(
                 "Seq2Seq: tgt_in must have the batch size of src and at least one step, "
@@ -82,14 +83,16 @@ class Seq2Seq(nn.Module):
             )
         return Seq2SeqOutput(*self.decoder(tgt_in, enc, teacher_forcing_ratio, need_weights))
 
-    def encode(self, src: Tensor, src_lengths: Tensor | None = None) -> EncoderOutput:
-        """Read the sources: everything that does not depend on the target.
+    def encode(self, src: Tensor, src_lengths: Tensor | None = None, *, single_steps: bool = True) -> EncoderOutput:
+        """Compute everything that does not depend on the target.
 
         Args:
             src, src_lengths: as in :meth:`forward`.
+            single_steps: many calls of :meth:`decode_step` will follow: see :meth:`fastseq.Attention.project_keys`.
+                In a traced graph it has no effect; pass False for an example input of torch.export.
 
         Returns:
-            EncoderOutput with memory (B, S, H), keys (B, S, A) or None, lengths (B,), and the decoder's first h and c
+            EncoderOutput with memory (B, S, H), keys (opaque) or None, lengths (B,), and the decoder's first h and c
             (L, B, H).
         """
         if self.config.source_features is None:
@@ -107,19 +110,14 @@ class Seq2Seq(nn.Module):
             lengths = torch.full((src.size(0),), src.size(1), dtype=torch.int64, device=src.device)
         else:
             lengths = src_lengths.to(src.device, torch.int64)
-        attention = self.decoder.attention
-        return EncoderOutput(memory, None if attention is None else attention.project_keys(memory), lengths, h, c)
+        keys = None
+        if self.decoder.attention is not None:
+            keys = self.decoder.attention.project_keys(memory, lengths, single_steps=single_steps)
+        return EncoderOutput(memory, keys, lengths, h, c)
 
     def start(self, enc: EncoderOutput) -> DecoderState:
-        """The decoder's state before the first step: the bridged encoder states, and zeros to feed."""
+        """The decoder's state before the first step: the bridged encoder states, and zeros as the feed."""
         return self.decoder.start(enc)
-
-    def prepare(self, enc: EncoderOutput) -> EncoderOutput:
-        """``enc`` for many calls of :meth:`decode_step`, which it makes faster and changes in nothing else.
-
-        Holds for ``enc.keys`` as they are now; see :func:`fastseq.ops.prepare_keys`.
-        """
-        return self.decoder.prepare(enc)
 
     def decode_step(
         self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, *, need_weights: bool = True
@@ -130,7 +128,7 @@ class Seq2Seq(nn.Module):
             tokens: (B,) integers, the tokens just chosen (bos at the first step).
             state: from :meth:`start` or from the step before.
             enc: from :meth:`encode`, with the same B rows.
-            need_weights: return the attention weights; False lets a faster kernel serve the step.
+            need_weights: return the attention weights; without them a faster kernel may run.
 
         Returns:
             logits (B, V), the next state, attention (B, S) or None.
@@ -148,7 +146,7 @@ class Seq2Seq(nn.Module):
 
 
 def build_seq2seq_model(vocab_size: int, embedding_dim: int, hidden_units: int) -> Seq2Seq:
-    """The classic encoder-decoder of the Keras example: two LSTMs and nothing between them but the final state.
+    """The classic encoder-decoder of the Keras example: two LSTMs, joined by the final state alone.
 
     An encoder LSTM reads the embedded source; a decoder LSTM starts from its final state (h and c) and reads the
     embedded target. One vocabulary size, an embedding each, one layer, one direction, no attention, no dropout

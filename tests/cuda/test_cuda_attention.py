@@ -10,7 +10,7 @@ from cuda_cases import DTYPES, nan_memory, on, place, place_of  # noqa: F401
 from cuda_sanitized import sanitized
 
 from fastseq import _native
-from fastseq.ops.attention import attention, prepare_keys
+from fastseq.ops.attention.api import attention, prepare_keys
 from fastseq.testing.numerics import compare, evaluate, plain_attention
 
 SCORES = ("dot", "additive")
@@ -347,7 +347,7 @@ def test_the_public_op_runs_them(score):
     tensors, (_, mask, allowed) = make_inputs((3, 2, 9, 6, 5), score, torch.float32), padding_for("mask", (3, 2, 9))
     leaves = {name: x.requires_grad_(name != "values") for name, x in tensors.items()}
     with emulator.as_native():
-        assert prepare_keys(tensors["keys"], score=score, backend="native") is None
+        assert prepare_keys(tensors["keys"], score=score, backend="native").prepared is None
         outputs = attention(**leaves, score=score, mask=mask.squeeze(1), need_weights=True, backend="native")
         grads = torch.autograd.grad(outputs[0].square().sum(), [x for x in leaves.values() if x.requires_grad])
     expected = plain_attention(**leaves, score=score, allowed=allowed)

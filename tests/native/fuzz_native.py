@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from fastseq import LSTM, LSTMCell, _native, ops
+from fastseq.ops.attention.api import prepare_keys
 from fastseq.ops.common import layout
 from fastseq.testing.numerics import assert_all_accurate, max_error
 
@@ -230,7 +231,7 @@ class AttentionProblem(Problem):
         options = self.padding | {"score": self.case.op, "scale": self.case.H**-0.5, "backend": backend}
         if self.case.prepared and backend == "native":
             known = {"score": "additive", "lengths": self.padding.get("lengths"), "backend": backend}
-            options["prepared"] = ops.prepare_keys(leaves["keys"], **known)
+            leaves = leaves | {"keys": prepare_keys(leaves["keys"], **known)}
         context, weights = ops.attention(**leaves, **options, need_weights=True)
         return {"context": context, "weights": weights}
 

@@ -14,10 +14,10 @@ from attention_cases import allowed_positions, gradients, make_padding
 from fastseq import _native
 from fastseq.dispatch import record, use_backend
 from fastseq.nn.attention import Attention
-from fastseq.ops.attention import attention, native, prepare_keys
-from fastseq.ops.attention.spec import AttentionCall
+from fastseq.ops.attention import native
+from fastseq.ops.attention.api import attention, prepare_keys
+from fastseq.ops.attention.spec import AttentionCall, Keys
 from fastseq.seq2seq.config import Seq2SeqConfig
-from fastseq.seq2seq.decoder import Decoder
 from fastseq.seq2seq.model import Seq2Seq
 from fastseq.testing.numerics import assert_all_accurate
 
@@ -271,8 +271,8 @@ def test_prepared_keys_change_no_result(dtype, kind, spread, strided):
     tensors, where = make_inputs(shape, "additive", dtype, spread, strided), padding_for(kind, shape)
     prepared = prepare_keys(tensors["keys"], score="additive", lengths=where.get("lengths"), backend="native")
     expected, actual = (
-        attention(**tensors, score="additive", **where, need_weights=True, prepared=given, backend="native")
-        for given in (None, prepared)
+        attention(**tensors | {"keys": keys}, score="additive", **where, need_weights=True, backend="native")
+        for keys in (tensors["keys"], prepared)
     )
     close = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {}
     torch.testing.assert_close(actual, expected, **close)
@@ -286,8 +286,8 @@ def test_prepared_keys_are_what_is_read(steps):
     prepared = prepare_keys(tensors["keys"], score="additive", backend="native")
     other = prepare_keys(tensors["keys"] + 1, score="additive", backend="native")
     results = [
-        attention(**tensors, score="additive", prepared=given, backend="native")[0]
-        for given in (None, prepared, prepared._replace(data=other.data))
+        attention(**tensors | {"keys": keys}, score="additive", backend="native")[0]
+        for keys in (tensors["keys"], prepared, prepared._replace(prepared=other.prepared))
     ]
     torch.testing.assert_close(results[1], results[0])
     assert not torch.allclose(results[2], results[0], atol=1e-3)
@@ -298,8 +298,8 @@ def test_positions_that_were_not_prepared_are_computed_directly():
     prepared = prepare_keys(tensors["keys"], score="additive", lengths=torch.tensor([0, 4, 23]), backend="native")
     longer = {"lengths": torch.tensor([3, 9, 23])}
     expected, actual = (
-        attention(**tensors, score="additive", **longer, need_weights=True, prepared=given, backend="native")
-        for given in (None, prepared)
+        attention(**tensors | {"keys": keys}, score="additive", **longer, need_weights=True, backend="native")
+        for keys in (tensors["keys"], prepared)
     )
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(gradients(actual, tensors), gradients(expected, tensors), rtol=1e-4, atol=2e-6)
@@ -314,39 +314,69 @@ def test_prepared_keys_serve_queries_of_any_size(query, size):
         x.requires_grad_()
     prepared = prepare_keys(keys, score="additive", backend="native")
     results = []
-    for given in (None, prepared):
-        outputs = attention(**tensors, score="additive", need_weights=True, prepared=given, backend="native")
+    for given in (keys, prepared):
+        outputs = attention(**tensors | {"keys": given}, score="additive", need_weights=True, backend="native")
         results.append([*outputs, *gradients(outputs, tensors)])
     assert all(x.isfinite().all() for x in results[0])
     torch.testing.assert_close(results[1], results[0])
 
 
-def test_stale_or_foreign_prepared_keys_are_refused():
+def test_keys_that_changed_after_they_were_prepared_are_refused():
     keys, query, weight = torch.randn(2, 5, 4), torch.randn(2, 4), torch.randn(4)
     prepared = prepare_keys(keys, score="additive", backend="native")
-    with pytest.raises(ValueError, match="another tensor of keys; prepare these"):
-        attention(query, keys.clone(), score="additive", weight=weight, prepared=prepared)
     keys.mul_(2)
-    with pytest.raises(ValueError, match="changed in place after they were prepared; prepare them again"):
-        attention(query, keys, score="additive", weight=weight, prepared=prepared)
+    for use in (
+        lambda: attention(query, prepared, score="additive", weight=weight),
+        lambda: prepared.repeat_interleave(2),
+        lambda: prepared.index_select(torch.tensor([1])),
+    ):
+        with pytest.raises(ValueError, match="changed in place after they were prepared; project them again"):
+            use()
 
 
-def test_keys_are_prepared_only_where_that_is_of_use():
+def test_selected_rows_of_prepared_keys_stay_prepared():
+    keys, query, weight = torch.randn(3, 5, 4), torch.randn(3, 4), torch.randn(4)
+    prepared, rows = prepare_keys(keys, score="additive", backend="native"), torch.tensor([2, 0, 0])
+    for selected, plain in (
+        (prepared.index_select(rows), keys[rows]),
+        (prepared.repeat_interleave(2).index_select(torch.arange(3)), keys[[0, 0, 1]]),
+    ):
+        assert torch.equal(selected.projected, plain)
+        expected = prepare_keys(plain, score="additive", backend="native")
+        assert torch.equal(selected.prepared.data, expected.prepared.data)
+        torch.testing.assert_close(*(attention(query, k, score="additive", weight=weight) for k in (selected, plain)))
+
+
+def test_keys_are_prepared_only_where_that_saves_time():
     keys = torch.randn(2, 5, 4)
-    assert prepare_keys(keys, score="dot") is None
-    assert prepare_keys(keys, score="additive", backend="reference") is None
-    assert prepare_keys(keys, score="normed_additive", backend="native") is not None
+    assert prepare_keys(keys, score="dot") == Keys(keys, None)
+    assert prepare_keys(keys, score="additive", backend="reference").prepared is None
+    assert prepare_keys(keys, score="normed_additive", backend="native").prepared is not None
     with use_backend("torch"):
-        assert prepare_keys(keys, score="additive") is None
-
-
-def test_prepared_outside_autocast_is_not_used_within():
-    module = Attention(6, 6, backend="native")
-    keys, query = module.project_keys(torch.randn(2, 5, 6)), torch.randn(2, 6)
-    prepared = module.prepare_keys(keys)
+        assert prepare_keys(keys, score="additive").prepared is None
     with torch.autocast("cpu", torch.bfloat16):
-        expected = module.attend(query, keys, keys)[0]
-        assert torch.equal(module.attend(query, keys, keys, prepared=prepared)[0], expected)
+        assert prepare_keys(keys, score="additive", backend="native").prepared is None
+        assert prepare_keys(keys.bfloat16(), score="additive", backend="native").prepared is not None
+
+
+def test_keys_prepared_outside_autocast_are_not_used_within():
+    module = Attention(6, 6, backend="native")
+    keys, query = torch.randn(2, 5, 6), torch.randn(2, 6)
+    plain, prepared = (module.project_keys(keys, single_steps=steps) for steps in (False, True))
+    assert (plain.prepared is None, prepared.prepared is None) == (True, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module(query, prepared, keys)[0], module(query, plain, keys)[0])
+
+
+@torch.no_grad()
+def test_a_traced_graph_ignores_prepared_keys():
+    module = Attention(6, 6, backend="native")
+    keys, query = torch.randn(2, 5, 6), torch.randn(2, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for single_steps in (False, True):
+        projected = module.project_keys(keys, single_steps=single_steps)
+        torch.testing.assert_close(compiled(query, projected, keys)[0], module(query, projected, keys)[0])
 
 
 @pytest.fixture
@@ -361,7 +391,14 @@ def count_prepared(choices):
     return sum(c.call.prepared and c.backend == "native" for c in choices if c.op == "attention")
 
 
-def test_the_decoder_prepares_its_keys_once_and_learns_the_same(model, monkeypatch):
+@pytest.fixture
+def without_preparation(monkeypatch):
+    """Call it, and keys are projected as for many steps at once."""
+    project = Attention.project_keys
+    return lambda: monkeypatch.setattr(Attention, "project_keys", lambda self, keys, *_, **__: project(self, keys))
+
+
+def test_the_decoder_prepares_its_keys_once_and_learns_the_same(model, without_preparation):
     src, tgt, lengths = torch.randint(4, 20, (3, 9)), torch.randint(4, 15, (3, 7)), torch.tensor([9, 4, 0])
 
     def run():
@@ -370,21 +407,30 @@ def test_the_decoder_prepares_its_keys_once_and_learns_the_same(model, monkeypat
         return [logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))], count_prepared(choices)
 
     actual, uses = run()
-    monkeypatch.setattr(Decoder, "prepare", lambda self, enc: enc)
+    without_preparation()
     expected, without = run()
     assert (uses, without) == (8, 0)  # one preparation, seven steps
     torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generation_prepares_its_keys_and_finds_the_same(model, monkeypatch, beams):
+def test_generation_prepares_its_keys_and_finds_the_same(model, without_preparation, beams):
     src, lengths = torch.randint(4, 20, (3, 9)), torch.tensor([9, 4, 1])
     with record() as choices:
         actual = model.generate(src, lengths, num_beams=beams, max_new_tokens=6)
-    monkeypatch.delattr(Seq2Seq, "prepare")
+    without_preparation()
     assert count_prepared(choices) > 2
     expected = model.generate(src, lengths, num_beams=beams, max_new_tokens=6)
     assert torch.equal(actual.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize(("feeding", "ratio", "prepares"), [(True, 1.0, 1), (False, 1.0, 0), (False, 0.5, 1)])
+def test_whole_targets_prepare_nothing(feeding, ratio, prepares):
+    config = Seq2SeqConfig(src_vocab_size=20, tgt_vocab_size=15, hidden_size=24, embedding_dim=8, input_feeding=feeding)
+    model, src, tgt = Seq2Seq(config), torch.randint(4, 20, (3, 9)), torch.randint(4, 15, (3, 7))
+    with record() as choices:
+        model(src, None, tgt, teacher_forcing_ratio=ratio)
+    assert count_prepared(choices) == 8 * prepares
 
 
 BAD_CALLS = {

@@ -34,9 +34,9 @@ def test_module_computes_what_its_parameters_say():
         )
         expected = formula(projected, keys @ p["key_proj.weight"].T, keys, **options)
         torch.testing.assert_close(module(query, keys, lengths=lengths, need_weights=True), expected)
-        torch.testing.assert_close(
-            module.attend(query, module.project_keys(keys), keys, lengths=lengths)[0], expected[0]
-        )
+        for single_steps in (False, True):
+            projected = module.project_keys(keys, lengths, single_steps=single_steps)
+            torch.testing.assert_close(module(query, projected, keys, lengths=lengths)[0], expected[0])
 
 
 def test_module_initialisation_and_layout():
@@ -119,6 +119,8 @@ def test_module_checks_sizes():
         module(torch.ones(3, 4), torch.ones(3, 5, 4))
     with pytest.raises(RuntimeError, match=r"query must have shape \(B, T, 4\) or \(B, 4\), got \(3, 6\)"):
         module(torch.ones(3, 6), torch.ones(3, 5, 6))
+    with pytest.raises(ValueError, match="values must be given with projected keys"):
+        module(torch.ones(3, 4), module.project_keys(torch.ones(3, 5, 6)))
 
 
 def test_module_repr_copy_and_pickle():

@@ -24,16 +24,16 @@ from backends import serving_attention
 from fastseq import _native
 from fastseq.dispatch import record, use_backend
 from fastseq.ops.attention import api, attention, reference
+from fastseq.ops.attention.rules import fast_path
+from fastseq.ops.attention.spec import Grads, InputGrads, Inputs, Keys, Want
 from fastseq.testing.numerics import assert_all_accurate
 
-OWN = [
-    name for name in serving_attention() if name != "torch"
-]  # with a Function of their own: double backward, weights
+WITH_FUNCTION = [name for name in serving_attention() if name != "torch"]  # differentiable twice, also by the weights
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("backend", WITH_FUNCTION)
 def test_outputs_and_gradients_follow_the_formula(backend, score, padding):
     tensors, where = make_inputs(score), make_padding(padding)
     expected = formula(**tensors, score=score, allowed=allowed_positions(where), scale=0.7)
@@ -57,23 +57,23 @@ def test_awkward_shapes(score, shape):
 @pytest.mark.parametrize("need_weights", [False, True], ids=["context", "context+weights"])
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("score", ["dot", "additive"])
-def test_backward_by_hand_equals_autograd(score, padding, need_weights):
+def test_written_backward_equals_autograd(score, padding, need_weights):
     tensors, where = make_inputs(score), make_padding(padding)
-    inputs = [tensors.get(name) for name in ("query", "keys", "values", "weight", "bias")]
+    leaves = [tensors.get(name) for name in InputGrads._fields]
     mask = where.get("mask")
     masks = (where.get("lengths"), mask.unsqueeze(1) if mask is not None and mask.dim() == 2 else mask)
-    context, weights, saved = reference.forward(*inputs, *masks, score, 0.7, need_weights)
+    inputs = Inputs(*leaves, *masks, prepared=None, scale=0.7)
+    context, weights, saved = reference.forward(inputs, Want(need_weights, backward=True))
     outputs = [context, weights] if need_weights else [context]
     grads = [torch.randn_like(out) for out in outputs]
     expected = torch.autograd.grad(outputs, list(tensors.values()), grads)
-    needs = tuple(x is not None for x in inputs)
+    needs = InputGrads(*(x is not None for x in leaves))
     with torch.no_grad():
-        grad_weights = grads[1] if need_weights else None
-        actual = reference.backward(grads[0], grad_weights, *inputs, *masks, saved, score, 0.7, needs)
+        actual = reference.backward(inputs, saved, Grads(grads[0], grads[1] if need_weights else None), needs)
     torch.testing.assert_close(tuple(g for g in actual if g is not None), expected)
 
 
-def test_gradients_that_nobody_needs_are_none():
+def test_unneeded_gradients_are_none():
     tensors = make_inputs("additive")
     query, keys, values, weight, _ = (tensors[name].detach() for name in ("query", "keys", "values", "weight", "bias"))
     for wanted in (query, keys, values, weight):
@@ -88,7 +88,7 @@ def test_gradients_that_nobody_needs_are_none():
 
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("backend", WITH_FUNCTION)
 def test_first_and_second_derivative_numerically(backend, score, padding):
     tensors, where = make_inputs(score, b=2, t=2, s=3, a=2, d=2), make_padding(padding, b=2, t=2, s=3)
 
@@ -116,7 +116,7 @@ def test_second_derivative_where_one_input_is_made_from_another():
 
 
 def naive(query, keys, values, weight=None, bias=None, *, allowed):
-    """Plain torch in the dtype of the inputs: the yardstick of accuracy."""
+    """Plain torch in the dtype of the inputs: the baseline of accuracy."""
     scores = query @ keys.mT if weight is None else (query[:, :, None] + keys[:, None] + bias).tanh() @ weight
     scores = scores.masked_fill(~allowed, -math.inf)
     p = torch.nan_to_num(scores.softmax(-1))
@@ -130,7 +130,7 @@ def test_accuracy_in_every_dtype(score, backend, dtype):
     sizes = {"b": 3, "t": 5, "s": 19}
     where = make_padding("lengths", **sizes)
     allowed, draws = allowed_positions(where, **sizes), []
-    for _ in range(8):  # in one draw torch may be lucky
+    for _ in range(8):  # torch's error in one draw can be small by chance
         tensors = make_inputs(score, **sizes, a=33, d=33, dtype=dtype)
         wide = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
         outputs = (
@@ -155,7 +155,7 @@ def test_accuracy_in_every_dtype(score, backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("score", ["dot", "additive"])
-@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("backend", WITH_FUNCTION)
 def test_scores_of_hundreds_stay_finite(backend, score, dtype):
     tensors = make_inputs(score, dtype=dtype, spread=100.0 if score == "additive" else 10.0)
     outputs = attention(**tensors, score=score, **make_padding("lengths"), need_weights=True, backend=backend)
@@ -173,14 +173,14 @@ def test_padding_may_hold_anything(score, backend, padding, garbage):
         name: x.detach().masked_fill(unused, garbage).requires_grad_() if name in ("keys", "values") else x
         for name, x in tensors.items()
     }
-    options = dict(score=score, **where, need_weights=backend in OWN, backend=backend)
+    options = dict(score=score, **where, need_weights=backend in WITH_FUNCTION, backend=backend)
     expected, actual = attention(**tensors, **options), attention(**dirty, **options)
     with torch.no_grad():
         torch.testing.assert_close(attention(**dirty, **options)[0], expected[0])
     outputs = 1 if actual[1] is None else 2
     torch.testing.assert_close(actual[:outputs], expected[:outputs])
     torch.testing.assert_close(gradients(actual[:outputs], dirty), gradients(expected[:outputs], tensors))
-    if backend in OWN:
+    if backend in WITH_FUNCTION:
         (grad,) = torch.autograd.grad(attention(**dirty, **options)[0].sum(), dirty["query"], create_graph=True)
         (second,) = torch.autograd.grad(grad.square().sum(), dirty["keys"])
         assert second.isfinite().all()
@@ -189,7 +189,7 @@ def test_padding_may_hold_anything(score, backend, padding, garbage):
 @pytest.mark.parametrize(("score", "backend"), list(itertools.product(["dot", "additive"], serving_attention())))
 def test_nothing_to_attend_to_gives_zeros(score, backend):
     tensors = make_inputs(score, dtype=torch.float32)
-    need_weights = backend in OWN
+    need_weights = backend in WITH_FUNCTION
     context, weights = attention(
         **tensors, score=score, lengths=torch.tensor([0, S, 0]), need_weights=need_weights, backend=backend
     )
@@ -223,7 +223,7 @@ def test_torch_op_by_op_equals_reference(score, padding):
     torch.testing.assert_close(*(gradients(found, tensors) for found in results))
 
 
-@pytest.mark.skipif("native" not in OWN, reason="the compiled operators are not part of this install")
+@pytest.mark.skipif("native" not in WITH_FUNCTION, reason="the compiled operators are not part of this install")
 def test_auto_on_cpu_takes_what_was_measured_fastest():
     def chosen(score, **options):
         tensors = make_inputs(score, dtype=options.pop("dtype", torch.float32), t=options.pop("t", T))
@@ -285,7 +285,7 @@ def test_lengths_of_any_integer_type_equal_the_mask():
     assert not torch.allclose(attention(**tensors)[0], expected)
 
 
-@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("backend", WITH_FUNCTION)
 def test_additive_keeps_no_hidden_layer_for_the_backward(backend):
     tensors = make_inputs("additive", b=2, t=6, s=8, a=16, d=4)
     sizes = []
@@ -294,7 +294,7 @@ def test_additive_keeps_no_hidden_layer_for_the_backward(backend):
     assert max(sizes) < 2 * 6 * 8 * 16
 
 
-@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("backend", WITH_FUNCTION)
 def test_autocast_casts_the_inputs_and_keeps_the_softmax_wide(backend):
     tensors = make_inputs("additive", dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -384,18 +384,19 @@ def plain_inputs():
 
 @needs_native
 @torch.no_grad()
-def test_a_plain_dot_is_recognised_and_served_as_auto_would(monkeypatch):
+def test_the_fast_path_takes_the_backend_of_the_rules(monkeypatch):
     query, keys, values = plain_inputs()
-    with record() as choices:  # recorded: asks
-        asked, _ = attention(query, keys, values, scale=0.7)
-    assert [choice.backend for choice in choices] == ["native"]
+    with record() as choices:  # takes no fast path
+        expected, _ = attention(query, keys, values, scale=0.7)
+    assert [choice.backend for choice in choices] == [fast_path(query, keys, values)] == ["native"]
     monkeypatch.delattr(api, "select")
-    assert torch.equal(attention(query, keys, values, scale=0.7)[0], asked)
+    assert torch.equal(attention(query, keys, values, scale=0.7)[0], expected)
+    assert torch.equal(attention(query, Keys(keys), values, scale=0.7)[0], expected)
     assert attention(query, keys, scale=0.7)[0].shape == (2, 3, 5)
 
 
 @pytest.mark.parametrize("option", ["gradient", "named", "use_backend", "weights", "lengths", "mask", "double"])
-def test_every_other_call_asks(option, monkeypatch):
+def test_every_other_call_goes_through_select(option, monkeypatch):
     query, keys, values = (x.double() if option == "double" else x for x in plain_inputs())
     options = {
         "named": {"backend": "reference"},
@@ -403,11 +404,11 @@ def test_every_other_call_asks(option, monkeypatch):
         "lengths": {"lengths": torch.tensor([1, 4])},
         "mask": {"mask": torch.ones(2, 4, dtype=torch.bool)},
     }
-    asked = []
-    monkeypatch.setattr(api, "select", lambda *args: asked.append(args) or "reference")
+    selected = []
+    monkeypatch.setattr(api, "select", lambda *args: selected.append(args) or "reference")
     with use_backend("reference" if option == "use_backend" else "auto"), torch.set_grad_enabled(option == "gradient"):
         attention(query, keys, values, **options.get(option, {}))
-    assert len(asked) == 1
+    assert len(selected) == 1
 
 
 @torch.no_grad()
@@ -417,7 +418,7 @@ def test_a_plain_dot_is_cast_by_autocast():
 
 
 @torch.no_grad()
-def test_shapes_that_do_not_fit_are_told_in_the_words_of_the_op():
+def test_the_fast_path_leaves_wrong_shapes_to_the_checks():
     query, keys, values = plain_inputs()
     for bad in ((query[:1], keys, values), (query, keys[:, :3], values), (query[:, :, :4], keys, values)):
         with pytest.raises(RuntimeError, match=r"^attention: query"):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from seq2seq_cases import VARIANTS, make_batch, make_model
 from torch import nn
 
+from fastseq.ops.attention.spec import Keys
 from fastseq.seq2seq.decoder import DecoderState
 from fastseq.seq2seq.encoder import EncoderOutput
 
@@ -106,14 +107,14 @@ def test_encode_and_decode_step_export_with_dynamic_sizes(variant):
     b, s = torch.export.Dim("b", min=2, max=64), torch.export.Dim("s", min=2, max=64)
     src, lengths, tgt = make_batch(model)
     encode = torch.export.export(EncodeOnly(model), (src, lengths), dynamic_shapes=({0: b, 1: s}, {0: b})).module()
-    enc = model.encode(src, lengths)
-    shapes = EncoderOutput({0: b, 1: s}, {0: b, 1: s}, {0: b}, {1: b}, {1: b})
+    enc = model.encode(src, lengths, single_steps=False)
+    shapes = EncoderOutput({0: b, 1: s}, Keys({0: b, 1: s}), {0: b}, {1: b}, {1: b})
     state_shapes = DecoderState({1: b}, {1: b}, {0: b} if model.config.input_feeding else None)
     arguments = (tgt[:, 0], model.start(enc), enc)
     step = torch.export.export(StepOnly(model), arguments, dynamic_shapes=({0: b}, state_shapes, shapes)).module()
 
     src, lengths, tgt = make_batch(model, lengths=(7, 0, 1, 3, 6))
-    enc = model.encode(src, lengths)
+    enc = model.encode(src, lengths, single_steps=False)
     torch.testing.assert_close(tuple(encode(src, lengths)), tuple(enc))
     state = model.start(enc)
     for t in range(2):

@@ -1,73 +1,58 @@
 """The public attention op."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fastseq import _native
 from fastseq.dispatch import implementation, select, takes_auto
 from fastseq.ops.attention.function import apply
-from fastseq.ops.attention.reference import wide_dtype
-from fastseq.ops.attention.spec import AttentionCall
-from fastseq.ops.common.autocast import autocast_enabled, cast_inputs
+from fastseq.ops.attention.rules import fast_path
+from fastseq.ops.attention.spec import CONTEXT, AttentionCall, Inputs, Keys, Prepared, version
+from fastseq.ops.common.autocast import cast_inputs
+from fastseq.ops.common.dtypes import accumulate_dtype
 
-SCORES = {  # and the parameters that each takes
+SCORES = {  # name: its parameters
     "dot": (),
     "general": ("weight",),
     "additive": ("weight", "bias"),
     "normed_additive": ("weight", "bias", "gain"),
 }
+ADDITIVE = ("additive", "normed_additive")
 
 
-class PreparedKeys(NamedTuple):
-    """What the additive scores compute of the keys alone, for the many steps of a decoder: see :func:`prepare_keys`."""
+def prepare_keys(keys: Tensor, *, score: str, lengths: Tensor | None = None, backend: str | None = None) -> Keys:
+    """``Keys`` with the terms of the additive score that depend on the keys alone, for many calls of one step each.
 
-    keys: Tensor  # (B, S, A) that it was computed of
-    version: int  # of these keys then
-    dtype: torch.dtype  # they were cast to by autocast
-    data: Tensor  # (B, S, ...) for the backend
-
-
-def prepare_keys(
-    keys: Tensor, *, score: str, lengths: Tensor | None = None, backend: str | None = None
-) -> PreparedKeys | None:
-    """Compute once what many calls of :func:`attention` with the same keys, one query step each, would compute again.
-
-    It takes about as long as three such calls save, and as much memory as the keys in float32. Gradients flow to the
-    keys as without it. It holds for the keys as they are now: changed in place afterwards they are refused, except
-    for what torch itself does not see (writes through ``.data``, changes of inference tensors).
+    Takes as long as three such calls save, and as much memory as the keys in float32. Gradients flow to the keys
+    as without it. Nothing is prepared where it would save no time: another score, another backend, a GPU, a traced
+    graph, or keys that autocast still has to cast.
 
     Args:
         keys: (B, S, A).
-        score: of the calls to come.
-        lengths: (B,) of the calls to come; without them padding that holds NaN or large numbers costs the gain.
-        backend: of the calls to come.
-
-    Returns:
-        What to pass as ``prepared``; None where it would save nothing: another score, another backend, a GPU, a traced
-        graph.
+        score, lengths, backend: of the calls to come. Without lengths (B,), padding of NaN or large numbers costs the
+            gain.
     """
-    if score not in ("additive", "normed_additive") or torch.compiler.is_compiling() or keys.dim() != 3:
-        return None
-    (cast,) = cast_inputs(keys)
-    call = AttentionCall("additive", cast.device.type, cast.dtype, prepared=True, batch=keys.size(0), steps=1)
-    call = call._replace(positions=keys.size(1), padded=lengths is not None, device_index=keys.device.index)
-    if select("attention", backend, call) != "native":
-        return None
-    data = implementation("attention", "native").prepare(cast, lengths)
-    return PreparedKeys(keys, _version(keys), cast.dtype, data) if data.numel() else None
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
+    if score not in ADDITIVE or torch.compiler.is_compiling() or keys.dim() != 3 or cast_inputs(keys)[0] is not keys:
+        return Keys(keys)
+    call = AttentionCall(
+        score="additive",
+        device=keys.device.type,
+        dtype=keys.dtype,
+        padded=lengths is not None,
+        prepared=True,
+        batch=keys.size(0),
+        steps=1,
+        positions=keys.size(1),
+        device_index=keys.device.index,
+    )
+    module = implementation("attention", select("attention", backend, call))
+    data = module.prepare(keys, lengths) if hasattr(module, "prepare") else None
+    return Keys(keys, None if data is None else Prepared(data, version(keys)))
 
 
 def attention(
     query: Tensor,
-    keys: Tensor,
+    keys: Tensor | Keys,
     values: Tensor | None = None,
     *,
     score: str = "dot",
@@ -78,7 +63,6 @@ def attention(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = False,
-    prepared: PreparedKeys | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Score each key against the query, softmax over the keys, return the weighted sum of the values.
@@ -100,7 +84,7 @@ def attention(
 
     Args:
         query: (B, T, A), or (B, A) for a single step. For "general" (B, T, Q) or (B, Q).
-        keys: (B, S, A).
+        keys: (B, S, A), or a :class:`Keys` of such keys, which may carry prepared data (see :func:`prepare_keys`).
         values: (B, S, D); default: the keys.
         score: see the table.
         weight: W (Q, A) for "general"; v (A,) for the additive scores; none for "dot".
@@ -112,7 +96,6 @@ def attention(
             clamped to [0, S].
         mask: bool, True = attend: (B, S), or (B, T, S) for a query of T steps. Not together with ``lengths``.
         need_weights: also return the weights; without it a backend need not hold them.
-        prepared: what :func:`prepare_keys` returned for these very keys.
         backend: "auto" (None), "reference", "torch", "native" or "triton".
 
     Returns:
@@ -120,75 +103,70 @@ def attention(
         (B, A).
 
     Raises:
-        ValueError: unknown score or backend; an input that the score has no use for, or lacks; both lengths and mask;
-            lengths outside [0, S]; ``prepared`` of other keys, or of keys that were changed since.
-        RuntimeError: shapes, dtypes or devices that do not fit; a backend asked for by name that cannot serve this
+        ValueError: unknown score or backend; an input that the score does not take, or lacks; both lengths and mask;
+            lengths outside [0, S]; ``Keys`` whose tensor was changed in place after they were prepared.
+        RuntimeError: shapes, dtypes or devices that do not fit; a backend requested by name that cannot serve this
             call.
     """
+    prepared = None
+    if isinstance(keys, Keys):
+        prepared, keys = _prepared(keys, score), keys.projected
     values = keys if values is None else values
-    others_given = need_weights or not (weight is bias is gain is lengths is mask is prepared is None)
-    if score == "dot" and not others_given and takes_auto(backend) and _plain(query, keys, values):
-        scale = 1.0 if scale is None else float(scale)
-        run = implementation("attention", "native").forward
-        return run(query, keys, values, None, None, None, None, score, scale, False, False)[0], None
+    scale = 1.0 if scale is None else float(scale)
+    others_given = need_weights or not (weight is bias is gain is lengths is mask is None)
+    if score == "dot" and not others_given and takes_auto(backend):
+        chosen = fast_path(query, keys, values)
+        if chosen is not None:
+            inputs = Inputs(query, keys, values, None, None, None, None, None, scale)
+            return implementation("attention", chosen).forward(inputs, CONTEXT).context, None
     _check_score(score, weight, bias, gain)
-    _check_prepared(prepared, keys)
+    dtype = keys.dtype
     query, keys, values, weight, bias, gain = cast_inputs(query, keys, values, weight, bias, gain)
+    if keys.dtype != dtype:  # prepared outside of autocast
+        prepared = None
     one_step = query.dim() == 2
     if one_step:
         query = query.unsqueeze(1)
-    _check_tensors(query, keys, values, weight, bias, gain, score, one_step)
-    lengths, mask = _check_padding(lengths, mask, query, keys, one_step)
-    if score == "general":
-        query = query @ weight
-        score, weight = "dot", None
-    elif score == "normed_additive":
-        acc = wide_dtype(weight.dtype)
-        weight = (gain.to(acc) * F.normalize(weight.to(acc), dim=0)).to(weight.dtype)
-        score = "additive"
-    inputs, compiling = (query, keys, values, weight, bias), torch.compiler.is_compiling()
-    call = AttentionCall(
-        score=score,
-        device=query.device.type,
-        dtype=query.dtype,
-        need_weights=need_weights,
-        requires_grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs),
-        padded=lengths is not None or mask is not None,
-        prepared=prepared is not None and prepared.dtype == query.dtype,
-        batch=None if compiling else query.shape[0],
-        steps=None if compiling else query.shape[1],
-        positions=None if compiling else keys.shape[1],
-        compiling=compiling,
-        device_index=query.device.index,
-    )
-    chosen = select("attention", backend, call)
-    scale = 1.0 if scale is None else float(scale)
-    ready = (prepared.data,) if chosen == "native" and call.prepared else ()
-    context, weights = apply(chosen, score, scale, need_weights, *inputs, lengths, mask, *ready)
+    inputs = Inputs(query, keys, values, weight, bias, lengths, mask, prepared, scale)
+    _check_tensors(inputs, gain, score, one_step)
+    inputs = _reduced(_check_padding(inputs, one_step), gain, score)
+    chosen = select("attention", backend, _call(inputs, need_weights))
+    context, weights = apply(chosen, inputs, need_weights)
     if one_step:
         return context.squeeze(1), None if weights is None else weights.squeeze(1)
     return context, weights
 
 
-def _plain(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether nothing needs to be asked: float32 on the CPU, no gradient, no autocast, no trace, and shapes that fit.
+def _prepared(keys: Keys, score: str) -> Tensor | None:
+    return keys.prepared_data() if score in ADDITIVE and not torch.compiler.is_compiling() else None
 
-    RULES give such a call to native. A step of 32 sentences takes 130 us; to check, describe and choose takes 20 more.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return False
-    query_shape, key_shape, value_shape = query.shape, keys.shape, values.shape
-    return (
-        len(query_shape) == len(key_shape) == len(value_shape) == 3
-        and query_shape[0] == key_shape[0] == value_shape[0]
-        and query_shape[2] == key_shape[2]
-        and key_shape[1] == value_shape[1]
-        and query.dtype == keys.dtype == values.dtype == torch.float32
-        and query.is_cpu
-        and keys.is_cpu
-        and values.is_cpu
-        and not autocast_enabled("cpu")
-        and _native.available()
+
+def _reduced(inputs: Inputs, gain: Tensor | None, score: str) -> Inputs:
+    """Reduce "general" to the dot score and "normed_additive" to the additive one."""
+    if score == "general":
+        return inputs._replace(query=inputs.query @ inputs.weight, weight=None)
+    if score == "normed_additive":
+        weight, acc = inputs.weight, accumulate_dtype(inputs.weight.dtype)
+        return inputs._replace(weight=(gain.to(acc) * F.normalize(weight.to(acc), dim=0)).to(weight.dtype))
+    return inputs
+
+
+def _call(inputs: Inputs, need_weights: bool) -> AttentionCall:
+    query, compiling = inputs.query, torch.compiler.is_compiling()
+    requires_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.differentiable())
+    return AttentionCall(
+        score="dot" if inputs.weight is None else "additive",
+        device=query.device.type,
+        dtype=query.dtype,
+        need_weights=need_weights,
+        requires_grad=requires_grad,
+        padded=inputs.lengths is not None or inputs.mask is not None,
+        prepared=inputs.prepared is not None,
+        batch=None if compiling else query.shape[0],
+        steps=None if compiling else query.shape[1],
+        positions=None if compiling else inputs.keys.shape[1],
+        compiling=compiling,
+        device_index=query.device.index,
     )
 
 
@@ -202,16 +180,8 @@ def _check_score(score: str, weight: Tensor | None, bias: Tensor | None, gain: T
             raise ValueError(f"attention: score {score!r} needs {name}")
 
 
-def _check_prepared(prepared: PreparedKeys | None, keys: Tensor) -> None:
-    if prepared is None:
-        return
-    if prepared.keys is not keys:
-        raise ValueError("attention: prepared was made of another tensor of keys; prepare these, or leave it out")
-    if prepared.version != _version(keys):
-        raise ValueError("attention: the keys were changed in place after they were prepared; prepare them again")
-
-
-def _check_tensors(query, keys, values, weight, bias, gain, score: str, one_step: bool) -> None:
+def _check_tensors(inputs: Inputs, gain: Tensor | None, score: str, one_step: bool) -> None:
+    query, keys, values, weight, bias = inputs.differentiable()
     dtype, device = query.dtype, query.device
     for name, tensor in (("keys", keys), ("values", values), ("weight", weight), ("bias", bias), ("gain", gain)):
         if tensor is None:
@@ -248,7 +218,7 @@ def _check_tensors(query, keys, values, weight, bias, gain, score: str, one_step
         raise RuntimeError(
             f"attention: query and keys must have one size A for score {score!r}, got {query_shape[2]} and {A}"
         )
-    if score in ("additive", "normed_additive"):
+    if score in ADDITIVE:
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.shape != (A,):
                 raise RuntimeError(
@@ -259,17 +229,16 @@ def _check_tensors(query, keys, values, weight, bias, gain, score: str, one_step
 
 
 def _shown(query: Tensor, one_step: bool) -> tuple[int, ...]:
-    """The shape that the caller gave it."""
+    """The shape in the caller's form."""
     return tuple(query.squeeze(1).shape) if one_step else tuple(query.shape)
 
 
-def _check_padding(
-    lengths: Tensor | None, mask: Tensor | None, query: Tensor, keys: Tensor, one_step: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """-> lengths (B,) or mask (B, 1 or T, S) on the device of the keys."""
+def _check_padding(inputs: Inputs, one_step: bool) -> Inputs:
+    """The inputs with lengths (B,) or mask (B, 1 or T, S) on the device of the keys."""
+    lengths, mask, keys = inputs.lengths, inputs.mask, inputs.keys
     if lengths is None and mask is None:
-        return None, None
-    batch, steps, size = query.size(0), query.size(1), keys.size(1)
+        return inputs
+    (batch, steps), size = inputs.query.shape[:2], keys.size(1)
     if lengths is not None and mask is not None:
         raise ValueError("attention: lengths and mask were both given; pass one (a mask can express the lengths too)")
     if lengths is not None:
@@ -281,7 +250,7 @@ def _check_padding(
             low, high = (int(x) for x in torch.aminmax(lengths))
             if low < 0 or high > size:
                 raise ValueError(f"attention: lengths must lie in [0, {size}], the number of keys; got {low} to {high}")
-        return lengths.to(keys.device), None
+        return inputs if lengths.device == keys.device else inputs._replace(lengths=lengths.to(keys.device))
     if mask.dtype != torch.bool:
         raise RuntimeError(f"attention: mask must be bool (True = attend), got {mask.dtype}; write e.g. mask != 0")
     if mask.device != keys.device:
@@ -289,8 +258,8 @@ def _check_padding(
             f"attention: keys are on {keys.device} but mask is on {mask.device}; move them to one device"
         )
     if mask.shape == (batch, size):
-        return None, mask.unsqueeze(1)
+        return inputs._replace(mask=mask.unsqueeze(1))
     if mask.shape != (batch, steps, size) or one_step:
         expected = f"({batch}, {size})" if one_step else f"({batch}, {size}) or ({batch}, {steps}, {size})"
         raise RuntimeError(f"attention: mask must be {expected}, got {tuple(mask.shape)}")
-    return None, mask
+    return inputs

@@ -5,85 +5,73 @@ from torch import Tensor
 
 from fastseq.dispatch import implementation
 from fastseq.ops.attention import reference
+from fastseq.ops.attention.spec import CONTEXT, CONTEXT_AND_WEIGHTS, Grads, InputGrads, Inputs, Want
 from fastseq.ops.common.autocast import without_autocast
-from fastseq.ops.common.autograd import needs_function
+from fastseq.ops.common.autograd import differentiable_backward, needs_function
+
+TENSORS = len(Inputs._fields) - 1  # all fields but ``scale``
 
 
 class AttentionFunction(torch.autograd.Function):
-    """Arguments as of ``apply`` -> context (B, T, D), weights (B, T, S) or None."""
+    """(backend, scale, need_weights, the tensors of ``Inputs``) -> context (B, T, D), weights (B, T, S) or None."""
 
     @staticmethod
-    def forward(ctx, backend, score, scale, need_weights, query, keys, values, weight, bias, lengths, mask, *prepared):
-        inputs = (query, keys, values, weight, bias, lengths, mask)
-        run = implementation("attention", backend).forward
-        context, weights, saved = run(*inputs, score, scale, need_weights, True, *prepared)
-        ctx.options = (backend, score, scale, need_weights)
-        ctx.save_for_backward(*inputs, *saved)
+    def forward(ctx, backend: str, scale: float, need_weights: bool, *tensors):
+        module = implementation("attention", backend)
+        context, weights, saved = module.forward(Inputs(*tensors, scale), Want(need_weights, backward=True))
+        ctx.backend, ctx.scale, ctx.need_weights = backend, scale, need_weights
+        ctx.save_for_backward(*tensors, *saved)
         return context, weights
 
     @staticmethod
     def backward(ctx, grad_context, grad_weights):
-        backend, score, scale, need_weights = ctx.options
-        inputs, saved = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
-        needs = tuple(ctx.needs_input_grad[4:9])
+        inputs, saved = Inputs(*ctx.saved_tensors[:TENSORS], ctx.scale), ctx.saved_tensors[TENSORS:]
+        needs, grads = InputGrads(*ctx.needs_input_grad[3:8]), Grads(grad_context, grad_weights)
         with without_autocast(grad_context.device.type):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-                grads = _differentiable_backward(grad_context, grad_weights, inputs, score, scale, need_weights, needs)
+
+                def forward(*tensors):
+                    return _plain_torch(Inputs(*tensors, *inputs[5:]), ctx.need_weights)
+
+                result = differentiable_backward(forward, inputs.differentiable(), grads, needs)
             else:
-                run = implementation("attention", backend).backward
-                grads = run(grad_context, grad_weights, *inputs, saved, score, scale, needs)
-        return None, None, None, None, *grads, *(None for _ in ctx.needs_input_grad[9:])
+                result = implementation("attention", ctx.backend).backward(inputs, saved, grads, needs)
+        return None, None, None, *result, None, None, None
 
 
-def _differentiable_backward(grad_context, grad_weights, inputs, score, scale, need_weights, needs):
-    # Views: one input may be made from another (values from keys), and the gradient must stop at this call's inputs.
-    views = [x.view_as(x) if need else x for x, need in zip(inputs[:5], needs, strict=True)]
-    context, weights = _differentiable_forward(*views, *inputs[5:], score, scale, need_weights)
-    outputs, grad_outputs = [context], [grad_context]
-    if need_weights:
-        outputs.append(weights)
-        grad_outputs.append(grad_weights)
-    wanted = [x for x, need in zip(views, needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True))
-    return tuple(next(grads) if need else None for need in needs)
-
-
-def _differentiable_forward(query, keys, values, weight, bias, lengths, mask, score, scale, need_weights):
-    """The reference for torch to differentiate, whatever the padding holds."""
-    allowed = reference.allowed_positions(lengths, mask, keys.size(1))
-    keys, values = reference.without_padding(keys, allowed), reference.without_padding(values, allowed)
-    inputs = (query, keys, values, weight, bias, lengths, mask)
-    context, weights, _ = reference.forward(*inputs, score, scale, need_weights)
+def _plain_torch(inputs: Inputs, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+    """The reference, to be differentiated by torch: its padding is zeroed first, because 0 * NaN is NaN."""
+    allowed = reference.allowed_positions(inputs)
+    keys, values = (reference.without_padding(x, allowed) for x in (inputs.keys, inputs.values))
+    context, weights, _ = reference.forward(
+        inputs._replace(keys=keys, values=values), Want(need_weights, backward=False)
+    )
     return context, weights
 
 
-def apply(
-    backend: str,
-    score: str,
-    scale: float,
-    need_weights: bool,
-    query: Tensor,  # (B, T, A)
-    keys: Tensor,  # (B, S, A)
-    values: Tensor,  # (B, S, D)
-    weight: Tensor | None,  # (A,)
-    bias: Tensor | None,  # (A,)
-    lengths: Tensor | None,  # (B,)
-    mask: Tensor | None,  # (B, 1 or T, S)
-    *prepared: Tensor,  # what the backend's prepare() returned for these keys, or nothing
-) -> tuple[Tensor, Tensor | None]:
-    """Run on the named backend, recording a backward only where one can be asked for."""
-    with without_autocast(query.device.type):
-        inputs = (query, keys, values, weight, bias, lengths, mask)
-        if backend == "torch":
-            return implementation("attention", "torch").run(*inputs, score, scale, need_weights)
-        if backend == "reference" and torch.compiler.is_compiling():  # plain torch, which the compiler differentiates
-            return _differentiable_forward(*inputs, score, scale, need_weights)
-        # TorchDynamo refuses one tensor as two arguments of a Function.
-        keys = keys.view_as(keys) if keys is query else keys
-        values = values.view_as(values) if values is keys or values is query else values
-        inputs = (query, keys, values, weight, bias, lengths, mask)
-        if needs_function(implementation("attention", backend), *inputs[:5]):
-            return AttentionFunction.apply(backend, score, scale, need_weights, *inputs, *prepared)
-        run = implementation("attention", backend).forward
-        context, weights, _ = run(*inputs, score, scale, need_weights, False, *prepared)
+def _without_repeats(inputs: Inputs) -> Inputs:
+    """Views in place of repeated tensors: TorchDynamo refuses one tensor as two arguments of a Function."""
+    query, keys, values = inputs[:3]
+    if keys is not query and values is not keys and values is not query:
+        return inputs
+    keys = keys.view_as(keys) if keys is query else keys
+    values = values.view_as(values) if values is inputs.keys or values is query else values
+    return inputs._replace(keys=keys, values=values)
+
+
+def apply(backend: str, inputs: Inputs, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+    """Context (B, T, D), and weights (B, T, S) or None, on the named backend.
+
+    Records a backward only where a gradient can be requested.
+    """
+    module = implementation("attention", backend)
+    with without_autocast(inputs.query.device.type):
+        if not hasattr(module, "forward"):  # torch differentiates it
+            return module.run(inputs, need_weights)
+        if module is reference and torch.compiler.is_compiling():  # the compiler differentiates it
+            return _plain_torch(inputs, need_weights)
+        if needs_function(module, *inputs.differentiable()):
+            tensors = _without_repeats(inputs).tensors()
+            return AttentionFunction.apply(backend, inputs.scale, need_weights, *tensors)
+        context, weights, _ = module.forward(inputs, CONTEXT_AND_WEIGHTS if need_weights else CONTEXT)
         return context, weights

@@ -1,145 +1,71 @@
-"""The ``native`` backend of ``attention``: one compiled pass, no (B, T, S, A) intermediate. Checks, maths: csrc/cpu."""
+"""The ``native`` backend of ``attention``: one compiled pass, no (B, T, S, A) intermediate (csrc/cpu, csrc/cuda)."""
 
 import torch
 from torch import Tensor
 
 from fastseq import _native
+from fastseq.ops.attention.spec import Grads, InputGrads, Inputs, Result, Want
+from fastseq.ops.common.checks import native_objection
+from fastseq.ops.common.dtypes import accumulate_dtype
+from fastseq.ops.common.layout import contiguous
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def forward(
-    query: Tensor,  # (B, T, A)
-    keys: Tensor,  # (B, S, A)
-    values: Tensor,  # (B, S, D)
-    weight: Tensor | None,  # (A,) v of the additive score
-    bias: Tensor | None,  # (A,) added inside its tanh
-    lengths: Tensor | None,  # (B,)
-    mask: Tensor | None,  # (B, 1 or T, S) bool, True = attend
-    score: str,
-    scale: float,
-    need_weights: bool,
-    need_backward: bool = True,
-    prepared: Tensor | None = None,  # prepare(keys, lengths)
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """-> context (B, T, D), weights (B, T, S) or None, saved for ``backward``."""
-    context, weights = _native.operators.attention_forward.default(
-        query, keys, values, *_small(weight, bias, lengths), mask, prepared, scale, need_weights or need_backward
-    )
-    saved = () if not need_backward else (weights,) if prepared is None else (weights, prepared)
-    return context, weights.to(query.dtype) if need_weights else None, saved
-
-
-def backward(
-    grad_context: Tensor,
-    grad_weights: Tensor | None,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    saved: tuple[Tensor, ...],
-    score: str,
-    scale: float,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of query, keys, values, weight, bias; None where not needed."""
-    weights, prepared = saved if len(saved) == 2 else (*saved, None)
-    need_query, need_keys, need_values, need_weight, need_bias = needs
-    grads = _native.operators.attention_backward.default(
-        grad_context,
-        grad_weights,
-        query,
-        keys,
-        values,
-        *_small(weight, bias, lengths),
-        mask,
-        prepared,
-        weights,
-        scale,
-        need_query or need_keys or need_weight or need_bias,
-        need_values,
-    )
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-
-
-def prepare(keys: Tensor, lengths: Tensor | None) -> Tensor:
-    """What the additive score computes of its keys (B, S, A) up to their lengths (B,), for many calls with them.
-
-    Empty on CUDA: one step is bound by the bytes of the keys there, and these would be as many or twice as many.
-    """
-    return _native.operators.attention_prepare.default(keys.detach(), _small(None, None, lengths)[2])
-
-
 def unsupported(call) -> str | None:
-    """Why this backend cannot serve the call (an ``AttentionCall``) and the way out, or None."""
-    if not _native.available():
-        return f"attention: the native backend is missing: {_native.why_not()}"
-    missing = _native.why_not_cuda(call.device_index) if call.device == "cuda" else ""
-    if missing:
-        return f"attention: the native backend has no CUDA kernels here: {missing}"
-    if call.device not in ("cpu", "cuda"):
-        return (
-            f"attention: the native backend runs on CPU and CUDA (got {call.device}); "
-            "use backend='torch' or 'reference'."
-        )
-    dtypes = CUDA_DTYPES if call.device == "cuda" else DTYPES
-    if call.dtype not in dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return f"attention: the native backend computes in {names} (got {call.dtype}); use backend='reference'."
-    return None
+    """None, or the sentence with the limit and the way out. call: ``AttentionCall``."""
+    return native_objection("attention", call, CUDA_DTYPES)
 
 
-def _small(weight: Tensor | None, bias: Tensor | None, lengths: Tensor | None) -> tuple[Tensor | None, ...]:
-    """As the operators read them; query, keys, values and mask they read at any strides."""
-    return (
-        None if weight is None else weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        None if lengths is None else lengths.to(torch.int64).contiguous(),
+def forward(inputs: Inputs, want: Want) -> Result:
+    """Saved: the weights, (B, T, S), in the accumulation dtype."""
+    context, weights = _native.operators.attention_forward.default(
+        *_operator_inputs(inputs), inputs.scale, want.weights or want.backward
     )
+    wanted = weights.to(inputs.query.dtype) if want.weights else None
+    return Result(context, wanted, (weights,) if want.backward else ())
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def backward(inputs: Inputs, saved: tuple[Tensor, ...], grads: Grads, needs: InputGrads) -> InputGrads:
+    """Reads the saved weights; recomputes the tanh of the additive score."""
+    scores_needed = needs.query or needs.keys or needs.weight or needs.bias
+    result = _native.operators.attention_backward.default(
+        *grads, *_operator_inputs(inputs), *saved, inputs.scale, scores_needed, needs.values
+    )
+    return InputGrads(*(grad if need else None for grad, need in zip(result, needs, strict=True)))
 
 
-def _check(op, query, keys, values, weight, bias, lengths, mask) -> None:
-    three = query.dim() == keys.dim() == values.dim() == 3
-    torch._check(three, lambda: f"{op}: query, keys and values must have three dimensions")
-    B, _, A = query.shape
-    S = keys.shape[1]
-    _check_shape(op, "keys", keys, (B, S, A))
-    _check_shape(op, "values", values, (B, S, values.shape[2]))
-    _check_shape(op, "weight", weight, (A,))
-    _check_shape(op, "bias", bias, (A,))
-    _check_shape(op, "lengths", lengths, (B,))
-    if mask is not None:
-        torch._check(mask.dim() == 3, lambda: f"{op}: mask must have the shape (B, 1 or T, S), got {tuple(mask.shape)}")
-        _check_shape(op, "mask", mask, (B, mask.shape[1], S))
-    same = all(t is None or t.dtype == query.dtype for t in (keys, values, weight, bias))
-    torch._check(same, lambda: f"{op}: query, keys, values, weight and bias must have one dtype")
+def prepare(keys: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """The terms of the additive score of keys (B, S, A), up to lengths (B,), for ``Inputs.prepared``.
+
+    None on CUDA: there one step is bound by the bytes of the keys, and prepared terms take once or twice as many.
+    """
+    data = _native.operators.attention_prepare.default(keys.detach(), _int64(lengths))
+    return data if data.numel() else None
 
 
-def _check_shape(op, name, t, shape) -> None:
-    if t is None:
-        return
-    fits = t.dim() == len(shape)
-    torch._check(fits, lambda: f"{op}: {name} must have the shape {shape}, got {tuple(t.shape)}")
-    for actual, expected in zip(t.shape, shape, strict=True):
-        torch._check(actual == expected, lambda: f"{op}: {name} must have the shape {shape}, got {tuple(t.shape)}")
+def _operator_inputs(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """Vectors contiguous; query, keys, values and mask are read at any strides."""
+    query, keys, values, weight, bias, lengths, mask, prepared, _ = inputs
+    if weight is lengths is None:
+        return inputs[:-1]
+    return query, keys, values, contiguous(weight), contiguous(bias), _int64(lengths), mask, prepared
 
 
-def _fake_forward(query, keys, values, weight, bias, lengths, mask, prepared, scale, need_weights):
-    _check("attention_forward", query, keys, values, weight, bias, lengths, mask)
-    (B, T, _), S = query.shape, keys.shape[1]
+def _int64(lengths: Tensor | None) -> Tensor | None:
+    return None if lengths is None else lengths.to(torch.int64).contiguous()
+
+
+# The fakes have the parameters of the operators' schemas (csrc/schemas.h).
+
+
+def _fake_forward(query, keys, values, weight, bias, lengths, mask, prepared, scale, need_weights):  # noqa: PLR0917
+    (B, T, _), S, D = query.shape, keys.shape[1], values.shape[2]
     shape = (B, T, S) if need_weights else (0,)
-    return query.new_empty(B, T, values.shape[2]), query.new_empty(shape, dtype=_accumulate_dtype(query.dtype))
+    return query.new_empty(B, T, D), query.new_empty(shape, dtype=accumulate_dtype(query.dtype))
 
 
-def _fake_backward(
+def _fake_backward(  # noqa: PLR0917
     grad_context,
     grad_weights,
     query,
@@ -155,12 +81,7 @@ def _fake_backward(
     need_scores,
     need_values,
 ):
-    op = "attention_backward"
-    _check(op, query, keys, values, weight, bias, lengths, mask)
     (B, T, A), S, D = query.shape, keys.shape[1], values.shape[2]
-    _check_shape(op, "grad_context", grad_context, (B, T, D))
-    _check_shape(op, "grad_weights", grad_weights, (B, T, S))
-    _check_shape(op, "weights", weights, (B, T, S))
     vector = (A,) if need_scores and weight is not None else (0,)
     shapes = [(B, T, A), (B, S, A)] if need_scores else [(0,), (0,)]
     shapes += [(B, S, D) if need_values else (0,), vector, vector]
@@ -170,7 +91,7 @@ def _fake_backward(
 def _fake_prepare(keys, lengths):
     B, S, A = keys.shape
     shape = (0,) if keys.device.type == "cuda" else (B, S, (A + 15) // 16 * 16 + 16)
-    return keys.new_empty(shape, dtype=_accumulate_dtype(keys.dtype))
+    return keys.new_empty(shape, dtype=accumulate_dtype(keys.dtype))
 
 
 if _native.available():

@@ -1,137 +1,143 @@
-"""The ``triton`` backend of ``attention``, for any GPU that Triton serves.
+"""The ``triton`` backend of ``attention``, for any GPU that Triton supports.
 
-Forward is one kernel: an online softmax (Milakov & Gimelshein 2018) over blocks of keys. It leaves the scores,
+Forward is one kernel: an online softmax (Milakov & Gimelshein 2018) over blocks of keys. It saves the scores,
 (B, T, S), for the weights and for backward; nothing of size (B, T, S, A) is ever stored.
 """
 
 import torch
 from torch import Tensor
 
+from fastseq.ops.attention.spec import Grads, InputGrads, Inputs, Result, Want
 from fastseq.ops.common.triton.runtime import chip_of, dot_precision, power_of_two, ready, why_not
 
 
 def unsupported(call) -> str | None:
-    """Why this backend cannot serve the call (an ``AttentionCall``) and the way out, or None."""
+    """None, or the sentence with the limit and the way out. call: ``AttentionCall``."""
     return why_not("attention", call)
 
 
-def forward(
-    query: Tensor,  # (B, T, A)
-    keys: Tensor,  # (B, S, A)
-    values: Tensor,  # (B, S, D)
-    weight: Tensor | None,  # (A,) v of the additive score
-    bias: Tensor | None,  # (A,) added inside its tanh
-    lengths: Tensor | None,  # (B,)
-    mask: Tensor | None,  # (B, 1 or T, S) bool, True = attend; not together with lengths
-    score: str,
-    scale: float,
-    need_weights: bool,
-    need_backward: bool = True,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """-> context (B, T, D), weights (B, T, S) or None, saved for ``backward``."""
+def forward(inputs: Inputs, want: Want) -> Result:
+    """Saved: scores (B, T, S), their maxima and the sums of their exponentials (B, T), float32."""
     from fastseq.ops.attention.triton_kernels import attention_forward_kernel
 
+    query, lengths, mask = inputs.query, inputs.lengths, inputs.mask
     B, T, A = query.shape
-    S, D = values.shape[1:]
+    S, D = inputs.values.shape[1:]
     context = query.new_empty(B, T, D)
     scores = query.new_empty(B, T, S, dtype=torch.float32)
     peaks, totals = scores.new_empty(B, T), scores.new_empty(B, T)
-    blocks = _blocks(score, A, D, query.dtype)
-    grid = (B * -(-T // blocks["BLOCK_T"]), -(-D // blocks["BLOCK_D"]))
-    masks = (
-        ready(None if lengths is None else lengths.to(torch.int64)),
-        None if mask is None else ready(mask).view(torch.uint8),
-    )
-    per_step = mask is not None and mask.size(1) > 1
+    blocks = _blocks(inputs)
     with torch.cuda.device_of(query):
-        attention_forward_kernel[grid](
-            *map(ready, (query, keys, values, weight, bias)), *masks, context, scores, peaks, totals, scale, T, S,
-            A=A, D=D, MASK_PER_STEP=per_step, PRECISION=dot_precision(query.dtype, chip_of(query)), **blocks,
-        )  # fmt: skip
+        attention_forward_kernel[(B * -(-T // blocks["BLOCK_T"]), -(-D // blocks["BLOCK_D"]))](
+            *map(ready, inputs.differentiable()),
+            ready(None if lengths is None else lengths.to(torch.int64)),
+            None if mask is None else ready(mask).view(torch.uint8),
+            context,
+            scores,
+            peaks,
+            totals,
+            inputs.scale,
+            T,
+            S,
+            A=A,
+            D=D,
+            MASK_PER_STEP=mask is not None and mask.size(1) > 1,
+            PRECISION=dot_precision(query.dtype, chip_of(query)),
+            **blocks,
+        )
     weights = None
-    if need_weights:
+    if want.weights:
         weights = (torch.exp(scores - peaks.unsqueeze(-1)) / totals.unsqueeze(-1)).to(query.dtype)
-    return context, weights, (scores, peaks, totals) if need_backward else ()
+    return Result(context, weights, (scores, peaks, totals) if want.backward else ())
 
 
-def backward(
-    grad_context: Tensor,
-    grad_weights: Tensor | None,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    saved: tuple[Tensor, ...],
-    score: str,
-    scale: float,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of query, keys, values, weight, bias; None where not needed."""
-    need_query, need_keys, need_values, need_weight, need_bias = needs
-    scores = saved[0]
-    p, grad_scores = _grad_scores(grad_context, grad_weights, values, saved, score, scale)
-    grad_values = p.mT @ grad_context if need_values else None
-    if score == "dot":
-        # 0 * NaN is NaN: what no step attends to is taken out of the keys
-        keys = keys if lengths is None and mask is None else keys.masked_fill(_padding(scores), 0)
-        grad_query = grad_scores @ keys if need_query else None
-        return grad_query, grad_scores.mT @ query if need_keys else None, grad_values, None, None
-    grad_query, grad_keys, grad_weight = _additive_backward(grad_scores, query, keys, weight, bias, needs)
-    return (
-        grad_query.to(query.dtype) if need_query else None,
-        grad_keys,
-        grad_values,
-        grad_weight.sum((0, 1)).to(weight.dtype) if need_weight else None,
-        grad_query.sum((0, 1)).to(weight.dtype) if need_bias else None,
-    )
+def backward(inputs: Inputs, saved: tuple[Tensor, ...], grads: Grads, needs: InputGrads) -> InputGrads:
+    """The gradient of the scores by one kernel; from it the inputs', by matmuls (dot) or two kernels (additive)."""
+    p, grad_scores = _grad_scores(inputs, saved, grads)
+    grad_values = p.mT @ grads.context if needs.values else None
+    if inputs.weight is not None:
+        return _additive_backward(inputs, grad_scores, needs)._replace(values=grad_values)
+    keys = inputs.keys
+    if inputs.lengths is not None or inputs.mask is not None:  # 0 * NaN is NaN: zero the padding
+        keys = keys.masked_fill(_padding(saved[0]), 0)
+    grad_query = grad_scores @ keys if needs.query else None
+    return InputGrads(grad_query, grad_scores.mT @ inputs.query if needs.keys else None, grad_values, None, None)
 
 
-def _grad_scores(grad_context, grad_weights, values, saved, score: str, scale: float) -> tuple[Tensor, Tensor]:
+def _grad_scores(inputs: Inputs, saved: tuple[Tensor, ...], grads: Grads) -> tuple[Tensor, Tensor]:
     """(B, T, S) softmax weights in the dtype of the values, and the gradient before ``scale`` (additive: float32)."""
     from fastseq.ops.attention.triton_kernels import attention_grad_scores_kernel
 
-    scores, peaks, totals = saved
+    values, (scores, peaks, totals) = inputs.values, saved
     B, T, S = scores.shape
     D = values.size(2)
     p = values.new_empty(B, T, S)
-    grad_scores = torch.empty_like(p if score == "dot" else scores)
-    block_d = min(32, max(16, power_of_two(D)))
+    grad_scores = torch.empty_like(p if inputs.weight is None else scores)
     with torch.cuda.device_of(values):
         attention_grad_scores_kernel[(B * -(-T // 16),)](
-            *map(ready, (values, grad_context, grad_weights)), scores, peaks, totals, p, grad_scores, scale, T, S,
-            D=D, BLOCK_T=16, BLOCK_S=32, BLOCK_D=block_d, num_warps=128 // chip_of(values).lanes,
+            *map(ready, (values, *grads)),
+            scores,
+            peaks,
+            totals,
+            p,
+            grad_scores,
+            inputs.scale,
+            T,
+            S,
+            D=D,
+            BLOCK_T=16,
+            BLOCK_S=32,
+            BLOCK_D=min(32, max(16, power_of_two(D))),
+            num_warps=128 // chip_of(values).lanes,
             PRECISION=dot_precision(values.dtype, chip_of(values)),
-        )  # fmt: skip
+        )
     return p, grad_scores
 
 
-def _additive_backward(grad_scores, query, keys, weight, bias, needs) -> tuple[Tensor | None, ...]:
-    """Gradients of query (float32), keys, and each query row's share of that of the weight (B, T, A)."""
-    query, keys, weight, bias = map(ready, (query, keys, weight, bias))
-    grad_query = grad_keys = grad_weight = None
+def _additive_backward(inputs: Inputs, grad_scores: Tensor, needs: InputGrads) -> InputGrads:
+    """Gradients of query, keys, weight and bias; sums over rows in float32."""
+    query, keys, _, weight, bias = map(ready, inputs.differentiable())
+    grad_query = grad_keys = grad_weight = grad_bias = None
     with torch.cuda.device_of(query):
-        if needs[0] or needs[3] or needs[4]:
-            grad_query = torch.empty_like(query, dtype=torch.float32)
-            grad_weight = torch.empty_like(grad_query)
-            _one_side(query, keys, weight, bias, grad_scores, grad_query, grad_weight)
-        if needs[1]:
+        if needs.query or needs.weight or needs.bias:
+            wide = torch.empty_like(query, dtype=torch.float32)
+            weight_rows = torch.empty_like(wide)  # (B, T, A); always, so that warm-up compiles the only variant
+            _one_side(query, keys, (weight, bias), grad_scores, (wide, weight_rows))
+            grad_query = wide.to(query.dtype) if needs.query else None
+            grad_weight = weight_rows.sum((0, 1)).to(weight.dtype) if needs.weight else None
+            grad_bias = wide.sum((0, 1)).to(weight.dtype) if needs.bias else None
+        if needs.keys:
             grad_keys = torch.empty_like(keys)
-            _one_side(keys, query, weight, bias, grad_scores, grad_keys, None, transposed=True)
-    return grad_query, grad_keys, grad_weight
+            _one_side(keys, query, (weight, bias), grad_scores, (grad_keys, None), transposed=True)
+    return InputGrads(grad_query, grad_keys, None, grad_weight, grad_bias)
 
 
-def _one_side(own, other, weight, bias, grad_scores, grad_own, grad_weight, transposed: bool = False) -> None:
+def _one_side(
+    side: Tensor,  # (B, R, A) query or keys, whichever the gradient is for
+    other: Tensor,  # (B, O, A) the other of the two
+    parameters: tuple[Tensor, Tensor | None],  # weight (A,), bias (A,)
+    grad_scores: Tensor,  # (B, R, O), or (B, O, R) if transposed
+    out: tuple[Tensor, Tensor | None],  # (B, R, A) gradient of the side; each row's share of the weight's gradient
+    transposed: bool = False,
+) -> None:
     from fastseq.ops.attention.triton_kernels import attention_additive_backward_kernel
 
-    B, R, A = own.shape
+    B, R, A = side.shape
     block_a = min(128, power_of_two(A))
     attention_additive_backward_kernel[(B * R, -(-A // block_a))](
-        own, other, weight, bias, grad_scores, grad_own, grad_weight, R, other.size(1),
-        A=A, TRANSPOSED=transposed, BLOCK_O=16, BLOCK_A=block_a, num_warps=4,
-    )  # fmt: skip
+        side,
+        other,
+        *parameters,
+        grad_scores,
+        *out,
+        R,
+        other.size(1),
+        A=A,
+        TRANSPOSED=transposed,
+        BLOCK_O=16,
+        BLOCK_A=block_a,
+        num_warps=4,
+    )
 
 
 def _padding(scores: Tensor) -> Tensor:
@@ -139,10 +145,11 @@ def _padding(scores: Tensor) -> Tensor:
     return (scores == -torch.inf).all(1).unsqueeze(-1)
 
 
-def _blocks(score: str, A: int, D: int, dtype: torch.dtype) -> dict:
+def _blocks(inputs: Inputs) -> dict[str, int]:
     """The blocks of the forward kernel; never by T or S. Chosen as in lstm/triton.py; not tuned on a GPU yet."""
-    if score == "dot":
-        wide = dtype == torch.float32
+    A, D = inputs.query.size(2), inputs.values.size(2)
+    if inputs.weight is None:
+        wide = inputs.query.dtype == torch.float32
         return {
             "BLOCK_T": 16,
             "BLOCK_S": 32,

@@ -1,7 +1,7 @@
-"""Triton kernels of ``attention``: scores, softmax and context in one pass over the keys, and what backward needs.
+"""Triton kernels of ``attention``: forward in one pass over the keys, and the two kernels of backward.
 
-Tensors are contiguous. A program takes BLOCK_T query steps of one sentence (one, for additive scores). There are no
-float atomics: every sum has one owner, and repeats bit for bit.
+Tensors are contiguous. A program computes BLOCK_T query steps of one sentence (one, for additive scores). No float
+atomics: each sum is computed by one program, so results repeat bit for bit.
 """
 
 import triton
@@ -17,7 +17,7 @@ def _load(pointer, at, mask):
 
 @triton.jit
 def _allowed(lengths, mask, b, step, s, T, S, MASK_PER_STEP: tl.constexpr):
-    """(BLOCK_T, BLOCK_S) bool: where step ``step`` of sentence b may attend to."""
+    """(BLOCK_T, BLOCK_S) bool: positions that step ``step`` of sentence b may attend to."""
     inside = (step[:, None] < T) & (s[None, :] < S)
     if lengths is not None:
         inside &= s[None, :] < tl.load(lengths + b)
@@ -67,8 +67,8 @@ def attention_forward_kernel(
     mask,  # (B, 1 or T, S) bytes, or None
     context,  # (B, T, D) out
     scores,  # (B, T, S) float32 out; -inf where masked
-    peaks,  # (B, T) float32 out: the largest score
-    totals,  # (B, T) float32 out: sum of exp(scores - peak); 1 where nothing is allowed
+    peaks,  # (B, T) float32 out: maximum of the scores
+    totals,  # (B, T) float32 out: sum of exp(scores - peak); 1 in an empty row
     scale,
     T,
     S,
@@ -94,18 +94,18 @@ def attention_forward_kernel(
     for start in range(0, S, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         allowed = _allowed(lengths, mask, b, step, s, T, S, MASK_PER_STEP)
-        read = tl.max(allowed.to(tl.int32), axis=0) != 0  # the rest may hold NaN
+        read = tl.max(allowed.to(tl.int32), axis=0) != 0  # other positions may be NaN
         key_rows = b * S + s
         if weight is None:
-            found = _dot_scores(query, keys, rows, key_rows, step < T, read, A, BLOCK_A, PRECISION)
+            block = _dot_scores(query, keys, rows, key_rows, step < T, read, A, BLOCK_A, PRECISION)
         else:
-            found = _additive_scores(query, keys, weight, bias, b * T + first, key_rows, read, A, BLOCK_A)
-        found = tl.where(allowed, found * scale, float("-inf"))
+            block = _additive_scores(query, keys, weight, bias, b * T + first, key_rows, read, A, BLOCK_A)
+        block = tl.where(allowed, block * scale, float("-inf"))
         if tl.program_id(1) == 0:
-            tl.store(scores + rows[:, None] * S + s[None, :], found, mask=(step[:, None] < T) & (s[None, :] < S))
-        new_peak = tl.maximum(peak, tl.max(found, axis=1))
+            tl.store(scores + rows[:, None] * S + s[None, :], block, mask=(step[:, None] < T) & (s[None, :] < S))
+        new_peak = tl.maximum(peak, tl.max(block, axis=1))
         shrink = tl.exp(peak - new_peak)
-        p = tl.exp(found - new_peak[:, None])
+        p = tl.exp(block - new_peak[:, None])
         value = _load(values, key_rows[:, None] * D + d[None, :], read[:, None] & (d[None, :] < D))
         if weight is None:
             part = tl.dot(p.to(value.dtype), value, input_precision=PRECISION)
@@ -125,16 +125,28 @@ def attention_forward_kernel(
 
 @triton.jit
 def _weights_and_gradient(
-    values, grad_context, grad_weights, scores, peaks, totals, rows, key_rows, s, in_rows, S,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    values,
+    grad_context,
+    grad_weights,
+    scores,
+    peaks,
+    totals,
+    rows,
+    key_rows,
+    s,
+    in_rows,
+    S,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """(BLOCK_T, BLOCK_S) softmax weights, and the gradient that reaches them."""
     at = rows[:, None] * S + s[None, :]
     inside = in_rows[:, None] & (s[None, :] < S)
-    found = tl.load(scores + at, mask=inside, other=float("-inf"))
+    score = tl.load(scores + at, mask=inside, other=float("-inf"))
     peak = tl.load(peaks + rows, mask=in_rows, other=0.0)[:, None]
-    p = tl.exp(found - peak) / tl.load(totals + rows, mask=in_rows, other=1.0)[:, None]
-    read = tl.max(found, axis=0) > float("-inf")  # the rest may hold NaN
+    p = tl.exp(score - peak) / tl.load(totals + rows, mask=in_rows, other=1.0)[:, None]
+    read = tl.max(score, axis=0) > float("-inf")  # other positions may be NaN
     grad_p = tl.zeros(p.shape, tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -143,7 +155,7 @@ def _weights_and_gradient(
         grad_p = tl.dot(grad, value.T, grad_p, input_precision=PRECISION)
     if grad_weights is not None:
         grad_p += tl.load(grad_weights + at, mask=inside, other=0.0).to(tl.float32)
-    return p, tl.where(found > float("-inf"), grad_p, 0.0)
+    return p, tl.where(score > float("-inf"), grad_p, 0.0)
 
 
 @triton.jit(do_not_specialize=["T", "S", "scale"])
@@ -174,16 +186,40 @@ def attention_grad_scores_kernel(
     for start in range(0, S, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         p, grad_p = _weights_and_gradient(
-            values, grad_context, grad_weights, scores, peaks, totals,
-            rows, b * S + s, s, in_rows, S, D, BLOCK_D, PRECISION,
-        )  # fmt: skip
+            values,
+            grad_context,
+            grad_weights,
+            scores,
+            peaks,
+            totals,
+            rows,
+            b * S + s,
+            s,
+            in_rows,
+            S,
+            D,
+            BLOCK_D,
+            PRECISION,
+        )
         mean += tl.sum(p * grad_p, axis=1)
     for start in range(0, S, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         p, grad_p = _weights_and_gradient(
-            values, grad_context, grad_weights, scores, peaks, totals,
-            rows, b * S + s, s, in_rows, S, D, BLOCK_D, PRECISION,
-        )  # fmt: skip
+            values,
+            grad_context,
+            grad_weights,
+            scores,
+            peaks,
+            totals,
+            rows,
+            b * S + s,
+            s,
+            in_rows,
+            S,
+            D,
+            BLOCK_D,
+            PRECISION,
+        )
         at, inside = rows[:, None] * S + s[None, :], in_rows[:, None] & (s[None, :] < S)
         grad = p * (grad_p - mean[:, None]) * scale
         tl.store(weights + at, p.to(weights.dtype.element_ty), mask=inside)
@@ -192,12 +228,12 @@ def attention_grad_scores_kernel(
 
 @triton.jit(do_not_specialize=["R", "O"])
 def attention_additive_backward_kernel(
-    own,  # (B, R, A): query or keys, the side that the gradient is for
-    other,  # (B, O, A): the other side
+    side,  # (B, R, A): query or keys, whichever the gradient is for
+    other,  # (B, O, A): the other of the two
     weight,  # (A,)
     bias,  # (A,) or None
     grad_scores,  # (B, R, O) float32, or (B, O, R) if TRANSPOSED
-    grad_own,  # (B, R, A) out
+    grad_side,  # (B, R, A) out
     grad_weight,  # (B, R, A) float32 out: each row's share of the weight's gradient; or None
     R,
     O,  # noqa: E741
@@ -210,7 +246,7 @@ def attention_additive_backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     b, r = row // R, row % R
     a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
-    x = _load(own, row * A + a, a < A).to(tl.float32)
+    x = _load(side, row * A + a, a < A).to(tl.float32)
     if bias is not None:
         x += _load(bias, a, a < A).to(tl.float32)
     slopes = tl.zeros([BLOCK_A], tl.float32)  # sum of gradient * (1 - tanh^2)
@@ -221,10 +257,10 @@ def attention_additive_backward_kernel(
         grad = tl.load(grad_scores + b * R * O + at, mask=o < O, other=0.0)
         y = _load(other, (b * O + o[:, None]) * A + a[None, :], (o[:, None] < O) & (a[None, :] < A)).to(tl.float32)
         hidden = tanh(x[None, :] + y)
-        hidden = tl.where(grad[:, None] == 0.0, 0.0, hidden)  # padding may hold NaN
+        hidden = tl.where(grad[:, None] == 0.0, 0.0, hidden)  # padding may be NaN
         slopes += tl.sum(grad[:, None] * (1.0 - hidden * hidden), axis=0)
         heights += tl.sum(grad[:, None] * hidden, axis=0)
     v = _load(weight, a, a < A).to(tl.float32)
-    tl.store(grad_own + row * A + a, (slopes * v).to(grad_own.dtype.element_ty), mask=a < A)
+    tl.store(grad_side + row * A + a, (slopes * v).to(grad_side.dtype.element_ty), mask=a < A)
     if grad_weight is not None:
         tl.store(grad_weight + row * A + a, heights, mask=a < A)
