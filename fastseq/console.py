@@ -1,5 +1,6 @@
-"""What the measuring commands tell: progress on standard error, tables, and the facts that figures depend on."""
+"""Console output of ``bench``, ``parity`` and ``warmup``: progress bars, tables, the description of the machine."""
 
+import argparse
 import contextlib
 import datetime
 import importlib.metadata
@@ -20,14 +21,14 @@ from fastseq import _native
 
 
 class Bar:
-    """A progress bar over ``total`` items; on something that is no terminal, a line every ten seconds."""
+    """A progress bar over ``total`` items on standard error; where that is no terminal, a line every ten seconds."""
 
     def __init__(self, total: int):
         self.total, self.done, self.start = total, 0, time.monotonic()
         self._last_line = self.start
 
     def show(self, item: str) -> None:
-        """Say what is being worked on."""
+        """Print the name of the item in work."""
         now = time.monotonic()
         if sys.stderr.isatty():
             filled = "#" * (20 * self.done // self.total)
@@ -41,7 +42,7 @@ class Bar:
         self.done += 1
 
     def close(self) -> None:
-        """Leave the terminal clean."""
+        """Clear the terminal's line."""
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -51,8 +52,17 @@ class Bar:
         return f"{self.done}/{self.total}{left}"
 
 
+def chosen_names(parser: argparse.ArgumentParser, option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Split a comma-separated option, "all" for every known name; exit with a sentence at an unknown one."""
+    names = known if text == "all" else tuple(name for name in text.split(",") if name)
+    for name in names:
+        if name not in known:
+            parser.error(f"{option}: unknown name {name!r}; choose 'all' or some of {', '.join(known)}")
+    return names
+
+
 def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table whose columns line up in plain text, too."""
+    """A Markdown table with aligned columns."""
     widths = [max(len(row[k]) for row in (header, *rows)) for k in range(len(header))]
 
     def line(cells) -> str:
@@ -63,7 +73,7 @@ def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 @contextlib.contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Without torch's warnings about what is meant: projections, weights that lie apart, bits that may change."""
+    """Silence torch's warnings about projections, weights in separate memory, and determinism."""
     with warnings.catch_warnings():
         for message in ("LSTM with projections is not", "RNN module weights are not", ".*deterministic"):
             warnings.filterwarnings("ignore", message=message)
@@ -71,7 +81,7 @@ def quiet_torch() -> Iterator[None]:
 
 
 def environment(command: list[str]) -> dict[str, object]:
-    """What the figures of a command depend on."""
+    """Facts that a command's figures depend on: machine, versions, threads, switches."""
     switches = {name: value for name, value in os.environ.items() if name.startswith(("FASTSEQ_", "OMP_", "MKL_"))}
     return (
         {
@@ -92,7 +102,7 @@ def environment(command: list[str]) -> dict[str, object]:
 
 
 def gpu_facts() -> dict[str, object]:
-    """The GPU and what belongs to it; empty where there is none."""
+    """The GPU, and the versions of CUDA, cuDNN and triton; empty without a GPU."""
     if not torch.cuda.is_available():
         return {}
     properties = torch.cuda.get_device_properties(0)
@@ -106,7 +116,7 @@ def gpu_facts() -> dict[str, object]:
 
 
 def load_average() -> str:
-    """Runnable processes over the last minute."""
+    """Mean number of runnable processes over the last minute."""
     return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
 
 

@@ -1,17 +1,19 @@
 """``fastseq warmup``: compile the Triton kernels of a hidden size ahead of time, so that no training step waits for it.
 
-Without ``--chip`` for the GPU of this machine, with it for one that need not be there. The kernels land in Triton's
-cache (``TRITON_CACHE_DIR``, else ``~/.triton/cache``), which may be copied to the machine that has the GPU.
+Compiles for this machine's GPU, or with ``--chip`` for one that need not be here. The kernels go to Triton's cache
+(``TRITON_CACHE_DIR``, else ``~/.triton/cache``), which may be copied to the machine with the GPU.
 """
 
 import argparse
 import contextlib
 import itertools
 import time
+from functools import partial
 
 import torch
 
 from fastseq import ops
+from fastseq.console import Bar
 from fastseq.errors import UserError
 from fastseq.ops.common.triton.runtime import CHIPS
 
@@ -19,10 +21,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def warmup(hidden_size: int, dtype: torch.dtype, *, attention_size: int | None = None, chip: str | None = None) -> None:
-    """Run forward and backward of each Triton op on zeros, in every variant that training a model comes to.
+    """Run forward and backward of each Triton op on zeros, in every variant that training can reach.
 
-    Of losses these: of all results, of the outputs alone, of the last states alone. float32 is multiplied as torch is
-    set to now, in TF32 or not.
+    Losses on all results, on the outputs only, on the last states only. float32 products follow torch's current
+    setting of TF32.
 
     Args:
         hidden_size: H of ``lstm`` and ``lstm_cell``; D of ``attention``.
@@ -31,18 +33,26 @@ def warmup(hidden_size: int, dtype: torch.dtype, *, attention_size: int | None =
         chip: a key of ``fastseq.ops.common.triton.runtime.CHIPS``, to compile for without running. Default: this GPU.
 
     Raises:
-        ImportError: triton is not installed. RuntimeError: no GPU and no ``chip``.
+        ImportError: triton is not installed.
+        RuntimeError: no GPU and no ``chip``.
     """
     from fastseq.ops.common.triton.compile import compiling_for
 
     device = "cuda" if chip is None else "cpu"
+    runs = {"lstm_cell": partial(_cell, hidden_size, dtype, device)}
+    for reverse, with_lengths in itertools.product((False, True), repeat=2):
+        name = "lstm" + ", reverse" * reverse + ", lengths" * with_lengths
+        runs[name] = partial(_lstm, hidden_size, dtype, device, reverse, with_lengths)
+    for score in ("dot", "additive"):
+        sizes = attention_size or hidden_size, hidden_size
+        runs[f"{score} attention"] = partial(_attention, score, *sizes, dtype, device)
+    bar = Bar(len(runs))
     with contextlib.nullcontext() if chip is None else compiling_for(CHIPS[chip]), torch.enable_grad():
-        _cell(hidden_size, dtype, device)
-        for reverse in (False, True):
-            for with_lengths in (False, True):
-                _lstm(hidden_size, dtype, device, reverse, with_lengths)
-        for score in ("dot", "additive"):
-            _attention(score, attention_size or hidden_size, hidden_size, dtype, device)
+        for name, run in runs.items():
+            bar.show(name)
+            run()
+            bar.step()
+    bar.close()
 
 
 def _zeros(dtype, device, *shapes) -> list[torch.Tensor]:
@@ -50,9 +60,9 @@ def _zeros(dtype, device, *shapes) -> list[torch.Tensor]:
 
 
 def _cell(H: int, dtype, device) -> None:
-    for wanted in ((0, 1), (0,), (1,)):  # of h and c; a last step has a loss of h alone
-        found = ops.lstm_cell(*_zeros(dtype, device, (1, 4 * H), (1, H)), backend="triton")
-        sum(found[k].sum() for k in wanted).backward()
+    for wanted in ((0, 1), (0,), (1,)):  # h and c; the last step has a loss on h alone
+        states = ops.lstm_cell(*_zeros(dtype, device, (1, 4 * H), (1, H)), backend="triton")
+        sum(states[k].sum() for k in wanted).backward()
 
 
 def _lstm(H: int, dtype, device, reverse: bool, with_lengths: bool) -> None:
@@ -67,7 +77,7 @@ def _lstm(H: int, dtype, device, reverse: bool, with_lengths: bool) -> None:
 
     for with_cells in (False, True):
         sum(t.sum() for t in run(with_cells)).backward()
-        for alone in (0, 1):  # a loss of the outputs, as of an encoder; of the last h
+        for alone in (0, 1):  # a loss on the outputs (an encoder's), on the last h
             run(with_cells)[alone].sum().backward()
         with torch.no_grad():
             run(with_cells)
@@ -94,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--attention-size", type=int, metavar="A", help="default: the hidden size")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--tf32", action="store_true", help="for set_float32_matmul_precision('high'): fp32 in TF32")
-    parser.add_argument("--chip", choices=sorted(CHIPS), help="compile for this chip; none need be here")
+    parser.add_argument("--chip", choices=sorted(CHIPS), help="compile for this chip; it need not be in this machine")
     args = parser.parse_args(argv)
     if args.hidden_size < 1 or (args.attention_size or 1) < 1:
         parser.error("sizes must be at least 1")

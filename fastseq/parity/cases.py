@@ -4,7 +4,7 @@ import itertools
 import random
 from dataclasses import dataclass, field
 
-from fastseq.parity import modules, ops
+from fastseq.testing.problems import modules, ops
 
 PROBLEMS = {
     "lstm_cell": ops.lstm_cell_problem,
@@ -21,8 +21,10 @@ PROBLEMS = {
 class Case:
     """One point of the grid.
 
-    ``options`` are those of the op's function in PROBLEMS. ``slices``: the leaves are strided slices of larger tensors,
-    and so are the gradients that come in.
+    Attributes:
+        op: a key of ``PROBLEMS``.
+        options: keyword arguments of the op's function there.
+        slices: the leaves and the incoming gradients are strided slices of larger tensors.
     """
 
     op: str
@@ -48,7 +50,7 @@ def _quick() -> list[Case]:
         dict(shape=(5, 3, 4, 7), form="packed", reverse=True, bias=False),
         dict(shape=(5, 3, 4, 7), form="lengths", proj_size=3),
         dict(shape=(5, 3, 4, 7), spread=100.0),
-        dict(shape=(6, 2, 33, 260), form="lengths"),  # enough work for several threads: few rows, many rows
+        dict(shape=(6, 2, 33, 260), form="lengths"),  # enough work for several threads: skinny and wide batches
         dict(shape=(6, 40, 33, 130), form="packed", reverse=True),
     ]
     scores = ("dot", "general", "additive", "normed_additive")

@@ -6,15 +6,15 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastseq.console import Bar, environment, markdown_table, quiet_torch
+from fastseq.console import Bar, chosen_names, environment, markdown_table, quiet_torch
 from fastseq.dispatch import BACKENDS
 from fastseq.parity.cases import GRIDS, PROBLEMS, Case
-from fastseq.parity.ops import Problem
 from fastseq.testing.numerics import (
     Comparison,
     Results,
@@ -24,14 +24,15 @@ from fastseq.testing.numerics import (
     is_refusal,
     nan_filled_memory,
 )
+from fastseq.testing.problems import Leaves, Problem
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EPILOG = """\
 the rule:
   Inputs are rounded to the dtype first. Then the error of a result against float64 may be at most 2 times (gradients:
   3 times) the error of torch's own computation in that dtype, plus one rounding of the largest value; in float64,
-  64 roundings of the largest value, if that is more (of the pre-activation, where that is +-100). "of bound" is the
-  part of it that is used up: above 1 is wrong.
+  64 roundings of the largest value, if that is more (of the pre-activation, where that is +-100). "of bound" is
+  error / bound: above 1 is wrong.
 
 examples:
   fastseq parity                                      # all backends, float32 and bfloat16, half a minute
@@ -40,14 +41,14 @@ examples:
   fastseq parity --device cuda --backend native,triton --dtype float32,bfloat16,float16
   FASTSEQ_CPU_ISA=avx2 fastseq parity --backend native --json avx2.json
 
-A backend that has no kernel for a call refuses it with a sentence; that is listed and is no failure.
+A backend without a kernel for a call refuses it with a sentence, which is listed and is no failure.
 Exit code: 0 within the bound, 1 past it, 2 for an option that does not exist.
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case in one dtype on one backend: all comparisons, or a refusal, or the exception that came instead."""
+    """One case in one dtype on one backend: all comparisons, or a refusal, or the exception that was raised."""
 
     op: str
     case: str
@@ -63,12 +64,12 @@ class Row:
 
     @property
     def worst(self) -> Comparison | None:
-        """The comparison that comes closest to its bound, or goes furthest past it."""
+        """The comparison with the largest error / bound."""
         return max(self.comparisons, key=of_bound, default=None)
 
 
 def of_bound(c: Comparison) -> float:
-    """The part of the bound that the error uses up."""
+    """error / bound."""
     return c.error / c.limit if c.limit else (float("inf") if c.error else 0.0)
 
 
@@ -83,24 +84,26 @@ def check(
 ) -> list[Row]:
     """Compare one case on each backend: outputs with and without gradients, and the gradient of every leaf.
 
-    On a GPU, too, float64 is computed on the CPU; torch's own computation on the GPU, float32 without TF32.
-    draws: of random leaves, instead of as many as make torch's error no luck. fill: new memory holds NaN, so that what
-    a kernel forgets to write is seen; without, a tool that looks for such memory can see it.
+    float64 is always computed on the CPU; torch's own computation on ``device``, float32 without TF32.
+
+    Args:
+        draws: number of random draws of the leaves; default: enough to make torch's error representative.
+        fill: fill new memory with NaN, so that elements that a kernel does not write are seen; False for a tool that
+            looks for unwritten memory itself.
     """
-    problems = [_round(problem, dtype) for problem in _problems(case)[:draws]]
+    rounded = [(p, {name: t.to(dtype).double() for name, t in x.items()}) for p, x in _draws(case)[:draws]]
     modes = (False,) if dtype == torch.float64 and not _well_conditioned(case) else (False, True)
-    # torch's many small calls are no faster with more threads, and far slower beside a busy neighbour
+    # torch's many small calls gain nothing from more threads, and are far slower on an oversubscribed machine
     with one_thread(), float32_products(tf32=False):
-        calls = [(p.plain, p.leaves) for p in problems]
         try:
-            oracle = {train: _run(calls, torch.float64, case, train, "cpu") for train in modes}
-            plain = {train: _run(calls, dtype, case, train, device) for train in modes}
-        except Exception as error:  # no backend's fault: told as what it is, and the next case goes on
-            told = f"torch's own computation: {type(error).__name__}: {error}"
-            about = (case.op, case.name, str(dtype).removeprefix("torch."))
-            return [Row(*about, backend, failure=told) for backend in backends]
+            oracle = {train: _run(rounded, None, torch.float64, case, train, "cpu") for train in modes}
+            baseline = {train: _run(rounded, None, dtype, case, train, device) for train in modes}
+        except Exception as error:  # not a backend's failure: reported as torch's, and the next case runs
+            failure = f"torch's own computation: {type(error).__name__}: {error}"
+            key = (case.op, case.name, str(dtype).removeprefix("torch."))
+            return [Row(*key, backend, failure=failure) for backend in backends]
     with float32_products(tf32=False), nan_filled_memory() if fill else contextlib.nullcontext():
-        return [_row(case, dtype, backend, problems, oracle, plain, device) for backend in backends]
+        return [_row(case, dtype, backend, rounded, oracle, baseline, device) for backend in backends]
 
 
 @contextlib.contextmanager
@@ -114,60 +117,59 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _row(
-    case: Case, dtype: torch.dtype, backend: str, problems: list[Problem], oracle: dict, plain: dict, device: str
-) -> Row:
-    about = (case.op, case.name, str(dtype).removeprefix("torch."), backend)
+def _row(case: Case, dtype: torch.dtype, backend: str, draws: list, oracle: dict, baseline: dict, device: str) -> Row:
+    key = (case.op, case.name, str(dtype).removeprefix("torch."), backend)
     comparisons = []
     try:
         for train in oracle:
-            calls = [(lambda x, p=p: p.ours(x, backend), p.leaves) for p in problems]
-            found = compare(_run(calls, dtype, case, train, device), oracle[train], plain[train])
-            comparisons += found if train else [c._replace(name=f"{c.name} (inference)") for c in found]
+            results = _run(draws, backend, dtype, case, train, device)
+            several = compare(results, oracle[train], baseline[train])
+            comparisons += several if train else [c._replace(name=f"{c.name} (inference)") for c in several]
         if dtype == torch.float64:  # a rounding of a pre-activation of 100 is a hundred roundings of a gate
             comparisons = [c._replace(limit=c.limit * case.options.get("spread", 1.0)) for c in comparisons]
-    except Exception as error:  # a crash is a finding like a wrong number, told in the table and by the exit code
+    except Exception as error:  # an exception counts like a wrong number, in the table and in the exit code
         if is_refusal(error):
-            return Row(*about, refusal=str(error))
-        return Row(*about, failure=f"{type(error).__name__}: {error}")
-    return Row(*about, comparisons)
+            return Row(*key, refusal=str(error))
+        return Row(*key, failure=f"{type(error).__name__}: {error}")
+    return Row(*key, comparisons)
 
 
 def _well_conditioned(case: Case) -> bool:
-    """Whether 64 roundings bound the gradients in float64, where there is no wider oracle.
+    """True if 64 roundings bound the gradients in float64, which has no wider oracle.
 
-    Not where 1 - tanh(x)^2 cancels, in saturated cells, nor through the many operations of a whole model.
+    False for saturated cells, where 1 - tanh(x)^2 cancels, and for the many operations of a whole model.
     """
     return case.options.get("spread", 1.0) == 1.0 and case.op != "Seq2Seq"
 
 
-def _problems(case: Case) -> list[Problem]:
-    """Several draws, to be compared together: in one draw of a few elements torch may be lucky."""
+def _draws(case: Case) -> list[tuple[Problem, Leaves]]:
+    """Several draws in float64, to be compared together: in a few elements torch's rounding errors may cancel."""
 
-    def problem(seed: int) -> Problem:
-        generator = torch.Generator().manual_seed(seed)
-        return PROBLEMS[case.op](lambda *s: torch.randn(s, generator=generator, dtype=torch.float64), **case.options)
+    def drawn(seed: int) -> tuple[Problem, Leaves]:
+        draw = partial(_normal, torch.Generator().manual_seed(seed))
+        problem = PROBLEMS[case.op](draw, **case.options)
+        return problem, problem.draw_leaves(draw)
 
-    first = problem(0)
-    elements = sum(t.numel() for t in first.leaves.values())
-    # A model has small gradients that are differences of large ones: a torch lucky in them was seen with 8 draws.
+    first = drawn(0)
+    elements = sum(t.numel() for t in first[1].values())
+    # Small gradients of a model are differences of large ones: with 8 draws torch's errors were seen to cancel.
     draws = 32 if elements < 100 or case.op == "Seq2Seq" else 8 if elements < 2000 else 3
-    if case.options.get("spread", 1.0) != 1.0:  # where few draws are bad ones, for torch and for everyone else
+    if case.options.get("spread", 1.0) != 1.0:  # few draws have large errors, torch's as well as ours
         draws *= 8
-    return [first, *(problem(seed) for seed in range(1, draws))]
+    return [first, *(drawn(seed) for seed in range(1, draws))]
 
 
-def _round(problem: Problem, dtype: torch.dtype) -> Problem:
-    return problem._replace(leaves={name: t.to(dtype).double() for name, t in problem.leaves.items()})
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def _run(calls: list, dtype: torch.dtype, case: Case, train: bool, device: str) -> Results:
-    """The results of all draws, stacked, on the CPU."""
+def _run(draws: list, backend: str | None, dtype: torch.dtype, case: Case, train: bool, device: str) -> Results:
+    """The results of all draws, stacked, on the CPU; ``backend`` None: plain torch."""
     results = []
-    for function, values in calls:
+    for problem, values in draws:
         leaves = {name: _leaf(t.to(device, dtype), case.slices) for name, t in values.items()}
         with torch.set_grad_enabled(train):
-            results.append(evaluate(function(leaves), leaves if train else {}, strided=case.slices))
+            results.append(evaluate(problem.run(leaves, backend), leaves if train else {}, strided=case.slices))
     return Results(
         *({name: torch.stack([r[k][name] for r in results]).cpu() for name in results[0][k]} for k in (0, 1))
     )
@@ -222,17 +224,8 @@ def _line(key: tuple, rows: list[Row]) -> tuple[str, ...]:
 def to_json(row: Row) -> dict:
     """A row with all its comparisons."""
     comparisons = [c._asdict() | {"ok": c.ok} for c in row.comparisons]
-    about = {"op": row.op, "case": row.case, "dtype": row.dtype, "backend": row.backend}
-    return about | {"ok": row.ok, "refusal": row.refusal, "failure": row.failure, "comparisons": comparisons}
-
-
-def _choices(parser: argparse.ArgumentParser, option: str, given: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of a comma-separated list, "all" for all of them."""
-    names = known if given == "all" else tuple(given.split(","))
-    for name in names:
-        if name not in known:
-            parser.error(f"{option}: unknown name {name!r}; choose 'all' or some of {', '.join(known)}")
-    return names
+    key = {"op": row.op, "case": row.case, "dtype": row.dtype, "backend": row.backend}
+    return key | {"ok": row.ok, "refusal": row.refusal, "failure": row.failure, "comparisons": comparisons}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -246,11 +239,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="all", help=known.format(", ".join(BACKENDS)))
     parser.add_argument("--dtype", default="float32,bfloat16", help=known.format(", ".join(DTYPES)))
     parser.add_argument("--op", default="all", help=known.format(", ".join(PROBLEMS)))
-    parser.add_argument("--cases", choices=GRIDS, default="quick", help="how many (default: %(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
+    parser.add_argument("--cases", choices=GRIDS, default="quick", help="grid of cases (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--verbose", action="store_true", help="show every case, not just the worst")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every comparison to FILE")
     return parser
 
 
@@ -259,13 +254,13 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     args = parser.parse_args(argv)
-    backends = _choices(parser, "--backend", args.backend, BACKENDS)
-    dtypes = _choices(parser, "--dtype", args.dtype, tuple(DTYPES))
-    ops = _choices(parser, "--op", args.op, tuple(PROBLEMS))
+    backends = chosen_names(parser, "--backend", args.backend, BACKENDS)
+    dtypes = chosen_names(parser, "--dtype", args.dtype, tuple(DTYPES))
+    ops = chosen_names(parser, "--op", args.op, tuple(PROBLEMS))
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU and a torch built for it; torch sees none: leave the option out")
+        parser.error("--device cuda needs a GPU and a torch built for it; torch finds none: leave the option out")
     if args.threads:
         torch.set_num_threads(args.threads)
     cases = [case for case in GRIDS[args.cases]() if case.op in ops]
@@ -288,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(rows: list[Row], verbose: bool) -> None:
-    """Print the table, the refusals and the sum."""
+    """Print the table, the refusals and the totals."""
     print(table(rows, verbose))
     refusals = {(row.backend, row.refusal) for row in rows if row.refusal}
     if refusals:
