@@ -1,20 +1,22 @@
-"""Further peers of ``fastseq bench --peers``: loops of cells, torch.compile, eager attention, onnxruntime."""
+"""Further baselines of ``fastseq bench --baselines``: loops of cells, torch.compile, eager attention, onnxruntime."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastseq.bench.cases import AttentionOp, Case, make_module
-from fastseq.testing.numerics import plain_attention
+from fastseq.bench.cases import BenchCase
+from fastseq.bench.timing import Setup
 
 
 class CellLoop(nn.Module):
-    """One layer as a Python loop over ``nn.LSTMCell``, which may be compiled; the weights of ``nn.LSTM``."""
+    """One layer as a Python loop over ``nn.LSTMCell``, compiled or not, with the weights of ``nn.LSTM``."""
 
-    def __init__(self, case: Case, compiled: bool = False):
+    def __init__(self, setup: Setup, compiled: bool = False):
         super().__init__()
+        case = setup.case
         torch.manual_seed(0)
         self.cell = nn.LSTMCell(case.input_size, case.hidden_size, dtype=case.dtype)
         self.step = _compile(self.cell) if compiled else self.cell
@@ -28,37 +30,31 @@ class CellLoop(nn.Module):
         return torch.stack(outputs), (h.unsqueeze(0), c.unsqueeze(0))
 
     def parameters(self, recurse: bool = True):
-        """Each once: the compiled cell has the same ones."""
+        """The cell's, each once: the compiled cell shares them."""
         return self.cell.parameters(recurse)
 
 
-def _compile(module: nn.Module) -> nn.Module:
-    """Compiled for the sizes it meets, with none of the recompilations of earlier cases counted against it."""
+def _compile(call: Callable[..., object]) -> Callable[..., object]:
+    """Compile for the sizes of the first call; recompilations of earlier cases do not count towards torch's limit."""
     torch.compiler.reset()
-    return torch.compile(module, dynamic=False)
+    return torch.compile(call, dynamic=False)
 
 
-class EagerAttention(AttentionOp):
-    """Attention op by op, whatever the score."""
-
-    def __init__(self, case: Case):
-        torch.manual_seed(0)
-        super().__init__(case, None)
-
-    def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return plain_attention(query, keys, values, **self.options, weight=getattr(self, "weight", None))[0]
+def _eager_attention(setup: Setup) -> Callable[..., object]:
+    """Attention op by op, also for dot scores."""
+    return partial(setup.baseline, need_weights=True)
 
 
 class OnnxRuntime(nn.Module):
-    """The ONNX operator LSTM in onnxruntime, with as many threads as torch has: inference of one float32 layer."""
+    """The ONNX operator LSTM in onnxruntime, on as many threads as torch: inference of one float32 layer."""
 
-    def __init__(self, case: Case):
+    def __init__(self, setup: Setup):
         import onnxruntime
 
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        model = _onnx_model(make_module(case, None))
+        model = _onnx_model(setup.make(None))
         self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def forward(self, input: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -90,40 +86,42 @@ def _onnx_model(lstm: nn.LSTM) -> bytes:
     return model.SerializeToString()
 
 
-class Peer(NamedTuple):
-    """How a peer is made, and which cases and modes it serves."""
+class Baseline(NamedTuple):
+    """A further baseline: ``make`` builds its call, ``serves`` is True for the cases and modes that it supports."""
 
-    make: Callable[[Case], nn.Module]
-    serves: Callable[[Case, bool], bool]
+    make: Callable[[Setup], Callable[..., object]]
+    serves: Callable[[BenchCase, bool], bool]
 
 
-def _one_layer(case: Case, train: bool) -> bool:
+def _one_layer(case: BenchCase, train: bool) -> bool:
     return case.kind == "lstm" and case.layers == 1 and not case.proj_size
 
 
-PEERS = {
-    "LSTMCell loop": Peer(CellLoop, _one_layer),
-    "compiled cell loop": Peer(lambda case: CellLoop(case, compiled=True), _one_layer),
-    "compiled": Peer(
-        lambda case: _compile(EagerAttention(case) if case.keys else make_module(case, None)),
+BASELINES = {
+    "LSTMCell loop": Baseline(CellLoop, _one_layer),
+    "compiled cell loop": Baseline(partial(CellLoop, compiled=True), _one_layer),
+    "compiled": Baseline(
+        lambda setup: _compile(_eager_attention(setup) if setup.case.keys else setup.make(None)),
         lambda case, train: case.kind in ("cell", "additive", "dot"),
     ),
-    "eager": Peer(EagerAttention, lambda case, train: case.kind == "dot"),
-    "onnxruntime": Peer(
+    "eager": Baseline(_eager_attention, lambda case, train: case.kind == "dot"),
+    "onnxruntime": Baseline(
         OnnxRuntime, lambda case, train: _one_layer(case, train) and not train and case.dtype == torch.float32
     ),
 }
 
 
-def make_peers(case: Case, train: bool, names: tuple[str, ...]) -> tuple[dict[str, nn.Module], list[str]]:
-    """The chosen peers that serve this case and mode, and a remark for each whose package is missing."""
+def make_baselines(
+    setup: Setup, train: bool, names: tuple[str, ...]
+) -> tuple[dict[str, Callable[..., object]], list[str]]:
+    """The chosen baselines that serve this case and mode, and a remark for each whose package is missing."""
     made, remarks = {}, []
     for name in names:
-        if PEERS[name].serves(case, train):
+        if BASELINES[name].serves(setup.case, train):
             try:
-                made[name] = PEERS[name].make(case)
+                made[name] = BASELINES[name].make(setup)
             except ModuleNotFoundError as error:
                 remarks.append(
-                    f"peer {name} skipped: the package {error.name} is not installed; pip install {error.name}"
+                    f"baseline {name} skipped: the package {error.name} is not installed; pip install {error.name}"
                 )
     return made, remarks

@@ -1,19 +1,17 @@
-"""The one table of benchmark cases, their modules and their inputs: for ``fastseq bench`` and ``benchmarks/``."""
+"""The one table of benchmark cases, for ``fastseq bench`` and ``benchmarks/``, and the problem of each."""
 
 import itertools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch import Tensor
 
-from fastseq.nn.lstm import LSTM
-from fastseq.nn.lstm_cell import LSTMCell
-from fastseq.ops import attention
-from fastseq.testing.numerics import plain_attention
+from fastseq.testing.problems import Problem
+from fastseq.testing.problems.modules import lstm_cell_module_problem, lstm_module_problem
+from fastseq.testing.problems.ops import context_problem
 
 MODES = ("inference", "training")
-KINDS = {  # kind -> the peer that ratios refer to, and the call that is measured
+KINDS = {  # kind -> the baseline that ratios refer to, and the measured call
     "lstm": ("nn.LSTM", "LSTM on a padded batch"),
     "packed": ("nn.LSTM", "LSTM on a PackedSequence, lengths uniform in T/5..T"),
     "lengths": ("nn.LSTM + pack", "the same lengths given as lengths=, where nn.LSTM packs and pads"),
@@ -26,17 +24,17 @@ SHORT = {torch.float32: "", torch.bfloat16: " bf16", torch.float16: " f16", torc
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchCase:
     """One call to time.
 
     Attributes:
-        group: what its results are summarised with.
+        group: the cases that its results are averaged with.
         kind: a key of ``KINDS``.
-        steps, batch, input_size, hidden_size: T, B, I, H; for attention I counts nothing and H is the size of queries,
-            keys and values.
+        steps, batch, input_size, hidden_size: T, B, I, H; attention ignores I, and H is the size of queries, keys and
+            values.
         keys: S, attention only.
-        tf32: float32 on a GPU whose products may be rounded to TF32; else they are full float32.
-        goals: ratios that the project wants to reach, for inference and training; under 0.97 a user is slower off.
+        tf32: allow TF32 in float32 products on a GPU; else they are full float32.
+        goals: ratios that the project aims at, for inference and training; under 0.97 the user loses.
     """
 
     group: str
@@ -81,25 +79,25 @@ MIDDLE = (50, 32, 256, 256)
 ATTENTION = {(32, 1, 50, 256): 2.5, (16, 50, 50, 256): 15.0, (8, 100, 100, 512): 25.0}  # (B, T, S, H) -> training goal
 
 
-def _attention(kind: str, size: tuple[int, int, int, int], training_goal: float = 0.97) -> Case:
+def _attention(kind: str, size: tuple[int, int, int, int], training_goal: float = 0.97) -> BenchCase:
     batch, steps, keys, hidden = size
-    return Case(f"{kind} attention", kind, steps, batch, hidden, hidden, keys=keys, goals=(0.97, training_goal))
+    return BenchCase(f"{kind} attention", kind, steps, batch, hidden, hidden, keys=keys, goals=(0.97, training_goal))
 
 
 CPU_CASES = (
-    *(Case("float32", "lstm", *size, goals=goals) for size, goals in SIZES.items()),
-    *(Case("2-layer bidirectional", "lstm", *s, layers=2, bidirectional=True, goals=(1.1, 1.1)) for s in SIZES),
-    *(Case("packed", "packed", *size, goals=(1.35, 1.4)) for size in BATCHED),
-    *(Case("lengths", "lengths", *size) for size in BATCHED),
-    *(Case("bfloat16", "lstm", *size, dtype=torch.bfloat16) for size in SIZES),
-    *(Case("decode step", "cell", 1, 1, size, size, goals=(1.8, 0.97)) for size in (256, 512)),
-    Case("decode step", "cell", 1, 32, 256, 256),
+    *(BenchCase("float32", "lstm", *size, goals=goals) for size, goals in SIZES.items()),
+    *(BenchCase("2-layer bidirectional", "lstm", *s, layers=2, bidirectional=True, goals=(1.1, 1.1)) for s in SIZES),
+    *(BenchCase("packed", "packed", *size, goals=(1.35, 1.4)) for size in BATCHED),
+    *(BenchCase("lengths", "lengths", *size) for size in BATCHED),
+    *(BenchCase("bfloat16", "lstm", *size, dtype=torch.bfloat16) for size in SIZES),
+    *(BenchCase("decode step", "cell", 1, 1, size, size, goals=(1.8, 0.97)) for size in (256, 512)),
+    BenchCase("decode step", "cell", 1, 32, 256, 256),
     *(_attention("additive", size, goal) for size, goal in ATTENTION.items()),
     _attention("dot", (32, 1, 50, 256)),
     _attention("dot", (16, 50, 50, 256)),
-    Case("other forms", "lstm", *MIDDLE, proj_size=128),
-    Case("other forms", "lstm", *MIDDLE, dtype=torch.float16),
-    Case("other forms", "lstm", *MIDDLE, dtype=torch.float64),
+    BenchCase("other forms", "lstm", *MIDDLE, proj_size=128),
+    BenchCase("other forms", "lstm", *MIDDLE, dtype=torch.float16),
+    BenchCase("other forms", "lstm", *MIDDLE, dtype=torch.float64),
 )
 
 
@@ -117,16 +115,16 @@ LAYERS = {
 }
 
 
-def _cuda_cases() -> tuple[Case, ...]:
-    """All combinations, the most telling ones first, so that a run that is cut short has what matters.
+def _cuda_cases() -> tuple[BenchCase, ...]:
+    """All combinations, the most informative ones first, so that a run that is cut short has them.
 
-    Each axis lists its values by how much they tell; a case comes the earlier, the nearer it is to the front of all.
+    Axis values are listed most informative first; cases are sorted by the sum of their axis indices.
     """
-    found = []
+    ranked = []
 
     def add(rank: int, group: str, kind: str, steps: int, batch: int, hidden: int, precision: str, **options) -> None:
         options |= PRECISIONS[precision] | {"device": "cuda"}
-        found.append((rank, Case(f"{precision} {group}", kind, steps, batch, hidden, hidden, **options)))
+        ranked.append((rank, BenchCase(f"{precision} {group}", kind, steps, batch, hidden, hidden, **options)))
 
     for rank, group, batch, hidden, precision in _ranked(LAYERS, (16, 64, 1, 128), HIDDEN_SIZES, PRECISIONS):
         add(rank, group, steps=256, batch=batch, hidden=hidden, precision=precision, **LAYERS[group])
@@ -134,116 +132,50 @@ def _cuda_cases() -> tuple[Case, ...]:
         add(rank, "decode step", "cell", 1, batch, hidden, precision)
     for rank, kind, steps, hidden, precision in _ranked(("additive", "dot"), (1, 100), (512, 256), ("bf16", "float32")):
         add(rank, f"{kind} attention", kind, steps, 32, hidden, precision, keys=100)
-    return tuple(case for _, case in sorted(found, key=lambda pair: pair[0]))
+    return tuple(case for _, case in sorted(ranked, key=lambda pair: pair[0]))
 
 
 def _ranked(*axes):
-    """All combinations, each after the sum of the places of its values on their axes."""
+    """All combinations, each behind the sum of its values' indices on their axes."""
     for pairs in itertools.product(*map(enumerate, axes)):
-        places, values = zip(*pairs, strict=True)
-        yield sum(places), *values
+        indices, values = zip(*pairs, strict=True)
+        yield sum(indices), *values
 
 
 CUDA_CASES = _cuda_cases()
-SUITES = {  # name -> cases, and what they are
+SUITES = {  # name -> cases, description
     "quick": (
         tuple(case for case in CPU_CASES if case.batch * case.steps * case.hidden_size < 6e5 and case.layers == 1),
         "the small cases, about a minute",
     ),
     "cpu": (CPU_CASES, "everything on the CPU, about six minutes"),
-    "cuda": (CUDA_CASES[:40], "the most telling cases on a GPU, some minutes"),
+    "cuda": (CUDA_CASES[:40], "the most informative cases on a GPU, some minutes"),
     "cuda-full": (CUDA_CASES, "everything on a GPU, about an hour"),
 }
 CASES = tuple(dict.fromkeys(case for cases, _ in SUITES.values() for case in cases))  # each once
 MEAN_GOALS = {("bfloat16", "inference"): 1.05, ("bfloat16", "training"): 1.4}  # of a group's geometric mean
 
 
-class PackAndPad(nn.Module):
-    """What nn.LSTM needs around it to take lengths."""
-
-    def __init__(self, lstm: nn.LSTM):
-        super().__init__()
-        self.lstm = lstm
-
-    def forward(self, input: Tensor, *, lengths: Tensor):
-        packed, states = self.lstm(pack_padded_sequence(input, lengths.cpu(), enforce_sorted=False))
-        return pad_packed_sequence(packed, total_length=input.size(0))[0], states
-
-
-class AttentionOp(nn.Module):
-    """:func:`fastseq.ops.attention` as a module; v of the additive score is its parameter."""
-
-    def __init__(self, case: Case, backend: str | None):
-        super().__init__()
-        self.options, self.backend = {"score": case.kind}, backend
-        factor = case.hidden_size**-0.5  # scores of order 1
-        if case.kind == "dot":
-            self.options["scale"] = factor
-        else:
-            self.weight = nn.Parameter(factor * torch.randn(case.hidden_size).to(case.dtype))
-
-    def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        options = self.options | {"weight": getattr(self, "weight", None)}
-        if self.backend is not None:
-            return attention(query, keys, values, **options, backend=self.backend)[0]
-        if self.options["score"] == "additive":
-            return plain_attention(query, keys, values, **options)[0]
-        heads = (x.unsqueeze(1) for x in (query, keys, values))  # one head: SDPA's fused kernels take 4 dimensions only
-        return nn.functional.scaled_dot_product_attention(*heads, scale=options["scale"]).squeeze(1)
-
-
-def make_module(case: Case, backend: str | None) -> nn.Module:
-    """The main peer for None, else fastseq's with that backend; the same weights for all."""
-    torch.manual_seed(0)
-    return _on_cpu(case, backend).to(case.device)
-
-
-def _on_cpu(case: Case, backend: str | None) -> nn.Module:
-    if case.kind in ("additive", "dot"):
-        return AttentionOp(case, backend)
-    options = {"dtype": case.dtype} if backend is None else {"dtype": case.dtype, "backend": backend}
-    if case.kind == "cell":
-        return (nn.LSTMCell if backend is None else LSTMCell)(case.input_size, case.hidden_size, **options)
-    options |= {"num_layers": case.layers, "bidirectional": case.bidirectional, "proj_size": case.proj_size}
-    module = (nn.LSTM if backend is None else LSTM)(case.input_size, case.hidden_size, **options)
-    return PackAndPad(module) if backend is None and case.kind == "lengths" else module
-
-
-def make_inputs(case: Case) -> dict[str, object]:
-    """Keyword arguments of the call, the same for every candidate; floating-point tensors require gradients."""
+def make_problem(case: BenchCase) -> Problem:
+    """The computation of a case, its inputs drawn in float32."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(case.device, case.dtype).requires_grad_()
+        return torch.randn(shape, generator=generator)
 
-    size = case.hidden_size
     if case.keys:
-        shapes = {"query": case.steps, "keys": case.keys, "values": case.keys}
-        return {name: draw(case.batch, length, size) for name, length in shapes.items()}
+        return context_problem(draw, (case.batch, case.steps, case.keys, case.hidden_size), case.kind)
     if case.kind == "cell":
-        return {"input": draw(case.batch, case.input_size), "hx": (draw(case.batch, size), draw(case.batch, size))}
-    input = draw(case.steps, case.batch, case.input_size)
-    if case.kind == "lstm":
-        return {"input": input}
-    lengths = case_lengths(case)
-    if case.kind == "lengths":
-        return {"input": input, "lengths": lengths.to(case.device)}
-    packed = pack_padded_sequence(input.detach(), lengths, enforce_sorted=False)
-    return {"input": packed._replace(data=packed.data.requires_grad_())}
+        return lstm_cell_module_problem(draw, (case.batch, case.input_size, case.hidden_size))
+    shape = (case.steps, case.batch, case.input_size, case.hidden_size)
+    options = {"num_layers": case.layers, "bidirectional": case.bidirectional, "proj_size": case.proj_size}
+    form = "full" if case.kind == "lstm" else case.kind
+    return lstm_module_problem(draw, shape, form, states=False, lengths=case_lengths(case), **options)
 
 
-def case_lengths(case: Case) -> Tensor:
+def case_lengths(case: BenchCase) -> Tensor:
     """(B,) lengths: uniform in T/5..T for the kinds "packed" and "lengths", else T."""
     if case.kind not in ("packed", "lengths"):
         return torch.full((case.batch,), case.steps)
     generator = torch.Generator().manual_seed(2)
     return torch.randint(max(1, case.steps // 5), case.steps + 1, (case.batch,), generator=generator)
-
-
-def tensors_of(result: object) -> list[Tensor]:
-    """The floating-point tensors of nested tuples and PackedSequences, in order."""
-    if isinstance(result, PackedSequence):
-        return [result.data]
-    if isinstance(result, Tensor):
-        return [result] if result.is_floating_point() else []
-    return [t for part in result or () for t in tensors_of(part)]

@@ -1,4 +1,4 @@
-"""``fastseq bench``: fastseq's backends against torch's modules, interleaved in one process, after a parity check."""
+"""``fastseq bench``: fastseq's backends against torch's modules, in turns in one process, after an accuracy check."""
 
 import argparse
 import json
@@ -12,52 +12,54 @@ from pathlib import Path
 import torch
 
 from fastseq.bench import roofline
-from fastseq.bench.baselines import PEERS, make_peers
-from fastseq.bench.cases import KINDS, MEAN_GOALS, MODES, SUITES, Case
+from fastseq.bench.baselines import BASELINES, make_baselines
+from fastseq.bench.cases import KINDS, MEAN_GOALS, MODES, SUITES, BenchCase
 from fastseq.bench.memory import Saved, measure_memory
-from fastseq.bench.timing import Problem, Timing, measure
-from fastseq.console import Bar, environment, load_average, markdown_table, quiet_torch
+from fastseq.bench.timing import Setup, Timing, measure
+from fastseq.console import Bar, chosen_names, environment, load_average, markdown_table, quiet_torch
 from fastseq.dispatch import BACKENDS
 
 EPILOG = """\
 how it measures:
-  Every candidate first passes a parity check against float64 on the very call that is timed. Then the candidates
-  take turns in one process, in an order drawn anew for each round, for --seconds per case and mode, at least 5
-  rounds. "ratio" is the median over rounds of peer time / own time in the same round: above 1 is faster than the
-  peer. "floor" is the time that the matrix products alone must take on this machine, at the peak and the cache
-  bandwidth measured in the same run. On a GPU times are those of its own events, cases named float32 multiply in full
-  float32 on both sides and those named tf32 in TF32, and the floor is a model of a Hopper (fastseq/roofline.py).
+  Every candidate first passes an accuracy check against float64 on the timed call. Then the candidates take turns in
+  one process, in a new random order each round, for --seconds per case and mode, at least 5 rounds. "ratio" is the
+  median over rounds of baseline time / own time in the same round: above 1 is faster than the baseline. "roofline" is
+  the least time of the matrix products alone, at the peak and the cache bandwidth measured in the same run. A GPU is
+  timed by its own events; there cases named float32 multiply in full float32 on both sides, those named tf32 in TF32,
+  and there is no roofline.
 
 examples:
   fastseq bench                                       # the small cases, about a minute
   fastseq bench --suite cpu --threads 1 --output cpu  # the whole table; writes cpu.json and cpu.md
   fastseq bench --suite cpu --filter "packed (50"     # cases whose name contains the text
   fastseq bench --backends native,torch --mode training
-  fastseq bench --peers all --filter decode           # more peers: loops of cells, torch.compile, onnxruntime
+  fastseq bench --baselines all --filter decode       # more baselines: loops of cells, torch.compile, onnxruntime
   fastseq bench --suite cuda --output gpu             # native, triton and auto against cuDNN, SDPA and eager torch
   fastseq bench --memory                              # bytes kept for the backward, instead of times
 
-Exit code: 0; 1 where a parity check was red, and then there is no figure; 2 for an option that does not exist.
-For figures to publish, leave the machine alone meanwhile: the header shows the load average.
+Exit code: 0; 1 if an accuracy check failed, and then that case has no figure; 2 for an option that does not exist.
+For figures to publish, run nothing else on the machine: the header shows the load average.
 """
 
 
 WRONG = "WRONG"
-MEMORY = "Storages that the forward saves for its backward, without inputs and parameters; more than 1 is less memory."
+MEMORY = (
+    "Storages that the forward saves for its backward, without inputs and parameters; a ratio above 1 saves memory."
+)
 
 
-def to_row(case: Case, train: bool, timing: Timing) -> dict:
-    """One line of the results, as it goes into JSON."""
-    floor = roofline.floor_ms(case, train) if roofline.has_floor(case) else None
+def to_row(case: BenchCase, train: bool, timing: Timing) -> dict:
+    """One row of the results, as in the JSON file."""
+    bound = roofline.roofline_ms(case, train) if roofline.has_roofline(case) else None
     return {
         "case": case.name,
         "group": case.group,
         "mode": MODES[train],
-        "peer": KINDS[case.kind][0],
+        "baseline": KINDS[case.kind][0],
         "goal": case.goals[train],
         **asdict(timing),
-        "floor_ms": floor,
-        "over_floor": None if floor is None else timing.median_ms / floor,
+        "roofline_ms": bound,
+        "over_roofline": None if bound is None else timing.median_ms / bound,
     }
 
 
@@ -65,7 +67,7 @@ def summarise(rows: list[dict]) -> list[dict]:
     """Geometric means of the ratios of each group, mode and candidate."""
     groups: dict[tuple, list[float]] = {}
     for row in rows:
-        if row["candidate"] != row["peer"]:
+        if row["candidate"] != row["baseline"]:
             groups.setdefault((row["group"], row["mode"], row["candidate"]), []).append(row["ratio"])
     return [
         {
@@ -82,18 +84,19 @@ def summarise(rows: list[dict]) -> list[dict]:
 
 
 def markdown(facts: dict, rows: list[dict], remarks: list[str]) -> str:
-    """The results as tables; ratio > 1 means faster than the peer."""
-    peers = {(row["case"], row["mode"]): row["median_ms"] for row in rows if row["candidate"] == row["peer"]}
-    header = ("case", "mode", "candidate", "served by", "peer", "peer ms", "own ms", "p20..p80", "ratio", "goal",
-              "floor ms", "own/floor")  # fmt: skip
+    """The results as tables; ratio > 1 means faster than the baseline."""
+    baseline_ms = {(r["case"], r["mode"]): r["median_ms"] for r in rows if r["candidate"] == r["baseline"]}
+    header = ("case", "mode", "candidate", "served by", "baseline", "baseline ms", "own ms", "p20..p80", "ratio",
+              "goal", "roofline ms", "own/roofline")  # fmt: skip
     lines = [
         (
-            r["case"], r["mode"], r["candidate"], r["served_by"], r["peer"], f"{peers[r['case'], r['mode']]:.3g}",
-            f"{r['median_ms']:.3g}", f"{r['p20_ms']:.3g}..{r['p80_ms']:.3g}", f"{r['ratio']:.2f}", _goal(r),
-            _figure(r["floor_ms"], ".3g"), _figure(r["over_floor"], ".2f"),
+            r["case"], r["mode"], r["candidate"], r["served_by"], r["baseline"],
+            f"{baseline_ms[r['case'], r['mode']]:.3g}", f"{r['median_ms']:.3g}",
+            f"{r['p20_ms']:.3g}..{r['p80_ms']:.3g}", f"{r['ratio']:.2f}", _goal(r),
+            _figure(r["roofline_ms"], ".3g"), _figure(r["over_roofline"], ".2f"),
         )
         for r in rows
-        if r["candidate"] != r["peer"]
+        if r["candidate"] != r["baseline"]
     ]  # fmt: skip
     means = [
         (
@@ -122,13 +125,16 @@ def _goal(row: dict) -> str:
 
 
 def noise(rows: list[dict]) -> list[str]:
-    """A remark where rows that run the peer's own kernel do not read 1.00; short calls pay for the policy and may."""
+    """A remark if rows that run the baseline's own kernel for over 1 ms deviate from a ratio of 1.00.
+
+    Shorter calls may: there the choice of the backend takes a visible part of the time.
+    """
     ratios = [row["ratio"] for row in rows if row["served_by"] == "torch" and row["median_ms"] > 1]
-    same = [ratio for ratio in ratios if not 0.95 <= ratio <= 1.05]
-    if not same:
+    off = [ratio for ratio in ratios if not 0.95 <= ratio <= 1.05]
+    if not off:
         return []
     return [
-        f"noisy: {len(same)} rows run torch's own kernel and read {min(same):.2f} to {max(same):.2f}, not 1.00; "
+        f"noisy: {len(off)} rows run torch's own kernel and read {min(off):.2f} to {max(off):.2f}, not 1.00; "
         "trust no ratio within that range, or measure again on a quiet machine"
     ]
 
@@ -140,44 +146,36 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    suites = "; ".join(f"{name}: {what}" for name, (_, what) in SUITES.items())
+    suites = "; ".join(f"{name}: {description}" for name, (_, description) in SUITES.items())
     parser.add_argument("--suite", choices=SUITES, default="quick", help=f"{suites} (default: %(default)s)")
     parser.add_argument("--filter", default="", help="only cases whose group or name contains this text")
-    parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="what to time (default: %(default)s)")
+    parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="default: %(default)s")
     parser.add_argument(
         "--backends", help=f"comma-separated, of {', '.join(BACKENDS)} (default: auto; on a GPU native,triton,auto)"
     )
     parser.add_argument(
-        "--peers",
+        "--baselines",
         default="",
-        help=f"more peers than the main one: 'all', or comma-separated of {', '.join(PEERS)} (default: none)",
+        help=f"further baselines: 'all', or comma-separated of {', '.join(BASELINES)} (default: none)",
     )
     parser.add_argument("--memory", action="store_true", help="bytes kept for the backward, instead of times")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time per case and mode (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md too")
+    parser.add_argument("--output", type=Path, help="also write OUTPUT.json and OUTPUT.md")
     return parser
 
 
-def _names(parser: argparse.ArgumentParser, option: str, given: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    names = known if given == "all" else tuple(name for name in given.split(",") if name)
-    for name in names:
-        if name not in known:
-            parser.error(f"{option}: unknown name {name!r}; choose from {', '.join(known)}")
-    return names
-
-
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[BenchCase]]:
     parser = _parser()
     args = parser.parse_args(argv)
     suite, _ = SUITES[args.suite]
     on_gpu = suite[0].device == "cuda"
     if on_gpu and not torch.cuda.is_available():
-        parser.error(f"--suite {args.suite} needs a GPU and a torch built for it; torch sees none: try --suite cpu.")
+        parser.error(f"--suite {args.suite} needs a GPU and a torch built for it; torch finds none: try --suite cpu.")
     if args.backends is None:
         args.backends = "native,triton,auto" if on_gpu else "auto"
-    args.backends = _names(parser, "--backends", args.backends, BACKENDS)
-    args.peers = _names(parser, "--peers", args.peers, tuple(PEERS))
+    args.backends = chosen_names(parser, "--backends", args.backends, BACKENDS)
+    args.baselines = chosen_names(parser, "--baselines", args.baselines, tuple(BASELINES))
     if not args.backends:
         parser.error(f"--backends: name at least one of {', '.join(BACKENDS)}")
     if args.threads is not None and args.threads < 1:
@@ -185,7 +183,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
     cases = [case for case in suite if args.filter in f"{case.group}: {case.name}"]
     if not cases:
         names = "\n  ".join(f"{case.group}: {case.name}" for case in suite)
-        parser.error(f"--filter {args.filter!r} fits none of the suite {args.suite!r}:\n  {names}")
+        parser.error(f"--filter {args.filter!r} matches no case of the suite {args.suite!r}:\n  {names}")
     return args, cases
 
 
@@ -207,19 +205,19 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def times(args: argparse.Namespace, cases: list[Case], facts: dict) -> tuple[str, dict]:
+def times(args: argparse.Namespace, cases: list[BenchCase], facts: dict) -> tuple[str, dict]:
     """Time the cases; the report as Markdown, and as data."""
     facts |= roofline.describe(cases[0].device)
     modes = (False, True) if args.mode == "both" else (args.mode == "training",)
     rows, remarks, bar = [], [], Bar(len(cases) * len(modes))
     for case in cases:
-        problem = Problem(case)
+        setup = Setup(case)
         for train in modes:
             bar.show(f"{case.name}, {MODES[train]}")
-            peers, missing = make_peers(case, train, args.peers)
-            timings, said = _unless_wrong(partial(measure, problem, args.backends, train, args.seconds, peers))
+            baselines, missing = make_baselines(setup, train, args.baselines)
+            timings, refusals = _unless_wrong(partial(measure, setup, args.backends, train, args.seconds, baselines))
             rows += [to_row(case, train, timing) for timing in timings]
-            remarks += missing + said
+            remarks += missing + refusals
             bar.step()
     bar.close()
     facts["load average at the end"] = load_average()
@@ -229,30 +227,30 @@ def times(args: argparse.Namespace, cases: list[Case], facts: dict) -> tuple[str
 
 
 def _unless_wrong(run: Callable[[], tuple[list, list[str]]]) -> tuple[list, list[str]]:
-    """What ``run`` returns; no figures and a remark, which ends in exit code 1, where its parity check is red."""
+    """Run, or give no figures and a remark, which leads to exit code 1, if the accuracy check fails."""
     try:
         return run()
     except AssertionError as error:
         return [], [f"{WRONG}, no figure: {error}"]
 
 
-def memory(args: argparse.Namespace, cases: list[Case], facts: dict) -> tuple[str, dict]:
+def memory(args: argparse.Namespace, cases: list[BenchCase], facts: dict) -> tuple[str, dict]:
     """Count the bytes that the cases keep for their backward; the report as Markdown, and as data."""
     rows, remarks, bar = [], [], Bar(len(cases))
     for case in cases:
         bar.show(case.name)
-        found, said = _unless_wrong(partial(measure_memory, Problem(case), args.backends))
-        rows += [(case, found[0], saved) for saved in found[1:]]
-        remarks += said
+        counts, refusals = _unless_wrong(partial(measure_memory, Setup(case), args.backends))
+        rows += [(case, counts[0], saved) for saved in counts[1:]]
+        remarks += refusals
         bar.step()
     bar.close()
-    header = ("case", "candidate", "served by", "peer", "peer MiB", "own MiB", "peer / own")
+    header = ("case", "candidate", "served by", "baseline", "baseline MiB", "own MiB", "baseline / own")
     table = markdown_table(header, [_memory_line(*row) for row in rows])
-    data = [asdict(saved) | {"case": case.name, "peer": peer.candidate, "peer_bytes": peer.bytes}
-            for case, peer, saved in rows]  # fmt: skip
+    data = [asdict(saved) | {"case": case.name, "baseline": baseline.candidate, "baseline_bytes": baseline.bytes}
+            for case, baseline, saved in rows]  # fmt: skip
     return _join(facts, [MEMORY, table], remarks), {"environment": facts, "memory": data, "remarks": remarks}
 
 
-def _memory_line(case: Case, peer: Saved, own: Saved) -> tuple[str, ...]:
-    sizes = (f"{peer.bytes / 2**20:.3g}", f"{own.bytes / 2**20:.3g}", f"{own.ratio:.2f}")
-    return case.name, own.candidate, own.served_by, peer.candidate, *sizes
+def _memory_line(case: BenchCase, baseline: Saved, own: Saved) -> tuple[str, ...]:
+    sizes = (f"{baseline.bytes / 2**20:.3g}", f"{own.bytes / 2**20:.3g}", f"{own.ratio:.2f}")
+    return case.name, own.candidate, own.served_by, baseline.candidate, *sizes

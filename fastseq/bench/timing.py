@@ -1,4 +1,4 @@
-"""The engine of ``fastseq bench``: a parity check, then timings in which the candidates take turns in one process."""
+"""The engine of ``fastseq bench``: an accuracy check, then timings of candidates that take turns in one process."""
 
 import random
 import statistics
@@ -10,61 +10,76 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastseq.bench.cases import KINDS, Case, make_inputs, make_module, tensors_of
+from fastseq.bench.cases import KINDS, BenchCase, make_problem
 from fastseq.dispatch import record
 from fastseq.testing.numerics import Results, compare, evaluate, float32_products, is_refusal
+from fastseq.testing.problems import Leaves, parameters_of
 
 ROUNDS = 5  # at least
-SAMPLE_MS = 3.0  # short calls are repeated for about this long between two looks at the clock
+SAMPLE_MS = 3.0  # short calls are repeated for about this long between two readings of the clock
 
 
-class Problem:
-    """Everything about one case that all candidates share: inputs, gradients of the outputs, and the float64 oracle."""
+class Setup:
+    """One case, ready to run: inputs and cotangents that all candidates share, the baseline and the float64 oracle."""
 
-    def __init__(self, case: Case):
-        self.case = case
-        self.peer = make_module(case, None)
-        self.inputs = make_inputs(case)
+    def __init__(self, case: BenchCase):
+        self.case, self.problem = case, make_problem(case)
+        self.inputs = self._inputs(case.dtype)
+        self.arguments = self.problem.arguments(self.inputs)
+        self.baseline = self.make(None)
         self._oracle: Results | None = None
-        self._baselines: dict[bool, Results] = {}
+        self._baseline_results: dict[bool, Results] = {}
         self._cotangents: list[Tensor] = []
 
+    def _inputs(self, dtype: torch.dtype) -> Leaves:
+        """Leaves of their own, rounded to the case's dtype first."""
+        rounded = {name: t.detach().to(self.case.device, self.case.dtype) for name, t in self.problem.inputs.items()}
+        return {name: t.to(dtype).requires_grad_() for name, t in rounded.items()}
+
+    def make(self, backend: str | None) -> Callable[..., object]:
+        """The baseline for None, else fastseq's module or op on that backend; modules all have the same weights."""
+        torch.manual_seed(0)
+        call = self.problem.make(backend, self.case.dtype)
+        return call.to(self.case.device) if isinstance(call, nn.Module) else call
+
     def oracle(self) -> Results:
-        """The peer in float64 on the same, already rounded numbers; outputs and gradients."""
+        """The baseline in float64 on the same, already rounded numbers; outputs and gradients."""
         if self._oracle is None:
-            self._oracle = self.run(make_module(self.case, None).double(), _wide(self.inputs))
+            call = self.make(None)
+            call = call.double() if isinstance(call, nn.Module) else call
+            self._oracle = self.run(call, self._inputs(torch.float64))
         return self._oracle
 
-    def baseline(self, train: bool) -> Results:
-        """What the peer gives in the dtype and mode that are timed: oneDNN rounds differently without gradients."""
-        if train not in self._baselines:
-            self._baselines[train] = self.run(self.peer, train=train)
-        return self._baselines[train]
+    def baseline_results(self, train: bool) -> Results:
+        """The baseline in the timed dtype and mode: oneDNN rounds differently without gradients."""
+        if train not in self._baseline_results:
+            self._baseline_results[train] = self.run(self.baseline, train=train)
+        return self._baseline_results[train]
 
-    def run(self, module: nn.Module, inputs: dict | None = None, train: bool = True) -> Results:
-        """Outputs and, in training, gradients of all inputs and parameters, under the peer's names."""
+    def leaves(self, call: Callable[..., object]) -> list[Tensor]:
+        """The shared inputs, then the parameters of this candidate."""
+        return [*self.inputs.values(), *(call.parameters() if isinstance(call, nn.Module) else ())]
+
+    def run(self, call: Callable[..., object], inputs: Leaves | None = None, train: bool = True) -> Results:
+        """Outputs and, in training, gradients of all inputs and parameters, under the baseline's names."""
         inputs = self.inputs if inputs is None else inputs
-        leaves = [*tensors_of(tuple(inputs.values())), *module.parameters()]
-        names = [f"{name} {k}" for name, value in inputs.items() for k in range(len(tensors_of(value)))]
-        names += [name for name, _ in self.peer.named_parameters()]
         with torch.set_grad_enabled(train):
-            outputs = tensors_of(module(**inputs))
-            return evaluate(
-                {f"output {k}": t for k, t in enumerate(outputs)},
-                dict(zip(names, leaves, strict=True)) if train else {},
-            )
+            outputs = self.problem.named(call(**self.problem.arguments(inputs)))
+            if not train:
+                return evaluate(outputs, {})
+            parameters = call.parameters() if isinstance(call, nn.Module) else ()
+            return evaluate(outputs, inputs | dict(zip(parameters_of(self.baseline), parameters, strict=True)))
 
-    def step(self, module: nn.Module, train: bool) -> Callable[[], None]:
-        """What is timed: a forward without gradients, or a forward and a backward from all outputs to all leaves."""
-        inputs = self.inputs
-        leaves = [*tensors_of(tuple(inputs.values())), *module.parameters()]
+    def step(self, call: Callable[..., object], train: bool) -> Callable[[], None]:
+        """The timed function: a forward without gradients, or forward and backward from all outputs to all leaves."""
+        arguments, named, leaves = self.arguments, self.problem.named, self.leaves(call)
 
         def infer() -> None:
             with torch.no_grad():
-                module(**inputs)
+                call(**arguments)
 
         def train_step() -> None:
-            outputs = tensors_of(module(**inputs))
+            outputs = list(named(call(**arguments)).values())
             if not self._cotangents:
                 self._cotangents += [torch.randn_like(t) for t in outputs]
             torch.autograd.backward(outputs, self._cotangents)
@@ -74,33 +89,22 @@ class Problem:
         return train_step if train else infer
 
 
-def _wide(value):
-    """The same nested arguments with floating-point tensors in float64, as new leaves."""
-    if isinstance(value, dict):
-        return {name: _wide(part) for name, part in value.items()}
-    if isinstance(value, Tensor):
-        return value.detach().double().requires_grad_() if value.is_floating_point() else value
-    if hasattr(value, "batch_sizes"):
-        return value._replace(data=_wide(value.data))
-    return tuple(_wide(part) for part in value)
+def check_accuracy(setup: Setup, call: Callable[..., object], train: bool) -> None:
+    """AssertionError unless ``call`` is as accurate as the baseline, both measured against float64.
 
-
-def check_parity(problem: Problem, module: nn.Module, train: bool) -> None:
-    """AssertionError unless ``module`` is as accurate as the peer, both measured against float64.
-
-    Compares what is timed: the outputs, and in training the gradients of every parameter and input.
+    Compares the results of the timed call: the outputs, and in training the gradients of every parameter and input.
     """
-    results = problem.run(module, train=train)
-    wrong = [c for c in compare(results, problem.oracle(), problem.baseline(train)) if not c.ok]
-    assert not wrong, f"{problem.case.name}: {'; '.join(map(str, wrong))}"
+    results = setup.run(call, train=train)
+    wrong = [c for c in compare(results, setup.oracle(), setup.baseline_results(train)) if not c.ok]
+    assert not wrong, f"{setup.case.name}: {'; '.join(map(str, wrong))}"
 
 
 @dataclass(frozen=True)
 class Timing:
     """One candidate of one case and mode; times in milliseconds per call.
 
-    ``ratio``: how many times as fast as the main peer, the median over rounds of peer / own. Both sides of a round meet
-    the same neighbours, so load that comes and goes cancels; in a quotient of two medians it does not.
+    ``ratio``: how many times as fast as the main baseline, the median over rounds of baseline / own. Both times of a
+    round are measured under the same load, so varying load cancels; in a quotient of two medians it does not.
     """
 
     candidate: str
@@ -113,7 +117,7 @@ class Timing:
 
 
 def wall_ms(run: Callable[[], None], calls: int) -> float:
-    """Milliseconds that ``calls`` calls take by the clock on the wall."""
+    """Milliseconds of ``calls`` calls, by the wall clock."""
     start = time.perf_counter_ns()
     for _ in range(calls):
         run()
@@ -121,7 +125,7 @@ def wall_ms(run: Callable[[], None], calls: int) -> float:
 
 
 def cuda_ms(run: Callable[[], None], calls: int) -> float:
-    """Milliseconds from the first to the last of what the calls give the GPU to do, gaps included: its own events."""
+    """Milliseconds of ``calls`` calls on the GPU, by its own events, gaps between kernels included."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
@@ -139,7 +143,7 @@ def time_interleaved(
 ) -> dict[str, list[float]]:
     """Milliseconds per call, the candidates taking turns; at least ``ROUNDS`` rounds.
 
-    Each round has an order of its own, drawn: who runs after whom, and so finds whose caches, favours none.
+    Each round has its own random order, so that no candidate always finds the caches of the same predecessor.
     """
     repeats = {name: _calls_per_sample(run, clock) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -152,76 +156,80 @@ def time_interleaved(
 
 
 def _calls_per_sample(run: Callable[[], None], clock: Callable[[Callable[[], None], int], float]) -> int:
-    """Warm up, and count how many calls fill SAMPLE_MS."""
+    """Warm up -> the number of calls that fill SAMPLE_MS."""
     for _ in range(2):
         milliseconds = clock(run, 1)
-        if milliseconds > 20 * SAMPLE_MS:  # warm or not, one call is enough
+        if milliseconds > 20 * SAMPLE_MS:  # one call is enough, warm or not
             return 1
     return max(1, round(SAMPLE_MS / milliseconds))
 
 
 class Candidate(NamedTuple):
-    """A module that passed the parity check, and who serves its call."""
+    """A module or function that passed the accuracy check, and the backend that serves its call."""
 
     name: str
-    module: nn.Module
+    call: Callable[..., object]
     served_by: str
 
 
-def candidates(problem: Problem, backends: tuple[str, ...], train: bool) -> tuple[list[Candidate], list[str]]:
-    """The main peer, then every backend that serves the case in this mode; and the refusals of the others.
+def candidates(setup: Setup, backends: tuple[str, ...], train: bool) -> tuple[list[Candidate], list[str]]:
+    """The main baseline, then every backend that serves the case in this mode; and the refusals of the others.
 
     Raises:
         AssertionError: a backend's result is wrong.
     """
-    main = KINDS[problem.case.kind][0]
-    found, remarks = [Candidate(main, problem.peer, main)], []
+    main = KINDS[setup.case.kind][0]
+    accurate, remarks = [Candidate(main, setup.baseline, main)], []
     for name in backends:
-        module = make_module(problem.case, name)
+        call = setup.make(name)
         try:
             with record() as choices:
-                check_parity(problem, module, train)
+                check_accuracy(setup, call, train)
         except RuntimeError as error:
             if not is_refusal(error):
                 raise
-            remarks.append(f"{problem.case.name}: {error}")
+            remarks.append(f"{setup.case.name}: {error}")
             continue
-        found.append(Candidate(name, module, "+".join(sorted({choice.backend for choice in choices}))))
-    return found, remarks
+        accurate.append(Candidate(name, call, "+".join(sorted({choice.backend for choice in choices}))))
+    return accurate, remarks
 
 
 def measure(
-    problem: Problem, backends: tuple[str, ...], train: bool, seconds: float, peers: dict[str, nn.Module] | None = None
+    setup: Setup,
+    backends: tuple[str, ...],
+    train: bool,
+    seconds: float,
+    baselines: dict[str, Callable[..., object]] | None = None,
 ) -> tuple[list[Timing], list[str]]:
-    """Time one case in one mode: the main peer first, then each backend that serves it, then other ``peers``.
+    """Time one case in one mode: the main baseline first, then each backend that serves it, then other ``baselines``.
 
     Returns:
-        timings and remarks: refusals of backends, and peers that are less accurate than fastseq may be.
+        timings and remarks: refusals of backends, and baselines whose error exceeds the bound.
 
     Raises:
         AssertionError: a backend's result is wrong; nothing of this case is timed then.
     """
-    with float32_products(problem.case.tf32):
-        found, remarks = candidates(problem, backends, train)
-        for name, module in (peers or {}).items():
+    with float32_products(setup.case.tf32):
+        entrants, remarks = candidates(setup, backends, train)
+        for name, call in (baselines or {}).items():
             try:
-                check_parity(problem, module, train)
+                check_accuracy(setup, call, train)
             except AssertionError as error:
-                remarks.append(f"peer {name}: {error}")
-            found.append(Candidate(name, module, name))
-        runs = {c.name: problem.step(c.module, train) for c in found}
-        return time_candidates(problem.case, found, runs, seconds), remarks
+                remarks.append(f"baseline {name}: {error}")
+            entrants.append(Candidate(name, call, name))
+        runs = {c.name: setup.step(c.call, train) for c in entrants}
+        return time_candidates(setup.case, entrants, runs, seconds), remarks
 
 
 def time_candidates(
-    case: Case, found: list[Candidate], runs: dict[str, Callable[[], None]], seconds: float
+    case: BenchCase, entrants: list[Candidate], runs: dict[str, Callable[[], None]], seconds: float
 ) -> list[Timing]:
-    """Time the ``runs`` of candidates, by name; the first one is the peer of the ratios."""
+    """Time the ``runs`` of the entrants, by name; the first one is the baseline of the ratios."""
     times = time_interleaved(runs, seconds, CLOCKS[case.device])
-    return [_timing(c.name, c.served_by, times[c.name], times[found[0].name]) for c in found]
+    return [_timing(c.name, c.served_by, times[c.name], times[entrants[0].name]) for c in entrants]
 
 
-def _timing(name: str, served_by: str, own: list[float], peer: list[float]) -> Timing:
+def _timing(name: str, served_by: str, own: list[float], baseline: list[float]) -> Timing:
     p20, *_, p80 = statistics.quantiles(own, n=5)
-    ratio = statistics.median(theirs / ours for theirs, ours in zip(peer, own, strict=True))
+    ratio = statistics.median(theirs / ours for theirs, ours in zip(baseline, own, strict=True))
     return Timing(name, served_by, statistics.median(own), p20, p80, ratio, len(own))

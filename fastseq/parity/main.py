@@ -240,9 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32,bfloat16", help=known.format(", ".join(DTYPES)))
     parser.add_argument("--op", default="all", help=known.format(", ".join(PROBLEMS)))
     parser.add_argument("--cases", choices=GRIDS, default="quick", help="grid of cases (default: %(default)s)")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="device (default: %(default)s)"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--verbose", action="store_true", help="show every case, not just the worst")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every comparison to FILE")

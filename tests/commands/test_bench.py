@@ -1,24 +1,26 @@
-"""``fastseq bench``: what it measures, and that it measures nothing that is wrong."""
+"""``fastseq bench``: its measurements, and that a wrong result gets no figure."""
 
 import json
 import sys
 from dataclasses import replace
 from functools import partial
 
+import hopper_model
 import pytest
 import torch
 
+from fastseq import ops
 from fastseq.bench import cases as bench_cases
 from fastseq.bench import main as bench
-from fastseq.bench import memory as bench_memory
-from fastseq.bench import roofline as bench_floor
-from fastseq.bench import timing as bench_engine
-from fastseq.bench.baselines import PEERS, make_peers
-from fastseq.bench.cases import CASES, SUITES, Case
-from fastseq.bench.timing import Problem, check_parity, measure, time_interleaved
+from fastseq.bench import roofline, timing
+from fastseq.bench.baselines import BASELINES, make_baselines
+from fastseq.bench.cases import CASES, SUITES, BenchCase
+from fastseq.bench.memory import saved_bytes
+from fastseq.bench.timing import Setup, check_accuracy, measure, time_interleaved
+from fastseq.testing.problems import modules
 
-TINY = Case("tiny", "lstm", 3, 2, 4, 5)
-TINY_ATTENTION = Case("tiny", "additive", 3, 2, 4, 4, keys=6)
+TINY = BenchCase("tiny", "lstm", 3, 2, 4, 5)
+TINY_ATTENTION = BenchCase("tiny", "additive", 3, 2, 4, 4, keys=6)
 KINDS = ["lstm", "packed", "lengths", "cell", "additive", "dot"]
 
 
@@ -29,50 +31,50 @@ def tiny(kind):
 @pytest.fixture
 def small(monkeypatch):
     """A suite of two cases, and no time."""
-    monkeypatch.setattr(bench_engine, "SAMPLE_MS", 1e-3)
+    monkeypatch.setattr(timing, "SAMPLE_MS", 1e-3)
     monkeypatch.setitem(SUITES, "quick", ((TINY, replace(TINY_ATTENTION, dtype=torch.bfloat16)), "for tests"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 def test_rows_name_who_served_and_the_ratio(kind, train, small):
-    (peer, ours), remarks = measure(Problem(tiny(kind)), ("reference",), train, 0.0)
-    assert (peer.candidate, peer.ratio, remarks) == (bench_cases.KINDS[kind][0], 1.0, [])
-    assert (ours.candidate, ours.served_by, ours.rounds) == ("reference", "reference", bench_engine.ROUNDS)
+    (baseline, ours), remarks = measure(Setup(tiny(kind)), ("reference",), train, 0.0)
+    assert (baseline.candidate, baseline.ratio, remarks) == (bench_cases.KINDS[kind][0], 1.0, [])
+    assert (ours.candidate, ours.served_by, ours.rounds) == ("reference", "reference", timing.ROUNDS)
     assert ours.ratio > 0
     assert ours.p20_ms <= ours.median_ms <= ours.p80_ms
 
 
-def test_served_by_is_told_of_the_mode_that_is_timed(small):
-    case = Case("", "lstm", 50, 1, 8, 8, dtype=torch.bfloat16)
+def test_served_by_belongs_to_the_timed_mode(small):
+    setup = Setup(BenchCase("", "lstm", 50, 1, 8, 8, dtype=torch.bfloat16))
     for train in (False, True):
-        module = bench_cases.make_module(case, "auto")
-        with bench_engine.record() as choices, torch.set_grad_enabled(train):
-            module(**bench_cases.make_inputs(case))
-        assert measure(Problem(case), ("auto",), train, 0.0)[0][1].served_by == choices[0].backend
+        with timing.record() as choices, torch.set_grad_enabled(train):
+            setup.make("auto")(**setup.arguments)
+        assert measure(setup, ("auto",), train, 0.0)[0][1].served_by == choices[0].backend
 
 
 def plant(kind, train, monkeypatch):
-    """fastseq's module of this kind, 0.1 % off: its first output or, in training, the gradient through it."""
+    """Replace fastseq's module of this kind by one 0.1 % off: in its first output or, in training, its gradient."""
     name = {"cell": "LSTMCell", "additive": "attention", "dot": "attention"}.get(kind, "LSTM")
-    right = getattr(bench_cases, name)
+    place = ops if name == "attention" else modules
+    right = getattr(place, name)
 
     def bent(result):
-        """The same nested result, its first tensor off by 0.1 %: in training, only its gradient."""
+        """The same nested result, its first tensor off by 0.1 %; in training, only the gradient of it."""
         first, *rest = result
         if hasattr(first, "batch_sizes"):
             return first._replace(data=bent((first.data,))[0]), *rest
         return (first + 1e-3 * (first - first.detach()) if train else first * 1.001), *rest
 
     if name == "attention":
-        monkeypatch.setattr(bench_cases, name, lambda *args, **kwargs: bent(right(*args, **kwargs)))
+        monkeypatch.setattr(place, name, lambda *args, **kwargs: bent(right(*args, **kwargs)))
     else:
 
         class Wrong(right):
             def forward(self, *args, **kwargs):
                 return bent(super().forward(*args, **kwargs))
 
-        monkeypatch.setattr(bench_cases, name, Wrong)
+        monkeypatch.setattr(place, name, Wrong)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
@@ -80,32 +82,32 @@ def plant(kind, train, monkeypatch):
 def test_no_figure_for_a_wrong_result(kind, train, small, monkeypatch):
     plant(kind, train, monkeypatch)
     with pytest.raises(AssertionError, match="exceeds"):
-        measure(Problem(tiny(kind)), ("reference",), train, 0.0)
+        measure(Setup(tiny(kind)), ("reference",), train, 0.0)
 
 
 def test_a_refusal_is_a_remark(small):
-    timings, remarks = measure(Problem(TINY), ("triton",), True, 0.0)
+    timings, remarks = measure(Setup(TINY), ("triton",), True, 0.0)
     assert len(timings) == 1
     assert len(remarks) == 1
     assert remarks[0].startswith(f"{TINY.name}: lstm: the triton backend")
 
 
 def test_ratio_is_the_median_over_rounds():
-    """A neighbour who slows whole rounds cancels, and a candidate that takes twice the time reads 0.5."""
-    assert bench_engine._timing("own", "own", [1, 10, 1, 10, 10], [2, 20, 2, 20, 20]).ratio == 2.0
-    times = time_interleaved({"peer": lambda: 4.0, "own": lambda: 8.0}, 0.0, clock=lambda run, count: count * run())
-    assert bench_engine._timing("own", "own", times["own"], times["peer"]).ratio == 0.5
+    """Load that slows whole rounds cancels, and a candidate that takes twice the time reads 0.5."""
+    assert timing._timing("own", "own", [1, 10, 1, 10, 10], [2, 20, 2, 20, 20]).ratio == 2.0
+    times = time_interleaved({"baseline": lambda: 4.0, "own": lambda: 8.0}, 0.0, clock=lambda run, count: count * run())
+    assert timing._timing("own", "own", times["own"], times["baseline"]).ratio == 0.5
 
 
 def test_candidates_take_turns(monkeypatch):
-    """Two calls to warm up, then each candidate once a round, in orders that favour none."""
+    """Two calls to warm up, then each candidate once a round, in random order."""
     calls = []
 
     def clock(run, count):
         run()
-        return bench_engine.SAMPLE_MS * count
+        return timing.SAMPLE_MS * count
 
-    monkeypatch.setattr(bench_engine, "ROUNDS", 33)
+    monkeypatch.setattr(timing, "ROUNDS", 33)
     time_interleaved({name: partial(calls.append, name) for name in "abc"}, 0.0, clock)
     assert "".join(calls[:6]) == "aabbcc"
     rounds = ["".join(calls[k : k + 3]) for k in range(6, len(calls), 3)]
@@ -114,34 +116,40 @@ def test_candidates_take_turns(monkeypatch):
     assert set(rounds) == {"abc", "acb", "bac", "bca", "cab", "cba"}
 
 
-def test_floor_counts_every_product_once(monkeypatch):
-    monkeypatch.setattr(bench_floor, "peak", lambda dtype: 1e9)
-    monkeypatch.setattr(bench_floor, "bandwidth", lambda size: 1e12)
+def test_roofline_counts_every_product_once(monkeypatch):
+    monkeypatch.setattr(roofline, "peak", lambda dtype: 1e9)
+    monkeypatch.setattr(roofline, "bandwidth", lambda size: 1e12)
     flops = 2 * 3 * 2 * (4 * 5) * (4 + 5)  # 2 T B 4H (I + H)
-    assert bench_floor.floor_ms(TINY, train=False) == pytest.approx(flops / 1e6)
-    assert bench_floor.floor_ms(TINY, train=True) == pytest.approx(3 * flops / 1e6)
+    assert roofline.roofline_ms(TINY, train=False) == pytest.approx(flops / 1e6)
+    assert roofline.roofline_ms(TINY, train=True) == pytest.approx(3 * flops / 1e6)
     stacked = replace(TINY, layers=2, bidirectional=True)
-    assert bench_floor.floor_ms(stacked, False) == pytest.approx(2 * 2 * 3 * 2 * 20 * (4 + 5 + 10 + 5) / 1e6)
+    assert roofline.roofline_ms(stacked, False) == pytest.approx(2 * 2 * 3 * 2 * 20 * (4 + 5 + 10 + 5) / 1e6)
     rows = int(bench_cases.case_lengths(replace(TINY, kind="packed")).sum())
-    assert bench_floor.floor_ms(replace(TINY, kind="packed"), False) == pytest.approx(2 * rows * 20 * 9 / 1e6)
+    assert roofline.roofline_ms(replace(TINY, kind="packed"), False) == pytest.approx(2 * rows * 20 * 9 / 1e6)
     projected = 2 * 3 * 2 * (20 * (4 + 3) + 3 * 5)
-    assert bench_floor.floor_ms(replace(TINY, proj_size=3), False) == pytest.approx(projected / 1e6)
+    assert roofline.roofline_ms(replace(TINY, proj_size=3), False) == pytest.approx(projected / 1e6)
 
 
-def test_floor_of_few_rows_is_the_reading_of_the_weights(monkeypatch):
-    monkeypatch.setattr(bench_floor, "peak", lambda dtype: 1e15)
-    monkeypatch.setattr(bench_floor, "bandwidth", lambda size: 1e9)
+def test_roofline_of_a_skinny_batch_is_the_reading_of_the_weights(monkeypatch):
+    monkeypatch.setattr(roofline, "peak", lambda dtype: 1e15)
+    monkeypatch.setattr(roofline, "bandwidth", lambda size: 1e9)
     w_ih, w_hh = 4 * 20 * 4, 4 * 20 * 5  # bytes
-    assert bench_floor.floor_ms(TINY, train=False) == pytest.approx((w_ih + 3 * w_hh) / 1e6)
-    assert bench_floor.floor_ms(TINY, train=True) == pytest.approx((3 * w_ih + 6 * w_hh + w_hh) / 1e6)
+    assert roofline.roofline_ms(TINY, train=False) == pytest.approx((w_ih + 3 * w_hh) / 1e6)
+    assert roofline.roofline_ms(TINY, train=True) == pytest.approx((3 * w_ih + 6 * w_hh + w_hh) / 1e6)
+
+
+def test_no_roofline_for_a_gpu_and_attention():
+    assert roofline.has_roofline(TINY) == hasattr(torch.ops.fastseq, "cpu_fma_chain")
+    assert not roofline.has_roofline(replace(TINY, device="cuda"))
+    assert not roofline.has_roofline(TINY_ATTENTION)
 
 
 def test_bandwidth_is_a_rate():
-    assert 1e8 < bench_floor.bandwidth(2**20) < 1e13
+    assert 1e8 < roofline.bandwidth(2**20) < 1e13
 
 
 def test_suites():
-    """Names are unique, and the suite of the CPU holds every row that the project has a goal for."""
+    """Names are unique, and the CPU suite holds every row with a goal of the project."""
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
     cpu = {case.name: case.goals for case in SUITES["cpu"][0]}
@@ -154,8 +162,8 @@ def test_suites():
     assert sum(case.group == "bfloat16" for case in SUITES["cpu"][0]) == 6
 
 
-def test_cases_of_a_gpu_come_by_what_they_tell():
-    """A run that is cut short has the middle sizes in bfloat16, of every kind; no combination is missing."""
+def test_gpu_cases_start_with_the_most_informative():
+    """A run that is cut short has every kind in bfloat16 at middle sizes; no combination is missing."""
     cases = SUITES["cuda-full"][0]
     assert SUITES["cuda"][0] == cases[:40]
     assert cases[0].name == "lstm (256, 16, 512, 512) bf16 cuda"
@@ -168,30 +176,28 @@ def test_cases_of_a_gpu_come_by_what_they_tell():
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_case_differs_in_device_alone(kind, train, small, monkeypatch):
-    """On a GPU the engine moves modules and inputs, and asks the GPU's events; here a CPU stands for it."""
-    case, calls = replace(tiny(kind), device="meta"), []
-    inputs = bench_cases.tensors_of(tuple(bench_cases.make_inputs(case).values()))
-    places = [*inputs, *bench_cases.make_module(case, None).parameters()]
-    assert {t.device.type for t in places} == {"meta"}
-    assert all(t.is_leaf and t.requires_grad for t in inputs)
+    """On a GPU the engine moves modules and inputs, and uses the GPU's events; here a CPU clock replaces them."""
+    setup, calls = Setup(replace(tiny(kind), device="meta")), []
+    assert {t.device.type for t in setup.leaves(setup.baseline)} == {"meta"}
+    assert all(t.is_leaf and t.requires_grad for t in setup.inputs.values())
 
     def clock(run, count):
         calls.append(count)
         run()
         return 5.0
 
-    monkeypatch.setitem(bench_engine.CLOCKS, "cpu", clock)
-    timings, _ = measure(Problem(tiny(kind)), ("reference",), train, 0.0)
+    monkeypatch.setitem(timing.CLOCKS, "cpu", clock)
+    timings, _ = measure(Setup(tiny(kind)), ("reference",), train, 0.0)
     assert [t.median_ms for t in timings] == [5.0, 5.0]
     assert calls
 
 
-def test_float32_products_are_set_and_given_back(small, monkeypatch):
+def test_float32_products_are_set_and_restored(small, monkeypatch):
     seen, flags = [], (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [flag.allow_tf32 for flag in flags]
-    monkeypatch.setattr(bench_engine, "check_parity", lambda *_: seen.append([flag.allow_tf32 for flag in flags]))
+    monkeypatch.setattr(timing, "check_accuracy", lambda *_: seen.append([flag.allow_tf32 for flag in flags]))
     for tf32 in (False, True):
-        measure(Problem(replace(TINY, tf32=tf32)), ("reference",), False, 0.0)
+        measure(Setup(replace(TINY, tf32=tf32)), ("reference",), False, 0.0)
     assert seen == [[False, False], [True, True]]
     assert [flag.allow_tf32 for flag in flags] == before
 
@@ -201,10 +207,10 @@ def test_no_gpu_is_a_sentence(capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(["--suite", "cuda"])
     assert stopped.value.code == 2
-    assert "--suite cuda needs a GPU and a torch built for it; torch sees none" in capsys.readouterr().err
+    assert "--suite cuda needs a GPU and a torch built for it; torch finds none" in capsys.readouterr().err
 
 
-LIMITS = {  # microseconds a step of the best design, as first derived by hand
+LIMITS = {  # microseconds per step of the best design, as first derived on paper
     ("bf16", 128): {1: 0.31, 256: 0.35},
     ("bf16", 256): {1: 0.31, 16: 0.31, 64: 0.31, 128: 0.40},
     ("bf16", 512): {1: 0.40, 16: 0.40, 64: 0.61},
@@ -218,18 +224,20 @@ LIMITS = {  # microseconds a step of the best design, as first derived by hand
 @pytest.mark.parametrize(("precision", "hidden"), LIMITS)
 def test_limit_of_a_gpu_step(precision, hidden):
     for batch, expected in LIMITS[precision, hidden].items():
-        assert bench_floor.gpu_step_us(hidden, batch, precision, saved=6) == pytest.approx(expected, abs=0.006)
+        assert hopper_model.step_us(hidden, batch, precision, saved=6) == pytest.approx(expected, abs=0.006)
 
 
 def test_limit_of_a_gpu_grows_with_the_work():
-    limit = bench_floor.gpu_limit_us
-    base = Case("", "lstm", 256, 16, 512, 512, dtype=torch.bfloat16, device="cuda")
+    limit = hopper_model.limit_us
+    base = BenchCase("", "lstm", 256, 16, 512, 512, dtype=torch.bfloat16, device="cuda")
     assert limit(base, False) < limit(base, True)
     for more in ({"steps": 512}, {"batch": 64}, {"hidden_size": 768}, {"layers": 2}, {"dtype": torch.float32}):
         assert limit(base, True) < limit(replace(base, **more), True), more
     assert limit(replace(base, kind="packed"), True) < limit(base, True)
     assert limit(replace(base, dtype=torch.float32, tf32=True), True) < limit(replace(base, dtype=torch.float32), True)
-    assert bench_floor.gpu_step_us(2048, 16, "tf32") > 64 * 2**20 / 4.3e6, "no chip keeps it: memory is read each step"
+    assert hopper_model.step_us(2048, 16, "tf32") > 64 * 2**20 / 4.3e6, (
+        "larger than any chip's registers: read from memory each step"
+    )
     for case in SUITES["cuda-full"][0]:
         assert 0 < limit(case, False) < limit(case, True)
 
@@ -253,47 +261,49 @@ def test_a_wrong_case_costs_its_figure_and_the_exit_code(capsys, small, monkeypa
         bench.main(["--seconds", "0", "--backends", "reference", "--mode", "inference"])
     assert stopped.value.code == 1
     out = capsys.readouterr().out
-    assert f"- WRONG, no figure: {TINY.name}: output 0: error" in out
+    assert f"- WRONG, no figure: {TINY.name}: output: error" in out
     assert "| reference | reference" in out, "the other case is right, and measured"
 
 
 def test_memory_is_counted_in_storages(tmp_path, capsys, small):
     weight, x, y = (torch.randn(8, 8, requires_grad=True) for _ in range(3))
     given = [weight, x, y]
-    assert bench_memory.saved_bytes(lambda: x @ weight, given) == 0
-    assert bench_memory.saved_bytes(lambda: (x * 2) @ weight, given) == 4 * 64
-    assert bench_memory.saved_bytes(lambda: (x.exp(), y.exp()), given) == 2 * 4 * 64
-    assert bench_memory.saved_bytes(lambda: (lambda h: h[:4] @ h[:, :4])(x.exp()), given) == 4 * 64, "one storage"
+    assert saved_bytes(lambda: x @ weight, given) == 0
+    assert saved_bytes(lambda: (x * 2) @ weight, given) == 4 * 64
+    assert saved_bytes(lambda: (x.exp(), y.exp()), given) == 2 * 4 * 64
+    assert saved_bytes(lambda: (lambda h: h[:4] @ h[:, :4])(x.exp()), given) == 4 * 64, "one storage"
     bench.main(["--memory", "--backends", "reference", "--output", str(tmp_path / "memory")])
-    assert "peer / own" in capsys.readouterr().out
+    assert "baseline / own" in capsys.readouterr().out
     rows = json.loads((tmp_path / "memory.json").read_text())["memory"]
     saved = {row["case"]: row["bytes"] for row in rows}
     assert saved[TINY.name] == 4 * 2 * (3 * 5 * 5 + 2 * 5), "4 activations and c of every step, h0 and c0"
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if "compiled" not in name])  # compiling takes half a minute
+@pytest.mark.parametrize(
+    "name", [name for name in BASELINES if "compiled" not in name]
+)  # compiling takes half a minute
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-def test_peers_compute_the_same(name, train):
+def test_baselines_compute_the_same(name, train):
     for kind in KINDS:
-        case = tiny(kind)
-        if PEERS[name].serves(case, train):
-            peers, remarks = make_peers(case, train, (name,))
+        if BASELINES[name].serves(tiny(kind), train):
+            setup = Setup(tiny(kind))
+            baselines, remarks = make_baselines(setup, train, (name,))
             if remarks:
                 pytest.skip(remarks[0])
-            check_parity(Problem(case), peers[name], train)
+            check_accuracy(setup, baselines[name], train)
 
 
 def test_a_missing_package_is_a_remark(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert make_peers(TINY, False, ("onnxruntime",)) == (
+    assert make_baselines(Setup(TINY), False, ("onnxruntime",)) == (
         {},
-        ["peer onnxruntime skipped: the package onnxruntime is not installed; pip install onnxruntime"],
+        ["baseline onnxruntime skipped: the package onnxruntime is not installed; pip install onnxruntime"],
     )
 
 
 def test_summary_is_the_geometric_mean():
     rows = [
-        {"group": "g", "mode": "training", "candidate": name, "peer": "nn", "ratio": ratio}
+        {"group": "g", "mode": "training", "candidate": name, "baseline": "nn", "ratio": ratio}
         for name, ratio in (("auto", 0.5), ("auto", 2.0), ("auto", 8.0), ("nn", 1.0))
     ]
     (summary,) = bench.summarise(rows)
@@ -304,9 +314,9 @@ def test_summary_is_the_geometric_mean():
     ("arguments", "sentence"),
     [
         (["--backends", "cudnn"], "unknown name 'cudnn'"),
-        (["--filter", "zzz"], "fits none"),
+        (["--filter", "zzz"], "matches no case"),
         (["--threads", "0"], "at least 1"),
-        (["--peers", "jax"], "unknown name 'jax'"),
+        (["--baselines", "jax"], "unknown name 'jax'"),
         (["--backends", ""], "at least one"),
         (["--suite", "tpu"], "invalid choice"),
     ],
