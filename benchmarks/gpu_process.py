@@ -1,4 +1,4 @@
-"""A worker process and how to ask it: a task in, rows out, or the exception that says how it was lost."""
+"""A worker process: a task in, rows out, or an exception with the reason why the worker was lost."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class Lost(Exception):
-    """The worker hung or died. ``doing``: what it had announced last; ``reason``: a sentence."""
+    """The worker hung or died. ``doing``: its last announcement; ``reason``: a sentence."""
 
     def __init__(self, doing: str, reason: str):
         super().__init__(reason)
@@ -20,14 +20,14 @@ class Lost(Exception):
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End a process that leads a session, and its children."""
+    """Kill a session leader and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 class Worker:
-    """A child process in a session of its own, so that its children end with it. What it prints goes to ``log``."""
+    """A child process in its own session, so that its children are killed with it. Its stderr goes to ``log``."""
 
     def __init__(self, command: list[str], log: Path, **environment: str):
         self._log = log.open("ab")
@@ -48,27 +48,31 @@ class Worker:
         self._lines.put(None)
 
     def ask(self, task: dict, silence: float, start: float = 0.0) -> Iterator[dict]:
-        """Yield what it tells until it is done. start: seconds that its first sign of life may take, if more.
+        """Send a task and yield the worker's messages until it reports the task done.
+
+        Args:
+            silence: seconds between two messages after which the worker counts as hung.
+            start: the same for the first message, if longer.
 
         Raises:
-            Lost: nothing came for ``silence`` seconds, and it was killed; or it ended by itself.
+            Lost: no message within the timeout, and the worker was killed; or it ended by itself.
         """
-        doing, patience = "starting", max(silence, start)
-        with contextlib.suppress(BrokenPipeError):  # it is dead, as the missing answer will tell
+        doing, timeout = "starting", max(silence, start)
+        with contextlib.suppress(BrokenPipeError):  # a dead worker: reading its answer raises Lost
             self._process.stdin.write(json.dumps(task).encode() + b"\n")
             self._process.stdin.flush()
         while True:
             try:
-                line = self._lines.get(timeout=patience)
+                line = self._lines.get(timeout=timeout)
             except queue.Empty:
                 self.kill()
-                raise Lost(doing, f"hung: nothing for {patience:.0f} s while doing {doing}; killed") from None
-            patience = silence
+                raise Lost(doing, f"hung: nothing for {timeout:.0f} s while doing {doing}; killed") from None
+            timeout = silence
             if line is None:
                 raise Lost(doing, f"died with exit code {self._process.wait()} while doing {doing}")
             try:
                 message = json.loads(line)
-            except ValueError:  # a tool around it speaks, too
+            except ValueError:  # output of a tool that wraps the worker
                 self._log.write(line)
                 continue
             if "done" in message:
@@ -77,7 +81,7 @@ class Worker:
             yield message
 
     def close(self, seconds: float) -> int | None:
-        """Let it end -> its exit code; None where it had to be killed after ``seconds``."""
+        """Close its input and wait -> its exit code; None if it was killed after ``seconds``."""
         self._process.stdin.close()
         try:
             return self._process.wait(seconds)
@@ -86,5 +90,5 @@ class Worker:
             return None
 
     def kill(self) -> None:
-        """End it and its children."""
+        """Kill it and its children."""
         end_group(self._process)

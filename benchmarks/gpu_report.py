@@ -1,4 +1,4 @@
-"""What gpu_check.py found: report.json and report.md, written anew after everything that happens."""
+"""The report of gpu_check.py: report.json and report.md, rewritten after every finding."""
 
 import json
 import time
@@ -9,12 +9,12 @@ from fastseq.console import markdown_table
 WRONG = ("WRONG", "failed", "lost", "FOUND")  # verdicts that end in exit code 1
 LEGEND = """\
 Times are medians of the GPU's own events, in microseconds per time step (decoding and attention: per step of the
-query); the candidates took turns. ratio: how many times as fast as the peer, the median over rounds. limit: a model of
-what no kernel can undercut on an H200 (fastseq/bench_floor.py). "CUDA graph": inference, replayed."""
+query); the candidates took turns. ratio: how many times as fast as the baseline, the median over rounds. limit: a
+modelled lower bound of an H200 (benchmarks/hopper_model.py). "CUDA graph": inference, replayed."""
 
 
 class Report:
-    """Everything found so far. A run that is cut keeps what it has: both files are always whole."""
+    """All findings so far. Both files are always whole, also when a run is cut."""
 
     def __init__(self, folder: Path, command: str):
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ class Report:
         self.write()
 
     def stage(self, name: str, seconds: float, note: str) -> None:
-        """A stage has ended."""
+        """Record the end of a stage."""
         self.add("stages", {"stage": name, "seconds": round(seconds, 1), "note": note})
 
     def wrong(self) -> list[dict]:
@@ -37,7 +37,7 @@ class Report:
         return [row for section in sections for row in self.data[section] if row.get("verdict") in WRONG]
 
     def write(self) -> None:
-        """Both files, each put in its place when it is whole."""
+        """Write both files, each beside its place first, then moved there."""
         self.data["seconds"] = round(time.monotonic() - self._start, 1)
         for name, text in (("report.json", json.dumps(self.data, indent=1) + "\n"), ("report.md", self.markdown())):
             partial = self.folder / f"{name}.partial"
@@ -50,7 +50,7 @@ class Report:
     def markdown(self) -> str:
         """The report as tables."""
         data = self.data
-        state = "" if data["finished"] else " (not finished: what follows is what there was)"
+        state = "" if data["finished"] else " (not finished: the findings until then)"
         title = "GPU check" + (", simulated: its times mean nothing" if "simulation" in self._facts() else "")
         facts = "\n".join(f"- {key}: {value}" for key, value in self._facts().items())
         stages = [(s["stage"], f"{s['seconds']}", s["note"]) for s in data["stages"]]
@@ -109,8 +109,10 @@ def parity_lines(rows: list[dict]) -> list[tuple[str, ...]]:
 
 def refusals(rows: list[dict]) -> list[tuple[str, ...]]:
     """Each sentence once."""
-    said = {(row.get("backend") or row.get("candidate"), row["detail"]) for row in rows if row["verdict"] == "refused"}
-    return [(backend, _short(sentence)) for backend, sentence in sorted(said)]
+    sentences = {
+        (row.get("backend") or row.get("candidate"), row["detail"]) for row in rows if row["verdict"] == "refused"
+    }
+    return [(backend, _short(sentence)) for backend, sentence in sorted(sentences)]
 
 
 BENCH = (
@@ -118,8 +120,8 @@ BENCH = (
     "mode",
     "candidate",
     "served by",
-    "peer",
-    "peer µs",
+    "baseline",
+    "baseline µs",
     "own µs",
     "p20..p80",
     "ratio",
@@ -129,16 +131,17 @@ BENCH = (
 
 
 def bench_lines(rows: list[dict]) -> list[tuple[str, ...]]:
-    """A line for each candidate that was timed, beside its peer."""
+    """A line for each candidate that was timed, beside its baseline."""
     timed = [row for row in rows if "us_per_step" in row]
-    peers = {(row["case"], row["mode"]): row["us_per_step"] for row in timed if row["candidate"] == row["peer"]}
+    baselines = {(r["case"], r["mode"]): r["us_per_step"] for r in timed if r["candidate"] == r["baseline"]}
     lines = []
     for row in timed:
-        if row["candidate"] == row["peer"]:
+        if row["candidate"] == row["baseline"]:
             continue
         steps = 1e3 * row["median_ms"] / row["us_per_step"]
         spread = "..".join(f"{1e3 * row[k] / steps:.3g}" for k in ("p20_ms", "p80_ms"))
         limit = [f"{row[k]:.3g}" if k in row else "–" for k in ("limit_us_per_step", "over_limit")]
-        times = (f"{peers[row['case'], row['mode']]:.3g}", f"{row['us_per_step']:.3g}", spread, f"{row['ratio']:.2f}")
-        lines.append((row["case"], row["mode"], row["candidate"], row["served_by"], row["peer"], *times, *limit))
+        baseline = baselines[row["case"], row["mode"]]
+        times = (f"{baseline:.3g}", f"{row['us_per_step']:.3g}", spread, f"{row['ratio']:.2f}")
+        lines.append((row["case"], row["mode"], row["candidate"], row["served_by"], row["baseline"], *times, *limit))
     return lines

@@ -18,7 +18,7 @@ PROBLEMS = {
 
 
 @dataclass(frozen=True)
-class Case:
+class ParityCase:
     """One point of the grid.
 
     Attributes:
@@ -37,7 +37,7 @@ class Case:
         return ", ".join(parts + ["slices"] * self.slices)
 
 
-def _quick() -> list[Case]:
+def _quick() -> list[ParityCase]:
     cell = [dict(shape=s) for s in ((1, 1), (3, 257), (2, 3, 7))] + [dict(shape=(4, 5), spread=100.0)]
     sequence = [
         dict(shape=(1, 1, 1, 1)),
@@ -65,13 +65,13 @@ def _quick() -> list[Case]:
         dict(shape=(2, 9, 70, 33), score="additive", padding="lengths"),
     ]
     grid = {"lstm_cell": cell, "lstm": sequence, "attention": attentions, **_quick_modules()}
-    cases = [Case(op, options) for op, several in grid.items() for options in several]
+    cases = [ParityCase(op, options) for op, several in grid.items() for options in several]
     sliced = {
         "lstm_cell": [cell[2]],
         "lstm": [sequence[k] for k in (2, 5, 8)],
         "attention": [attentions[2], attentions[4]],
     }
-    return cases + [Case(op, options, slices=True) for op, several in sliced.items() for options in several]
+    return cases + [ParityCase(op, options, slices=True) for op, several in sliced.items() for options in several]
 
 
 def _quick_modules() -> dict[str, list[dict]]:
@@ -104,7 +104,7 @@ def _quick_modules() -> dict[str, list[dict]]:
     }
 
 
-def _full() -> list[Case]:
+def _full() -> list[ParityCase]:
     """Sixty draws of every option of each op, and twenty of each module; always the same ones."""
     both = (False, True)
     axes = {
@@ -139,7 +139,7 @@ def _full() -> list[Case]:
         for row in generator.sample(rows, min(count, len(rows))):
             if row.get("proj_size", 0) and row["proj_size"] >= row["shape"][-1]:
                 row["proj_size"] = 0
-            cases.append(Case(op, row, slices=op.islower() and generator.random() < 0.5))
+            cases.append(ParityCase(op, row, slices=op.islower() and generator.random() < 0.5))
     saturated = [
         dict(shape=(3, 2, 6, 63), form="lengths", reverse=True),
         dict(shape=(2, 67, 5, 16), form="packed"),
@@ -151,8 +151,13 @@ def _full() -> list[Case]:
         dict(shape=(3, 1, 17, 257), score="normed_additive", padding="mask", one_step=True),
         dict(shape=(2, 20, 130, 33), score="dot", padding="step_mask"),
     ]
-    named = [Case("lstm", options | {"spread": 100.0}) for options in saturated]
-    return _quick() + cases + named + [Case("attention", options | {"spread": 100.0}) for options in saturated_scores]
+    named = [ParityCase("lstm", options | {"spread": 100.0}) for options in saturated]
+    return (
+        _quick()
+        + cases
+        + named
+        + [ParityCase("attention", options | {"spread": 100.0}) for options in saturated_scores]
+    )
 
 
 GRIDS = {"quick": _quick, "full": _full}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastseq.console import Bar, chosen_names, environment, markdown_table, quiet_torch
 from fastseq.dispatch import BACKENDS
-from fastseq.parity.cases import GRIDS, PROBLEMS, Case
+from fastseq.parity.cases import GRIDS, PROBLEMS, ParityCase
 from fastseq.testing.numerics import (
     Comparison,
     Results,
@@ -74,7 +74,7 @@ def of_bound(c: Comparison) -> float:
 
 
 def check(
-    case: Case,
+    case: ParityCase,
     dtype: torch.dtype,
     backends: tuple[str, ...],
     device: str = "cpu",
@@ -117,7 +117,9 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _row(case: Case, dtype: torch.dtype, backend: str, draws: list, oracle: dict, baseline: dict, device: str) -> Row:
+def _row(
+    case: ParityCase, dtype: torch.dtype, backend: str, draws: list, oracle: dict, baseline: dict, device: str
+) -> Row:
     key = (case.op, case.name, str(dtype).removeprefix("torch."), backend)
     comparisons = []
     try:
@@ -134,7 +136,7 @@ def _row(case: Case, dtype: torch.dtype, backend: str, draws: list, oracle: dict
     return Row(*key, comparisons)
 
 
-def _well_conditioned(case: Case) -> bool:
+def _well_conditioned(case: ParityCase) -> bool:
     """True if 64 roundings bound the gradients in float64, which has no wider oracle.
 
     False for saturated cells, where 1 - tanh(x)^2 cancels, and for the many operations of a whole model.
@@ -142,7 +144,7 @@ def _well_conditioned(case: Case) -> bool:
     return case.options.get("spread", 1.0) == 1.0 and case.op != "Seq2Seq"
 
 
-def _draws(case: Case) -> list[tuple[Problem, Leaves]]:
+def _draws(case: ParityCase) -> list[tuple[Problem, Leaves]]:
     """Several draws in float64, to be compared together: in a few elements torch's rounding errors may cancel."""
 
     def drawn(seed: int) -> tuple[Problem, Leaves]:
@@ -163,7 +165,7 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def _run(draws: list, backend: str | None, dtype: torch.dtype, case: Case, train: bool, device: str) -> Results:
+def _run(draws: list, backend: str | None, dtype: torch.dtype, case: ParityCase, train: bool, device: str) -> Results:
     """The results of all draws, stacked, on the CPU; ``backend`` None: plain torch."""
     results = []
     for problem, values in draws:

@@ -1,4 +1,4 @@
-"""``benchmarks/gpu_check.py``: the whole command without a GPU, and what it does when things go wrong."""
+"""``benchmarks/gpu_check.py``: the whole command without a GPU, and its behaviour at failures."""
 
 import importlib.util
 import json
@@ -57,7 +57,7 @@ def test_the_simulated_command_walks_everything(tmp_path):
 
 
 def test_a_cut_run_leaves_whole_files(tmp_path):
-    """Killed in the middle of the parity stage: what was found until then is there."""
+    """Killed in the middle of the parity stage: the findings until then are kept."""
     process = start("--out", tmp_path, "--minutes", 5, "--only", "parity", FASTSEQ_SIM="1", OMP_NUM_THREADS="1")
     while process.poll() is None and not ((tmp_path / "report.json").exists() and read(tmp_path)["parity"]):
         time.sleep(0.02)
@@ -74,7 +74,23 @@ def test_without_a_gpu_it_says_so(tmp_path):
     process = start("--out", tmp_path)
     out, told = process.communicate()
     assert (process.returncode, out) == (2, "")
-    assert told == "gpu_check: torch sees no GPU here; FASTSEQ_SIM=1 walks the command without one.\n"
+    assert told == "gpu_check: torch finds no GPU here; FASTSEQ_SIM=1 runs the command without one.\n"
+
+
+@pytest.mark.parametrize("name", ["gpu_check", "gpu_worker"])
+def test_a_bare_checkout_is_enough(name, tmp_path):
+    """The command and its worker import fastseq from their own checkout; -S skips .pth files, so editable installs."""
+    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTSEQ_")}
+    environment["PYTHONPATH"] = os.pathsep.join(packages)
+    folder = ROOT / "benchmarks"
+    location = f"import sys; sys.path.insert(0, {str(folder)!r}); import {name}, fastseq; print(fastseq.__file__)"
+    script = [str(folder / f"{name}.py"), *(["--help"] if name == "gpu_check" else [])]
+    for arguments in (["-c", location], script):
+        command = [sys.executable, "-S", *arguments]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, input="", capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert arguments is script or Path(done.stdout.strip()) == ROOT / "fastseq" / "__init__.py"
 
 
 def test_help_teaches():
@@ -101,14 +117,14 @@ for line in sys.stdin:
                 FATE
             who = {"backend": backend, "candidate": backend}
             tell({"row": about | who | {"verdict": "ok", "of_bound": 0.5, "detail": ""}})
-    print("not JSON: a tool around it speaks")
+    print("not JSON: output of a tool that wraps the worker")
     tell({"done": True})
 """
 
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
-    """Puts a script in the place of the worker; its ``fate`` is what native comes to."""
+    """Replace the worker by a script whose native backend ends in ``fate``."""
 
     def replace(fate: str, *arguments: str) -> None:
         script = tmp_path / "stub.py"
@@ -127,9 +143,9 @@ FATES = {"time.sleep(99)": "hung: nothing for 3 s while doing native; killed",
 
 @pytest.mark.parametrize("fate", FATES)
 @pytest.mark.parametrize("stage", ["parity", "bench"])
-def test_a_worker_that_is_lost_costs_what_it_did_only(stage, fate, stub, tmp_path, capsys):
+def test_a_lost_worker_costs_its_own_task_only(stage, fate, stub, tmp_path, capsys):
     stub(fate)
-    silence = "3" if "sleep" in fate else "60"  # a stub that works may be slow, too
+    silence = "3" if "sleep" in fate else "60"  # a working stub may be slow, too
     code = gpu_check.main(["--out", str(tmp_path), "--only", stage, "--silence", silence, "--minutes", "60"])
     assert code == 1
     rows = read(tmp_path)[stage]
@@ -226,7 +242,7 @@ TOOLS = {
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_sanitizers(name, stub, tmp_path, monkeypatch):
-    """A finding counts; a tool that refuses is told."""
+    """A finding counts; a tool that refuses is reported."""
     stub("pass")
     script, verdict, wrong = TOOLS[name]
     tool = tmp_path / "bin" / "compute-sanitizer"
@@ -274,7 +290,7 @@ def test_latencies_become_rows(tmp_path, monkeypatch, stub):
     program.chmod(0o755)
     check = gpu_check.Check(gpu_check.parse(["--out", str(tmp_path / "out")]), "")
     assert gpu_check.measure_latencies(check) == "exit code 1: st.async: trapped"
-    assert check.report.data["latencies"] == [row], "what came before is kept"
+    assert check.report.data["latencies"] == [row], "rows before the failure are kept"
 
 
 def test_the_report_survives_odd_text(tmp_path):

@@ -10,7 +10,7 @@ from fastseq.ops.attention import reference as attention_reference
 from fastseq.ops.lstm import reference as lstm_reference
 from fastseq.ops.lstm_cell import reference as cell_reference
 from fastseq.parity import main as parity
-from fastseq.parity.cases import GRIDS, PROBLEMS, Case
+from fastseq.parity.cases import GRIDS, PROBLEMS, ParityCase
 from fastseq.testing.numerics import is_refusal
 
 QUICK = GRIDS["quick"]()
@@ -62,7 +62,7 @@ def test_full_grid_can_be_drawn():
     assert full[: len(QUICK)] == QUICK
     assert len(full) > 4 * len(QUICK)
     for case in full[len(QUICK) :: 7]:
-        assert parity._problems(case)
+        assert parity._draws(case)
 
 
 def wrong_gate_order(original):
@@ -194,7 +194,7 @@ def test_a_failing_kernel_is_no_refusal(monkeypatch):
     def broken(*args):
         raise RuntimeError("out of registers")
 
-    case = Case("lstm_cell", {"shape": (2, 3)})
+    case = ParityCase("lstm_cell", {"shape": (2, 3)})
     monkeypatch.setattr(cell_reference, "forward", broken)
     (row,) = parity.check(case, torch.float32, ("reference",))
     assert (row.ok, row.refusal, row.failure) == (False, "", "RuntimeError: out of registers")
