@@ -1,4 +1,4 @@
-"""A model of a Hopper GPU, from published measurements: the time below which no known design runs a case."""
+"""A model of a Hopper GPU, from published measurements: a lower bound on a case's time."""
 
 import math
 from collections import Counter

@@ -52,12 +52,16 @@ class Bar:
         return f"{self.done}/{self.total}{left}"
 
 
-def chosen_names(parser: argparse.ArgumentParser, option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Split a comma-separated option, "all" for every known name; exit with a sentence at an unknown one."""
+def chosen_names(
+    parser: argparse.ArgumentParser, option: str, text: str, known: tuple[str, ...], required: bool = True
+) -> tuple[str, ...]:
+    """Split a comma-separated option, "all" for every known name; exit with a sentence at an unknown one or none."""
     names = known if text == "all" else tuple(name for name in text.split(",") if name)
     for name in names:
         if name not in known:
             parser.error(f"{option}: unknown name {name!r}; choose 'all' or some of {', '.join(known)}")
+    if required and not names:
+        parser.error(f"{option}: name at least one of {', '.join(known)}")
     return names
 
 

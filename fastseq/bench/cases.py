@@ -34,7 +34,7 @@ class BenchCase:
             values.
         keys: S, attention only.
         tf32: allow TF32 in float32 products on a GPU; else they are full float32.
-        goals: ratios that the project aims at, for inference and training; under 0.97 the user loses.
+        goals: ratios that the project aims at, for inference and training; below 0.97 the user loses time.
     """
 
     group: str

@@ -32,7 +32,7 @@ class Setup:
         self._cotangents: list[Tensor] = []
 
     def _inputs(self, dtype: torch.dtype) -> Leaves:
-        """Leaves of their own, rounded to the case's dtype first."""
+        """The problem's inputs as new leaves of ``dtype``, rounded to the case's dtype first."""
         rounded = {name: t.detach().to(self.case.device, self.case.dtype) for name, t in self.problem.inputs.items()}
         return {name: t.to(dtype).requires_grad_() for name, t in rounded.items()}
 

@@ -1,4 +1,4 @@
-"""The float64 rule: how tests, benchmarks and ``fastseq parity`` decide that a result is right.
+"""The float64 rule, by which tests, benchmarks and ``fastseq parity`` judge a result.
 
 A tolerance is derived, not chosen: the error against float64 may be at most ``factor`` times the error of torch's own
 computation in the same dtype, plus one rounding of the largest value.
@@ -24,12 +24,12 @@ def max_error(actual: Tensor, oracle: Tensor) -> float:
 
 
 def bound(oracle: Tensor, torch_error: float, dtype: torch.dtype, factor: float = 2.0) -> float:
-    """``factor * torch_error + eps(dtype) * max|oracle|``: what a kernel of this dtype may be off by.
+    """``factor * torch_error + eps(dtype) * max|oracle|``: the largest allowed error of a kernel of this dtype.
 
-    A ``torch_error`` that is not finite says nothing and counts as 0: where torch overflows, a kernel need not.
+    A ``torch_error`` that is not finite counts as 0: where torch overflows, a kernel need not.
 
-    In float64 the oracle is no wider than the result, and its own roundings count: sums of a few hundred terms through
-    a few dozen operations, taken as 64 roundings, where that is more.
+    In float64 the oracle is no wider than the result, so its roundings count, too: at least 64, for sums of a few
+    hundred terms through a few dozen operations.
     """
     eps, largest = torch.finfo(dtype).eps, _largest(oracle)
     allowed = factor * _finite(torch_error) + eps * largest
@@ -45,7 +45,7 @@ def _largest(t: Tensor) -> float:
 
 
 class Results(NamedTuple):
-    """What a computation gave: outputs and gradients by name."""
+    """Outputs and gradients of a computation, by name."""
 
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
@@ -78,10 +78,10 @@ class Comparison(NamedTuple):
 
 
 def evaluate(outputs: dict[str, Tensor], leaves: dict[str, Tensor], strided: bool = False) -> Results:
-    """Outputs, and the gradients at ``leaves`` of a loss in which every output element has a factor of its own.
+    """Outputs, and the gradients at ``leaves`` of a loss that weights every output element by its own factor.
 
-    The factors hold in bfloat16, so that they are the same in every dtype and on every device. ``strided``: they come
-    transposed in memory. A leaf without influence gets a gradient of zeros.
+    The factors are bfloat16 numbers, so that they are the same in every dtype and on every device. ``strided``: they
+    are transposed in memory. A leaf without influence gets a gradient of zeros.
     """
     if not leaves:
         return Results(outputs, {})
@@ -98,15 +98,14 @@ def evaluate(outputs: dict[str, Tensor], leaves: dict[str, Tensor], strided: boo
 
 
 def compare(actual: Results, oracle: Results, baseline: Results) -> list[Comparison]:
-    """THE comparison, of tests, benchmarks and ``fastseq parity``: each result of ``actual`` by the float64 rule.
+    """Judge each result of ``actual`` by the float64 rule: factor 2 for outputs, 3 for gradients.
 
-    Factor 2 for outputs, 3 for gradients. Only what ``actual`` has is compared: no gradients of an inference.
+    The one comparison of tests, benchmarks and ``fastseq parity``. Without gradients in ``actual``, outputs only.
     """
-    gradients = {f"grad {name}": t for name, t in actual.gradients.items()}
-    wanted, plain = ({f"grad {n}": t for n, t in r.gradients.items()} for r in (oracle, baseline))
+    gradients = [{f"grad {n}": t for n, t in r.gradients.items()} for r in (actual, oracle, baseline)]
     return [
         *compare_group(actual.outputs, oracle.outputs, baseline.outputs, factor=2.0),
-        *(compare_group(gradients, wanted, plain, factor=3.0) if gradients else ()),
+        *(compare_group(*gradients, factor=3.0) if actual.gradients else ()),
     ]
 
 
@@ -115,8 +114,8 @@ def compare_group(
 ) -> list[Comparison]:
     """Compare a group of results of one computation.
 
-    In a result of a few elements torch's own error is a matter of luck: it may be 0. There the largest error of the
-    group, relative to the size of the result it occurs in, stands for all results under ``SMALL`` elements.
+    In a result of a few elements torch's rounding errors may cancel, even to 0. For results under ``SMALL`` elements
+    the group's largest relative error (error / max|oracle|) replaces a smaller one.
     """
     errors = {name: _finite(max_error(baseline[name], want)) for name, want in oracle.items()}
     relative = max((errors[n] / _largest(want) for n, want in oracle.items() if _largest(want)), default=0.0)
@@ -151,7 +150,7 @@ def assert_accurate(
         oracle: the same result computed in float64 from the same (already rounded) inputs.
         baseline: torch's own result in the dtype of ``actual``.
         factor: 2 for outputs, 3 for gradients.
-        name: what is compared, for the message.
+        name: the result's name in the message.
 
     Raises:
         AssertionError: shape, dtype or accuracy differ.
@@ -169,7 +168,7 @@ def assert_all_accurate(
 
 
 def is_refusal(error: RuntimeError) -> bool:
-    """Whether this is a backend that says why it cannot serve a call, and not a failure of one that tried."""
+    """True for the refusal of a call by dispatch.select, False for a failure while a backend ran."""
     frame = error.__traceback__
     while frame.tb_next is not None:
         frame = frame.tb_next
@@ -178,9 +177,9 @@ def is_refusal(error: RuntimeError) -> bool:
 
 @contextlib.contextmanager
 def nan_filled_memory() -> Iterator[None]:
-    """New memory holds NaN, so that what a kernel forgets to write is no lucky zero."""
+    """Fill new memory with NaN in this block, so that elements that a kernel does not write are seen."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # for the filling alone; CUDA would refuse some ops
+    torch.use_deterministic_algorithms(True, warn_only=True)  # only for the filling; CUDA would refuse some ops
     try:
         yield
     finally:
@@ -189,7 +188,7 @@ def nan_filled_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def float32_products(tf32: bool) -> Iterator[None]:
-    """On CUDA: float32 products of cuBLAS, cuDNN and fastseq in TF32, or in full. torch's default is a mixture."""
+    """On CUDA: float32 products of cuBLAS, cuDNN and fastseq in TF32, or in full. torch's default mixes both."""
     flags = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [flag.allow_tf32 for flag in flags]
     for flag in flags:

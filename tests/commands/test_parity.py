@@ -1,4 +1,4 @@
-"""``fastseq parity``: every op and module over the quick grid, and that the command sees what is wrong."""
+"""``fastseq parity``: every op and module over the quick grid, and planted errors that it must report."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_quick_grid(case, dtype):
 
 
 def test_every_backend_is_compared():
-    """Each kernel of the table runs somewhere in the grid, unless it is missing here."""
+    """Each backend of each op runs somewhere in the grid, unless it is missing here."""
     first = {case.op: case for case in reversed(QUICK)}
     served = {
         (row.op, row.backend)
@@ -142,7 +142,9 @@ BUGS = [
 @pytest.mark.parametrize(("op", "module", "function", "bug"), BUGS, ids=lambda v: getattr(v, "__name__", v))
 def test_planted_bugs_end_in_exit_code_1(op, module, function, bug, monkeypatch, capsys):
     monkeypatch.setattr(module, function, bug(getattr(module, function)))
-    several = [case for case in QUICK if case.op not in ("lstm", "attention") or "lengths" in case.name]  # it is enough
+    several = [
+        case for case in QUICK if case.op not in ("lstm", "attention") or "lengths" in case.name
+    ]  # these suffice
     monkeypatch.setitem(parity.GRIDS, "quick", lambda: several)
     with pytest.raises(SystemExit) as stopped:
         parity.main(["--backend", "reference,torch", "--dtype", "float32", "--op", op])
@@ -153,7 +155,7 @@ def test_planted_bugs_end_in_exit_code_1(op, module, function, bug, monkeypatch,
 
 
 def test_command(tmp_path, capsys):
-    """Refusals are told and are no failure; JSON has every comparison."""
+    """Refusals are listed and are no failure; JSON has every comparison."""
     path = tmp_path / "new" / "parity.json"
     parity.main(["--backend", "reference,triton", "--dtype", "float32", "--op", "lstm_cell", "--json", str(path)])
     out = capsys.readouterr().out
@@ -172,6 +174,7 @@ def test_command(tmp_path, capsys):
     ("arguments", "sentence"),
     [
         (["--backend", "cudnn"], "--backend: unknown name 'cudnn'"),
+        (["--backend", ""], "--backend: name at least one of auto"),
         (["--dtype", "int8"], "--dtype: unknown name 'int8'"),
         (["--op", "gru"], "--op: unknown name 'gru'"),
         (["--cases", "all"], "invalid choice"),
@@ -206,20 +209,22 @@ def test_a_failing_kernel_is_no_refusal(monkeypatch):
     assert not is_refusal(caught.value)
 
 
-def test_a_failure_of_torch_is_told_and_ends_nothing(monkeypatch):
+def test_a_failure_of_torch_is_reported_and_the_next_case_runs(monkeypatch):
     def broken(*args):
         raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
 
     monkeypatch.setattr(torch._VF, "lstm", broken)
     case = next(case for case in QUICK if case.op == "lstm")
     rows = parity.check(case, torch.float32, ("reference", "native"))
-    told = "torch's own computation: RuntimeError: CUDNN_STATUS_NOT_SUPPORTED"
-    assert [(row.backend, row.ok, row.failure) for row in rows] == [("reference", False, told), ("native", False, told)]
+    failure = "torch's own computation: RuntimeError: CUDNN_STATUS_NOT_SUPPORTED"
+    assert [(row.backend, row.ok, row.failure) for row in rows] == [
+        (b, False, failure) for b in ("reference", "native")
+    ]
 
 
 @pytest.mark.parametrize("case", [c for c in QUICK if c.op == "lstm" and c.slices][:2], ids=lambda case: case.name)
 def test_torchs_own_lstm_is_called_as_cudnn_wants_it(case, monkeypatch):
-    """States in one piece, and training wherever gradients are to follow: a CPU would not mind."""
+    """Contiguous states, and training=True wherever gradients follow; a CPU requires neither."""
     right, calls = torch._VF.lstm, []
 
     def kernel(input, hx, weights, bias, layers, dropout, training, *rest):
