@@ -1,6 +1,6 @@
 """``fastseq bench --memory``: bytes that autograd keeps from a forward for its backward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +20,7 @@ class Saved:
     ratio: float
 
 
-def saved_bytes(call: Callable[[], object], given: list[Tensor]) -> int:
+def saved_bytes(call: Callable[[], object], given: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages that ``call`` saves for the backward and that belong to no tensor of ``given``.
 
     Saved outputs are counted, too: they stay alive with the graph.
@@ -41,5 +41,5 @@ def saved_bytes(call: Callable[[], object], given: list[Tensor]) -> int:
 def measure_memory(setup: Setup, backends: tuple[str, ...]) -> tuple[list[Saved], list[str]]:
     """The main baseline first, then each backend that serves the case; and the refusals of the others."""
     entrants, remarks = candidates(setup, backends, train=True)
-    counts = [saved_bytes(partial(c.call, **setup.arguments), setup.leaves(c.call)) for c in entrants]
+    counts = [saved_bytes(partial(c.call, **setup.arguments), setup.leaves(c.call).values()) for c in entrants]
     return [Saved(c.name, c.served_by, n, counts[0] / n) for c, n in zip(entrants, counts, strict=True)], remarks

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -24,17 +25,12 @@ class Setup:
 
     def __init__(self, case: BenchCase):
         self.case, self.problem = case, make_problem(case)
-        self.inputs = self._inputs(case.dtype)
+        inputs = self.problem.inputs.items()
+        self.inputs = {name: t.to(case.device, case.dtype).requires_grad_() for name, t in inputs}
         self.arguments = self.problem.arguments(self.inputs)
         self.baseline = self.make(None)
-        self._oracle: Results | None = None
         self._baseline_results: dict[bool, Results] = {}
         self._cotangents: list[Tensor] = []
-
-    def _inputs(self, dtype: torch.dtype) -> Leaves:
-        """The problem's inputs as new leaves of ``dtype``, rounded to the case's dtype first."""
-        rounded = {name: t.detach().to(self.case.device, self.case.dtype) for name, t in self.problem.inputs.items()}
-        return {name: t.to(dtype).requires_grad_() for name, t in rounded.items()}
 
     def make(self, backend: str | None) -> Callable[..., object]:
         """The baseline for None, else fastseq's module or op on that backend; modules all have the same weights."""
@@ -42,44 +38,41 @@ class Setup:
         call = self.problem.make(backend, self.case.dtype)
         return call.to(self.case.device) if isinstance(call, nn.Module) else call
 
+    @cached_property
     def oracle(self) -> Results:
-        """The baseline in float64 on the same, already rounded numbers; outputs and gradients."""
-        if self._oracle is None:
-            call = self.make(None)
-            call = call.double() if isinstance(call, nn.Module) else call
-            self._oracle = self.run(call, self._inputs(torch.float64))
-        return self._oracle
+        """Plain torch in float64 on the same, already rounded numbers; outputs and gradients."""
+        leaves = {name: t.detach().double().requires_grad_() for name, t in self.leaves(self.baseline).items()}
+        with torch.enable_grad():
+            return evaluate(self.problem.run(leaves, None), leaves)
 
     def baseline_results(self, train: bool) -> Results:
         """The baseline in the timed dtype and mode: oneDNN rounds differently without gradients."""
         if train not in self._baseline_results:
-            self._baseline_results[train] = self.run(self.baseline, train=train)
+            self._baseline_results[train] = self.run(self.baseline, train)
         return self._baseline_results[train]
 
-    def leaves(self, call: Callable[..., object]) -> list[Tensor]:
-        """The shared inputs, then the parameters of this candidate."""
-        return [*self.inputs.values(), *(call.parameters() if isinstance(call, nn.Module) else ())]
+    def leaves(self, call: Callable[..., object]) -> Leaves:
+        """The shared inputs, then the parameters of this candidate under the baseline's names."""
+        parameters = call.parameters() if isinstance(call, nn.Module) else ()
+        return self.inputs | dict(zip(parameters_of(self.baseline), parameters, strict=True))
 
-    def run(self, call: Callable[..., object], inputs: Leaves | None = None, train: bool = True) -> Results:
-        """Outputs and, in training, gradients of all inputs and parameters, under the baseline's names."""
-        inputs = self.inputs if inputs is None else inputs
+    def run(self, call: Callable[..., object], train: bool) -> Results:
+        """Outputs and, in training, gradients of all inputs and parameters."""
         with torch.set_grad_enabled(train):
-            outputs = self.problem.named(call(**self.problem.arguments(inputs)))
-            if not train:
-                return evaluate(outputs, {})
-            parameters = call.parameters() if isinstance(call, nn.Module) else ()
-            return evaluate(outputs, inputs | dict(zip(parameters_of(self.baseline), parameters, strict=True)))
+            outputs = self.problem.named(call(**self.arguments))
+            return evaluate(outputs, self.leaves(call) if train else {})
 
     def step(self, call: Callable[..., object], train: bool) -> Callable[[], None]:
         """The timed function: a forward without gradients, or forward and backward from all outputs to all leaves."""
-        arguments, named, leaves = self.arguments, self.problem.named, self.leaves(call)
+        arguments, named = self.arguments, self.problem.named
+        leaves = tuple(self.leaves(call).values()) if train else ()
 
         def infer() -> None:
             with torch.no_grad():
                 call(**arguments)
 
         def train_step() -> None:
-            outputs = list(named(call(**arguments)).values())
+            outputs = tuple(named(call(**arguments)).values())
             if not self._cotangents:
                 self._cotangents += [torch.randn_like(t) for t in outputs]
             torch.autograd.backward(outputs, self._cotangents)
@@ -94,8 +87,8 @@ def check_accuracy(setup: Setup, call: Callable[..., object], train: bool) -> No
 
     Compares the results of the timed call: the outputs, and in training the gradients of every parameter and input.
     """
-    results = setup.run(call, train=train)
-    wrong = [c for c in compare(results, setup.oracle(), setup.baseline_results(train)) if not c.ok]
+    results = setup.run(call, train)
+    wrong = [c for c in compare(results, setup.oracle, setup.baseline_results(train)) if not c.ok]
     assert not wrong, f"{setup.case.name}: {'; '.join(map(str, wrong))}"
 
 

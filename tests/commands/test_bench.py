@@ -178,7 +178,7 @@ def test_gpu_cases_start_with_the_most_informative():
 def test_a_gpu_case_differs_in_device_alone(kind, train, small, monkeypatch):
     """On a GPU the engine moves modules and inputs, and uses the GPU's events; here a CPU clock replaces them."""
     setup, calls = Setup(replace(tiny(kind), device="meta")), []
-    assert {t.device.type for t in setup.leaves(setup.baseline)} == {"meta"}
+    assert {t.device.type for t in setup.leaves(setup.baseline).values()} == {"meta"}
     assert all(t.is_leaf and t.requires_grad for t in setup.inputs.values())
 
     def clock(run, count):
