@@ -35,7 +35,7 @@ def run(operation, tensors, dtype):
 
 
 def check(kernels, oracle, tensors, dtype, baseline=None) -> None:
-    """Outputs within 2 times, gradients within 3 times torch's own error (fastseq/testing.py).
+    """Outputs within 2 times, gradients within 3 times torch's own error (fastseq/testing/numerics.py).
 
     ``tensors``: one draw of named tensors, or several where results are so small that torch's own error is luck.
     """

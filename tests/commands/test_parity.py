@@ -1,6 +1,8 @@
 """``fastseq parity``: every op and module over the quick grid, and planted errors that it must report."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -198,6 +200,12 @@ def test_bad_options_get_a_sentence(arguments, sentence, capsys):
         parity.main(arguments)
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_measuring_needs_no_pytest():
+    """bench, parity and the problems behind them import in a process without pytest."""
+    code = "import sys; sys.modules['pytest'] = None; import fastseq.bench.main, fastseq.parity.main"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_failing_kernel_is_no_refusal(monkeypatch):
