@@ -1,4 +1,4 @@
-"""The way of ``input`` from LSTM.forward to an operator or a launcher: few files, each entered once, listed in DESIGN.md.
+"""The way of ``input`` from LSTM.forward to a kernel: few files, each entered once, listed in DESIGN.md.
 
 The call stack is taken where the kernel would start; helpers that have returned are not on it.
 """

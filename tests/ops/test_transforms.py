@@ -129,5 +129,5 @@ def test_a_cell_module(backend):
 
 
 def test_torch_says_that_it_cannot_be_vmapped():
-    with pytest.raises(RuntimeError, match="cannot run under torch.func.vmap"):
+    with pytest.raises(RuntimeError, match=r"cannot run under torch\.func\.vmap"):
         vmap(fastseq.LSTM(3, 5, backend="torch"))(torch.randn(SAMPLES, 4, 2, 3))

@@ -7,7 +7,7 @@ from torch import Tensor
 from fastseq import _native
 from fastseq.dispatch import implementation, select
 from fastseq.ops.common.autocast import autocast_enabled, cast_inputs, without_autocast
-from fastseq.ops.common.autograd import vmapped
+from fastseq.ops.common.autograd import forward_mode, vmapped
 from fastseq.ops.common.dtypes import tf32_allowed
 from fastseq.ops.common.layout import zero_padding
 from fastseq.ops.lstm.function import apply
@@ -151,6 +151,7 @@ def describe(stack: Stack, cell_states: bool) -> LSTMCall:
         steps=None if compiling else steps,
         compiling=compiling,
         vmapped=vmapped(),
+        forward_mode=forward_mode(),
         tf32=_native.device_of(input) == "cuda" and tf32_allowed(),
         device_index=device.index,
     )

@@ -35,6 +35,10 @@ def autocast(call) -> bool:
     return call.autocast
 
 
+def forward_mode(call) -> bool:
+    return call.forward_mode
+
+
 def under_vmap(call) -> bool:
     return call.vmapped
 
@@ -106,6 +110,7 @@ def no_matrix_unit(call) -> bool:
 
 
 RULES = (
+    Rule("reference", (forward_mode,), "forward-mode derivatives: torch has none for oneDNN and cuDNN"),
     Rule("native", (returns_cell_states,), "oneDNN and cuDNN do not return the cell states of every step"),
     Rule("native", (traced,), "one opaque operator: the graph stays whole, T and B stay dynamic"),
     Rule("native", (under_vmap,), "under torch.func.vmap the samples are folded into the batch"),

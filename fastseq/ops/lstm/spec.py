@@ -13,7 +13,8 @@ from torch import Tensor
 class LSTMCall(NamedTuple):
     """The facts of one ``lstm`` call that decide its backend. ``batch`` and ``steps`` are None in a traced graph.
 
-    ``vmapped``: within torch.func.vmap. ``tf32``: on CUDA, float32 products of a recurrence may be rounded to TF32.
+    ``vmapped``: within torch.func.vmap. ``forward_mode``: with forward-mode derivatives.
+    ``tf32``: on CUDA, float32 products of a recurrence may be rounded to TF32.
     ``device_index``: of several GPUs; None is the current one.
     """
 
@@ -32,6 +33,7 @@ class LSTMCall(NamedTuple):
     steps: int | None = None
     compiling: bool = False
     vmapped: bool = False
+    forward_mode: bool = False
     tf32: bool = False
     device_index: int | None = None
 
