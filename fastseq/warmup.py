@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         warmup(args.hidden_size, DTYPES[args.dtype], attention_size=args.attention_size, chip=args.chip)
     except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] != "triton":
+        if not str(error.name).startswith("triton"):
             raise
         raise UserError("triton is not installed; pip install triton (CUDA builds of torch bring it)") from error
     where = args.chip or torch.cuda.get_device_name()
