@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/launch.cuh"
+#include "cuda/common/launch.cuh"
 
 using namespace fastseq::cuda;
 

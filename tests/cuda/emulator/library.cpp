@@ -1,7 +1,7 @@
 // The CUDA operators on the host-side device: torch.ops.fastseq_sim, CPU tensors. Python sets how threads are
 // scheduled.
-#include "../../csrc/cuda/operators.h"
-#include "../../csrc/schemas.h"
+#include "cuda/common/operators.h"
+#include "schemas.h"
 #include "world.h"
 
 STABLE_TORCH_LIBRARY(fastseq_sim, m) { fastseq::define_operators(m); }

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/attention.h"
-#include "../../csrc/cuda/device.cuh"
+#include "cuda/attention/params.h"
+#include "cuda/common/device.cuh"
 
 using namespace fastseq::cuda;
 

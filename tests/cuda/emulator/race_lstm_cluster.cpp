@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "../../csrc/cuda/lstm.h"
+#include "cuda/lstm/params.h"
 #include "world.h"
 
 using namespace fastseq::cuda;

@@ -4,8 +4,8 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/cuda/device.cuh"
-#include "../../csrc/cuda/lstm.h"
+#include "cuda/common/device.cuh"
+#include "cuda/lstm/params.h"
 
 namespace {
 

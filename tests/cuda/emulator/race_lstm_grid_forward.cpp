@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/device.cuh"
-#include "../../csrc/cuda/lstm.h"
+#include "cuda/common/device.cuh"
+#include "cuda/lstm/params.h"
 
 using namespace fastseq::cuda;
 

@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "../../csrc/cuda/lstm_step.h"
+#include "cuda/lstm_cell/step.h"
 #include "world.h"
 
 using namespace fastseq::cuda;

@@ -1,0 +1,29 @@
+// One decoding step on the GPU, both products and the cell: what its launcher takes. No CUDA header, no torch.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "cuda/common/types.h"
+
+namespace fastseq::cuda {
+
+struct StepForward {
+  int64_t batch, input_size, hidden;  // B, I, H
+  bool narrow;                        // float tensors, weights in bfloat16
+  int64_t bias_stride;                // of bias_ih from row to row: 4H, or 0
+  const void* input;                  // (B, I)
+  const void* h;                      // (B, H)
+  const void* c;                      // (B, H)
+  const void* weight_ih;              // (4H, I), order i f g o
+  const void* weight_hh;              // (4H, H)
+  const void* bias_ih;                // (4H,) or (B, 4H), or null
+  const void* bias_hh;                // (4H,) or null
+  void* h_n;                          // (B, H)
+  void* c_n;                          // (B, H)
+};
+
+// Returns what went wrong, or an empty string.
+std::string launch_lstm_step(const StepForward& p, Type type, Stream stream);
+
+}  // namespace fastseq::cuda
