@@ -6,7 +6,7 @@ namespace fastseq::cuda {
 namespace {
 
 template <class T, int N>
-std::string grad_softmax(const AttentionBackward& p, Stream stream) {
+std::string grad_softmax(const AttentionBackwardParams& p, Stream stream) {
   const Launch l{.grid = dim3(p.in.batch * divide_up(p.in.steps, kTileRows), divide_up(p.in.positions, kGradPositions)),
                  .block = dim3(kTileThreads),
                  .shared_memory = sizeof(ProductTiles<T>),
@@ -15,7 +15,7 @@ std::string grad_softmax(const AttentionBackward& p, Stream stream) {
 }
 
 template <class T, int N, Gradient kGradient>
-std::string product(const AttentionBackward& p, Stream stream) {
+std::string product(const AttentionBackwardParams& p, Stream stream) {
   const int64_t rows = kGradient == Gradient::kQuery ? p.in.steps : p.in.positions;
   const int64_t columns = kGradient == Gradient::kValues ? p.in.width : p.in.size;
   if (columns == 0) return "";
@@ -27,8 +27,8 @@ std::string product(const AttentionBackward& p, Stream stream) {
 }
 
 template <class T>
-std::string additive_gradients(const AttentionBackward& p, Stream stream) {
-  const AttentionInputs& in = p.in;
+std::string additive_gradients(const AttentionBackwardParams& p, Stream stream) {
+  const AttentionInputParams& in = p.in;
   const unsigned columns = divide_up(in.size, 32);
   if (columns == 0) return "";
   const dim3 block(kTanhThreads);
@@ -46,7 +46,7 @@ std::string additive_gradients(const AttentionBackward& p, Stream stream) {
 }
 
 template <class T, int N, bool kAdditive>
-std::string backward(const AttentionBackward& p, Stream stream) {
+std::string backward(const AttentionBackwardParams& p, Stream stream) {
   std::string error;
   if (p.need_values) error = product<T, N, Gradient::kValues>(p, stream);
   if (!error.empty() || !p.need_scores) return error;
@@ -62,7 +62,7 @@ std::string backward(const AttentionBackward& p, Stream stream) {
 
 }  // namespace
 
-std::string launch_attention_backward(const AttentionBackward& p, Type type, Stream stream) {
+std::string launch_attention_backward(const AttentionBackwardParams& p, Type type, Stream stream) {
   const auto pointers = {static_cast<const void*>(p.grad_query), static_cast<const void*>(p.grad_keys),
                          static_cast<const void*>(p.grad_values)};
   return with_attention(p.in, pointers, {p.grad_context}, type, [&](auto zero, auto width, auto additive) {

@@ -1,34 +1,35 @@
 // Attention backward. Nothing of size (B, T, S, A) is stored, and no sum depends on the order of threads:
 //
-//   1. attention_grad_softmax_kernel    gradient of the weights, and its mean under them in parts   (B, T, S)
+//   1. attention_grad_softmax_kernel    gradient of the weights (B, T, S), and its mean under them in parts
 //   2. attention_product_kernel         grad_values; for the dot score grad_query and grad_keys as well
 //   3. attention_tanh_kernel            additive score: grad_keys; grad_query and the gradient of the weight in parts
 //   4. attention_query_kernel           additive score: grad_query, the gradient of the bias in parts
 //   5. attention_sum_kernel             additive score: the sums of these parts
 //
-// The gradient of a score is computed where it is needed: weight * (grad_softmax - mean) * scale, or 0 where the weight
-// is 0: there, what was read may have been anything.
+// The gradient of a score is computed at its use: weight * (grad_softmax - mean) * scale, or 0 where the weight is 0,
+// as grad_softmax may be garbage there.
 #pragma once
 
+#include "cuda/attention/tanh.cuh"
 #include "cuda/attention/tile.cuh"
 
 namespace fastseq::cuda {
 
-// Sum of what lies in `parts` parts.
-FASTSEQ_DEVICE float mean_of(const AttentionBackward& p, int64_t b, int64_t step) {
+// Adds up the parts of the mean of one step.
+FASTSEQ_DEVICE float mean_of(const AttentionBackwardParams& p, int64_t b, int64_t step) {
   const int64_t parts = divide_up(p.in.positions, kGradPositions);
   float mean = 0;
   for (int64_t i = 0; i < parts; ++i) mean += p.means[(b * p.in.steps + step) * parts + i];
   return mean;
 }
 
-FASTSEQ_DEVICE float score_gradient(const AttentionBackward& p, int64_t b, int64_t step, int64_t s, float mean) {
+FASTSEQ_DEVICE float score_gradient(const AttentionBackwardParams& p, int64_t b, int64_t step, int64_t s, float mean) {
   const int64_t at = (b * p.in.steps + step) * p.in.positions + s;
   const float weight = p.weights[at];
   return weight == 0 ? 0.0f : weight * (p.grad_softmax[at] - mean) * p.in.scale;
 }
 
-// Static shared memory would be more than every device has without asking.
+// In dynamic shared memory: as static arrays they would exceed the 48 KiB that every device allows.
 template <class E>
 struct ProductTiles {
   E x[kTileRows * kTileStride<E>];
@@ -38,13 +39,13 @@ struct ProductTiles {
   float products[kTileRows * kTileStride<float>];
 };
 
-// 32 steps and 64 positions a block.
+// One block per 32 steps and 64 positions.
 template <class T, int N>
-__global__ void __launch_bounds__(kTileThreads, 4) attention_grad_softmax_kernel(AttentionBackward p) {
+__global__ void __launch_bounds__(kTileThreads, 4) attention_grad_softmax_kernel(AttentionBackwardParams p) {
   FASTSEQ_DYNAMIC_SHARED(memory);
   auto& tiles = *reinterpret_cast<ProductTiles<T>*>(memory);
   using Tile = RowProduct<T>;
-  const AttentionInputs& in = p.in;
+  const AttentionInputParams& in = p.in;
   const int64_t blocks = divide_up(in.steps, kTileRows), b = blockIdx.x / blocks;
   const int64_t step = blockIdx.x % blocks * kTileRows, first = static_cast<int64_t>(blockIdx.y) * kTileColumns;
   const int rows = in.steps - step < kTileRows ? static_cast<int>(in.steps - step) : kTileRows;
@@ -86,13 +87,13 @@ __global__ void __launch_bounds__(kTileThreads, 4) attention_grad_softmax_kernel
   if (threadIdx.x % 4 == 0 && row < rows) p.means[(b * in.steps + step + row) * gridDim.y + blockIdx.y] = mean;
 }
 
-// grad_values (S, D) = weights^T grad_context; of the dot score grad_keys (S, A) = g^T query, grad_query (T, A) = g
-// keys, g being the gradients of the scores.
+// grad_values (S, D) = weights^T grad_context. For the dot score, with the gradients g (T, S) of the scores:
+// grad_keys (S, A) = g^T query and grad_query (T, A) = g keys.
 enum class Gradient { kValues, kKeys, kQuery };
 
-// The left factor: 32 rows of the result, kTileDepth of what is summed over.
+// Loads the left factor: 32 rows of the result, kTileDepth of the summed dimension.
 template <class T, Gradient kGradient>
-FASTSEQ_DEVICE void load_factor(const AttentionBackward& p,
+FASTSEQ_DEVICE void load_factor(const AttentionBackwardParams& p,
                                 int64_t b,
                                 int64_t row,
                                 int64_t rows,
@@ -114,13 +115,13 @@ FASTSEQ_DEVICE void load_factor(const AttentionBackward& p,
   });
 }
 
-// 32 rows and 64 columns a block.
+// One block per 32 rows and 64 columns.
 template <class T, int N, Gradient kGradient>
-__global__ void __launch_bounds__(kTileThreads, 4) attention_product_kernel(AttentionBackward p) {
+__global__ void __launch_bounds__(kTileThreads, 4) attention_product_kernel(AttentionBackwardParams p) {
   FASTSEQ_DYNAMIC_SHARED(memory);
   auto& tiles = *reinterpret_cast<ProductTiles<T>*>(memory);
   constexpr bool kSteps = kGradient == Gradient::kQuery, kValues = kGradient == Gradient::kValues;
-  const AttentionInputs& in = p.in;
+  const AttentionInputParams& in = p.in;
   const int64_t all_rows = kSteps ? in.steps : in.positions, width = kValues ? in.width : in.size;
   const int64_t blocks = divide_up(all_rows, kTileRows), b = blockIdx.x / blocks;
   const int64_t row = blockIdx.x % blocks * kTileRows, column = static_cast<int64_t>(blockIdx.y) * kTileColumns;
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(kTileThreads, 4) attention_product_kernel(Atte
                              [&](int r) { return r < depth && (!kSteps || tiles.open[r] != 0); });
     __syncthreads();
     ColumnProduct<T>::add(sum, tiles.x, tiles.y, rows, depth);
-    __syncthreads();  // the next round's first one would do, but holds back fewer loads: 80 registers for 72 on sm_90
+    __syncthreads();  // redundant, but without it loads move up: 80 registers instead of 72 on sm_90
   }
   T* out = static_cast<T*>(kSteps ? p.grad_query : kValues ? p.grad_values : p.grad_keys);
   store_tile<N>(sum, out + (b * all_rows + row) * width + column, width, rows, width - column);
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kTileThreads, 4) attention_product_kernel(Atte
 constexpr int kTanhThreads = 256;
 constexpr int kTanhWarps = kTanhThreads / 32;
 constexpr int kTanhKeys = kTanhPositions / kTanhWarps;  // of one thread, in registers
-constexpr int kTanhSteps = 16;                          // at a time
+constexpr int kTanhSteps = 16;                          // in shared memory at a time
 
 struct TanhTiles {
   float grads[kTanhSteps][kTanhPositions];    // of the scores
@@ -164,18 +165,18 @@ struct TanhTiles {
   unsigned char open[kTanhPositions];  // whether any step attends to the position
 };
 
-// One of the 32 columns, on all lanes of the warp; 0 past the last.
+// Returns query + bias of one step and column `a`; 0 past the last column.
 template <class T>
-FASTSEQ_DEVICE float biased_query(const AttentionInputs& in, int64_t b, int64_t step, int64_t a) {
+FASTSEQ_DEVICE float biased_query(const AttentionInputParams& in, int64_t b, int64_t step, int64_t a) {
   if (a >= in.size) return 0;
   const float q = to_float(row_of<T>(in.query, b, step)[a]);
   return in.bias ? q + to_float(static_cast<const T*>(in.bias)[a]) : q;
 }
 
-// The best way for all queries and the keys of the block.
+// Chooses one tanh formulation for all queries and the keys of the block.
 template <class T>
-FASTSEQ_DEVICE Way
-tanh_way(const AttentionInputs& in, int64_t b, int64_t a, const float (&keys)[kTanhKeys], TanhTiles& tiles) {
+FASTSEQ_DEVICE TanhWay
+tanh_way(const AttentionInputParams& in, int64_t b, int64_t a, const float (&keys)[kTanhKeys], TanhTiles& tiles) {
   const int warp = threadIdx.x / 32;
   float query = 0, key = 0;
   for (int64_t t = warp; t < in.steps; t += kTanhWarps) query = fmaxf(query, fabsf(biased_query<T>(in, b, t, a)));
@@ -195,11 +196,16 @@ tanh_way(const AttentionInputs& in, int64_t b, int64_t a, const float (&keys)[kT
   return best_way(query, key);
 }
 
-// The gradients of kTanhSteps steps' scores and their queries, into shared memory.
+// Loads the score gradients and the queries of kTanhSteps steps into shared memory.
 template <class T, class Tanh>
-FASTSEQ_DEVICE void load_steps(
-    const AttentionBackward& p, int64_t b, int64_t step, int64_t first, int64_t limit, int64_t a, TanhTiles& tiles) {
-  const AttentionInputs& in = p.in;
+FASTSEQ_DEVICE void load_steps(const AttentionBackwardParams& p,
+                               int64_t b,
+                               int64_t step,
+                               int64_t first,
+                               int64_t limit,
+                               int64_t a,
+                               TanhTiles& tiles) {
+  const AttentionInputParams& in = p.in;
   for (int t = threadIdx.x / 32; t < kTanhSteps; t += kTanhWarps) {
     const bool inside = step + t < in.steps;
     const float mean = inside ? mean_of(p, b, step + t) : 0.0f;
@@ -210,16 +216,16 @@ FASTSEQ_DEVICE void load_steps(
   }
 }
 
-// Gradients but for the factor weight[a]: of the keys in grad_keys, of the query in query_parts; of the weight.
+// Accumulates gradients without the factor weight[a]: grad_keys, query_parts. Returns the gradient of the weight.
 template <class T, class Tanh>
-FASTSEQ_DEVICE float tanh_gradients(const AttentionBackward& p,
+FASTSEQ_DEVICE float tanh_gradients(const AttentionBackwardParams& p,
                                     int64_t b,
                                     int64_t part,
                                     int64_t a,
                                     float (&keys)[kTanhKeys],  // not prepared yet
                                     float (&grad_keys)[kTanhKeys],
                                     TanhTiles& tiles) {
-  const AttentionInputs& in = p.in;
+  const AttentionInputParams& in = p.in;
   const int64_t parts = divide_up(in.positions, kTanhPositions), limit = position_limit(in, b);
   const int warp = threadIdx.x / 32;
   float* query_part = p.query_parts + (b * parts + part) * in.steps * in.size;
@@ -254,12 +260,12 @@ FASTSEQ_DEVICE float tanh_gradients(const AttentionBackward& p,
   return grad_weight;
 }
 
-// 128 positions and 32 columns a block, for all steps: a thread for 16 positions of one column.
+// One block per 128 positions and 32 columns, all steps. One thread per 16 positions of a column.
 template <class T>
-__global__ void __launch_bounds__(kTanhThreads, 2) attention_tanh_kernel(AttentionBackward p) {
+__global__ void __launch_bounds__(kTanhThreads, 2) attention_tanh_kernel(AttentionBackwardParams p) {
   FASTSEQ_DYNAMIC_SHARED(memory);
   auto& tiles = *reinterpret_cast<TanhTiles*>(memory);
-  const AttentionInputs& in = p.in;
+  const AttentionInputParams& in = p.in;
   const int64_t parts = divide_up(in.positions, kTanhPositions), b = blockIdx.x / parts, part = blockIdx.x % parts;
   const int64_t a = blockIdx.y * 32 + lane_id(), limit = position_limit(in, b);
   const int warp = threadIdx.x / 32;
@@ -275,16 +281,17 @@ __global__ void __launch_bounds__(kTanhThreads, 2) attention_tanh_kernel(Attenti
   float keys[kTanhKeys], grad_keys[kTanhKeys] = {}, grad_weight = 0;
 #pragma unroll
   for (int j = 0; j < kTanhKeys; ++j) {
-    const bool there = tiles.open[warp * kTanhKeys + j] && a < in.size;
-    keys[j] = there ? to_float(row_of<T>(in.keys, b, own + j)[a]) : 0.0f;
+    const bool exists = tiles.open[warp * kTanhKeys + j] && a < in.size;
+    keys[j] = exists ? to_float(row_of<T>(in.keys, b, own + j)[a]) : 0.0f;
   }
   if (part * kTanhPositions < limit) {  // else attention_query_kernel does not read this part
-    Way way = Way::kDirect;
+    TanhWay way = TanhWay::kDirect;
     if constexpr (sizeof(T) == 4) way = tanh_way<T>(in, b, a, keys, tiles);
-    if (way == Way::kDirect) grad_weight = tanh_gradients<T, DirectTanh<T>>(p, b, part, a, keys, grad_keys, tiles);
+    if (way == TanhWay::kDirect) grad_weight = tanh_gradients<T, DirectTanh<T>>(p, b, part, a, keys, grad_keys, tiles);
     if constexpr (sizeof(T) == 4) {
-      if (way == Way::kAddition) grad_weight = tanh_gradients<T, AdditionTanh>(p, b, part, a, keys, grad_keys, tiles);
-      if (way == Way::kExponential)
+      if (way == TanhWay::kAddition)
+        grad_weight = tanh_gradients<T, AdditionTanh>(p, b, part, a, keys, grad_keys, tiles);
+      if (way == TanhWay::kExponential)
         grad_weight = tanh_gradients<T, ExponentialTanh>(p, b, part, a, keys, grad_keys, tiles);
     }
   }
@@ -304,7 +311,7 @@ __global__ void __launch_bounds__(kTanhThreads, 2) attention_tanh_kernel(Attenti
   p.weight_parts[(b * parts + part) * in.size + a] = sum;
 }
 
-// The sum over the warps of a block, for each lane, in warp 0. All threads call it.
+// Adds up x over the warps of a block, for each lane; the sum is valid in warp 0. Called by all threads.
 FASTSEQ_DEVICE float sum_warps(float x) {
   FASTSEQ_SHARED(float, partial, kTanhThreads);
   partial[threadIdx.x] = x;
@@ -314,10 +321,10 @@ FASTSEQ_DEVICE float sum_warps(float x) {
   return sum;
 }
 
-// grad_query = weight * the sum of its parts; its sum over kSumSteps steps. 32 columns a block.
+// grad_query = weight * the sum of its parts, and bias_parts, its sum over kSumSteps steps. One block per 32 columns.
 template <class T>
-__global__ void __launch_bounds__(kTanhThreads) attention_query_kernel(AttentionBackward p) {
-  const AttentionInputs& in = p.in;
+__global__ void __launch_bounds__(kTanhThreads) attention_query_kernel(AttentionBackwardParams p) {
+  const AttentionInputParams& in = p.in;
   const int64_t blocks = divide_up(in.steps, kSumSteps), b = blockIdx.x / blocks;
   const int64_t first = blockIdx.x % blocks * kSumSteps, a = blockIdx.y * 32 + lane_id();
   const int64_t parts = divide_up(in.positions, kTanhPositions);
@@ -336,10 +343,10 @@ __global__ void __launch_bounds__(kTanhThreads) attention_query_kernel(Attention
   if (threadIdx.x < 32 && inside) p.bias_parts[blockIdx.x * in.size + a] = bias;
 }
 
-// grad_weight and grad_bias, the sums of their parts' rows: blockIdx.y says which. 32 columns a block.
+// Sums the parts of grad_weight (blockIdx.y = 0) or grad_bias (1). One block per 32 columns.
 template <class T>
-__global__ void __launch_bounds__(kTanhThreads) attention_sum_kernel(AttentionBackward p) {
-  const AttentionInputs& in = p.in;
+__global__ void __launch_bounds__(kTanhThreads) attention_sum_kernel(AttentionBackwardParams p) {
+  const AttentionInputParams& in = p.in;
   const bool bias = blockIdx.y;
   const int64_t rows = in.batch * (bias ? divide_up(in.steps, kSumSteps) : divide_up(in.positions, kTanhPositions));
   const float* x = bias ? p.bias_parts : p.weight_parts;

@@ -1,13 +1,15 @@
 // Launchers of attention forward.
 #include "cuda/attention/forward.cuh"
+
+#include "cuda/attention/forward_step.cuh"
 #include "cuda/attention/instantiate.cuh"
 
 namespace fastseq::cuda {
 namespace {
 
 template <class T, int N, bool kAdditive>
-std::string one_step(const AttentionForward& p, Stream stream) {
-  const AttentionInputs& in = p.in;
+std::string one_step(const AttentionForwardParams& p, Stream stream) {
+  const AttentionInputParams& in = p.in;
   const int64_t columns = divide_up(in.width, kStepColumns);
   const Launch l{
       .grid = dim3(in.batch * p.splits, columns > 0 ? columns : 1), .block = dim3(kStepThreads), .stream = stream};
@@ -19,7 +21,7 @@ std::string one_step(const AttentionForward& p, Stream stream) {
   return launch(combine, attention_combine_kernel<T>, p, chunks);
 }
 
-// Columns of the context that one block sums up: all, if shared memory allows it; else scores are computed again for
+// Columns of the context that one block sums up: all if they fit shared memory; else the scores are recomputed for
 // every block of columns.
 template <class Tiles>
 int forward_columns(int64_t width) {
@@ -30,9 +32,9 @@ int forward_columns(int64_t width) {
 }
 
 template <class T, int N, bool kAdditive>
-std::string many_steps(const AttentionForward& p, Stream stream) {
+std::string many_steps(const AttentionForwardParams& p, Stream stream) {
   using Tiles = ForwardTilesOf<T, kAdditive>;
-  const AttentionInputs& in = p.in;
+  const AttentionInputParams& in = p.in;
   const int columns = forward_columns<Tiles>(in.width);
   const int64_t column_blocks = in.width > 0 ? divide_up(in.width, columns) : 1;
   const Launch l{.grid = dim3(in.batch * divide_up(in.steps, kTileRows), column_blocks),
@@ -44,8 +46,8 @@ std::string many_steps(const AttentionForward& p, Stream stream) {
 
 }  // namespace
 
-// Two blocks for every multiprocessor, where there are few sentences. Not measured yet.
-int64_t attention_splits(const AttentionInputs& in) {
+// Aims at two blocks per multiprocessor where there are few sentences. Not measured yet.
+int64_t attention_splits(const AttentionInputParams& in) {
   if (in.steps != 1 || in.positions == 0) return 1;
   const int64_t blocks = in.batch * divide_up(in.width, kStepColumns);
   const int64_t most = divide_up(in.positions, kStepKeys), wanted = 2 * device_limits().multiprocessors;
@@ -53,7 +55,7 @@ int64_t attention_splits(const AttentionInputs& in) {
   return splits < most ? splits : most;
 }
 
-std::string launch_attention_forward(const AttentionForward& p, Type type, Stream stream) {
+std::string launch_attention_forward(const AttentionForwardParams& p, Type type, Stream stream) {
   return with_attention(p.in, {p.context}, {}, type, [&](auto zero, auto width, auto additive) {
     using T = decltype(zero);
     constexpr int N = decltype(width)::value;

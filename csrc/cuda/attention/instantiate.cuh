@@ -1,4 +1,4 @@
-// Which instantiation of the attention kernels serves a call.
+// Chooses the instantiation of the attention kernels for a call: dtype, width of vector loads, score.
 #pragma once
 
 #include "cuda/attention/params.h"
@@ -6,16 +6,16 @@
 
 namespace fastseq::cuda {
 
-// Whether every row begins at a multiple of 16 bytes.
+// True if every row begins at a multiple of 16 bytes.
 template <class T>
 bool rows_aligned(const Rows& x) {
   return aligned({x.data}) && x.batch % kWidth<T> == 0 && x.row % kWidth<T> == 0;
 }
 
-// run(T{}, the width of vector loads, whether the score is additive), the last two as std::integral_constant.
+// Returns run(T{}, width of vector loads, score is additive), the last two as std::integral_constant.
 template <class Run>
-std::string with_attention(const AttentionInputs& in,
-                           std::initializer_list<const void*> pointers,  // what else is read or written in vectors
+std::string with_attention(const AttentionInputParams& in,
+                           std::initializer_list<const void*> pointers,  // also read or written in vectors
                            std::initializer_list<Rows> rows,
                            Type type,
                            const Run& run) {

@@ -1,5 +1,5 @@
-// The attention operators on CUDA: checks, outputs, workspace, launch. There is nothing to prepare of the keys here:
-// one step is bound by their bytes, and what could be prepared has as many, or twice as many.
+// Attention operators on CUDA: checks, outputs, workspace, launch. Keys are not prepared here: one step is bound by
+// their bytes, and prepared keys would have as many bytes, or twice as many.
 #include <tuple>
 
 #include "attention_arguments.h"
@@ -9,7 +9,7 @@
 namespace fastseq::cuda {
 namespace {
 
-// The last dimension contiguous: as it is, else a copy.
+// Returns `t` if its last dimension is contiguous, else a copy.
 Tensor with_whole_rows(const Tensor& t) {
   const bool whole = t.dim() == 0 || t.size(t.dim() - 1) < 2 || t.stride(t.dim() - 1) == 1;
   return whole ? t : torch::stable::contiguous(t);
@@ -18,11 +18,11 @@ Tensor with_whole_rows(const Tensor& t) {
 Rows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
 
 struct Arguments : AttentionArguments {
-  // Whether there is nothing to attend to.
+  // True if there is no query or no position.
   bool empty() const { return batch() * steps() * positions() == 0; }
 
   void check(const char* op) const;
-  AttentionInputs inputs() const;
+  AttentionInputParams inputs() const;
 };
 
 void Arguments::check(const char* op) const {
@@ -40,8 +40,8 @@ void Arguments::check(const char* op) const {
                   to_string(prepared->sizes()));
 }
 
-AttentionInputs Arguments::inputs() const {
-  AttentionInputs in{};
+AttentionInputParams Arguments::inputs() const {
+  AttentionInputParams in{};
   in.batch = batch(), in.steps = steps(), in.positions = positions(), in.size = size(), in.width = width();
   in.query = rows_of(query), in.keys = rows_of(keys), in.values = rows_of(values);
   in.weight = read(weight), in.bias = read(bias);
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> attention_forward_cuda(Tensor query,
   }
   if (D == 0 && !need_weights) return {context, weights};
   for (Tensor* t : {&arguments.query, &arguments.keys, &arguments.values}) *t = with_whole_rows(*t);
-  AttentionForward p{.in = arguments.inputs(), .context = write(context), .weights = floats(weights)};
+  AttentionForwardParams p{.in = arguments.inputs(), .context = write(context), .weights = floats(weights)};
   p.splits = attention_splits(p.in);
   const int64_t parts = p.splits > 1 ? B * p.splits : 0;
   const Tensor sums = workspace(query, parts * D), states = workspace(query, parts * 2);
@@ -143,22 +143,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(Tenso
   for (Tensor* t : {&arguments.query, &arguments.keys, &arguments.values, &grad_context}) *t = with_whole_rows(*t);
   if (grad_weights) grad_weights = with_whole_rows(*grad_weights);
   const Workspace work(arguments, need_scores);
-  const AttentionBackward p{.in = arguments.inputs(),
-                            .weights = static_cast<const float*>(read(weights)),
-                            .grad_context = rows_of(grad_context),
-                            .grad_weights = grad_weights ? rows_of(*grad_weights) : Rows{},
-                            .need_scores = need_scores,
-                            .need_values = need_values,
-                            .grad_query = write(grad_query),
-                            .grad_keys = write(grad_keys),
-                            .grad_weight = write(grad_weight),
-                            .grad_bias = write(grad_bias),
-                            .grad_values = write(grad_values),
-                            .grad_softmax = floats(work.grad_softmax),
-                            .means = floats(work.means),
-                            .query_parts = floats(work.query_parts),
-                            .weight_parts = floats(work.weight_parts),
-                            .bias_parts = floats(work.bias_parts)};
+  const AttentionBackwardParams p{.in = arguments.inputs(),
+                                  .weights = static_cast<const float*>(read(weights)),
+                                  .grad_context = rows_of(grad_context),
+                                  .grad_weights = grad_weights ? rows_of(*grad_weights) : Rows{},
+                                  .need_scores = need_scores,
+                                  .need_values = need_values,
+                                  .grad_query = write(grad_query),
+                                  .grad_keys = write(grad_keys),
+                                  .grad_weight = write(grad_weight),
+                                  .grad_bias = write(grad_bias),
+                                  .grad_values = write(grad_values),
+                                  .grad_softmax = floats(work.grad_softmax),
+                                  .means = floats(work.means),
+                                  .query_parts = floats(work.query_parts),
+                                  .weight_parts = floats(work.weight_parts),
+                                  .bias_parts = floats(work.bias_parts)};
   check_launch(op, launch_attention_backward(p, type, device.stream()));
   return {grad_query, grad_keys, grad_values, grad_weight, grad_bias};
 }

@@ -1,5 +1,4 @@
-// What the attention kernels share: which positions a step attends to, tiles of rows in shared memory and their
-// products, ways to compute a tanh.
+// Shared by the attention kernels: the positions a step attends to, tiles of rows in shared memory and their products.
 #pragma once
 
 #include "cuda/attention/params.h"
@@ -10,26 +9,28 @@ namespace fastseq::cuda {
 constexpr int kTileThreads = 128;
 constexpr int kTileRows = 32;
 constexpr int kTileColumns = 64;
-constexpr int kTileDepth = 64;  // what is summed over at a time
+constexpr int kTileDepth = 64;  // of the dimension summed over
 
-// From one row of a tile of 64 columns to the next: 16 bytes more, so that rows begin in different banks.
+// Elements from one row of a tile of 64 columns to the next: 16 bytes of padding, so that rows begin in different
+// banks.
 template <class E>
 constexpr int kTileStride = 64 + 16 / static_cast<int>(sizeof(E));
 
-// From here on no step attends to the positions of sentence b.
-FASTSEQ_DEVICE int64_t position_limit(const AttentionInputs& in, int64_t b) {
+// Number of positions of sentence b that a step may attend to.
+FASTSEQ_DEVICE int64_t position_limit(const AttentionInputParams& in, int64_t b) {
   if (!in.lengths) return in.positions;
   const int64_t length = in.lengths[b];
   return length < 0 ? 0 : length < in.positions ? length : in.positions;
 }
 
-// Whether the only step, or each one, attends to position s. `limit`: position_limit().
-FASTSEQ_DEVICE bool attends(const AttentionInputs& in, int64_t b, int64_t s, int64_t limit) {
+// True if every step (or the only one) attends to position s. limit: position_limit().
+FASTSEQ_DEVICE bool attends(const AttentionInputParams& in, int64_t b, int64_t s, int64_t limit) {
   return s < limit && (!in.mask || in.mask[b * in.mask_batch + s * in.mask_column]);
 }
 
-// Bit i: step first + i attends to position s.
-FASTSEQ_DEVICE unsigned attending_steps(const AttentionInputs& in, int64_t b, int64_t first, int64_t s, int64_t limit) {
+// Returns bits: bit i is set if step first + i attends to position s.
+FASTSEQ_DEVICE unsigned attending_steps(
+    const AttentionInputParams& in, int64_t b, int64_t first, int64_t s, int64_t limit) {
   const int steps = in.steps - first < 32 ? static_cast<int>(in.steps - first) : 32;
   if (!in.mask || in.mask_row == 0) return attends(in, b, s, limit) ? ~0u >> (32 - steps) : 0;
   if (s >= limit) return 0;
@@ -44,7 +45,7 @@ FASTSEQ_DEVICE const T* row_of(const Rows& x, int64_t b, int64_t row) {
   return static_cast<const T*>(x.data) + b * x.batch + row * x.row;
 }
 
-// N elements that lie side by side from one type to another.
+// Copies N adjacent elements from one type to another.
 template <int N, class T, class E>
 FASTSEQ_DEVICE void copy_vector(const T* from, E* to) {
   if constexpr (std::is_same_v<T, E>) {
@@ -65,14 +66,14 @@ FASTSEQ_DEVICE void clear_vector(E* to) {
     store_vector(to, zeros);
 }
 
-// body(i) for i < kCount, over the threads of a block; kCount is a multiple of theirs.
+// Calls body(i) for i < kCount, over the threads of a block; kCount is a multiple of kTileThreads.
 template <int kCount, class Body>
 FASTSEQ_DEVICE void for_tile(Body body) {
 #pragma unroll 8
   for (int k = 0; k < kCount / kTileThreads; ++k) body(k * kTileThreads + static_cast<int>(threadIdx.x));
 }
 
-// 64 columns of up to kRows rows into a tile, zeros where there are none. present(r): whether there is a row r.
+// Loads 64 columns of up to kRows rows into a tile; zero where absent. present(r): row r exists.
 template <int N, int kRows, class E, class T, class Present>
 FASTSEQ_DEVICE void load_tile(E* tile, const T* rows, int64_t row_stride, int64_t columns, Present present) {
   constexpr int kVectors = 64 / N;
@@ -93,18 +94,18 @@ FASTSEQ_DEVICE void clear(float (&sum)[4][4]) {
 }
 
 // A tile (32, 64) of a product; each thread has 16 of its elements, element (i, j) at row(i, j), column(i, j).
-// Rows from `rows` on, and what is summed over from `depth` on, need not be computed; there are zeros.
+// Rows from `rows` on and the summed dimension from `depth` on are zeros and may be skipped.
 //
 //   RowProduct:     sum[m][n] += sum_k x[m][k] y[n][k]
 //   ColumnProduct:  sum[m][n] += sum_k x[m][k] y[k][n]
 //
-// float by multiply-adds; 16-bit types by tensor cores.
+// float uses multiply-adds, 16-bit types tensor cores.
 template <class E>
 struct RowProduct;
 template <class E>
 struct ColumnProduct;
 
-// What is summed of two rows; tanh: see below.
+// Summand of two rows. For the additive score: WeightedTanh in tanh.cuh.
 struct Multiply {
   static FASTSEQ_DEVICE float add(float sum, float, float x, float y) { return sum + x * y; }
 };
@@ -131,7 +132,7 @@ struct RowProduct<float> {
         load_wide(left, x + row(i, 0) * kStride + k);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          float four = 0;  // a chain of additions a quarter as long rounds half as much
+          float four = 0;  // an accumulation chunk of 4 halves the rounding error
 #pragma unroll
           for (int e = 0; e < 4; ++e) four = Form::add(four, w[e], left[e], right[j][e]);
           sum[i][j] += four;
@@ -167,7 +168,7 @@ struct ColumnProduct<float> {
   }
 };
 
-// Two 16-bit numbers as one word of a matrix instruction.
+// Packs two 16-bit numbers as one operand word of a matrix instruction.
 template <class T>
 FASTSEQ_DEVICE uint32_t word_of(Vector<T, 2> pair) {
   uint32_t bits;
@@ -180,15 +181,15 @@ FASTSEQ_DEVICE uint32_t load_word(const T* p) {
   return word_of(*reinterpret_cast<const Vector<T, 2>*>(p));
 }
 
-// 2 x 2 warps of 16 rows and 32 columns: 4 results of a matrix instruction side by side.
+// 2 x 2 warps of 16 rows and 32 columns: 4 adjacent results of a matrix instruction each.
 template <class T>
-struct TensorProduct {
+struct MmaProduct {
   static FASTSEQ_DEVICE int first_row() { return static_cast<int>(threadIdx.x) / 64 * 16; }
   static FASTSEQ_DEVICE int first_column() { return static_cast<int>(threadIdx.x) / 32 % 2 * 32; }
   static FASTSEQ_DEVICE int row(int, int j) { return first_row() + lane_id() / 4 + j / 2 * 8; }
   static FASTSEQ_DEVICE int column(int i, int j) { return first_column() + 8 * i + lane_id() % 4 * 2 + j % 2; }
 
-  // right(n, k, word): two elements of y from k on, of column n.
+  // right(n, k): the word of two elements of y, column n, from k on.
   template <class Right>
   static FASTSEQ_DEVICE void add_words(float (&sum)[4][4], const T* x, int rows, int depth, Right right) {
     constexpr int kStride = kTileStride<T>;
@@ -209,24 +210,23 @@ struct TensorProduct {
 };
 
 template <class E>
-struct RowProduct : TensorProduct<E> {
+struct RowProduct : MmaProduct<E> {
   static FASTSEQ_DEVICE void add(float (&sum)[4][4], const E* x, const E* y, int rows, int depth) {
-    TensorProduct<E>::add_words(sum, x, rows, depth,
-                                [y](int n, int k) { return load_word(y + n * kTileStride<E> + k); });
+    MmaProduct<E>::add_words(sum, x, rows, depth, [y](int n, int k) { return load_word(y + n * kTileStride<E> + k); });
   }
 };
 
 template <class E>
-struct ColumnProduct : TensorProduct<E> {
+struct ColumnProduct : MmaProduct<E> {
   static FASTSEQ_DEVICE void add(float (&sum)[4][4], const E* x, const E* y, int rows, int depth) {
     constexpr int kStride = kTileStride<E>;
-    TensorProduct<E>::add_words(sum, x, rows, depth, [y](int n, int k) {
+    MmaProduct<E>::add_words(sum, x, rows, depth, [y](int n, int k) {
       return word_of(Vector<E, 2>{{y[k * kStride + n], y[(k + 1) * kStride + n]}});
     });
   }
 };
 
-// A ColumnProduct's tile to memory. N > 1: out and its rows are aligned to N elements, and so is `columns`.
+// Stores the tile of a ColumnProduct. If N > 1, out, its rows and `columns` are aligned to N elements.
 template <int N, class T>
 FASTSEQ_DEVICE void store_tile(const float (&sum)[4][4], T* out, int64_t row_stride, int64_t rows, int64_t columns) {
   using Tile = ColumnProduct<T>;
@@ -242,55 +242,6 @@ FASTSEQ_DEVICE void store_tile(const float (&sum)[4][4], T* out, int64_t row_str
       if (m < rows && n < columns) store_vector(out + m * row_stride + n, x);
     }
   }
-}
-
-// tanh(q + k) is put together from one function of q and one of k, each computed T + S times and not T * S times:
-//
-//     |q| or |k| small, the other not large:   (tanh q + tanh k) / (1 + tanh q tanh k)
-//     |q| and |k| moderate:                    (e - 1) / (e + 1),  e = e^2q e^2k
-//     else:                                    tanh(q + k) directly
-//
-// One special-function instruction and four others instead of the 40 instructions that keep all digits of float. 16-bit
-// types need fewer digits: there it is computed directly, by one such instruction or two.
-template <class T>
-struct DirectTanh {
-  static FASTSEQ_DEVICE float prepare(float x) { return x; }
-  static FASTSEQ_DEVICE float of(float q, float k) {
-    if constexpr (std::is_same_v<T, bf16>)
-      return tanh_fast(q + k);
-    else
-      return tanh_for<T>(q + k);
-  }
-};
-
-struct AdditionTanh {
-  static FASTSEQ_DEVICE float prepare(float x) { return tanh(x); }
-  static FASTSEQ_DEVICE float of(float q, float k) { return (q + k) * reciprocal_fast(q * k + 1.0f); }
-};
-
-struct ExponentialTanh {
-  static FASTSEQ_DEVICE float prepare(float x) {
-    const SplitExp e = split_exp(x + x);
-    return e.scale + e.scale * e.fraction;
-  }
-  static FASTSEQ_DEVICE float of(float q, float k) { return (q * k - 1.0f) * reciprocal_fast(q * k + 1.0f); }
-};
-
-// A summand of the additive score.
-template <class Tanh>
-struct WeightedTanh {
-  static FASTSEQ_DEVICE float add(float sum, float w, float q, float k) { return sum + w * Tanh::of(q, k); }
-};
-
-enum class Way { kDirect, kAddition, kExponential };
-
-// Of the largest |q| and |k|.
-FASTSEQ_DEVICE Way best_way(float query, float key) {
-  constexpr float kSmall = 0.5f;      // the first way magnifies roundings by up to e^(2 kSmall)
-  constexpr float kNotLarge = 4.0f;   // and its 1 - tanh^2 loses them where tanh is close to +-1
-  constexpr float kModerate = 20.0f;  // the second one cannot overflow: e^(4 kModerate) < 1e38
-  if (fminf(query, key) <= kSmall && fmaxf(query, key) <= kNotLarge) return Way::kAddition;
-  return fmaxf(query, key) <= kModerate ? Way::kExponential : Way::kDirect;
 }
 
 }  // namespace fastseq::cuda

@@ -1,11 +1,11 @@
-// Thread block clusters (sm_90 and up): blocks that reach each other's shared memory. Part of device.cuh.
+// Thread block clusters (sm_90 and up): blocks that access each other's shared memory. Part of device.cuh.
 #pragma once
 
 #include "cuda/common/device.cuh"
 
 namespace fastseq::cuda {
 
-// Kernels of clusters are compiled for every architecture; below sm_90, where they are not launched, these end them.
+// Cluster kernels are compiled for every architecture. Below sm_90, where they are not launched, these functions abort.
 #if defined(FASTSEQ_HOST_DEVICE) || __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 #define FASTSEQ_HAS_CLUSTERS 1
 #else
@@ -40,8 +40,9 @@ FASTSEQ_DEVICE unsigned cluster_index() {
 #endif
 }
 
-// All threads of all blocks of the cluster; what was written to shared memory before is seen after. Before the first
-// access to another block's shared memory (it must run), and after the last (it must not have ended).
+// Barrier of all threads of all blocks of the cluster. Shared memory written before it is visible after it. Needed
+// before the first access to another block's shared memory (that block must run), and after the last (it must not have
+// ended).
 FASTSEQ_DEVICE void cluster_barrier() {
 #ifdef FASTSEQ_HOST_DEVICE
   host::cluster_barrier();
@@ -52,7 +53,8 @@ FASTSEQ_DEVICE void cluster_barrier() {
 #endif
 }
 
-// Where `p`, in this block's shared memory, lies in that of block `rank` of the cluster. A number, for store_async.
+// Maps `p`, in this block's shared memory, to the same place in block `rank` of the cluster: a number, for
+// store_async8.
 FASTSEQ_DEVICE uint64_t peer_address(const void* p, unsigned rank) {
 #ifdef FASTSEQ_HOST_DEVICE
   return reinterpret_cast<uint64_t>(host::peer_address(p, rank));
@@ -67,8 +69,8 @@ FASTSEQ_DEVICE uint64_t peer_address(const void* p, unsigned rank) {
 #endif
 }
 
-// An mbarrier in shared memory: a phase ends when `arrivals` arrivals have come and as many bytes as were expected.
-// Initialised by one thread, then cluster_barrier().
+// Initialises an mbarrier in shared memory: a phase ends after `arrivals` arrivals and all expected bytes. Called by
+// one thread, followed by cluster_barrier().
 FASTSEQ_DEVICE void mbarrier_init(uint64_t* mbarrier, unsigned arrivals) {
 #ifdef FASTSEQ_HOST_DEVICE
   host::mbarrier_init(mbarrier, arrivals);
@@ -81,7 +83,7 @@ FASTSEQ_DEVICE void mbarrier_init(uint64_t* mbarrier, unsigned arrivals) {
 #endif
 }
 
-// One arrival at this block's own mbarrier, which also adds `bytes` to what the phase expects.
+// Arrives once at this block's own mbarrier and adds `bytes` to the bytes that the phase expects.
 FASTSEQ_DEVICE void mbarrier_arrive_expect(uint64_t* mbarrier, unsigned bytes) {
 #ifdef FASTSEQ_HOST_DEVICE
   host::mbarrier_arrive_expect(mbarrier, bytes);
@@ -93,13 +95,13 @@ FASTSEQ_DEVICE void mbarrier_arrive_expect(uint64_t* mbarrier, unsigned bytes) {
 #endif
 }
 
-// Waits for the end of the phase of this parity (0 the first, then 1, 0, ...).
+// Waits for the end of the phase of this parity (first 0, then 1, 0, ...).
 FASTSEQ_DEVICE void mbarrier_wait(uint64_t* mbarrier, unsigned parity) {
 #ifdef FASTSEQ_HOST_DEVICE
-  Patience patience;
-  while (!host::mbarrier_phase_ended(mbarrier, parity)) patience.look();
+  SpinTimeout timeout;
+  while (!host::mbarrier_phase_ended(mbarrier, parity)) timeout.count();
 #elif FASTSEQ_HAS_CLUSTERS
-  Patience patience;
+  SpinTimeout timeout;
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(mbarrier));
   for (;;) {
     unsigned ended;
@@ -111,15 +113,15 @@ FASTSEQ_DEVICE void mbarrier_wait(uint64_t* mbarrier, unsigned parity) {
         : "r"(address), "r"(parity)
         : "memory");
     if (ended) break;
-    patience.look();
+    timeout.count();
   }
 #else
   refuse_cluster();
 #endif
 }
 
-// Sends 8 bytes to `address` in a peer's shared memory and reports them to the mbarrier at `mbarrier` there (both by
-// peer_address, of the same block). They have arrived when the phase has ended.
+// Sends 8 bytes to `address` in another block's shared memory and reports them to that block's mbarrier (both addresses
+// by peer_address). They have arrived when the phase has ended.
 FASTSEQ_DEVICE void store_async8(uint64_t address, uint64_t mbarrier, uint64_t value) {
 #ifdef FASTSEQ_HOST_DEVICE
   host::store_async(reinterpret_cast<void*>(address), reinterpret_cast<uint64_t*>(mbarrier), value, 8);

@@ -1,5 +1,6 @@
-// Every instruction of the CUDA kernels that is not portable, each with its twin for the host-side device of the tests
-// (FASTSEQ_HOST_DEVICE: the same kernels, compiled for the CPU; tests/cuda_on_cpu). Kernels contain no #if and no asm.
+// Every non-portable instruction of the CUDA kernels, each with a host fallback for the host-side device of the tests
+// (FASTSEQ_HOST_DEVICE: the same kernels, compiled for the CPU; tests/cuda/emulator). Kernels contain no #if and no
+// asm.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,7 @@
 
 #include "lstm_math.h"
 
-// Shared memory: an array of the block, and what the launch asked for beyond (16-byte aligned bytes, once a kernel).
+// Shared memory: a static array of the block, and the dynamic bytes of the launch (aligned to 16, once a kernel).
 #ifdef FASTSEQ_HOST_DEVICE
 #define FASTSEQ_SHARED(T, name, count)          \
   T* name = static_cast<T*>(host::shared_array( \
@@ -40,7 +41,7 @@ namespace fastseq::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Element types, each computed in float (double in double).
+// Element types. All are computed in float, double in double.
 #ifdef FASTSEQ_HOST_DEVICE
 using bf16 = BFloat16;
 using half = Half;
@@ -72,17 +73,17 @@ struct AccumulateOf<double> {
 template <class T>
 using Acc = typename AccumulateOf<T>::type;
 
-// N elements that lie side by side, moved by one instruction where they make 4, 8 or 16 bytes.
+// N adjacent elements, moved by one instruction where they make 4, 8 or 16 bytes.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T element[N];
 };
 
-// The widest vector of T.
+// Elements of the widest vector of T, 16 bytes.
 template <class T>
 constexpr int kWidth = static_cast<int>(16 / sizeof(T));
 
-// p is aligned to N elements.
+// Loads N elements; p is aligned to N elements.
 template <int N, class T>
 FASTSEQ_DEVICE void load_vector(Acc<T> (&out)[N], const T* p) {
   const Vector<T, N> v = *reinterpret_cast<const Vector<T, N>*>(p);
@@ -98,7 +99,7 @@ FASTSEQ_DEVICE void store_vector(T* p, const Acc<T> (&x)[N]) {
   *reinterpret_cast<Vector<T, N>*>(p) = v;
 }
 
-// The same for numbers that are kept as they are computed: N may be more than one instruction moves.
+// Loads N numbers stored in the type they are computed in. N may exceed one instruction.
 template <int N, class A>
 FASTSEQ_DEVICE void load_wide(A (&out)[N], const A* p) {
   constexpr int kPart = N < kWidth<A> ? N : kWidth<A>;
@@ -122,7 +123,7 @@ FASTSEQ_DEVICE void store_wide(A* p, const A (&x)[N]) {
   }
 }
 
-// Two 16-bit numbers in one register, the first in the low half, as matrix instructions take them.
+// Packs two 16-bit numbers into one operand register of a matrix instruction, the first in the low half.
 template <class T>
 FASTSEQ_DEVICE uint32_t pack_pair(float low, float high) {
   Vector<T, 2> v;
@@ -158,8 +159,8 @@ FASTSEQ_DEVICE float reciprocal_fast(float x) {
 #endif
 }
 
-// Sigmoid and tanh where results are kept in T: exact to a few ulp for float and double, by the special-function unit
-// for 16-bit types, whose rounding hides its error. No overflow: 2^inf gives 1 / inf = 0.
+// Sigmoid and tanh of results stored in T: accurate to a few ulp for float and double, by the special-function unit for
+// 16-bit types, whose rounding exceeds its error. No overflow: 2^inf gives 1 / inf = 0.
 template <class T>
 FASTSEQ_DEVICE Acc<T> sigmoid_for(Acc<T> x) {
   if constexpr (sizeof(T) == 2)
@@ -176,7 +177,8 @@ FASTSEQ_DEVICE Acc<T> tanh_for(Acc<T> x) {
     return tanh(x);
 }
 
-// tanh with a relative error of 2^-11 (tanh.approx), for results kept in bfloat16. The twin is that far off as well.
+// tanh with a relative error of 2^-11 (tanh.approx), for results stored in bfloat16. The host fallback has that error,
+// too.
 FASTSEQ_DEVICE float tanh_fast(float x) {
 #ifdef FASTSEQ_HOST_DEVICE
   return float_from_bits((float_bits(tanh(x)) + 0x1000u) & ~0x1fffu);
@@ -187,7 +189,7 @@ FASTSEQ_DEVICE float tanh_fast(float x) {
 #endif
 }
 
-// lstm_cell_forward where results are kept in T: the pre-activations become activations, c becomes c'. Returns h.
+// lstm_cell_forward of results stored in T: replaces pre-activations by activations, c by c'. Returns h.
 template <class T>
 FASTSEQ_DEVICE Acc<T> lstm_cell_for(Acc<T>& i, Acc<T>& f, Acc<T>& g, Acc<T>& o, Acc<T>& c) {
   i = sigmoid_for<T>(i);
@@ -200,8 +202,8 @@ FASTSEQ_DEVICE Acc<T> lstm_cell_for(Acc<T>& i, Acc<T>& f, Acc<T>& g, Acc<T>& o, 
 
 FASTSEQ_DEVICE int lane_id() { return threadIdx.x & 31; }
 
-// threadIdx.x, read anew: in a long loop that is short of registers, what follows from it is computed again where it is
-// needed instead of kept.
+// Reads threadIdx.x again. In a long loop short of registers, values derived from it are recomputed at their use
+// instead of being kept.
 FASTSEQ_DEVICE int thread_now() {
 #ifdef FASTSEQ_HOST_DEVICE
   return threadIdx.x;
@@ -218,7 +220,7 @@ FASTSEQ_DEVICE float warp_sum(float x) {
   return x;
 }
 
-// N sums at once, N a power of 2 up to 32: lane k gets the sum over the lanes of x[k / (32 / N)]. x is spent.
+// N sums at once, N a power of 2 up to 32: lane k gets the sum over the lanes of x[k / (32 / N)]. Overwrites x.
 template <int N, int With = 16, class A, int Size>
 FASTSEQ_DEVICE A warp_sums(A (&x)[Size]) {
   if constexpr (N > 1) {
@@ -242,7 +244,8 @@ FASTSEQ_DEVICE float warp_max(float x) {
   return x;
 }
 
-// Global memory that other blocks write during the kernel: past L1, which is not coherent. T of 4, 8 or 16 bytes.
+// Loads global memory that other blocks write during the kernel, bypassing L1, which is not coherent. T: 4, 8 or 16
+// bytes.
 template <class T>
 FASTSEQ_DEVICE T load_l2(const T* p) {
 #ifdef FASTSEQ_HOST_DEVICE
@@ -252,7 +255,7 @@ FASTSEQ_DEVICE T load_l2(const T* p) {
 #endif
 }
 
-// N elements that are read once, where they make 16 bytes past L1, which is left to others.
+// Loads N elements that are read once. Where they make 16 bytes they bypass L1, which stays free for other data.
 template <int N, class T>
 FASTSEQ_DEVICE void load_vector_l2(Acc<T> (&out)[N], const T* p) {
   if constexpr (sizeof(T) * N == 16) {
@@ -275,8 +278,8 @@ FASTSEQ_DEVICE void store_l2(T* p, T x) {
 #endif
 }
 
-// Flags between blocks of one grid. What a thread (after __syncthreads: a block) wrote before the release is seen by
-// who acquires the value.
+// Flags between blocks of one grid. Writes of a thread (after __syncthreads: of its block) before the release are
+// visible to a thread that acquires the value.
 FASTSEQ_DEVICE void add_release(unsigned* flag, unsigned x) {
 #ifdef FASTSEQ_HOST_DEVICE
   __atomic_fetch_add(flag, x, __ATOMIC_RELEASE);
@@ -306,9 +309,9 @@ FASTSEQ_DEVICE unsigned load_acquire(const unsigned* flag) {
 #endif
 }
 
-// Words that carry their own news: who reads the new value of a word may use that word, and knows of no other. Of one
-// word, a thread never sees an older value after a newer one. load_relaxed leaves `words` alone where `wanted` is false
-// (in place: a branch around it would cost a second set of registers); p is aligned to 16 bytes.
+// Words that carry their own sequence tag: reading the new value of a word orders no other word. Of one word, a thread
+// never reads an older value after a newer one. load_relaxed leaves `words` unchanged where `wanted` is false
+// (predicated: a branch around it would cost a second set of registers); p is aligned to 16 bytes.
 FASTSEQ_DEVICE void load_relaxed(uint32_t (&words)[4], const uint32_t* p, bool wanted) {
 #ifdef FASTSEQ_HOST_DEVICE
   if (!wanted) return;
@@ -334,7 +337,7 @@ FASTSEQ_DEVICE void store_relaxed(uint32_t* p, uint32_t x) {
 #endif
 }
 
-// Ends the kernel with an error that the next CUDA call of the host reports.
+// Aborts the kernel with an error that the next CUDA call of the host reports.
 FASTSEQ_DEVICE void abort_kernel(const char* message) {
 #ifdef FASTSEQ_HOST_DEVICE
   host::fail(message);
@@ -344,22 +347,22 @@ FASTSEQ_DEVICE void abort_kernel(const char* message) {
 #endif
 }
 
-// Bounds a wait: call once per look. Minutes on any GPU, whose multiprocessors may be taken by another stream for a
-// while; what takes longer waits for a block that will not come.
-struct Patience {
-  unsigned looks = 0;
-  FASTSEQ_DEVICE void look() {
-    if (++looks > (1u << 28)) abort_kernel("a block waited too long for the others; is the device shared or stopped?");
+// Spin timeout: bounds a wait loop; call count() once per poll. It expires after minutes on any GPU, since another
+// stream may hold the multiprocessors for a while. A longer wait is for a block that never runs.
+struct SpinTimeout {
+  unsigned polls = 0;
+  FASTSEQ_DEVICE void count() {
+    if (++polls > (1u << 28)) abort_kernel("a block waited too long for the others; is the device shared or stopped?");
   }
 };
 
-// Waits until *flag, which only grows from 0, has reached `goal` (modulo 2^32).
+// Waits until *flag, which only grows from 0, reaches `goal` (modulo 2^32).
 FASTSEQ_DEVICE void wait_for_flag(const unsigned* flag, unsigned goal) {
-  Patience patience;
-  while (static_cast<int>(load_acquire(flag) - goal) < 0) patience.look();
+  SpinTimeout timeout;
+  while (static_cast<int>(load_acquire(flag) - goal) < 0) timeout.count();
 }
 
-// All threads of all `blocks` blocks of a cooperative grid; `counter` begins at 0; `round` is 1, 2, ...
+// Barrier of all threads of the `blocks` blocks of a cooperative grid. counter: 0 at the start. round: 1, 2, ...
 FASTSEQ_DEVICE void grid_barrier(unsigned* counter, unsigned round, unsigned blocks) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -369,7 +372,7 @@ FASTSEQ_DEVICE void grid_barrier(unsigned* counter, unsigned round, unsigned blo
   __syncthreads();
 }
 
-// Asynchronous copies of 16 bytes to shared memory, in groups; the twin copies at the wait, not before.
+// Asynchronous copies of 16 bytes to shared memory, in groups. The host fallback copies at the wait, not before.
 FASTSEQ_DEVICE void copy_async16(void* shared, const void* global) {
 #ifdef FASTSEQ_HOST_DEVICE
   host::copy_async(shared, global, 16);
@@ -387,7 +390,7 @@ FASTSEQ_DEVICE void commit_copies() {
 #endif
 }
 
-// All but the last `Pending` committed groups of this thread have arrived.
+// Waits until all but the last `Pending` committed groups of this thread have arrived.
 template <int Pending>
 FASTSEQ_DEVICE void wait_copies() {
 #ifdef FASTSEQ_HOST_DEVICE
@@ -400,4 +403,4 @@ FASTSEQ_DEVICE void wait_copies() {
 }  // namespace fastseq::cuda
 
 #include "cuda/common/cluster.cuh"  // thread block clusters
-#include "cuda/common/mma.cuh"   // tensor cores
+#include "cuda/common/mma.cuh"      // tensor cores

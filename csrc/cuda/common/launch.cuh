@@ -1,4 +1,4 @@
-// Launching kernels, and what a launch must know of the device. Errors come back as text; empty means launched.
+// Kernel launches and the limits of the device. Errors are returned as text; an empty text means success.
 #pragma once
 
 #include <initializer_list>
@@ -16,13 +16,13 @@ struct Launch {
   dim3 grid, block;
   size_t shared_memory = 0;  // dynamic, bytes
   Stream stream = nullptr;
-  bool cooperative = false;  // all blocks are resident at once, or the launch is refused
+  bool cooperative = false;  // all blocks are resident at once, else the launch fails
   unsigned cluster = 1;      // blocks of a cluster, along x
 };
 
 struct DeviceLimits {
   int multiprocessors;
-  size_t shared_memory;  // that one block may have, bytes
+  size_t shared_memory;  // of one block at most, bytes
   int capability;        // 10 * major + minor
 };
 
@@ -41,7 +41,7 @@ std::string launch(const Launch& l, void (*kernel)(Parameters...), Arguments... 
   return error.empty() ? error : "host-side device: " + error;
 }
 
-// How many clusters can be resident at once; 0: the device has no such clusters.
+// Clusters resident at once; 0 if the device has no such clusters.
 template <class Kernel>
 int resident_clusters(const Launch& l, Kernel*) {
   return host::options().capability >= 90 ? host::options().multiprocessors / static_cast<int>(l.cluster) : 0;
@@ -66,11 +66,11 @@ inline DeviceLimits device_limits() {
 
 inline std::string error_text(cudaError_t error) {
   if (error == cudaSuccess) return "";
-  cudaGetLastError();  // it would come back at the next call
+  cudaGetLastError();  // clears it: the next call would return it again
   return cudaGetErrorString(error);
 }
 
-// Why the current device cannot run the kernel; empty where it can. Loads the kernel, or compiles its PTX.
+// Returns why the current device cannot run the kernel; empty if it can. Loads the kernel, or compiles its PTX.
 template <class Kernel>
 std::string why_not_here(Kernel* kernel) {
   cudaFuncAttributes attributes{};
@@ -85,8 +85,8 @@ cudaError_t allow_shared_memory(const Launch& l, Kernel* kernel) {
     if (error != cudaSuccess) return error;
   }
   if (l.shared_memory <= kAlwaysAllowed) return cudaSuccess;
-  // Always all that the device has, because it is the function's, not the launch's: another thread may launch it with
-  // more. Kernels that ask for so much have no static shared memory.
+  // Always the device's maximum: the attribute belongs to the function, not to the launch, and another thread may
+  // launch the function with more. Kernels that need so much have no static shared memory.
   const int most = static_cast<int>(device_limits().shared_memory);
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
@@ -119,7 +119,7 @@ std::string launch(const Launch& l, void (*kernel)(Parameters...), Arguments... 
   return error_text(error);
 }
 
-// Asked of the runtime once for a kernel, a device and a size of blocks: a recurrence tries several at every call.
+// Clusters resident at once, cached per kernel, device and block size: a recurrence tries several at every call.
 template <class Kernel>
 int resident_clusters(const Launch& l, Kernel* kernel) {
   using Key = std::tuple<const void*, int, unsigned, unsigned, size_t>;
@@ -129,14 +129,14 @@ int resident_clusters(const Launch& l, Kernel* kernel) {
   cudaGetDevice(&device);
   const Key key(reinterpret_cast<const void*>(kernel), device, l.cluster, l.block.x, l.shared_memory);
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
+  const auto entry = known.find(key);
+  if (entry != known.end()) return entry->second;
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configuration(l, attributes);
   int count = 0;
   cudaFuncAttributes compiled{};
   cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
-  if (error == cudaSuccess && compiled.ptxVersion < 90) return 0;  // for an older device: it has no clusters in it
+  if (error == cudaSuccess && compiled.ptxVersion < 90) return 0;  // compiled for an older device, without clusters
   if (error == cudaSuccess) error = allow_shared_memory(l, kernel);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
   if (!error_text(error).empty()) return 0;
@@ -145,14 +145,14 @@ int resident_clusters(const Launch& l, Kernel* kernel) {
 
 #endif
 
-// Whether 16-byte loads and stores may be used on all of them.
+// True if all pointers allow 16-byte loads and stores.
 inline bool aligned(std::initializer_list<const void*> pointers) {
   uintptr_t bits = 0;
   for (const void* p : pointers) bits |= reinterpret_cast<uintptr_t>(p);
   return bits % 16 == 0;
 }
 
-// run(T{}) with the element type of kernels that have no double.
+// Returns run(T{}), T the element type; for kernels without double.
 template <class Run>
 auto with_float_type(Type type, const Run& run) {
   switch (type) {
@@ -165,7 +165,7 @@ auto with_float_type(Type type, const Run& run) {
   }
 }
 
-// The same with double.
+// Returns run(T{}), T the element type, double included.
 template <class Run>
 auto with_type(Type type, const Run& run) {
   return type == Type::kDouble ? run(double{}) : with_float_type(type, run);

@@ -1,9 +1,13 @@
 // Tensor cores: D (16, 8) += A (16, K) * B (K, 8) by one warp, accumulated in float. Part of device.cuh.
 //
 // Lane 4 r + q holds, of A, rows r and r + 8; of B, column r; of D, rows r and r + 8 and columns 2 q and 2 q + 1:
-//   K = 16, 16-bit: a[0..3] = A[r][2q..], A[r+8][2q..], A[r][2q+8..], A[r+8][2q+8..], pairs; b[0..1] = B[2q..][r],
-//   B[2q+8..][r] K = 8, TF32:    a[0..3] = A[r][q], A[r+8][q], A[r][q+4], A[r+8][q+4];                     b[0..1] =
-//   B[q][r], B[q+4][r] d[0..3] = D[r][2q], D[r][2q+1], D[r+8][2q], D[r+8][2q+1]
+//
+//   K = 16, 16-bit pairs:  a[0..3] = A[r][2q..], A[r+8][2q..], A[r][2q+8..], A[r+8][2q+8..]
+//                          b[0..1] = B[2q..][r], B[2q+8..][r]
+//   K = 8, TF32:           a[0..3] = A[r][q], A[r+8][q], A[r][q+4], A[r+8][q+4]
+//                          b[0..1] = B[q][r], B[q+4][r]
+//   both:                  d[0..3] = D[r][2q], D[r][2q+1], D[r+8][2q], D[r+8][2q+1]
+//
 // (PTX ISA, "Matrix Fragments for mma.m16n8k16" and "mma.m16n8k8".)
 #pragma once
 
@@ -16,7 +20,7 @@ struct Fragments {
   uint32_t a[4], b[2];
 };
 
-// element(word, k): the k-th number of the lane's word. Every lane computes its own four numbers of D.
+// element(word, k): number k of a lane's word. Every lane computes its own four numbers of D.
 template <int K, class Element>
 void multiply_on_host(
     float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* name, Element element) {
@@ -36,7 +40,7 @@ void multiply_on_host(
 }
 #endif
 
-// A, B of T (bf16 or half).
+// A and B in T (bf16 or half).
 template <class T>
 FASTSEQ_DEVICE void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef FASTSEQ_HOST_DEVICE
@@ -59,19 +63,19 @@ FASTSEQ_DEVICE void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], cons
 #endif
 }
 
-// float with 10 bits of mantissa, rounded to nearest, as TF32 instructions take it.
+// Rounds to TF32: float with 10 bits of mantissa, to nearest, ties away from zero.
 FASTSEQ_DEVICE uint32_t to_tf32(float x) {
   uint32_t bits;
 #ifdef FASTSEQ_HOST_DEVICE
   memcpy(&bits, &x, sizeof bits);
-  bits = x == x ? (bits + 0x1000u) & ~0x1fffu : 0x7fffffffu;  // ties away from zero
+  bits = x == x ? (bits + 0x1000u) & ~0x1fffu : 0x7fffffffu;
 #else
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
 #endif
   return bits;
 }
 
-// A, B by to_tf32.
+// A and B from to_tf32().
 FASTSEQ_DEVICE void multiply_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef FASTSEQ_HOST_DEVICE
   multiply_on_host<8>(d, a, b, "multiply_16x8x8_tf32", [](uint32_t word, int) {

@@ -1,6 +1,6 @@
-// What the CUDA operators share: checks, pointers, stream. No CUDA header: the library loads where there is no GPU.
+// Shared by the CUDA operators: checks, pointers, stream. No CUDA header: the library loads where there is no GPU.
 //
-// The tests register the same operators a second time, on the host-side device: namespace fastseq_sim, CPU tensors.
+// The tests register the same operators again on the host-side device: namespace fastseq_sim, CPU tensors.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -22,12 +22,12 @@
 #define FASTSEQ_DISPATCH CUDA
 #endif
 
-// In libtorch_cuda, which a CPU build of torch lacks.
+// Defined in libtorch_cuda, which a CPU build of torch lacks.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace fastseq::cuda {
 
-// While it lives, `t`'s device is the current one; `stream()` is torch's current stream there.
+// Makes the device of `t` current for its lifetime. stream(): torch's current stream on that device.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& t) {
@@ -47,14 +47,14 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && (!a.is_cuda() || a.get_device_index() == b.get_device_index());
 }
 
-// The tensor has this shape and dtype and is on the device of `like`, at any strides.
+// Checks shape, dtype and that `t` is on the device of `like`; any strides.
 inline void check_like_strided(
     const char* op, const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, const Tensor& like) {
   STD_TORCH_CHECK(same_device(t, like), op, ": ", name, " must be on the same device as the other tensors");
   check_form(op, name, t, shape, dtype);
 }
 
-// The same, and it is contiguous.
+// Checks the same, and that `t` is contiguous.
 inline void check_like(
     const char* op, const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, const Tensor& like) {
   check_like_strided(op, name, t, shape, dtype, like);
@@ -70,8 +70,8 @@ inline void check_like(const char* op,
   if (t) check_like(op, name, *t, shape, dtype, like);
 }
 
-// A copy where its rows do not begin where a kernel may read them as vectors: at multiples of 16 bytes, or of as much
-// of that as divides their length. torch's own tensors do, views of others need not.
+// Returns `t`, or a copy if its rows do not begin where a kernel may read them as vectors: at multiples of 16 bytes, or
+// of the largest divisor of 16 that divides a row's bytes. Tensors that torch allocates do; views may not.
 inline Tensor with_aligned_rows(const Tensor& t) {
   const auto row = t.size(t.dim() - 1) * static_cast<int64_t>(t.element_size());
   const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
@@ -91,14 +91,14 @@ inline const void* read(const Tensor& t) { return t.const_data_ptr(); }
 
 inline const void* read(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-// Null for a tensor of no elements: what is not needed.
+// Null for a tensor of no elements, which stands for a result that is not needed.
 inline void* write(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
 
 inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
 }
 
-// `error`: what a launcher returned.
+// error: returned by a launcher.
 inline void check_launch(const char* op, const std::string& error) {
   STD_TORCH_CHECK(error.empty(), op, ": the CUDA kernel was not launched: ", error);
 }

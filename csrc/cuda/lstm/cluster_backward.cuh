@@ -1,42 +1,44 @@
-// The backward recurrence of one LSTM layer by thread block clusters (sm_90 and up): a cluster for a tile of the batch
-// and a direction, a block of it for U <= 32 hidden units.
+// The backward recurrence of one LSTM layer by thread block clusters (sm_90 and up): one cluster per tile of the batch
+// and direction, one of its blocks per U <= 32 hidden units.
 //
-// A block has the gradients of its own units' gates, so it multiplies them with the 4 U rows of W_hh it owns: that
-// gives its part of dh of ALL units, which it sends to the blocks of those units, in float; each adds up the parts of
-// all blocks in the order of their ranks. Half the bytes of sending the gradients of the gates themselves, and the
-// product needs no word from others: one exchange a step, no barrier of the cluster inside the loop.
+// A block has the gradients of its own units' gates and multiplies them with the 4 U rows of W_hh it owns. That gives
+// its part of dh of ALL units. It sends each part, in float, to the block of the unit; each block adds up the parts of
+// all blocks in the order of their ranks. This takes half the bytes of sending the gradients of the gates themselves,
+// and the product depends on no other block: one exchange a step, no cluster barrier inside the loop.
 //
-// Cell: lane u of warp w has unit u of the block and sequences w, w + 8, ...: 64 bytes side by side. Product: A is
-// W_hh transposed, a row a hidden unit j, K = (own unit, gate), gates i f g o side by side. So a piece, 8 bytes of K of
-// one sequence, is all gates of a unit (16-bit) or half of them (TF32), and one thread of the cell writes it whole:
+// Cell: lane u of warp w has unit u of the block and sequences w, w + 8, ...: 64 adjacent bytes. Product: A is W_hh
+// transposed, a row a hidden unit j, K = (own unit, gate), gates i f g o adjacent. So a piece, 8 bytes of K of one
+// sequence, is all gates of a unit (16-bit) or half of them (TF32), and one thread of the cell writes it whole:
 //
 //     gradients[buffer][step of K][tile of 8 sequences][q][sequence ^ (step % 8)]: pieces; lane 4 r + q of the product
-//     reads column r, piece q. The exclusive or spreads what the 32 lanes of the cell write over the banks.
+//     reads column r, piece q. The exclusive or spreads the stores of the cell's 32 lanes over the banks.
 //     parts[buffer][block that sent][pair of sequences][unit]: two floats; lane 4 r + q sends units r and r + 8 of its
-//     tile of 16, sequences 2 q and 2 q + 1: 64 bytes side by side for each q.
+//     tile of 16, sequences 2 q and 2 q + 1: 64 adjacent bytes for each q.
 //
-// Why no block overwrites what a slow one still reads. parts of step s + 2 come from a block Q that has all parts of
-// step s + 1, also those of P, which P has sent after its __syncthreads of step s, which every thread of P reaches
-// after it has read the parts of step s: the buffer is free. The gradients of the gates have two buffers as well: who
-// writes those of step s + 2 has passed the __syncthreads of step s + 1, which every warp reaches after its product of
-// step s.
+// Why no block overwrites words that a slow block still reads. `parts` of step s + 2 come from a block Q that has all
+// parts of step s + 1, the parts from P included. P sent these after its __syncthreads of step s, which every thread of
+// P reaches after it has read the parts of step s: the buffer is free. The gradients of the gates have two buffers as
+// well: a thread that writes those of step s + 2 has passed the __syncthreads of step s + 1, which every warp reaches
+// after its product of step s.
 #pragma once
 
 #include "cuda/lstm/cluster_pieces.cuh"
 
 namespace fastseq::cuda::cluster {
 
-constexpr int kUnits = 32, kThreads = 256;  // of a block, at most; always
+constexpr int kUnits = 32;     // of a block, at most
+constexpr int kThreads = 256;  // of every block
 
 // Steps of K: 4 gates of 32 units.
 template <class T>
 constexpr int kGateSteps = 4 * kUnits / kStep<T>;
 
+// Tiling of a launch.
 struct BackwardTile {
   int blocks, units, tiles;  // of a cluster; of a block, a multiple of 8; of the batch
 };
 
-// Bytes before each part of shared memory, and in all.
+// Shared memory: byte offset of each part, and the total.
 struct BackwardMemory {
   size_t gradients, parts, bytes;
   __host__ __device__ BackwardMemory(const BackwardTile& tile, int steps, int row_tiles) {
@@ -48,8 +50,9 @@ struct BackwardMemory {
   }
 };
 
+// Position of a thread: its unit and sequences.
 struct BackwardPlace {
-  int direction, unit, row;  // unit of the layer (H: none), first sequence; the others follow by 8
+  int direction, unit, row;  // unit of the layer (H: none), first sequence; the next ones are 8 apart
   int local, warp, r, q;     // local: unit of the block
   bool backwards;
 };
@@ -69,7 +72,7 @@ FASTSEQ_DEVICE BackwardPlace backward_place(const LstmShape& s, const BackwardTi
   return at;
 }
 
-// Words of A: of row `unit`, K from `piece` * P on. weight (4H, H).
+// Loads two words of A: row `unit`, K from `piece` * P on. weight: (4H, H).
 template <class T>
 FASTSEQ_DEVICE uint2
 load_column_piece(const T* weight, int64_t hidden, const BackwardTile& tile, int64_t unit, int piece) {
@@ -84,8 +87,8 @@ load_column_piece(const T* weight, int64_t hidden, const BackwardTile& tile, int
   return piece_of<T>(x);
 }
 
-// M tiles of 16 hidden units of the layer, all of K. By way of `scratch` (warp, step, lane), of which every lane reads
-// what it has written: a loop that is not unrolled, as the addresses of all would take more registers than there are.
+// Loads M tiles of 16 hidden units of the layer, all of K, through `scratch` (warp, step, lane), where a lane reads
+// back what it wrote. The first loop is not unrolled: the addresses of all loads would exceed the registers.
 template <class T, int M>
 FASTSEQ_DEVICE void load_columns(uint32_t (&a)[M][kGateSteps<T>][4],
                                  uint4* scratch,
@@ -114,17 +117,17 @@ FASTSEQ_DEVICE void load_columns(uint32_t (&a)[M][kGateSteps<T>][4],
   }
 }
 
-// What a step of one sequence and unit needs of global memory, as it is stored.
+// Inputs of one step of one sequence and unit, in storage type.
 template <class T>
 struct BackwardInputs {
   T gates[4], grad_output, grad_cell;
   float c, c_before;
 };
 
-// Zero where t is not a step of the sequence.
+// Loads the inputs of step t; zero where t is not a step of the sequence.
 template <class T>
 FASTSEQ_DEVICE void fetch_inputs(
-    BackwardInputs<T>& in, const LstmBackward& p, const BackwardPlace& at, int row, int length, int t) {
+    BackwardInputs<T>& in, const LstmBackwardParams& p, const BackwardPlace& at, int row, int length, int t) {
   const LstmShape& s = p.shape;
   const int64_t H = s.hidden, slot = (static_cast<int64_t>(t) * s.batch + row) * s.directions + at.direction;
 #pragma unroll
@@ -148,7 +151,7 @@ FASTSEQ_DEVICE void fetch_inputs(
   }
 }
 
-// The parts of dh that all blocks have sent for this unit and sequence warp + 8 n.
+// Adds up the parts of dh that all blocks have sent for this unit and sequence warp + 8 n.
 FASTSEQ_DEVICE float add_parts(const float2* parts, const BackwardTile& tile, const BackwardPlace& at, int n, int N) {
   float sum = 0;
   if (at.local >= tile.units) return sum;
@@ -159,7 +162,7 @@ FASTSEQ_DEVICE float add_parts(const float2* parts, const BackwardTile& tile, co
   return sum;
 }
 
-// The gradients of a unit's gates, rounded to T, into the buffer of the product.
+// Writes the gradients of a unit's gates, rounded to T, into the buffer of the product.
 template <class T>
 FASTSEQ_DEVICE void show_gradients(uint2* gradients, const float (&x)[4], const BackwardPlace& at, int n, int N) {
   constexpr int kPieces = 4 / kPiece<T>;  // of a unit
@@ -173,10 +176,11 @@ FASTSEQ_DEVICE void show_gradients(uint2* gradients, const float (&x)[4], const 
   }
 }
 
-// One step of one sequence and unit: dh and dc of after the step become those of before it, but for what the product
-// gives; the gradients of the gates are written and shown.
+// One step of one sequence and unit. dh, dc: on entry the gradients of h_t and c_t; on return those of h_{t-1} and
+// c_{t-1}, dh without the product, which is added later. Stores the gradients of the gates and shows them to the
+// product.
 template <class T>
-FASTSEQ_DEVICE void step_back(const LstmBackward& p,
+FASTSEQ_DEVICE void step_back(const LstmBackwardParams& p,
                               const BackwardPlace& at,
                               const BackwardInputs<T>& in,
                               uint2* gradients,
@@ -208,7 +212,7 @@ FASTSEQ_DEVICE void step_back(const LstmBackward& p,
   }
 }
 
-// This block's part of dh of all units, each to the block of the unit: `parts` there.
+// Computes this block's part of dh of all units and sends each to `parts` of the unit's block.
 template <class T, int M, int N>
 FASTSEQ_DEVICE void send_parts(const uint32_t (&weights)[M][kGateSteps<T>][4],
                                const uint2* gradients,
@@ -247,7 +251,7 @@ FASTSEQ_DEVICE void send_parts(const uint32_t (&weights)[M][kGateSteps<T>][4],
   }
 }
 
-// (D, B, H) of T or null, of this unit's sequences.
+// Loads this unit's sequences. from: (D, B, H) of T, or null.
 template <class T, int N>
 FASTSEQ_DEVICE void load_gradients(float (&x)[N], const void* from, const LstmShape& s, const BackwardPlace& at) {
 #pragma unroll
@@ -268,9 +272,9 @@ FASTSEQ_DEVICE void store_gradients(void* to, const float (&x)[N], const LstmSha
   }
 }
 
-// Steps from `begin` on, which no sequence of the tile has.
+// Zeroes grad_gates from step `begin` on, past the longest sequence of the tile.
 template <class T, int N>
-FASTSEQ_DEVICE void clear_grad_gates(const LstmBackward& p, const BackwardPlace& at, int begin) {
+FASTSEQ_DEVICE void clear_grad_gates(const LstmBackwardParams& p, const BackwardPlace& at, int begin) {
   const LstmShape& s = p.shape;
   if (at.unit >= s.hidden) return;
   for (int64_t t = begin; t < s.steps; ++t) {
@@ -285,7 +289,7 @@ FASTSEQ_DEVICE void clear_grad_gates(const LstmBackward& p, const BackwardPlace&
 
 // M tiles of 16 units a warp, N tiles of 8 sequences.
 template <class T, int M, int N>
-__global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(LstmBackward p, BackwardTile tile) {
+__global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(LstmBackwardParams p, BackwardTile tile) {
   FASTSEQ_DYNAMIC_SHARED(memory);
   const BackwardMemory offsets(tile, kGateSteps<T>, N);
   uint64_t* arrived = reinterpret_cast<uint64_t*>(memory);  // by buffer
@@ -321,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(Lstm
   BackwardInputs<T> in[N];
 #pragma unroll
   for (int n = 0; n < N; ++n) fetch_inputs(in[n], p, at, at.row + 8 * n, lengths[n], at.backwards ? 0 : steps - 1);
-  for (int s = 0; s <= steps; ++s) {  // in the last round only dh is completed
+  for (int s = 0; s <= steps; ++s) {  // the last round only completes dh
     const int t = at.backwards ? s : steps - 1 - s;
     if (s) {
       mbarrier_wait(arrived + s % 2, (s - 1) / 2 % 2);

@@ -1,9 +1,9 @@
-// The recurrence of one LSTM layer by thread block clusters (sm_90 and up): a cluster for a tile of the batch and a
-// direction, a block of it for U hidden units, h exchanged through distributed shared memory, no barrier of the cluster
-// inside the loop.
+// The forward recurrence of one LSTM layer by thread block clusters (sm_90 and up): one cluster per tile of the batch
+// and direction, one of its blocks per U hidden units. h is exchanged through distributed shared memory, without a
+// cluster barrier inside the loop.
 //
 // Weights are the A operand (gate rows), h the B operand (units, sequences). A warp has 8 units: rows r and r + 8 of
-// its first tile are gates i and f of unit r, of its second g and o, so one lane ends up with all gates of a unit:
+// its first tile are gates i and f of unit r, of its second g and o, so one lane has all gates of a unit:
 //
 //     lane 4 r + q        column 2 q    column 2 q + 1      Two warps share the 8 units, each multiplies every other
 //     tile 0, row r       i of unit r   i of unit r         step of K. Warp `half` then finishes column 2 q + half:
@@ -11,20 +11,20 @@
 //     tile 1, row r       g of unit r   g of unit r         shared memory. Column 2 q + half is sequence 4 half + q.
 //     tile 1, row r + 8   o of unit r   o of unit r
 //
-// A piece is 8 bytes: P = 4 units (16-bit) or 2 (TF32) that lie side by side, of one sequence. Of a step of K (4 P
-// units) lane 4 r + q multiplies units q P .. q P + P - 1 of its gate rows and of its column: one piece is all of its B
-// fragment, two pieces (i and f, or g and o) are an A fragment. The order of K is the same on both sides, so any will
-// do. h in shared memory, twice (h of step s in buffer s & 1):
+// A piece is 8 bytes: P = 4 (16-bit) or 2 (TF32) adjacent units of one sequence. In a step of K (4 P units) lane 4 r +
+// q multiplies units q P .. q P + P - 1 of its gate rows and of its column: one piece is its whole B fragment, two
+// pieces (i and f, or g and o) are an A fragment. Any order of K is right, as both sides share it. h in shared memory,
+// twice (h of step s in buffer s & 1):
 //
-//     h[step of K][tile of 8 sequences][q][sequence]: pieces. Lane reads piece (q, 4 (r & 1) + r / 2): 256 bytes a
-//     warp, no bank conflict. A warp sends 4 sequences of a q: 32 bytes side by side.
+//     h[step of K][tile of 8 sequences][q][sequence]: pieces. A lane reads piece (q, 4 (r & 1) + r / 2): 256 bytes
+//     a warp, no bank conflict. A warp sends 4 sequences of a q: 32 adjacent bytes.
 //
-// Why no block overwrites what a slow one still reads. Buffer s & 1 of block P gets h of step s + 2 from a warp of Q
-// after that warp has seen all of h of step s + 1 arrive, so after every warp of P (each owns some of its units) has
-// sent its part; and a warp of P sends its part of step s + 1, which is computed from what it read of step s, after it
-// has read it. The same chain orders phases: a warp sends only after its own wait, so no phase of an mbarrier can end
-// before every warp has seen the end of the one before, and it orders the sums, which are written again after a wait.
-// A warp reads all of its weights' columns, but sends units of its own alone; a warp without units would break the
+// Why no block overwrites h that a slow block still reads. Buffer s & 1 of block P gets h of step s + 2 from a warp of
+// block Q only after all of h of step s + 1 has arrived at that warp, so after every warp of P (each owns some units)
+// has sent its part. A warp of P sends its part of step s + 1, which is computed from h of step s, after it has read h
+// of step s. The same chain orders phases: a warp sends only after its own wait, so no phase of an mbarrier can end
+// before every warp has passed the wait for the phase before. It also orders the sums, which are written again after a
+// wait. A warp reads all columns of its weights but sends only its own units. A warp without units would break the
 // chain, so padded units are computed and sent as well (weights, gates and states 0: h = 0).
 #pragma once
 
@@ -32,18 +32,19 @@
 
 namespace fastseq::cuda::cluster {
 
-// What a launch has decided.
-struct ClusterTile {
+// Tiling of a launch.
+struct ForwardTile {
   int blocks;  // of a cluster
   int units;   // of a block, a multiple of 8
-  int steps;   // of K a warp multiplies: as many as its registers hold, the rest from shared memory
+  int steps;   // of K that a warp multiplies; weights beyond its registers are in shared memory
   int tiles;   // of the batch
 };
 
-// Shared memory: bytes before each part, and in all. Registers: steps of K whose weights a warp keeps in registers.
-struct ClusterMemory {
+// Shared memory: byte offset of each part, and the total. registers: steps of K whose weights a warp keeps in
+// registers.
+struct ForwardMemory {
   size_t h, sums, weights, bytes;
-  __host__ __device__ ClusterMemory(const ClusterTile& tile, int registers, int row_tiles) {
+  __host__ __device__ ForwardMemory(const ForwardTile& tile, int registers, int row_tiles) {
     const size_t warps = tile.units / 4;
     h = 128;
     sums = h + 2 * (2 * static_cast<size_t>(tile.steps) * row_tiles * 256);
@@ -52,15 +53,15 @@ struct ClusterMemory {
   }
 };
 
-// Where a thread stands.
-struct ClusterPlace {
-  int direction, unit, row;  // unit of the layer, first sequence; the others follow by 8
+// Position of a thread: its unit and sequences.
+struct ForwardPlace {
+  int direction, unit, row;  // unit of the layer, first sequence; the next ones are 8 apart
   int warp, half, r, q;      // half: of K, and of the columns
   bool backwards;
 };
 
-FASTSEQ_DEVICE ClusterPlace cluster_place(const LstmShape& s, const ClusterTile& tile, int row_tiles) {
-  ClusterPlace at;
+FASTSEQ_DEVICE ForwardPlace forward_place(const LstmShape& s, const ForwardTile& tile, int row_tiles) {
+  ForwardPlace at;
   const int cluster = static_cast<int>(cluster_index()), lane = lane_id();
   at.warp = threadIdx.x / 32;
   at.half = at.warp % 2;
@@ -73,7 +74,7 @@ FASTSEQ_DEVICE ClusterPlace cluster_place(const LstmShape& s, const ClusterTile&
   return at;
 }
 
-// Columns [column, column + P) of a row (columns,), zero past its end; a null row is zero.
+// Loads columns [column, column + P) of a row (columns,), zero past its end; a null row is zero.
 template <class T>
 FASTSEQ_DEVICE uint2 load_piece(const T* row, int64_t column, int64_t columns) {
   float x[kPiece<T>] = {};
@@ -86,10 +87,10 @@ FASTSEQ_DEVICE uint2 load_piece(const T* row, int64_t column, int64_t columns) {
   return piece_of<T>(x);
 }
 
-// The fragments of one step of K: [tile][word]. weight (4H, H).
+// Loads the fragments of one step of K: [tile][word]. weight: (4H, H).
 template <class T>
 FASTSEQ_DEVICE void load_weights(
-    uint32_t (&a)[2][4], const T* weight, int64_t hidden, const ClusterPlace& at, int64_t step) {
+    uint32_t (&a)[2][4], const T* weight, int64_t hidden, const ForwardPlace& at, int64_t step) {
   const int64_t column = step * kStep<T> + at.q * kPiece<T>;
 #pragma unroll
   for (int gate = 0; gate < 4; ++gate) {
@@ -100,13 +101,13 @@ FASTSEQ_DEVICE void load_weights(
   }
 }
 
-// This warp's half of K: R steps into registers, the others, each lane what it will read, into shared memory.
+// Loads this warp's half of K: R steps into registers, the others into shared memory. A lane reads back what it wrote.
 template <class T, int R>
 FASTSEQ_DEVICE void load_all_weights(uint32_t (&weights)[R][2][4],
                                      uint4* more_weights,
                                      const T* weight,
                                      int64_t hidden,
-                                     const ClusterPlace& at,
+                                     const ForwardPlace& at,
                                      int steps) {
 #pragma unroll
   for (int s = 0; s < R; ++s) load_weights(weights[s], weight, hidden, at, 2 * s + at.half);
@@ -118,9 +119,9 @@ FASTSEQ_DEVICE void load_all_weights(uint32_t (&weights)[R][2][4],
   }
 }
 
-// Both buffers of h: h0 (B, H) in the first; what is never sent stays zero in both.
+// Fills both buffers of h: h0 (B, H) in the first; pieces that are never sent stay zero in both.
 template <class T, int N>
-FASTSEQ_DEVICE void fill_states(uint2* h, const T* h0, const LstmShape& s, const ClusterTile& tile, int64_t first_row) {
+FASTSEQ_DEVICE void fill_states(uint2* h, const T* h0, const LstmShape& s, const ForwardTile& tile, int64_t first_row) {
   const int pieces = 2 * tile.steps * N * 32;
   for (int k = threadIdx.x; k < pieces; k += blockDim.x) {
     const int64_t row = first_row + k / 32 % N * 8 + k % 8;
@@ -136,7 +137,7 @@ FASTSEQ_DEVICE void multiply_states(float (&sums)[Chains][N][2][4],
                                     const uint32_t (&weights)[R][2][4],
                                     const uint4* more_weights,
                                     const uint2* h,
-                                    const ClusterPlace& at,
+                                    const ForwardPlace& at,
                                     int steps) {
   const int place = at.q * 8 + 4 * (at.r & 1) + at.r / 2;
 #pragma unroll
@@ -162,12 +163,12 @@ FASTSEQ_DEVICE void multiply_states(float (&sums)[Chains][N][2][4],
   }
 }
 
-// The column that this warp finishes of its own sums, the other into `shown`, gates i f g o.
+// Splits this warp's sums (gates i f g o): `own` gets the column that it finishes, `shown` the other warp's column.
 template <int N, int Chains>
 FASTSEQ_DEVICE void share_sums(float (&own)[N][4],
                                const float (&sums)[Chains][N][2][4],
                                float4* shown,
-                               const ClusterPlace& at) {
+                               const ForwardPlace& at) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     float given[4];
@@ -186,9 +187,9 @@ FASTSEQ_DEVICE void share_sums(float (&own)[N][4],
   }
 }
 
-// The own sums become pre-activations, with the other warp's sums and the gates' own part.
+// Completes the pre-activations: own sums + the other warp's sums + `gates`, the input product.
 template <class T, int N>
-FASTSEQ_DEVICE void add_sums(float (&own)[N][4], const T (&gates)[N][4], const float4* shown, const ClusterPlace& at) {
+FASTSEQ_DEVICE void add_sums(float (&own)[N][4], const T (&gates)[N][4], const float4* shown, const ForwardPlace& at) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const float4 other = shown[((at.warp ^ 1) * N + n) * 32 + lane_id()];
@@ -199,9 +200,9 @@ FASTSEQ_DEVICE void add_sums(float (&own)[N][4], const T (&gates)[N][4], const f
   }
 }
 
-// The gates of step t, as they are stored; zero outside of the tensor.
+// Loads the input product of step t in storage type; zero outside of the tensor.
 template <class T, int N>
-FASTSEQ_DEVICE void fetch_gates(T (&gates)[N][4], const LstmForward& p, const ClusterPlace& at, int64_t t) {
+FASTSEQ_DEVICE void fetch_gates(T (&gates)[N][4], const LstmForwardParams& p, const ForwardPlace& at, int64_t t) {
   const LstmShape& s = p.shape;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
@@ -216,7 +217,7 @@ FASTSEQ_DEVICE void fetch_gates(T (&gates)[N][4], const LstmForward& p, const Cl
   }
 }
 
-// The piece that this lane's unit is part of: P units of one sequence, in all P lanes that hold them.
+// Returns the piece that contains this lane's unit: P units of one sequence, in all P lanes that hold them.
 template <class T>
 FASTSEQ_DEVICE uint64_t gather_piece(T h, int r) {
   if constexpr (sizeof(T) == 4) {
@@ -232,10 +233,10 @@ FASTSEQ_DEVICE uint64_t gather_piece(T h, int r) {
   }
 }
 
-// h of the own units into `to`, a buffer, of every block of the cluster; the P lanes of a piece share the blocks.
+// Sends h of the own units into buffer `to` of every block of the cluster; the P lanes of a piece divide the blocks.
 template <class T, int N>
 FASTSEQ_DEVICE void send_states(
-    const T (&h)[N], const uint2* to, const uint64_t* arrived, const ClusterTile& tile, const ClusterPlace& at) {
+    const T (&h)[N], const uint2* to, const uint64_t* arrived, const ForwardTile& tile, const ForwardPlace& at) {
   const int unit = at.unit / kPiece<T> * kPiece<T>, step = unit / kStep<T>;
   const int place = unit % kStep<T> / kPiece<T> * 8 + 4 * at.half + at.q;
   uint64_t pieces[N];
@@ -248,10 +249,16 @@ FASTSEQ_DEVICE void send_states(
   }
 }
 
-// One sequence's cell, and what is kept of it: h and c go on where t is before the sequence's end.
+// Computes one sequence's cell and stores its results. h and c change only where t is before the sequence's end.
 template <class T>
-FASTSEQ_DEVICE void finish_unit(
-    const LstmForward& p, const ClusterPlace& at, int n, int64_t t, bool alive, float (&gates)[4], float& c, T& h) {
+FASTSEQ_DEVICE void finish_unit(const LstmForwardParams& p,
+                                const ForwardPlace& at,
+                                int n,
+                                int64_t t,
+                                bool alive,
+                                float (&gates)[4],
+                                float& c,
+                                T& h) {
   const LstmShape& s = p.shape;
   const int64_t row = at.row + 8 * n, slot = (t * s.batch + row) * s.directions + at.direction;
   float c_next = c;
@@ -272,10 +279,10 @@ FASTSEQ_DEVICE void finish_unit(
   for (int gate = 0; gate < 4; ++gate) from_float(gates[gate], to + gate * s.hidden);
 }
 
-// States of the own units: h0, c0 (D, B, H) into registers, and lengths.
+// Loads h0, c0 (D, B, H) of the own units, and lengths, into registers.
 template <class T, int N>
 FASTSEQ_DEVICE void load_states(
-    T (&h)[N], float (&c)[N], int (&lengths)[N], const LstmForward& p, const ClusterPlace& at) {
+    T (&h)[N], float (&c)[N], int (&lengths)[N], const LstmForwardParams& p, const ForwardPlace& at) {
   const LstmShape& s = p.shape;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
@@ -289,9 +296,9 @@ FASTSEQ_DEVICE void load_states(
   }
 }
 
-// Steps from `begin` on, which no sequence of the tile has.
+// Zeroes the output from step `begin` on, past the longest sequence of the tile.
 template <class T, int N>
-FASTSEQ_DEVICE void clear_output(const LstmForward& p, const ClusterPlace& at, int begin) {
+FASTSEQ_DEVICE void clear_output(const LstmForwardParams& p, const ForwardPlace& at, int begin) {
   const LstmShape& s = p.shape;
   if (at.unit >= s.hidden) return;
   for (int64_t t = begin; t < s.steps; ++t) {
@@ -303,7 +310,10 @@ FASTSEQ_DEVICE void clear_output(const LstmForward& p, const ClusterPlace& at, i
 }
 
 template <class T, int N>
-FASTSEQ_DEVICE void store_states(const T (&h)[N], const float (&c)[N], const LstmForward& p, const ClusterPlace& at) {
+FASTSEQ_DEVICE void store_states(const T (&h)[N],
+                                 const float (&c)[N],
+                                 const LstmForwardParams& p,
+                                 const ForwardPlace& at) {
   const LstmShape& s = p.shape;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
@@ -316,13 +326,13 @@ FASTSEQ_DEVICE void store_states(const T (&h)[N], const float (&c)[N], const Lst
 
 // R steps of K in registers, N tiles of 8 sequences.
 template <class T, int Threads, int R, int N>
-__global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmForward p, ClusterTile tile) {
+__global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmForwardParams p, ForwardTile tile) {
   FASTSEQ_DYNAMIC_SHARED(memory);
-  const ClusterMemory parts(tile, R, N);
+  const ForwardMemory parts(tile, R, N);
   uint64_t* arrived = reinterpret_cast<uint64_t*>(memory);  // by buffer
   uint2* h_pieces = reinterpret_cast<uint2*>(memory + parts.h);
   float4* shown = reinterpret_cast<float4*>(memory + parts.sums);
-  const ClusterPlace at = cluster_place(p.shape, tile, N);
+  const ForwardPlace at = forward_place(p.shape, tile, N);
   uint4* more_weights = reinterpret_cast<uint4*>(memory + parts.weights) + at.warp * (tile.steps - R) * 64;
   const int64_t H = p.shape.hidden;
   const int first_row = at.row - 4 * at.half - at.q, last = longest_of<N>(p.shape, first_row) - 1;
@@ -352,7 +362,7 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
     const int t = at.backwards ? last - s : s;
     if (s) mbarrier_wait(arrived + s % 2, (s - 1) / 2 % 2);
     if (s && threadIdx.x == 0) mbarrier_arrive_expect(arrived + s % 2, bytes);  // step s + 2
-    constexpr int kChains = N == 1 ? 2 : 1;                                     // that do not wait for each other
+    constexpr int kChains = N == 1 ? 2 : 1;                                     // independent accumulators
     float sums[kChains][N][2][4] = {}, pre[N][4];
     multiply_states<T>(sums, weights, more_weights, h_pieces + s % 2 * buffer, at, tile.steps);
     share_sums(pre, sums, shown, at);

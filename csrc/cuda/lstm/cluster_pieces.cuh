@@ -1,4 +1,4 @@
-// What the recurrences in clusters share: pieces of 8 bytes, the unit of what is exchanged and of B fragments.
+// Shared by the recurrences in clusters: pieces of 8 bytes, the unit of the exchange and of B fragments.
 #pragma once
 
 #include <initializer_list>
@@ -8,12 +8,14 @@
 
 namespace fastseq::cuda::cluster {
 
+// Numbers of a piece.
 template <class T>
 constexpr int kPiece = 8 / static_cast<int>(sizeof(T));
+// Units of a step of K.
 template <class T>
 constexpr int kStep = 4 * kPiece<T>;
 
-// Two words of fragments from P numbers.
+// Packs P numbers into two words of fragments.
 template <class T>
 FASTSEQ_DEVICE uint2 piece_of(const float (&x)[kPiece<T>]) {
   if constexpr (sizeof(T) == 2)
@@ -30,7 +32,7 @@ FASTSEQ_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32
     multiply_16x8x8_tf32(d, a, b);
 }
 
-// The most steps of a tile's sequences: the same in all threads of the cluster.
+// Length of the longest sequence of a tile, the same in all threads of the cluster.
 template <int N>
 FASTSEQ_DEVICE int longest_of(const LstmShape& s, int64_t first_row) {
   static_assert(N * 8 <= 32, "a lane for each sequence");
@@ -42,16 +44,17 @@ FASTSEQ_DEVICE int longest_of(const LstmShape& s, int64_t first_row) {
   return min(longest, static_cast<int>(s.steps));
 }
 
-// Of tiles of the batch the smallest that are all resident at once, else the largest that can be; row_tiles 0: none
-// can. plan_of(row_tiles) makes the plan of a tile, resident(plan) says how many of its clusters are resident at once.
+// Returns the plan with the smallest tiles of the batch whose clusters are all resident at once, else with the largest
+// tiles of which any cluster is; or nothing. plan_of(row_tiles): optional plan of a tile size. resident(plan): clusters
+// resident at once.
 template <class PlanOf, class Resident>
 auto best_tiles(std::initializer_list<int> sizes, int64_t directions, const PlanOf& plan_of, const Resident& resident) {
   decltype(plan_of(1)) best;
   for (const int row_tiles : sizes) {
     const auto plan = plan_of(row_tiles);
-    const int together = plan.row_tiles ? resident(plan) : 0;
+    const int together = plan ? resident(*plan) : 0;
     if (together) best = plan;
-    if (together && static_cast<int64_t>(plan.tile.tiles) * directions <= together) break;
+    if (together && static_cast<int64_t>(plan->tile.tiles) * directions <= together) break;
   }
   return best;
 }

@@ -1,4 +1,4 @@
-// Launcher of the backward recurrence on a grid that spans the device.
+// Planner and launcher of the backward recurrence on a grid that spans the device.
 #include "cuda/lstm/grid_backward.cuh"
 
 #include <algorithm>
@@ -8,10 +8,13 @@
 namespace fastseq::cuda {
 namespace {
 
-// Shared memory without the sums, and the sums of one tile of rows.
+using namespace grid_backward;
+
+// Fills in pass_tiles and shared_memory, which holds everything but the sums, and the sums of one pass. Returns false
+// if that exceeds `limit` bytes.
 template <class Product, int R>
-void add_shared_memory(GridBackwardPlan& plan, size_t limit) {
-  using Block = GridBackwardBlock<Product, R>;
+bool add_shared_memory(Plan& plan, size_t limit) {
+  using Block = grid_backward::Block<Product, R>;
   const size_t in_shared = std::max(0, plan.warp_chunks - Block::kHeld);
   const size_t fixed = plan.warps * in_shared * R * Product::kParts * 32 * sizeof(uint4) +
                        plan.group_tiles * kTileRows * (Block::kOwnUnits * sizeof(float2) + sizeof(int));
@@ -20,15 +23,15 @@ void add_shared_memory(GridBackwardPlan& plan, size_t limit) {
   plan.pass_tiles = std::min(plan.group_tiles, kMostTiles);
   while (plan.pass_tiles > 1 && fixed + plan.pass_tiles * of_tile > limit) --plan.pass_tiles;
   plan.shared_memory = fixed + plan.pass_tiles * of_tile;
-  if (plan.shared_memory > limit) plan.unit_tiles = 0;
+  return plan.shared_memory <= limit;
 }
 
-// As many blocks as have a multiprocessor each: slices of the units, times groups of rows.
+// One block a multiprocessor, as many as possible: slices of the units, times groups of rows.
 template <class Product, int R>
-GridBackwardPlan plan_with(const LstmShape& s, const DeviceLimits& device) {
-  GridBackwardPlan plan{};
+std::optional<Plan> plan_with(const LstmShape& s, const DeviceLimits& device) {
+  Plan plan{};
   const int64_t slices = divide_up(s.hidden, kTileUnits * R), tiles = divide_up(s.batch, kTileRows);
-  if (device.capability < 80 || s.directions * slices > device.multiprocessors || tiles > (1 << 24)) return plan;
+  if (device.capability < 80 || s.directions * slices > device.multiprocessors || tiles > (1 << 24)) return {};
   plan.unit_tiles = R;
   plan.slices = static_cast<int>(slices);
   plan.tiles = static_cast<int>(tiles);
@@ -38,32 +41,32 @@ GridBackwardPlan plan_with(const LstmShape& s, const DeviceLimits& device) {
   plan.chunks = plan.slices * kTileUnits * R / Product::kUnits;
   plan.warps = static_cast<int>(std::clamp<int64_t>(divide_up(plan.chunks, 4), 4, kMaxWarps));
   plan.warp_chunks = static_cast<int>(divide_up(plan.chunks, plan.warps));
-  add_shared_memory<Product, R>(plan, device.shared_memory);
+  if (!add_shared_memory<Product, R>(plan, device.shared_memory)) return {};
   return plan;
 }
 
 template <class Product>
-GridBackwardPlan plan_of(const LstmShape& s) {
+std::optional<Plan> plan_of(const LstmShape& s) {
   const DeviceLimits device = device_limits();
-  const GridBackwardPlan plan = plan_with<Product, 1>(s, device);
-  return plan.unit_tiles ? plan : plan_with<Product, 2>(s, device);
+  const std::optional<Plan> plan = plan_with<Product, 1>(s, device);
+  return plan ? plan : plan_with<Product, 2>(s, device);
 }
 
-// run(Product{})
+// Returns run(Product{}), Product the arithmetic of the call.
 template <class Run>
 auto with_product(const LstmShape& s, Type type, const Run& run) {
   switch (type) {
     case Type::kBFloat16:
-      return run(HalfProduct<bf16>{});
+      return run(MmaHalf<bf16>{});
     case Type::kHalf:
-      return run(HalfProduct<half>{});
+      return run(MmaHalf<half>{});
     default:
-      return s.tf32 ? run(Tf32Product{}) : run(ExactProduct{});
+      return s.tf32 ? run(MmaTf32{}) : run(FmaFloat{});
   }
 }
 
 template <class Product, int R>
-std::string launch_plan(const LstmBackward& p, const GridBackwardPlan& plan, Stream stream) {
+std::string launch_plan(const LstmBackwardParams& p, const Plan& plan, Stream stream) {
   const Launch l{.grid = dim3(plan.slices, plan.groups, static_cast<unsigned>(p.shape.directions)),
                  .block = dim3(32 * plan.warps),
                  .shared_memory = plan.shared_memory,
@@ -72,30 +75,30 @@ std::string launch_plan(const LstmBackward& p, const GridBackwardPlan& plan, Str
   return launch(l, lstm_grid_backward_kernel<Product, R>, p, plan);
 }
 
+// Bytes: flags, then both buffers of the exchange.
+template <class Product>
+size_t workspace_of(const LstmShape& s, const Plan& plan) {
+  const size_t flags = s.directions * plan.groups * plan.slices * kFlagStride * sizeof(unsigned);
+  const size_t numbers =
+      2 * s.directions * plan.tiles * kTileRows * static_cast<size_t>(plan.chunks) * Product::kUnits * 4;
+  return flags + numbers * sizeof(typename Product::Element);
+}
+
+template <class Product>
+std::optional<LstmPlan<LstmBackwardParams>> runnable(const LstmShape& s) {
+  const std::optional<Plan> best = plan_of<Product>(s);
+  if (!best) return {};
+  return {{workspace_of<Product>(s, *best), [plan = *best](const LstmBackwardParams& p, Stream stream) {
+             return plan.unit_tiles == 2 ? launch_plan<Product, 2>(p, plan, stream)
+                                         : launch_plan<Product, 1>(p, plan, stream);
+           }}};
+}
+
 }  // namespace
 
-bool lstm_grid_backward_fits(const LstmShape& s, Type type) {
-  return type != Type::kDouble &&
-         with_product(s, type, [&](auto product) { return plan_of<decltype(product)>(s).unit_tiles > 0; });
-}
-
-size_t lstm_grid_backward_workspace(const LstmShape& s, Type type) {
-  return with_product(s, type, [&](auto product) -> size_t {
-    using Product = decltype(product);
-    const GridBackwardPlan plan = plan_of<Product>(s);
-    const size_t flags = s.directions * plan.groups * plan.slices * kFlagStride * sizeof(unsigned);
-    const size_t numbers =
-        2 * s.directions * plan.tiles * kTileRows * static_cast<size_t>(plan.chunks) * Product::kUnits * 4;
-    return flags + numbers * sizeof(typename Product::Element);
-  });
-}
-
-std::string launch_lstm_grid_backward(const LstmBackward& p, Type type, Stream stream) {
-  return with_product(p.shape, type, [&](auto product) {
-    using Product = decltype(product);
-    const GridBackwardPlan plan = plan_of<Product>(p.shape);
-    return plan.unit_tiles == 2 ? launch_plan<Product, 2>(p, plan, stream) : launch_plan<Product, 1>(p, plan, stream);
-  });
+std::optional<LstmPlan<LstmBackwardParams>> plan_lstm_grid_backward(const LstmShape& s, Type type) {
+  if (type == Type::kDouble) return {};
+  return with_product(s, type, [&](auto product) { return runnable<decltype(product)>(s); });
 }
 
 }  // namespace fastseq::cuda

@@ -1,9 +1,8 @@
-// Launcher of the recurrence on a grid that spans the device.
+// Planner and launcher of the forward recurrence on a grid that spans the device.
 #include "cuda/lstm/grid_forward.cuh"
 
 #include <algorithm>
 #include <limits>
-#include <optional>
 
 #include "cuda/common/launch.cuh"
 
@@ -12,26 +11,26 @@ namespace {
 
 using namespace grid_forward;
 
-// run(M{}) with the arithmetic.
+// Returns run(M{}), M the arithmetic of the call.
 template <class Run>
 auto with_arithmetic(const LstmShape& s, Type type, const Run& run) {
   switch (type) {
     case Type::kBFloat16:
-      return run(Tensor16<bf16>{});
+      return run(MmaHalf<bf16>{});
     case Type::kHalf:
-      return run(Tensor16<half>{});
+      return run(MmaHalf<half>{});
     default:
-      return s.tf32 ? run(TensorFloat{}) : run(PlainFloat{});
+      return s.tf32 ? run(MmaTf32{}) : run(FmaFloat{});
   }
 }
 
-// Groups that are computed in one pass.
+// Groups computed in one pass.
 template <class M>
 int groups_at_once(int groups) {
-  return groups == 1 || std::is_same_v<M, PlainFloat> ? 1 : 2;
+  return groups == 1 || std::is_same_v<M, FmaFloat> ? 1 : 2;
 }
 
-// Blocks of `groups` groups; the batch is split among the blocks that are left over. None if that takes too much.
+// Plan with blocks of `groups` groups; the multiprocessors left over split the batch. None if it exceeds the device.
 template <class M>
 std::optional<Plan> plan_of(const LstmShape& s, const DeviceLimits& device, int64_t groups) {
   Plan plan{};
@@ -54,13 +53,13 @@ std::optional<Plan> plan_of(const LstmShape& s, const DeviceLimits& device, int6
   return plan;
 }
 
-// Clock cycles of a step, to compare plans with: a model. L2 gives a multiprocessor 35 bytes a cycle when all ask,
-// shared memory 128; tensor cores reach 60 % of their peak through mma.sync.
+// Modelled clock cycles of a step, to rank plans. With all multiprocessors loading, L2 gives each 35 bytes a cycle;
+// shared memory gives 128; tensor cores reach 60 % of their peak through mma.sync.
 template <class M>
 double cycles_of(const LstmShape& s, const Plan& plan) {
   const int at_once = groups_at_once<M>(plan.groups);
   const double passes = static_cast<double>(divide_up(plan.groups, at_once)), tiles = plan.tiles, K = plan.chunks * 64;
-  const double products_a_cycle = std::is_same_v<M, PlainFloat> ? 100 : std::is_same_v<M, TensorFloat> ? 600 : 1200;
+  const double products_a_cycle = std::is_same_v<M, FmaFloat> ? 100 : std::is_same_v<M, MmaTf32> ? 600 : 1200;
   const double exchange = tiles * kTile * K * passes / 35;
   const double products = tiles * kTile * 32.0 * plan.groups * static_cast<double>(s.hidden) / products_a_cycle;
   const double weights = plan.pairs() * plan.shared_slices * static_cast<double>(kSliceBytes) / 128;
@@ -80,7 +79,7 @@ std::optional<Plan> best_plan(const LstmShape& s) {
 }
 
 template <class M, int G>
-std::string launch_plan(const LstmForward& p, const Plan& plan, Stream stream) {
+std::string launch_plan(const LstmForwardParams& p, const Plan& plan, Stream stream) {
   const Launch l{.grid = dim3(static_cast<unsigned>(p.shape.directions * plan.splits * plan.blocks)),
                  .block = dim3(kThreads),
                  .shared_memory = plan.shared_memory,
@@ -89,32 +88,26 @@ std::string launch_plan(const LstmForward& p, const Plan& plan, Stream stream) {
   return launch(l, lstm_grid_forward_kernel<M, G>, p, plan);
 }
 
+template <class M>
+std::optional<LstmPlan<LstmForwardParams>> runnable(const LstmShape& s) {
+  const std::optional<Plan> best = best_plan<M>(s);
+  if (!best) return {};
+  const size_t workspace = s.directions * best->splits * best->team_words() * sizeof(uint32_t);
+  return {{workspace, [plan = *best](const LstmForwardParams& p, Stream stream) {
+             if constexpr (!std::is_same_v<M, FmaFloat>) {
+               if (plan.groups > 1) return launch_plan<M, 2>(p, plan, stream);
+             }
+             return launch_plan<M, 1>(p, plan, stream);
+           }}};
+}
+
 }  // namespace
 
-bool lstm_grid_forward_fits(const LstmShape& s, Type type) {
-  if (type == Type::kDouble || device_limits().capability < 80) return false;
-  if (std::max(s.steps, s.batch + kPair) > std::numeric_limits<int>::max() || s.hidden > 65536) return false;
-  if (s.batch >= 256 && s.hidden >= 1024) return false;  // matrix products without recurrence's latency: the vendor's
-  return with_arithmetic(s, type, [&](auto m) { return best_plan<decltype(m)>(s).has_value(); });
-}
-
-size_t lstm_grid_forward_workspace(const LstmShape& s, Type type) {
-  return with_arithmetic(s, type, [&](auto m) {
-    const std::optional<Plan> plan = best_plan<decltype(m)>(s);
-    return plan ? s.directions * plan->splits * plan->team_words() * sizeof(uint32_t) : 0;
-  });
-}
-
-std::string launch_lstm_grid_forward(const LstmForward& p, Type type, Stream stream) {
-  return with_arithmetic(p.shape, type, [&](auto m) -> std::string {
-    using M = decltype(m);
-    const std::optional<Plan> plan = best_plan<M>(p.shape);
-    if (!plan) return "the weights do not fit the device's registers and shared memory";
-    if constexpr (!std::is_same_v<M, PlainFloat>) {
-      if (plan->groups > 1) return launch_plan<M, 2>(p, *plan, stream);
-    }
-    return launch_plan<M, 1>(p, *plan, stream);
-  });
+std::optional<LstmPlan<LstmForwardParams>> plan_lstm_grid_forward(const LstmShape& s, Type type) {
+  if (type == Type::kDouble || device_limits().capability < 80) return {};
+  if (std::max(s.steps, s.batch + kPair) > std::numeric_limits<int>::max() || s.hidden > 65536) return {};
+  if (s.batch >= 256 && s.hidden >= 1024) return {};  // GEMM-bound, not latency-bound: cuDNN is faster
+  return with_arithmetic(s, type, [&](auto m) { return runnable<decltype(m)>(s); });
 }
 
 }  // namespace fastseq::cuda

@@ -1,4 +1,4 @@
-// The operators lstm_recurrence_forward and lstm_recurrence_backward on CUDA: checks, outputs, choice of the kernel.
+// Operators lstm_recurrence_forward and lstm_recurrence_backward on CUDA: checks, outputs, choice of the kernel.
 #include "cuda/lstm/params.h"
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace fastseq::cuda {
 namespace {
 
-// FASTSEQ_LSTM_KERNEL=grid|cluster: measure or test one of them; unset, the cluster where it fits.
+// FASTSEQ_LSTM_KERNEL=grid|cluster allows one of them, for measurements and tests; unset: the cluster where it fits.
 bool allowed(std::string_view kernel) {
   const char* name = std::getenv("FASTSEQ_LSTM_KERNEL");
   return !name || !*name || kernel == name;
@@ -45,42 +45,37 @@ Tensor zeros(const Tensor& like, size_t bytes) {
   return torch::stable::zero_(t);
 }
 
-// A kernel that runs a recurrence forward or backward (P: its parameters).
+// A kernel that runs a recurrence forward or backward. P: its parameters.
 template <class P>
 struct Kernel {
   const char* name;
-  bool (*fits)(const LstmShape&, Type);
-  size_t (*workspace)(const LstmShape&, Type);
-  std::string (*launch)(const P&, Type, Stream);
+  std::optional<LstmPlan<P>> (*plan)(const LstmShape&, Type);
 };
 
-constexpr Kernel<LstmForward> kForward[] = {
-    {"cluster", lstm_cluster_forward_fits, lstm_cluster_forward_workspace, launch_lstm_cluster_forward},
-    {"grid", lstm_grid_forward_fits, lstm_grid_forward_workspace, launch_lstm_grid_forward},
-};
-constexpr Kernel<LstmBackward> kBackward[] = {
-    {"cluster", lstm_cluster_backward_fits, lstm_cluster_backward_workspace, launch_lstm_cluster_backward},
-    {"grid", lstm_grid_backward_fits, lstm_grid_backward_workspace, launch_lstm_grid_backward},
-};
+constexpr Kernel<LstmForwardParams> kForward[] = {{"cluster", plan_lstm_cluster_forward},
+                                                  {"grid", plan_lstm_grid_forward}};
+constexpr Kernel<LstmBackwardParams> kBackward[] = {{"cluster", plan_lstm_cluster_backward},
+                                                    {"grid", plan_lstm_grid_backward}};
 
-// The first that may run and fits, or null.
+// Plan of the first kernel that is allowed and fits, or nothing.
 template <class P>
-const Kernel<P>* choose(const Kernel<P> (&kernels)[2], const LstmShape& s, Type type) {
+std::optional<LstmPlan<P>> choose(const Kernel<P> (&kernels)[2], const LstmShape& s, Type type) {
   for (const Kernel<P>& kernel : kernels) {
-    if (allowed(kernel.name) && kernel.fits(s, type)) return &kernel;
+    if (!allowed(kernel.name)) continue;
+    if (auto plan = kernel.plan(s, type)) return plan;
   }
-  return nullptr;
+  return {};
 }
 
 template <class P>
 void run(const char* op, const Kernel<P> (&kernels)[2], P& p, Type type, const Tensor& like, Stream stream) {
   const LstmShape& s = p.shape;
-  const Kernel<P>* kernel = choose(kernels, s, type);
-  STD_TORCH_CHECK(kernel, op, ": no CUDA kernel fits batch ", s.batch, ", hidden size ", s.hidden, ", ", s.directions,
+  const std::optional<LstmPlan<P>> plan = choose(kernels, s, type);
+  STD_TORCH_CHECK(plan, op, ": no CUDA kernel fits batch ", s.batch, ", hidden size ", s.hidden, ", ", s.directions,
                   " direction(s) on this device; use backend='torch' or 'triton'");
-  Tensor workspace = zeros(like, kernel->workspace(s, type));
+  Tensor workspace = zeros(like, plan->workspace);
   p.workspace = write(workspace);
-  check_launch(op, kernel->launch(p, type, stream));
+  check_launch(op, plan->launch(p, stream));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence_forward_cuda(Tensor gates,
@@ -108,17 +103,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence_forward_cuda(
   Tensor output = empty(c0, {T, B, D * H}, dtype), h_n = empty(c0, {D, B, H}, dtype), c_n = empty(c0, {D, B, H}, dtype);
   Tensor activations = empty(c0, need_activations ? Shape{T, B, D * 4 * H} : Shape{0}, dtype);
   Tensor cell_states = empty(c0, need_cell_states ? Shape{T, B, D * H} : Shape{0}, ScalarType::Float);
-  LstmForward p{.shape = s,
-                .gates = read(gates),
-                .h0 = read(h0),
-                .c0 = read(c0),
-                .weight_hh = read(weight_hh),
-                .output = write(output),
-                .h_n = write(h_n),
-                .c_n = write(c_n),
-                .activations = write(activations),
-                .cell_states = static_cast<float*>(write(cell_states)),
-                .workspace = nullptr};
+  LstmForwardParams p{.shape = s,
+                      .gates = read(gates),
+                      .h0 = read(h0),
+                      .c0 = read(c0),
+                      .weight_hh = read(weight_hh),
+                      .output = write(output),
+                      .h_n = write(h_n),
+                      .c_n = write(c_n),
+                      .activations = write(activations),
+                      .cell_states = static_cast<float*>(write(cell_states)),
+                      .workspace = nullptr};
   if (B * H == 0) return {output, h_n, c_n, activations, cell_states};
 
   run(op, kForward, p, type, c0, device.stream());
@@ -154,19 +149,19 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward_cuda(OptionalTensor 
   const OnDeviceOf device(c0);
   Tensor grad_gates = empty(c0, {T, B, D * 4 * H}, dtype);
   Tensor grad_h0 = empty(c0, {D, B, H}, dtype), grad_c0 = empty(c0, {D, B, H}, dtype);
-  LstmBackward p{.shape = s,
-                 .grad_output = read(grad_output),
-                 .grad_h_n = read(grad_h_n),
-                 .grad_c_n = read(grad_c_n),
-                 .grad_cell_states = read(grad_cell_states),
-                 .activations = read(activations),
-                 .cell_states = static_cast<const float*>(read(cell_states)),
-                 .c0 = read(c0),
-                 .weight_hh = read(weight_hh),
-                 .grad_gates = write(grad_gates),
-                 .grad_h0 = write(grad_h0),
-                 .grad_c0 = write(grad_c0),
-                 .workspace = nullptr};
+  LstmBackwardParams p{.shape = s,
+                       .grad_output = read(grad_output),
+                       .grad_h_n = read(grad_h_n),
+                       .grad_c_n = read(grad_c_n),
+                       .grad_cell_states = read(grad_cell_states),
+                       .activations = read(activations),
+                       .cell_states = static_cast<const float*>(read(cell_states)),
+                       .c0 = read(c0),
+                       .weight_hh = read(weight_hh),
+                       .grad_gates = write(grad_gates),
+                       .grad_h0 = write(grad_h0),
+                       .grad_c0 = write(grad_c0),
+                       .workspace = nullptr};
   if (B * H == 0) return {grad_gates, grad_h0, grad_c0};
 
   run(op, kBackward, p, type, c0, device.stream());

@@ -1,8 +1,10 @@
-// The recurrence of one LSTM layer on the GPU: what its launchers take. No CUDA header, no torch.
+// Parameters and plans of the recurrence of one LSTM layer on the GPU. No CUDA header, no torch.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <optional>
 #include <string>
 
 #include "cuda/common/types.h"
@@ -19,7 +21,7 @@ struct LstmShape {
   bool backwards(int64_t direction) const { return directions == 2 ? direction == 1 : reverse; }
 };
 
-struct LstmForward {
+struct LstmForwardParams {
   LstmShape shape;
   const void* gates;      // (T, B, D, 4H) = x W_ih^T + b, order i f g o
   const void* h0;         // (D, B, H)
@@ -30,10 +32,10 @@ struct LstmForward {
   void* c_n;              // (D, B, H)
   void* activations;      // (T, B, D, 4H) or null; past the lengths: not written
   float* cell_states;     // (T, B, D, H) or null; past the lengths: not written
-  void* workspace;        // as many bytes as the launcher asks for, zero
+  void* workspace;        // LstmPlan::workspace bytes, zero
 };
 
-struct LstmBackward {
+struct LstmBackwardParams {
   LstmShape shape;
   const void* grad_output;       // (T, B, D, H) or null
   const void* grad_h_n;          // (D, B, H) or null
@@ -46,25 +48,24 @@ struct LstmBackward {
   void* grad_gates;              // (T, B, D, 4H), zero past the lengths
   void* grad_h0;                 // (D, B, H)
   void* grad_c0;                 // (D, B, H)
-  void* workspace;               // likewise
+  void* workspace;               // LstmPlan::workspace bytes, zero
 };
 
-// A grid that spans the device: a block for some hidden units, h exchanged through L2 (lstm_grid_*.cuh).
-bool lstm_grid_forward_fits(const LstmShape& s, Type type);
-size_t lstm_grid_forward_workspace(const LstmShape& s, Type type);
-std::string launch_lstm_grid_forward(const LstmForward& p, Type type, Stream stream);
+// How one kernel runs a recurrence of some shape on the current device. P: LstmForwardParams or LstmBackwardParams.
+template <class P>
+struct LstmPlan {
+  size_t workspace;                                     // bytes of P::workspace
+  std::function<std::string(const P&, Stream)> launch;  // returns the error, or an empty string
+};
 
-bool lstm_grid_backward_fits(const LstmShape& s, Type type);
-size_t lstm_grid_backward_workspace(const LstmShape& s, Type type);
-std::string launch_lstm_grid_backward(const LstmBackward& p, Type type, Stream stream);
+// Each returns the plan of its kernel, or nothing where the kernel does not fit the device.
+//
+// Grid: it spans the device, a block for some hidden units, h exchanged through L2 (grid_*.cuh).
+std::optional<LstmPlan<LstmForwardParams>> plan_lstm_grid_forward(const LstmShape& s, Type type);
+std::optional<LstmPlan<LstmBackwardParams>> plan_lstm_grid_backward(const LstmShape& s, Type type);
 
-// A cluster for a tile of the batch: h exchanged through distributed shared memory (lstm_cluster_*.cuh). sm_90 and up.
-bool lstm_cluster_forward_fits(const LstmShape& s, Type type);
-size_t lstm_cluster_forward_workspace(const LstmShape& s, Type type);
-std::string launch_lstm_cluster_forward(const LstmForward& p, Type type, Stream stream);
-
-bool lstm_cluster_backward_fits(const LstmShape& s, Type type);
-size_t lstm_cluster_backward_workspace(const LstmShape& s, Type type);
-std::string launch_lstm_cluster_backward(const LstmBackward& p, Type type, Stream stream);
+// Cluster: one for a tile of the batch, h exchanged through distributed shared memory (cluster_*.cuh). sm_90 and up.
+std::optional<LstmPlan<LstmForwardParams>> plan_lstm_cluster_forward(const LstmShape& s, Type type);
+std::optional<LstmPlan<LstmBackwardParams>> plan_lstm_cluster_backward(const LstmShape& s, Type type);
 
 }  // namespace fastseq::cuda

@@ -14,14 +14,14 @@ Launch launch_of(int64_t threads, Stream stream) {
 }
 
 template <class T, int N>
-std::string forward(const CellForward& p, Stream stream) {
+std::string forward(const CellForwardParams& p, Stream stream) {
   return launch(launch_of(p.batch * (p.hidden / N), stream), lstm_cell_forward_kernel<T, N>, p.batch, p.hidden,
                 static_cast<const T*>(p.gates), static_cast<const T*>(p.c), static_cast<T*>(p.h),
                 static_cast<T*>(p.c_n), static_cast<Acc<T>*>(p.activations));
 }
 
 template <class T, int N>
-std::string backward(const CellBackward& p, Stream stream) {
+std::string backward(const CellBackwardParams& p, Stream stream) {
   return launch(launch_of(p.batch * (p.hidden / N), stream), lstm_cell_backward_kernel<T, N>, p.batch, p.hidden,
                 static_cast<const Acc<T>*>(p.activations), static_cast<const T*>(p.c), static_cast<const T*>(p.c_n),
                 static_cast<const T*>(p.grad_h), static_cast<const T*>(p.grad_c_n), static_cast<T*>(p.grad_gates),
@@ -30,7 +30,7 @@ std::string backward(const CellBackward& p, Stream stream) {
 
 }  // namespace
 
-std::string launch_lstm_cell_forward(const CellForward& p, Type type, Stream stream) {
+std::string launch_lstm_cell_forward(const CellForwardParams& p, Type type, Stream stream) {
   if (p.batch * p.hidden == 0) return "";
   const bool wide = p.hidden % 8 == 0 && aligned({p.gates, p.c, p.h, p.c_n, p.activations});
   return with_type(type, [&](auto zero) {
@@ -39,7 +39,7 @@ std::string launch_lstm_cell_forward(const CellForward& p, Type type, Stream str
   });
 }
 
-std::string launch_lstm_cell_backward(const CellBackward& p, Type type, Stream stream) {
+std::string launch_lstm_cell_backward(const CellBackwardParams& p, Type type, Stream stream) {
   if (p.batch * p.hidden == 0) return "";
   const bool wide =
       p.hidden % 8 == 0 && aligned({p.activations, p.c, p.c_n, p.grad_h, p.grad_c_n, p.grad_gates, p.grad_c});

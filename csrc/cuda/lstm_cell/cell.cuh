@@ -1,5 +1,5 @@
-// The pointwise LSTM cell, forward and backward: a thread for N hidden units that lie side by side of one sequence.
-// Memory-bound: at 16-byte loads, (4 + 1 + 1 + 1) elements and 4 activations a unit forward.
+// The pointwise LSTM cell, forward and backward: one thread per N adjacent hidden units of one sequence. Memory-bound:
+// forward moves (4 + 1 + 1 + 1) elements and 4 activations a unit, in 16-byte loads and stores.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(256) lstm_cell_forward_kernel(int64_t batch,
   store_wide(activations + at_gates + 3 * hidden, o);
 }
 
-// grad_h and grad_c_n may be null: no gradient.
+// A null grad_h or grad_c_n is zero.
 template <class T, int N>
 __global__ void __launch_bounds__(256) lstm_cell_backward_kernel(int64_t batch,
                                                                  int64_t hidden,

@@ -1,4 +1,4 @@
-// The pointwise LSTM cell on the GPU: what its launchers take. No CUDA header, no torch.
+// Parameters of the pointwise LSTM cell on the GPU. No CUDA header, no torch.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 namespace fastseq::cuda {
 
 // acc: float, or double where the tensors are double.
-struct CellForward {
+struct CellForwardParams {
   int64_t batch, hidden;
   const void* gates;  // (B, 4H) pre-activations, order i f g o
   const void* c;      // (B, H)
@@ -18,7 +18,7 @@ struct CellForward {
   void* activations;  // (B, 4H) acc
 };
 
-struct CellBackward {
+struct CellBackwardParams {
   int64_t batch, hidden;
   const void* activations;  // (B, 4H) acc
   const void* c;            // (B, H)
@@ -29,11 +29,11 @@ struct CellBackward {
   void* grad_c;             // (B, H)
 };
 
-// Each returns what went wrong, or an empty string.
-std::string launch_lstm_cell_forward(const CellForward& p, Type type, Stream stream);
-std::string launch_lstm_cell_backward(const CellBackward& p, Type type, Stream stream);
+// Each returns the error, or an empty string.
+std::string launch_lstm_cell_forward(const CellForwardParams& p, Type type, Stream stream);
+std::string launch_lstm_cell_backward(const CellBackwardParams& p, Type type, Stream stream);
 
-// Why the current device can run none of the library's kernels, asked of the smallest one; empty where it can.
+// Returns why the current device can run none of the library's kernels, tested on the smallest one; empty if it can.
 std::string device_problem();
 
 }  // namespace fastseq::cuda

@@ -10,7 +10,7 @@ namespace fastseq::cuda {
 namespace {
 
 template <class T, class W, int N, int Rows>
-std::string run(const StepForward& p, Stream stream) {
+std::string run(const StepParams& p, Stream stream) {
   const int64_t blocks = p.hidden * ((p.batch + Rows - 1) / Rows);
   if (blocks > std::numeric_limits<int32_t>::max()) return "too many sequences for one step, split the batch";
   const StepPointers<T, W> pointers{.batch = p.batch,
@@ -31,7 +31,7 @@ std::string run(const StepForward& p, Stream stream) {
 }
 
 template <class T, class W>
-std::string run(const StepForward& p, Stream stream) {
+std::string run(const StepParams& p, Stream stream) {
   constexpr int N = kWidth<W>;
   const bool wide = p.input_size % N == 0 && p.hidden % N == 0 && aligned({p.input, p.h, p.weight_ih, p.weight_hh});
   if (!wide) return run<T, W, 1, 4>(p, stream);
@@ -41,7 +41,7 @@ std::string run(const StepForward& p, Stream stream) {
 
 }  // namespace
 
-std::string launch_lstm_step(const StepForward& p, Type type, Stream stream) {
+std::string launch_lstm_step(const StepParams& p, Type type, Stream stream) {
   if (p.batch * p.hidden == 0) return "";
   if (p.narrow) return run<float, bf16>(p, stream);
   return with_type(type, [&](auto zero) { return run<decltype(zero), decltype(zero)>(p, stream); });

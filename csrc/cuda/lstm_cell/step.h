@@ -1,4 +1,4 @@
-// One decoding step on the GPU, both products and the cell: what its launcher takes. No CUDA header, no torch.
+// Parameters of one decoding step on the GPU, both products and the cell. No CUDA header, no torch.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace fastseq::cuda {
 
-struct StepForward {
+struct StepParams {
   int64_t batch, input_size, hidden;  // B, I, H
   bool narrow;                        // float tensors, weights in bfloat16
   int64_t bias_stride;                // of bias_ih from row to row: 4H, or 0
@@ -23,7 +23,7 @@ struct StepForward {
   void* c_n;                          // (B, H)
 };
 
-// Returns what went wrong, or an empty string.
-std::string launch_lstm_step(const StepForward& p, Type type, Stream stream);
+// Returns the error, or an empty string.
+std::string launch_lstm_step(const StepParams& p, Type type, Stream stream);
 
 }  // namespace fastseq::cuda
