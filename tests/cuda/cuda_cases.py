@@ -1,4 +1,4 @@
-"""What tests of the CUDA kernels share: where they run, cases of the LSTM recurrence, oracles in plain torch."""
+"""Shared by the tests of the CUDA kernels: places to run, cases of the LSTM recurrence, oracles in plain torch."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastseq import _native
-from fastseq.testing.numerics import Results, compare, evaluate, nan_filled_memory
+from fastseq.testing.numerics import Results, compare, evaluate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("host", "cuda")
@@ -23,7 +23,7 @@ class Place(NamedTuple):
 
 
 def place_of(name: str) -> Place:
-    """The host-side device, or a GPU; skips the test where there is none."""
+    """The place of this name: "host", the host-side device, or "cuda", a GPU. Skips the test where it is missing."""
     if name == "host":
         if emulator.compiler() is None:
             pytest.skip("the host-side device needs a C++ compiler")
@@ -31,19 +31,6 @@ def place_of(name: str) -> Place:
     if not (torch.cuda.is_available() and _native.build_info().get("cuda_architectures")):
         pytest.skip("no GPU, or a library without CUDA kernels")
     return Place(name, torch.ops.fastseq, "cuda")
-
-
-@pytest.fixture
-def nan_memory():
-    """What an operator leaves unwritten in its results is NaN."""
-    with nan_filled_memory():
-        yield
-
-
-@pytest.fixture(params=DEVICES)
-def place(request, nan_memory):
-    """Where to run."""
-    return place_of(request.param)
 
 
 class Recurrence(NamedTuple):
@@ -86,8 +73,8 @@ def plain(case: Recurrence, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict
         H = case.c0.size(2)
         gates = leaves["gates"][..., 4 * H * d : 4 * H * (d + 1)]
         weight = case.weight_hh[d].to(dtype)
-        found = _one_direction(case, gates, leaves["h0"][d], leaves["c0"][d], weight, case.reverse or d == 1)
-        for results, one in zip((outputs, cells, h_n, c_n), found, strict=True):
+        run = _one_direction(case, gates, leaves["h0"][d], leaves["c0"][d], weight, case.reverse or d == 1)
+        for results, one in zip((outputs, cells, h_n, c_n), run, strict=True):
             results.append(one)
     results = {"output": torch.cat(outputs, -1), "h_n": torch.stack(h_n), "c_n": torch.stack(c_n)}
     return results | {"cell_states": torch.cat(cells, -1)}, leaves
@@ -111,7 +98,7 @@ def _one_direction(case, gates, h, c, weight, backwards: bool):
 
 
 class _RoundToTF32(torch.autograd.Function):
-    """10 bits of mantissa, of the value and of its gradient."""
+    """Rounds the value and its gradient to 10 bits of mantissa."""
 
     @staticmethod
     def forward(ctx, x):
@@ -131,16 +118,16 @@ def _to_tf32(x: Tensor) -> Tensor:
 
 
 def oracle_and_baseline(case: Recurrence, gradients: bool) -> tuple[Results, Results]:
-    """In float64, and in plain torch of the case's own dtype."""
-    found = []
+    """Results in float64, and in plain torch of the case's own dtype."""
+    results = []
     for dtype in (torch.float64, case.gates.dtype):
         outputs, leaves = plain(case, dtype)
-        found.append(evaluate(outputs, leaves if gradients else {}))
-    return found[0], found[1]
+        results.append(evaluate(outputs, leaves if gradients else {}))
+    return results[0], results[1]
 
 
 def check(actual: Results, case: Recurrence, gradients: bool) -> None:
-    """Every result by the float64 rule. Of ``cell_states`` what lies past the lengths does not count."""
+    """Check every result by the float64 rule; ``cell_states`` past the lengths are ignored."""
     oracle, baseline = oracle_and_baseline(case, gradients)
     if case.lengths is not None:
         valid = (torch.arange(case.gates.size(0)).unsqueeze(1) < case.lengths).unsqueeze(-1)
@@ -151,4 +138,5 @@ def check(actual: Results, case: Recurrence, gradients: bool) -> None:
 
 
 def on(place: Place, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Copy the tensors to the device of ``place``."""
     return [t if t is None else t.to(place.device) for t in tensors]
