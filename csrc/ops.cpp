@@ -5,7 +5,7 @@
 #include "cpu/isa/isa.h"
 #include "schemas.h"
 #if FASTSEQ_WITH_CUDA
-#include "cuda/lstm_cell.h"
+#include "cuda/lstm_cell/cell.h"
 #endif
 
 STABLE_TORCH_LIBRARY(fastseq, m) { fastseq::define_operators(m); }

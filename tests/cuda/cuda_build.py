@@ -1,6 +1,7 @@
-"""csrc/cuda compiled by nvcc for chips that are not there: one object for each file, and what is in it.
+"""Compiles csrc/cuda by nvcc for chips that need not be present: one object per file, and its contents.
 
-Kept in build/cuda_build by the hash of all it is made of. No GPU, no driver. Triton brings the tools that read objects.
+Objects are kept in build/cuda_build by the hash of all they are made of. No GPU, no driver. The tools that read objects
+come with Triton.
 """
 
 import contextlib
@@ -16,13 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from includes import files_of
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build/cuda_build"
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc/cuda").glob("**/*.cu"))
+INCLUDES = (ROOT / "csrc",)
 ARCHITECTURES = (80, 90, 100)  # machine code for these,
 PTX_ARCHITECTURES = (80, 90)  # PTX for these
-FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+FLAGS = [f"-I{ROOT / 'csrc'}", "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
 
 
 find_cuda = runpy.run_path(str(ROOT / "setup.py"))["find_cuda"]
@@ -36,7 +39,7 @@ def require() -> None:
 
 
 def generate_code() -> list[str]:
-    """Machine code from the nearest PTX, as a driver makes it of the PTX that is shipped."""
+    """Flags for machine code from the nearest PTX, as a driver makes it of the shipped PTX."""
     flags = []
     for ptx in PTX_ARCHITECTURES:
         codes = [f"sm_{a}" for a in ARCHITECTURES if nearest_ptx(a) == ptx]
@@ -50,15 +53,16 @@ def nearest_ptx(architecture: int) -> int:
 
 @functools.cache
 def objects() -> tuple[Path, ...]:
-    """An object for each csrc/cuda/*.cu; beside it, as .log, what ptxas said."""
+    """One object per csrc/cuda/**/*.cu; beside it, as .log, the output of ptxas."""
     nvcc, jobs = find_cuda() / "bin/nvcc", int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    common = hashlib.sha256(" ".join(FLAGS + generate_code()).encode() + run(nvcc, "--version").stdout.encode())
+    common = hashlib.sha256(" ".join(FLAGS[1:] + generate_code()).encode() + run(nvcc, "--version").stdout.encode())
 
     def compiled(source: Path) -> Path:
         key = common.copy()
-        for path in sorted(files_of(source)):
+        for path in sorted(files_of(source, INCLUDES)):
             key.update(path.read_bytes())
-        out = FOLDER / f"{source.stem}-{key.hexdigest()[:16]}.o"
+        stem = "-".join(source.relative_to(ROOT / "csrc/cuda").with_suffix("").parts)
+        out = FOLDER / f"{stem}-{key.hexdigest()[:16]}.o"
         if not out.exists():
             partial = out.with_suffix(".partial.o")
             done = run(nvcc, *FLAGS, *generate_code(), "--threads", jobs, "-c", source, "-o", partial)
@@ -70,21 +74,9 @@ def objects() -> tuple[Path, ...]:
         return tuple(pool.map(compiled, SOURCES))
 
 
-def files_of(source: Path) -> set[Path]:
-    """A source and all of this project that it includes."""
-    found, new = set(), [source.resolve()]
-    while new:
-        path = new.pop()
-        found.add(path)
-        names = re.findall(r'^\s*#include "(.*)"', path.read_text(), re.MULTILINE)
-        included = ((path.parent / name).resolve() for name in names)
-        new += [p for p in included if p.exists() and p not in found]
-    return found
-
-
 @contextlib.contextmanager
 def building() -> Iterator[None]:
-    """One process builds, the others wait and find it done."""
+    """A lock: one process builds, the others wait and then find the objects."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with open(FOLDER / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -6,8 +6,7 @@ import emulator
 import pytest
 import torch
 from attention_cases import allowed_positions, make_padding
-from cuda_cases import DTYPES, nan_memory, on, place, place_of  # noqa: F401
-from cuda_sanitized import sanitized
+from cuda_cases import DTYPES, on, place_of
 
 from fastseq import _native
 from fastseq.ops.attention.api import attention, prepare_keys
@@ -62,7 +61,7 @@ class Operators(torch.autograd.Function):
     """attention_forward and attention_backward of a place -> context, and weights in the dtype of the query or None."""
 
     @staticmethod
-    def forward(ctx, place, lengths, mask, scale, need_weights, query, keys, values, weight=None, bias=None):  # noqa: F811
+    def forward(ctx, place, lengths, mask, scale, need_weights, query, keys, values, weight=None, bias=None):
         ctx.inputs = (*on(place, query, keys, values, weight, bias, lengths, mask), None)
         context, weights = place.operators.attention_forward(*ctx.inputs, scale, True)
         ctx.rest = place, weights, scale
@@ -70,7 +69,7 @@ class Operators(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_context, grad_weights):
-        place, weights, scale = ctx.rest  # noqa: F811
+        place, weights, scale = ctx.rest
         grads = place.operators.attention_backward(
             *on(place, grad_context, grad_weights), *ctx.inputs, weights, scale, True, True
         )
@@ -78,7 +77,7 @@ class Operators(torch.autograd.Function):
         return *(None for _ in range(5)), *(g.cpu() for g in grads[:count])
 
 
-def run(place, tensors, where, scale=1.0, need_weights=True):  # noqa: F811
+def run(place, tensors, where, scale=1.0, need_weights=True):
     """-> outputs and gradients, as :func:`fastseq.testing.evaluate` gives them."""
     leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
     outputs = Operators.apply(place, *where[:2], scale, need_weights, *leaves.values())
@@ -92,7 +91,7 @@ def plain(tensors, dtype, score, allowed, scale=1.0, need_weights=True):
     return evaluate({"context": context, "weights": weights} if need_weights else {"context": context}, leaves)
 
 
-def assert_parity(place, tensors, score, where, scale=1.0, need_weights=True):  # noqa: F811
+def assert_parity(place, tensors, score, where, scale=1.0, need_weights=True):
     dtype = tensors["query"].dtype
     oracle, baseline = (plain(tensors, d, score, where[2], scale, need_weights) for d in (torch.float64, dtype))
     wrong = [str(c) for c in compare(run(place, tensors, where, scale, need_weights), oracle, baseline) if not c.ok]
@@ -103,19 +102,19 @@ def assert_parity(place, tensors, score, where, scale=1.0, need_weights=True):  
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_parity(place, dtype, score, shape, kind):  # noqa: F811
+def test_parity(place, dtype, score, shape, kind):
     assert_parity(place, make_inputs(shape, score, dtype), score, padding_for(kind, shape), 0.7, kind != "mask")
 
 
 @pytest.mark.parametrize("spread", [1e-3, 0.1, 0.4, 3.0, 100.0])
 @pytest.mark.parametrize("shape", [(4, 1, 40, 100, 16), (2, 8, 40, 96, 32)], ids=shape_id)
-def test_tanh_of_any_size_keeps_its_digits(place, shape, spread):  # noqa: F811
+def test_tanh_of_any_size_keeps_its_digits(place, shape, spread):
     """The addition theorem, exponentials and the direct way, each where it is chosen."""
     tensors = make_inputs(shape, "additive", torch.float32, spread)
     assert_parity(place, tensors, "additive", padding_for("lengths", shape))
 
 
-def test_opposite_hundreds_cancel(place):  # noqa: F811
+def test_opposite_hundreds_cancel(place):
     small = torch.linspace(-3, 3, 40).view(1, 8, 5)
     query = torch.full((1, 6, 5), 100.0) + torch.linspace(-1, 1, 6).view(1, 6, 1)
     keys, weight = small - 100, torch.linspace(-1, 1, 5)
@@ -138,7 +137,7 @@ def sliced(x):
 @pytest.mark.parametrize(
     "layout", [sliced, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), lambda x: x.mT.contiguous().mT]
 )
-def test_strides(place, layout, score, steps, dtype):  # noqa: F811
+def test_strides(place, layout, score, steps, dtype):
     shape = (3, steps, 20, 24, 16)
     tensors, where = make_inputs(shape, score, dtype), padding_for("step_mask", shape)
     changed = {name: layout(x) if x.dim() == 3 else x for name, x in tensors.items()}
@@ -153,7 +152,7 @@ def test_strides(place, layout, score, steps, dtype):  # noqa: F811
 @pytest.mark.parametrize("kind", PADDINGS[1:])
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("score", SCORES)
-def test_not_a_bit_depends_on_the_padding(place, score, steps, kind, garbage):  # noqa: F811
+def test_not_a_bit_depends_on_the_padding(place, score, steps, kind, garbage):
     shape = (3, steps, 19, 24, 20)
     tensors, where = make_inputs(shape, score, torch.float32), padding_for(kind, shape)
     unused = ~where[2].any(1)[..., None]
@@ -172,7 +171,7 @@ def test_not_a_bit_depends_on_the_padding(place, score, steps, kind, garbage):  
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("steps", [1, 3])
-def test_masked_rows_are_exactly_zero(place, score, steps):  # noqa: F811
+def test_masked_rows_are_exactly_zero(place, score, steps):
     shape = (4, steps, 6, 5, 7)
     mask = torch.ones(4, steps, 6, dtype=torch.bool)
     mask[0], mask[2, 0] = False, False
@@ -185,7 +184,7 @@ def test_masked_rows_are_exactly_zero(place, score, steps):  # noqa: F811
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_infinite_and_nan_keys_mean_what_they_mean_to_torch(place, steps, value):  # noqa: F811
+def test_infinite_and_nan_keys_mean_what_they_mean_to_torch(place, steps, value):
     tensors = make_inputs((2, steps, 5, 6, 3), "additive", torch.float32)
     tensors["keys"][0, 0, 2] = value
     expected = plain_attention(**tensors, score="additive")
@@ -196,7 +195,7 @@ def test_infinite_and_nan_keys_mean_what_they_mean_to_torch(place, steps, value)
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("steps", [1, 5])
-def test_what_is_not_needed_is_not_computed(place, score, steps):  # noqa: F811
+def test_what_is_not_needed_is_not_computed(place, score, steps):
     tensors = make_inputs((2, steps, 70, 16, 24), score, torch.float32)
     inputs = on(place, *tensors.values(), *[None] * (8 - len(tensors)))
     context, weights = place.operators.attention_forward(*inputs, 1.0, False)
@@ -213,7 +212,7 @@ def test_what_is_not_needed_is_not_computed(place, score, steps):  # noqa: F811
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("sizes", [(0, 2, 3), (2, 0, 3), (2, 2, 0), (0, 0, 0)], ids=str)
-def test_empty_batch_steps_or_positions(place, score, sizes):  # noqa: F811
+def test_empty_batch_steps_or_positions(place, score, sizes):
     tensors = make_inputs((*sizes, 5, 4), score, torch.float32)
     outputs, gradients = run(place, tensors, (None, None))
     assert [x.shape for x in outputs.values()] == [(*sizes[:2], 4), sizes]
@@ -222,7 +221,7 @@ def test_empty_batch_steps_or_positions(place, score, sizes):  # noqa: F811
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_values_without_columns(place, steps):  # noqa: F811
+def test_values_without_columns(place, steps):
     tensors = make_inputs((2, steps, 3, 5, 0), "additive", torch.float32)
     assert_parity(place, tensors, "additive", (None, None, torch.ones(2, steps, 3, dtype=torch.bool)))
 
@@ -272,16 +271,16 @@ def test_keys_further_apart_than_an_int_reaches(steps):
     assert torch.equal(expected.gradients["keys"], actual.gradients["keys"])
 
 
-def test_lengths_outside_the_tensor_are_clamped(place):  # noqa: F811
+def test_lengths_outside_the_tensor_are_clamped(place):
     query, keys = torch.randn(2, 1, 4), torch.randn(2, 5, 4)
-    found = []
+    results = []
     for lengths in ([5, 0], [2**40, -7]):
         call = on(place, query, keys, keys, None, None, torch.tensor(lengths), None, None)
-        found.append(place.operators.attention_forward(*call, 1.0, True))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results.append(place.operators.attention_forward(*call, 1.0, True))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_nothing_is_prepared(place):  # noqa: F811
+def test_nothing_is_prepared(place):
     keys, query, weight = on(place, torch.randn(2, 5, 4), torch.randn(2, 1, 4), torch.randn(4))
     prepared = place.operators.attention_prepare(keys, None)
     assert prepared.shape == (0,)
@@ -322,7 +321,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
-def test_bad_arguments_get_a_sentence(place, changes, message):  # noqa: F811
+def test_bad_arguments_get_a_sentence(place, changes, message):
     arguments = on(place, *(ARGUMENTS | changes).values())
     with pytest.raises(RuntimeError, match=f"attention_forward: .*{message}"):
         place.operators.attention_forward(*arguments, 1.0, True)
@@ -332,7 +331,7 @@ def test_bad_arguments_get_a_sentence(place, changes, message):  # noqa: F811
 
 
 @pytest.mark.parametrize(("i", "name"), [(0, "grad_context"), (1, "grad_weights"), (10, "weights")])
-def test_backward_refuses_gradients_of_another_shape(place, i, name):  # noqa: F811
+def test_backward_refuses_gradients_of_another_shape(place, i, name):
     arguments = [torch.zeros(2, 3, 6), torch.zeros(2, 3, 5), *ARGUMENTS.values(), torch.zeros(2, 3, 5)]
     for wrong in (torch.zeros(2, 3, 7), arguments[i].double()):
         changed = on(place, *arguments[:i], wrong, *arguments[i + 1 :])
@@ -359,5 +358,5 @@ def test_the_public_op_runs_them(score):
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
 def test_sanitizers_find_nothing(sanitizers):
     """No race between threads of a block, nothing out of bounds or misaligned; three shuffled schedules."""
-    run = sanitized(sanitizers, "race_attention.cpp", "attention_forward.cu", "attention_backward.cu")
+    run = emulator.sanitized(sanitizers, "race_attention")
     assert run.returncode == 0, run.stdout + run.stderr

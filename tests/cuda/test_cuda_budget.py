@@ -1,7 +1,7 @@
-"""Every CUDA kernel compiled for sm_80, sm_90 and sm_100: no spills, fits the chip, and is not fatter than it was.
+"""Every CUDA kernel, compiled for sm_80, sm_90 and sm_100: it spills nothing, fits the chip and keeps to its budget.
 
-tests/cuda_budget.json holds what the compiler made of them. After a change that is meant:
-python tests/test_cuda_budget.py --write
+cuda_budget.json holds registers, memory and instructions of the compiled kernels. After an intended change:
+python tests/cuda/test_cuda_budget.py --write
 """
 
 import functools
@@ -14,14 +14,14 @@ import cuda_build
 import pytest
 
 TABLE = Path(__file__).with_name("cuda_budget.json")
-RENEW = "if that is meant, write the table anew: python tests/test_cuda_budget.py --write"
+RENEW = "if that is intended, write the table anew: python tests/cuda/test_cuda_budget.py --write"
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that one block may have, bytes
 PRINTF_STACK = 32  # bytes: the arguments of abort_kernel's message lie on the stack
 # Kernels that must have instructions of a kind, on chips from this architecture on.
 MUST_HAVE = (
     (r"lstm_cell_\w+<.*, [248]>", 80, ("wide_loads", "wide_stores")),
     (r"lstm_step_kernel<\w+, \w+, [48],", 80, ("wide_loads",)),
-    (r"lstm_grid_\w+<.*(Tensor|Half|Tf32)", 80, ("mma", "wide_loads")),
+    (r"lstm_grid_\w+<.*(MmaHalf|MmaTf32)", 80, ("mma", "wide_loads")),
     (r"lstm_cluster_\w+<", 90, ("mma",)),
     (r"attention_(forward|product)_kernel<(__half|__nv_bfloat16)", 80, ("mma",)),
 )
@@ -31,7 +31,7 @@ KINDS = ("mma", "wide_loads", "wide_stores", "async_copies")
 
 @functools.cache
 def found(architecture: int) -> dict[str, dict[str, int]]:
-    """What became of each kernel: facts of nvidia_binaries, and ``threads``, ``spilled`` (bytes) and ``prints``."""
+    """Facts of each kernel: those of nvidia_binaries, and ``threads``, ``spilled`` (bytes) and ``prints``."""
     from nvidia_binaries import kernels
 
     rows = {}
@@ -55,7 +55,7 @@ def _limits(architecture: int) -> dict[str, dict[str, int]]:
 
 
 def _spills(path: Path, architecture: int) -> dict[str, int]:
-    """Bytes that ptxas says it moved to memory for want of registers."""
+    """Bytes that ptxas reports as spilled to memory."""
     log = path.with_suffix(".log").read_text()
     pattern = rf"entry function '(\w+)' for 'sm_{architecture}'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
     return {name: int(stores) + int(loads) for name, stores, loads in re.findall(pattern, log, re.DOTALL)}
@@ -66,7 +66,7 @@ def expected(architecture: int) -> dict[str, dict[str, int]]:
 
 
 def problems(name: str, facts: dict[str, int], row: dict[str, int] | None, architecture: int) -> list[str]:
-    """What is wrong with a kernel, in sentences; ``row``: its row of the table."""
+    """The faults of a kernel, in sentences; ``row``: its row of the table."""
     said, where = [], f"{name} on sm_{architecture}"
     if facts["spilled"]:
         said.append(f"{where} spills {facts['spilled']} bytes: give a thread a smaller tile, or a block fewer threads")
@@ -125,7 +125,7 @@ def test_what_is_reported(change, sentence):
 def test_what_a_kernel_must_have():
     plain = GOOD | {"mma": 0, "wide_loads": 0}
     for name, kinds in (
-        ("lstm_grid_backward_kernel<HalfProduct<__half>, 1>", 2),
+        ("lstm_grid_backward_kernel<grid_backward::MmaHalf<__half>, 1>", 2),
         ("lstm_cluster_forward_kernel<float>", 1),
     ):
         assert len(problems(name, plain, plain, 90)) == kinds
@@ -181,4 +181,5 @@ def write_table() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         raise SystemExit(f"usage: python {sys.argv[0]} --write")
+    sys.path.append(str(cuda_build.ROOT / "tests/triton"))  # nvidia_binaries; pytest has it from pyproject.toml
     write_table()

@@ -3,9 +3,10 @@
 import emulator
 import pytest
 import torch
-from cuda_cases import DTYPES, nan_memory, on, place  # noqa: F401
+from cuda_cases import DTYPES, on
 
 from fastseq.ops.lstm_cell import reference
+from fastseq.ops.lstm_cell.spec import Cell, Grads
 from fastseq.testing.numerics import Results, compare
 
 SHAPES = [(17, 1), (1, 16), (3, 8), (5, 63), (2, 257), (33, 64), (0, 8)]
@@ -15,7 +16,7 @@ def _inputs(B, H, dtype):
     return [torch.randn(B, n).to(dtype) for n in (4 * H, H, H, H)]  # gates, c, grad_h, grad_c_n
 
 
-def _run(place, gates, c, grad_h, grad_c):  # noqa: F811
+def _run(place, gates, c, grad_h, grad_c):
     gates, c, grad_h, grad_c = on(place, gates, c, grad_h, grad_c)
     h, c_n, activations = place.operators.lstm_cell_forward(gates, c)
     grads = place.operators.lstm_cell_backward(activations, c, c_n, grad_h, grad_c)
@@ -24,19 +25,19 @@ def _run(place, gates, c, grad_h, grad_c):  # noqa: F811
 
 def _plain(dtype, gates, c, grad_h, grad_c):
     gates, c, grad_h, grad_c = (t if t is None else t.to(dtype) for t in (gates, c, grad_h, grad_c))
-    h, c_n, saved = reference.forward(gates, c)
-    return h, c_n, *reference.backward(grad_h, grad_c, gates, c, saved)
+    h, c_n, saved = reference.forward(Cell(gates, c), need_backward=True)
+    return h, c_n, *reference.backward(Cell(gates, c), saved, Grads(grad_h, grad_c))
 
 
-def _named(found) -> Results:
-    h, c_n, grad_gates, grad_c = found
+def _named(results) -> Results:
+    h, c_n, grad_gates, grad_c = results
     return Results({"h": h, "c_n": c_n}, {"gates": grad_gates, "c": grad_c})
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize(("B", "H"), SHAPES)
 @pytest.mark.parametrize("grads", ["both", "h", "c"])
-def test_parity(place, B, H, dtype, grads):  # noqa: F811
+def test_parity(place, B, H, dtype, grads):
     gates, c, grad_h, grad_c = _inputs(B, H, dtype)
     call = (gates, c, grad_h if grads != "c" else None, grad_c if grads != "h" else None)
     ours, oracle, plain = (_named(x) for x in (_run(place, *call), _plain(torch.float64, *call), _plain(dtype, *call)))
@@ -45,7 +46,7 @@ def test_parity(place, B, H, dtype, grads):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unaligned_rows_and_large_values(place, dtype):  # noqa: F811
+def test_unaligned_rows_and_large_values(place, dtype):
     """A tensor that begins in the middle of a 16-byte word, pre-activations of +-100: right and finite."""
     B, H = 3, 8
     gates, c, grad_h, grad_c = _inputs(B, H, dtype)
@@ -57,7 +58,7 @@ def test_unaligned_rows_and_large_values(place, dtype):  # noqa: F811
         torch.testing.assert_close(ours, again, rtol=0, atol=0)
 
 
-def test_wrong_arguments_are_refused(place):  # noqa: F811
+def test_wrong_arguments_are_refused(place):
     gates, c = on(place, torch.randn(2, 32), torch.randn(2, 8))
     with pytest.raises(RuntimeError, match=r"gates must have the shape \(2, 32\), got \(2, 31\)"):
         place.operators.lstm_cell_forward(gates[:, :31].contiguous(), c)

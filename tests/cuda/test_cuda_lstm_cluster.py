@@ -3,8 +3,7 @@
 import emulator
 import pytest
 import torch
-from cuda_cases import DTYPES, check, nan_memory, on, place, place_of, plain, recurrence  # noqa: F401
-from cuda_sanitized import sanitized
+from cuda_cases import DTYPES, check, on, place_of, plain, recurrence
 
 from fastseq.testing.numerics import Results, compare, evaluate
 
@@ -16,18 +15,18 @@ def _clusters(monkeypatch):
     monkeypatch.setenv("FASTSEQ_LSTM_KERNEL", "cluster")
 
 
-def _forward(place, case, activations=True, cell_states=True):  # noqa: F811
+def _forward(place, case, activations=True, cell_states=True):
     call = case._replace(**dict(zip(case._fields[:5], on(place, *case[:5]), strict=True)))
     found = place.operators.lstm_recurrence_forward(*call, activations, cell_states)
     return [t.cpu() for t in found]
 
 
-def _check_forward(place, case):  # noqa: F811
+def _check_forward(place, case):
     output, h_n, c_n, _, cell_states = _forward(place, case)
     check(Results({"output": output, "h_n": h_n, "c_n": c_n, "cell_states": cell_states}, {}), case, gradients=False)
 
 
-def _check_gradients(place, case, given=GIVEN):  # noqa: F811
+def _check_gradients(place, case, given=GIVEN):
     """Forward and backward, with the gradients that fastseq.testing.evaluate gives the results ``given``."""
     call = case._replace(**dict(zip(case._fields[:5], on(place, *case[:5]), strict=True)))
     output, h_n, c_n, activations, cells = place.operators.lstm_recurrence_forward(*call, True, True)
@@ -63,46 +62,46 @@ SHAPES = [(1, 3, 16), (5, 1, 1), (4, 17, 63), (3, 9, 128), (2, 3, 200), (2, 2, 2
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_parity(place, shape, dtype):  # noqa: F811
+def test_parity(place, shape, dtype):
     _check_forward(place, _case(*shape, dtype))
 
 
 # H of float32 up to 256: beyond it the weights are too many.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 3, 16), (5, 1, 1), (4, 17, 63), (3, 9, 128), (2, 3, 200)], ids=str)
-def test_gradients(place, shape, dtype):  # noqa: F811
+def test_gradients(place, shape, dtype):
     _check_gradients(place, _case(*shape, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gradients_of_the_largest_cluster(place, dtype):  # noqa: F811
+def test_gradients_of_the_largest_cluster(place, dtype):
     _check_gradients(place, _case(2, 2, 257, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("given", [GIVEN[:1], GIVEN[1:3], GIVEN], ids=str)
 @pytest.mark.parametrize("directions", ["one", "reverse", "both"])
-def test_gradients_of_lengths_and_directions(place, directions, given, dtype):  # noqa: F811
+def test_gradients_of_lengths_and_directions(place, directions, given, dtype):
     D, reverse = (2 if directions == "both" else 1), directions == "reverse"
     _check_gradients(place, _case(6, 9, 24, dtype, D=D, reverse=reverse, lengths="mixed"), given)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("longest", [0, 3])
-def test_gradients_of_steps_that_no_sequence_has(place, longest, reverse):  # noqa: F811
+def test_gradients_of_steps_that_no_sequence_has(place, longest, reverse):
     case = _case(5, 3, 12, torch.bfloat16, reverse=reverse)
     _check_gradients(place, case._replace(lengths=torch.tensor([1, 0, 3]).clamp(max=longest)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_of_large_values(place, dtype):  # noqa: F811
+def test_gradients_of_large_values(place, dtype):
     _check_gradients(place, _case(4, 3, 16, dtype, scale=100.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"lengths": "mixed"}, {"reverse": True, "lengths": "mixed"}], ids=str)
 @pytest.mark.parametrize("D", [1, 2])
-def test_lengths_and_directions(place, options, D, dtype):  # noqa: F811
+def test_lengths_and_directions(place, options, D, dtype):
     if D == 2:
         options = {**options, "reverse": False}
     _check_forward(place, _case(6, 9, 24, dtype, D=D, **options))
@@ -110,13 +109,13 @@ def test_lengths_and_directions(place, options, D, dtype):  # noqa: F811
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("longest", [0, 3])
-def test_steps_that_no_sequence_has(place, longest, reverse):  # noqa: F811
+def test_steps_that_no_sequence_has(place, longest, reverse):
     case = _case(5, 3, 12, torch.bfloat16, reverse=reverse)
     _check_forward(place, case._replace(lengths=torch.tensor([1, 0, 3]).clamp(max=longest)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_values_and_unneeded_results(place, dtype):  # noqa: F811
+def test_large_values_and_unneeded_results(place, dtype):
     case = _case(4, 3, 16, dtype, scale=100.0)
     _check_forward(place, case)
     whole, part = _forward(place, case), _forward(place, case, activations=False, cell_states=False)
@@ -125,7 +124,7 @@ def test_large_values_and_unneeded_results(place, dtype):  # noqa: F811
     assert all(torch.equal(a, b) for a, b in zip(whole[:3], part[:3], strict=True))
 
 
-def test_states_and_weights_that_are_views_at_odd_addresses(place, monkeypatch):  # noqa: F811
+def test_states_and_weights_that_are_views_at_odd_addresses(place, monkeypatch):
     case = _case(2, 3, 8, torch.bfloat16)
     gates, h0, c0, weight_hh, _ = on(place, *case[:5])
     odd = [torch.cat((t.new_zeros(1), t.flatten()))[1:].view_as(t) for t in (h0, weight_hh)]
@@ -137,7 +136,7 @@ def test_states_and_weights_that_are_views_at_odd_addresses(place, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(aligned, found, strict=True))
 
 
-def test_activations(place):  # noqa: F811
+def test_activations(place):
     """i f g o of the steps that count: c = f c_before + i g and h = o tanh(c)."""
     case = _case(5, 3, 24, torch.bfloat16, lengths="mixed")
     output, _, _, activations, cells = (t.float() for t in _forward(place, case))
@@ -150,7 +149,7 @@ def test_activations(place):  # noqa: F811
     torch.testing.assert_close(torch.where(valid, o * cells.tanh(), 0), output, rtol=0.02, atol=0.02)
 
 
-def test_no_steps(place):  # noqa: F811
+def test_no_steps(place):
     case = _case(0, 2, 16, torch.bfloat16)
     output, h_n, c_n, *_ = _forward(place, case)
     assert output.shape == (0, 2, 16) and torch.equal(h_n, case.h0) and torch.equal(c_n, case.c0)
@@ -217,5 +216,5 @@ def test_any_order_of_threads_gives_the_same_gradients(dtype):
 
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
 def test_sanitizers_find_nothing(sanitizers):
-    run = sanitized(sanitizers, "race_lstm_cluster.cpp", "lstm_cluster_forward.cu", "lstm_cluster_backward.cu")
+    run = emulator.sanitized(sanitizers, "race_lstm_cluster")
     assert run.returncode == 0, run.stdout + run.stderr

@@ -3,8 +3,7 @@
 import emulator
 import pytest
 import torch
-from cuda_cases import Recurrence, nan_memory, on, place, place_of, plain, recurrence  # noqa: F401
-from cuda_sanitized import sanitized
+from cuda_cases import Recurrence, on, place_of, plain, recurrence
 from torch import Tensor
 
 from fastseq.testing.numerics import Results, compare, evaluate
@@ -21,8 +20,10 @@ def _grid(monkeypatch):
 
 
 def saved(case: Recurrence) -> tuple[Tensor, Tensor]:
-    """What a forward kernel keeps: activations (T, B, D * 4H), cell_states (T, B, D * H) in float32; NaN past the
-    lengths, as they are not written there."""
+    """The saved results of a forward kernel: activations (T, B, D * 4H), cell_states (T, B, D * H) in float32.
+
+    NaN past the lengths, which a kernel does not write.
+    """
     dtype = case.gates.dtype
     T, B, D, H = len(case.gates), *case.c0.shape[1::-1], case.c0.size(2)
     activations, cells = torch.empty(T, B, D, 4 * H), torch.empty(T, B, D, H)
@@ -46,7 +47,7 @@ def factors(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: torch.randn(t.shape, generator=generator).bfloat16().to(t.dtype) for n, t in outputs.items()}
 
 
-def run(place, case: Recurrence, given=GIVEN) -> dict[str, Tensor]:  # noqa: F811
+def run(place, case: Recurrence, given=GIVEN) -> dict[str, Tensor]:
     results, _ = plain(case, case.gates.dtype)
     grads = factors({n: results[n] for n in given})
     call = (*(grads.get(n) for n in GIVEN), *saved(case), case.c0, case.weight_hh, case.lengths)
@@ -76,25 +77,25 @@ def check(actual: dict[str, Tensor], case: Recurrence, given=GIVEN) -> None:
         (2, 2, 257, 1, LENGTHS, False),
     ],
 )
-def test_parity(place, T, B, H, D, lengths, reverse, dtype, tf32):  # noqa: F811
+def test_parity(place, T, B, H, D, lengths, reverse, dtype, tf32):
     case = recurrence(T, B, H, D, dtype, lengths, reverse, tf32)
     check(run(place, case), case)
 
 
 @pytest.mark.parametrize(("dtype", "tf32"), KINDS, ids=NAMES)
 @pytest.mark.parametrize("given", [("output",), ("h_n", "cell_states"), ("c_n",)], ids=" ".join)
-def test_gradients_that_are_not_given(place, given, dtype, tf32):  # noqa: F811
+def test_gradients_that_are_not_given(place, given, dtype, tf32):
     case = recurrence(3, 4, 24, 2, dtype, LENGTHS, tf32=tf32)
     check(run(place, case, given), case, given)
 
 
 @pytest.mark.parametrize(("dtype", "tf32"), KINDS, ids=NAMES)
-def test_saturated_gates(place, dtype, tf32):  # noqa: F811
+def test_saturated_gates(place, dtype, tf32):
     case = recurrence(4, 5, 32, 1, dtype, tf32=tf32, scale=100)
     check(run(place, case), case)
 
 
-def test_no_steps(place):  # noqa: F811
+def test_no_steps(place):
     """The gradients of the final states pass through."""
     case = recurrence(0, 3, 8)
     nothing, grad_h, grad_c = torch.empty(0, 3, 32), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
@@ -104,7 +105,7 @@ def test_no_steps(place):  # noqa: F811
     torch.testing.assert_close((h0.cpu(), c0.cpu()), (grad_h, grad_c), rtol=0, atol=0)
 
 
-SMALL_DEVICES = [  # multiprocessors, KiB of shared memory, dtype, tf32, T, B, H, D: what it is about
+SMALL_DEVICES = [  # multiprocessors, KiB of shared memory, dtype, tf32, T, B, H, D, and the path it takes
     (2, 227, torch.bfloat16, NO_TF32, 3, 77, 20, 1, "three passes over the rows"),
     (3, 48, torch.float32, TF32, 3, 41, 40, 1, "shared memory for the sums of few rows"),
     (9, 6, torch.bfloat16, NO_TF32, 2, 16, 144, 1, "a pass for each tile, in more threads than a tile has units"),
@@ -149,8 +150,8 @@ def test_any_order_of_threads_gives_the_same_bits(dtype, tf32):
             torch.testing.assert_close(again, first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("sanitizers", "level"), [("thread", "-O1"), ("address,undefined", "-O0")])
-def test_sanitizers_find_nothing(sanitizers, level):
+@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
+def test_sanitizers_find_nothing(sanitizers):
     """The kernel alone under ThreadSanitizer (races) and AddressSanitizer (bounds)."""
-    run = sanitized(sanitizers, "race_lstm_grid_backward.cpp", "lstm_grid_backward.cu", level=level)
+    run = emulator.sanitized(sanitizers, "race_lstm_grid_backward")
     assert run.returncode == 0, (run.stdout + run.stderr)[:4000]

@@ -3,14 +3,13 @@
 import emulator
 import pytest
 import torch
-from cuda_cases import DTYPES, check, nan_memory, on, place, place_of, recurrence  # noqa: F401
-from cuda_sanitized import sanitized
+from cuda_cases import DTYPES, check, on, place_of, recurrence
 
 from fastseq.testing.numerics import Results
 
 NAMES = ("output", "h_n", "c_n", "activations", "cell_states")
 KINDS = [*DTYPES, "tf32"]
-# Both buffers of h, each with either stamp, take five steps.
+# Five steps use both buffers of h, each with either sequence tag.
 SHAPES = [(1, 3, 16), (6, 1, 1), (3, 33, 16), (5, 17, 63), (2, 17, 128), (3, 2, 257)]
 
 
@@ -23,66 +22,66 @@ def _case(T, B, H, kind=torch.float32, **options):
     return recurrence(T, B, H, dtype=torch.float32 if kind == "tf32" else kind, tf32=kind == "tf32", **options)
 
 
-def _run(place, case, activations=True, cell_states=True):  # noqa: F811
+def _run(place, case, activations=True, cell_states=True):
     tensors = on(place, case.gates, case.h0, case.c0, case.weight_hh, case.lengths)
     operator = place.operators.lstm_recurrence_forward
-    found = operator(*tensors, case.reverse, case.tf32, activations, cell_states)
-    return dict(zip(NAMES, (t.cpu() for t in found), strict=True))
+    results = operator(*tensors, case.reverse, case.tf32, activations, cell_states)
+    return dict(zip(NAMES, (t.cpu() for t in results), strict=True))
 
 
-def _check(place, case):  # noqa: F811
-    found = _run(place, case)
-    found.pop("activations")
-    check(Results(found, {}), case, gradients=False)
+def _check(place, case):
+    results = _run(place, case)
+    results.pop("activations")
+    check(Results(results, {}), case, gradients=False)
 
 
-def _same_bits(found, wanted):
+def _same_bits(results, wanted):
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=0, equal_nan=True, msg=name)
+        torch.testing.assert_close(results[name], wanted[name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("T", "B", "H"), SHAPES)
-def test_parity(place, T, B, H, kind):  # noqa: F811
+def test_parity(place, T, B, H, kind):
     _check(place, _case(T, B, H, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("D", "reverse"), [(1, False), (1, True), (2, False)])
-def test_lengths(place, D, reverse, kind):  # noqa: F811
+def test_lengths(place, D, reverse, kind):
     """From 0 to T: frozen rows, the reverse direction from each row's own last step."""
     _check(place, _case(6, 19, 24, kind, D=D, reverse=reverse, lengths="mixed"))
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
-def test_reverse_without_lengths(place, kind):  # noqa: F811
+def test_reverse_without_lengths(place, kind):
     _check(place, _case(4, 3, 16, kind, reverse=True))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_activations(place, kind):  # noqa: F811
-    """What backward needs: i, f, g, o as the cell states follow from them; not written where it is not wanted."""
+def test_activations(place, kind):
+    """Saved i, f, g, o reproduce the cell states; nothing is written where it is not requested."""
     case = _case(4, 5, 40, kind, lengths="mixed")
-    found = _run(place, case)
+    results = _run(place, case)
     H, dtype = 40, case.gates.dtype
-    i, f, g, o = found["activations"].double().split(H, dim=-1)
-    before = torch.cat((case.c0.double(), found["cell_states"].double()[:-1]))
+    i, f, g, o = results["activations"].double().split(H, dim=-1)
+    before = torch.cat((case.c0.double(), results["cell_states"].double()[:-1]))
     valid = (torch.arange(4).unsqueeze(1) < case.lengths).unsqueeze(-1)
     for ours, oracle in (
-        (found["cell_states"].double(), f * before + i * g),
-        (found["output"].double(), o * found["cell_states"].double().tanh()),
+        (results["cell_states"].double(), f * before + i * g),
+        (results["output"].double(), o * results["cell_states"].double().tanh()),
     ):
         error = (ours - oracle)[valid.expand_as(ours)].abs().max()
         assert error <= 4 * torch.finfo(dtype).eps * max(1.0, float(oracle[valid.expand_as(ours)].abs().max()))
     for activations, cell_states in ((False, False), (True, False), (False, True)):
         less = _run(place, case, activations, cell_states)
-        _same_bits({n: less[n] for n in ("output", "h_n", "c_n")}, {n: found[n] for n in ("output", "h_n", "c_n")})
+        _same_bits({n: less[n] for n in ("output", "h_n", "c_n")}, {n: results[n] for n in ("output", "h_n", "c_n")})
         assert less["activations"].numel() == activations * 4 * 5 * 4 * H
         assert less["cell_states"].numel() == cell_states * 4 * 5 * H
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_large_values(place, kind):  # noqa: F811
+def test_large_values(place, kind):
     """Pre-activations of +-100, h0 beyond 1: right and finite."""
     case = _case(4, 3, 16, kind, scale=100.0)
     _check(place, case._replace(h0=50 * case.h0))
@@ -90,7 +89,7 @@ def test_large_values(place, kind):  # noqa: F811
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("unit", [4, 5])
-def test_nan_stays_in_its_row(place, kind, unit):  # noqa: F811
+def test_nan_stays_in_its_row(place, kind, unit):
     """A NaN reaches every unit of its row one step later, and no other row. Units of a pair travel in one word."""
     case = _case(4, 3, 40, kind)
     case.gates[1, 1, unit] = float("nan")
@@ -121,7 +120,7 @@ def test_weights_in_shared_memory(multiprocessors, H, kind):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("multiprocessors", [6, 2])
-def test_any_order_of_threads_gives_the_same_bits(multiprocessors, kind, nan_memory):  # noqa: F811
+def test_any_order_of_threads_gives_the_same_bits(multiprocessors, kind, nan_memory):
     case = _case(5, 19, 24, kind, lengths="mixed")
     with emulator.device(multiprocessors=multiprocessors):
         first = _run(place_of("host"), case)
@@ -131,7 +130,7 @@ def test_any_order_of_threads_gives_the_same_bits(multiprocessors, kind, nan_mem
 
 
 def _launch_nothing(B, H, kind, D):
-    """No steps: only what fits is launched."""
+    """Call without steps: it raises unless a kernel fits."""
     _run(place_of("host"), _case(0, B, H, kind, D=D))
 
 
@@ -170,14 +169,14 @@ def test_does_not_fit(B, H, kind, D, device):
         _launch_nothing(B, H, kind, D)
 
 
-def test_no_steps_return_the_initial_state(place):  # noqa: F811
+def test_no_steps_return_the_initial_state(place):
     case = _case(0, 3, 16)
-    found = _run(place, case)
-    assert found["output"].shape == (0, 3, 16)
-    _same_bits({n: found[n] for n in ("h_n", "c_n")}, {"h_n": case.h0, "c_n": case.c0})
+    results = _run(place, case)
+    assert results["output"].shape == (0, 3, 16)
+    _same_bits({n: results[n] for n in ("h_n", "c_n")}, {"h_n": case.h0, "c_n": case.c0})
 
 
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
 def test_sanitizers_find_nothing(sanitizers):
-    run = sanitized(sanitizers, "race_lstm_grid_forward.cpp", "lstm_grid_forward.cu")
+    run = emulator.sanitized(sanitizers, "race_lstm_grid_forward")
     assert run.returncode == 0, run.stdout + run.stderr

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import emulator
 import pytest
 import torch
-from cuda_cases import DTYPES, nan_memory, on, place  # noqa: F401
-from cuda_sanitized import sanitized
+from cuda_cases import DTYPES, on
 from torch import Tensor
 
 from fastseq.testing.numerics import Results, compare
@@ -38,7 +37,7 @@ def _step(B, I, H, dtype, per_row=False):  # noqa: E741
     return step._replace(weight_ih=step.weight_ih.bfloat16(), weight_hh=step.weight_hh.bfloat16())
 
 
-def _run(place, step):  # noqa: F811
+def _run(place, step):
     return [t.cpu() for t in place.operators.lstm_step(*on(place, *step))]
 
 
@@ -60,13 +59,13 @@ def _check(actual, step):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, NARROW], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_parity(place, shape, dtype):  # noqa: F811
+def test_parity(place, shape, dtype):
     step = _step(*shape, dtype)
     _check(_run(place, step), step)
 
 
 @pytest.mark.parametrize("biases", ["none", "first", "second", "per row"])
-def test_biases(place, biases):  # noqa: F811
+def test_biases(place, biases):
     step = _step(3, 8, 12, torch.float32, per_row=biases == "per row")
     if biases in ("none", "second"):
         step = step._replace(bias_ih=None)
@@ -76,7 +75,7 @@ def test_biases(place, biases):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, NARROW], ids=str)
-def test_unaligned_tensors_and_large_values(place, dtype):  # noqa: F811
+def test_unaligned_tensors_and_large_values(place, dtype):
     """Weights that begin in the middle of a 16-byte word, pre-activations of +-100: right and finite."""
     step = _step(3, 16, 8, dtype)
     step = step._replace(bias_ih=100 * step.bias_ih.sign())
@@ -87,12 +86,12 @@ def test_unaligned_tensors_and_large_values(place, dtype):  # noqa: F811
     _check(_run(place, step._replace(weight_ih=shifted)), step)
 
 
-def test_no_sequences(place):  # noqa: F811
+def test_no_sequences(place):
     h, c = _run(place, _step(0, 8, 16, torch.float32))
     assert h.shape == c.shape == (0, 16)
 
 
-def test_wrong_arguments_are_refused(place):  # noqa: F811
+def test_wrong_arguments_are_refused(place):
     step = _step(2, 4, 3, torch.float32)
     for change, message in [
         ({"h": step.h[:1]}, r"lstm_step: h must have the shape \(2, 3\), got \(1, 3\)"),
@@ -117,7 +116,7 @@ def test_any_order_of_threads_gives_the_same_bits(dtype):
             assert torch.equal(a, b)
 
 
-def test_rows_do_not_depend_on_each_other(place):  # noqa: F811
+def test_rows_do_not_depend_on_each_other(place):
     """A sequence alone takes another kernel than in a batch; both read the same row."""
     step = _step(12, 24, 16, torch.float32)
     together = _run(place, step)
@@ -131,5 +130,5 @@ def test_rows_do_not_depend_on_each_other(place):  # noqa: F811
 
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
 def test_sanitizers_find_nothing(sanitizers):
-    run = sanitized(sanitizers, "race_lstm_step.cpp", "lstm_step.cu")
+    run = emulator.sanitized(sanitizers, "race_lstm_step")
     assert run.returncode == 0, run.stdout + run.stderr

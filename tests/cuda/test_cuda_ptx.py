@@ -1,5 +1,6 @@
-"""What nvcc made of the CUDA kernels, run on tiny cases by the interpreter in tests/ptx: inline assembly included,
-launched by the real launchers. The cases are those of the kernels' own tests, on another place.
+"""The CUDA kernels as nvcc compiled them, run on tiny cases by the PTX interpreter, inline assembly included.
+
+The real launchers launch them. The cases call the kernels' own tests, on another place.
 """
 
 import re
@@ -16,15 +17,15 @@ import test_cuda_lstm_grid_forward
 import test_cuda_lstm_step
 import torch
 from cuda_cases import Place
-from ptx.device import running
+from ptx import running
 
 cuda_build.require()
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
 class Case(NamedTuple):
-    kernels: str  # that it launches, without template arguments, in alphabetical order
-    test: Callable  # of a place and the arguments
+    kernels: str  # launched by the test, without template arguments, in alphabetical order
+    test: Callable  # called with a place and the arguments
     arguments: tuple
     capabilities: tuple[int, ...] = cuda_build.PTX_ARCHITECTURES
     recurrence: str = ""  # FASTSEQ_LSTM_KERNEL
@@ -106,7 +107,7 @@ def template(name: str) -> str:
 
 
 def check(name: str, capability: int, **options) -> None:
-    """Everything is allocated while the device is there: only such tensors are its memory."""
+    """Run a case on PTX. All tensors are allocated inside running(): only those are memory of the device."""
     case = CASES[name]
     with pytest.MonkeyPatch.context() as patch, running(capability, **options) as log:
         patch.setenv("FASTSEQ_LSTM_KERNEL", case.recurrence)
@@ -120,14 +121,14 @@ def test_parity(name, capability):
 
 
 def test_every_kernel_is_in_a_case():
-    there = {
+    compiled = {
         template(name) for architecture in cuda_build.PTX_ARCHITECTURES for name in cuda_build.kernels(architecture)
     }
     tested = {kernel for case in CASES.values() for kernel in case.kernels.split()}
-    assert there == tested, f"without a row in CASES: {there - tested}; in CASES, but not compiled: {tested - there}"
+    assert compiled == tested, f"without a row in CASES: {compiled - tested}; not compiled: {tested - compiled}"
 
 
-# bug -> case, pattern in the PTX and its replacement, what is said of it.
+# bug -> case, pattern in the PTX and its replacement, pattern of the error message
 SWAP_A = r"(mma\.sync\.[^;]*?\{[^}]*\}, *\{[^,}]*,)([^,}]*),([^,}]*),", r"\1\3,\2,"  # a[1] and a[2]
 SWAP_B = r"(mma\.sync\.[^;]*?\{[^}]*\}, *\{[^}]*\}, *)\{([^,}]*), *([^,}]*)\}", r"\1{\3, \2}"
 PLANTED = {

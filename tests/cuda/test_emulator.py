@@ -1,27 +1,16 @@
-"""The device that lets CUDA kernels run without a GPU: it must run right kernels, and find what is wrong in others."""
-
-import os
-import subprocess
+"""The device that runs CUDA kernels without a GPU: it must run right kernels, and find the faults of wrong ones."""
 
 import emulator
 import pytest
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="the host-side device needs a C++ compiler")
 
-TOOLS = {
-    "plain": [],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
-    "thread": ["-fsanitize=thread"],
-}
+TOOLS = {"plain": "", "address": "address,undefined", "thread": "thread"}  # -> sanitizers
 
 
 def run(tool: str, scenario: str, seed: int | None = None) -> str:
-    """What the scenario printed, tools' reports included."""
-    flags = [*emulator.FLAGS, *TOOLS[tool], "-O1"]
-    program = emulator.build(f"device_check_{tool}", flags, [emulator.HERE / "device_check.cpp"], program=True)
-    arguments = [str(program), scenario, *([] if seed is None else [str(seed)])]
-    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=0"}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120)
+    """Output of the scenario, reports of the tool included."""
+    done = emulator.run_program("device_check", scenario, *([] if seed is None else [seed]), sanitizers=TOOLS[tool])
     return done.stdout + done.stderr
 
 

@@ -1,6 +1,6 @@
-// Copies and stores that arrive later: cp.async, clusters, mbarrier, st.async. Each takes effect as late as it may, so
-// that a wait that is missing reads what was there before. With shuffled threads half of the stores take effect at
-// once, so that one which overwrites what is still read shows as well.
+// Copies and stores that arrive later: cp.async, clusters, mbarrier, st.async. Each takes effect as late as it may:
+// after a missing wait the old value is read. With shuffled threads half of the stores take effect at once: a store
+// that overwrites a word still to be read shows as well.
 #pragma once
 
 #include "world.h"
@@ -19,7 +19,7 @@ HOST_RAW inline void copy_async(void* to, const void* from, int bytes) {
 
 HOST_RAW inline void commit_copies() { ++world().running->groups; }
 
-// Instrumented: the writes are the thread's own.
+// Instrumented: the sanitizer sees the writes as the thread's own.
 inline void copy_bytes(void* to, const void* from, int bytes) {
   volatile char* d = static_cast<char*>(to);
   const volatile char* s = static_cast<const char*>(from);
@@ -65,11 +65,11 @@ HOST_RAW inline void* peer_address(const void* p, unsigned rank) {
   return peer.shared + offset;
 }
 
-// What the 64 bits of an mbarrier hold here.
+// Layout of the 64 bits of an mbarrier on the host-side device.
 struct Mbarrier {
   uint16_t arrivals;    // of every phase
   uint16_t missing;     // in this one
-  int32_t bytes : 31;   // expected and not yet there, in this one; arrivals and bytes may come in any order
+  int32_t bytes : 31;   // still expected in this one; arrivals and bytes may come in any order
   uint32_t parity : 1;  // of this one
 };
 static_assert(sizeof(Mbarrier) == sizeof(uint64_t));
@@ -117,7 +117,7 @@ HOST_RAW inline void store_async(void* to, uint64_t* mbarrier, uint64_t value, i
   ++w.progress;
 }
 
-// Whether the phase of this parity has ended; what is on its way to this mbarrier arrives first.
+// True if the phase of this parity has ended. Stores in flight to this mbarrier arrive first.
 HOST_RAW inline bool mbarrier_phase_ended(uint64_t* mbarrier, unsigned parity) {
   poll();
   const Unseen unseen;

@@ -1,11 +1,12 @@
-// Blocks of a cluster that send to each other every round with no barrier between: cluster_check BUFFERS SEED prints
-// "ok", "wrong" or what the launch returned. With one buffer a block overwrites what a slow one still reads.
+// Blocks of a cluster that send to each other every round, without a barrier between rounds. cluster_check BUFFERS SEED
+// prints "ok", "wrong" or the error of the launch. With one buffer a block overwrites words that a slow block still
+// reads.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/launch.cuh"
+#include "cuda/common/launch.cuh"
 
 using namespace fastseq::cuda;
 
@@ -32,7 +33,7 @@ static __global__ void exchange_kernel(float* out, int buffers) {
     mbarrier_wait(news, round / 2 % 2);
     if (threadIdx.x == 0) mbarrier_arrive_expect(news, 8 * kBlocks);
     for (int k = 0; k < kBlocks; ++k) sum += static_cast<float>(box[k]);
-    __syncwarp();  // the next message says that all of the block have read
+    __syncwarp();  // the next message implies that the whole block has read
   }
   out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
   cluster_barrier();

@@ -1,4 +1,4 @@
-// The names of CUDA that kernels use as they are, on the host-side device.
+// CUDA names that kernels use directly, defined for the host-side device.
 #pragma once
 
 #include <cmath>

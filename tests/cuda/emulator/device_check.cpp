@@ -1,12 +1,11 @@
-// Small kernels, right ones and wrong ones, that show what the host-side device finds: device_check SCENARIO prints
-// what a launch returned, "ok", or "wrong". tests/test_cuda_on_cpu.py says which word belongs to which, and under which
-// tools.
+// Small kernels, right and wrong ones, for the tests of the host-side device. device_check SCENARIO [SEED] prints "ok",
+// "wrong", or the error of the launch. tests/cuda/test_emulator.py holds the expected output and the tools.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/launch.cuh"
+#include "cuda/common/launch.cuh"
 
 using namespace fastseq::cuda;
 
@@ -21,7 +20,7 @@ __global__ void reverse_kernel(const float* in, float* out, bool wait) {
   out[at + i] = tile[63 - i];
 }
 
-// The same after a barrier and before another, which do not order these accesses.
+// The same between two barriers that do not order these accesses.
 __global__ void enclosed_kernel(const float* in, float* out, bool wait) {
   FASTSEQ_SHARED(float, tile, 64);
   const int i = threadIdx.x, at = blockIdx.x * 64;
@@ -44,7 +43,7 @@ std::string reverse(void (*kernel)(const float*, float*, bool), bool wait) {
   return "ok";
 }
 
-// Half of a block stands at a barrier, the others at a flag that nobody sets.
+// Half of a block waits at a barrier, the others for a flag that is never set.
 __global__ void divergent_kernel(unsigned* flag) {
   if (threadIdx.x < 32)
     __syncthreads();
@@ -78,7 +77,7 @@ std::string copy(bool wait) {
   return "ok";
 }
 
-// Every block adds its neighbour's number of the round before: wrong where a block runs ahead.
+// Every block adds its neighbour's number of the previous round: wrong if a block runs ahead.
 __global__ void ring_kernel(float* values, unsigned* counter, int rounds, bool two_buffers, bool synchronised) {
   const unsigned own = blockIdx.x, next = (own + 1) % gridDim.x, count = gridDim.x;
   for (int r = 0; r < rounds; ++r) {
@@ -107,7 +106,7 @@ std::string ring(bool two_buffers, bool synchronised, int blocks = 5) {
   return "ok";
 }
 
-// Every block sends its rank to all of its cluster, twice, and adds up what it got.
+// Every block sends its rank to all blocks of its cluster, twice, and adds up the received ranks.
 __global__ void cluster_kernel(float* out, unsigned cluster, bool wait) {
   FASTSEQ_SHARED(uint64_t, mailbox, 8);
   FASTSEQ_SHARED(uint64_t, arrived, 1);

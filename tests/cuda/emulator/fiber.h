@@ -1,6 +1,6 @@
-// A fiber is a call stack of its own that runs until it switches back: one stands for one CUDA thread. ThreadSanitizer
-// is told of every switch, without a happens-before edge: only barriers, shuffles and release/acquire pairs make those,
-// so that it finds the races of a kernel as it would those of threads.
+// A fiber, a separate call stack that runs until it switches back, represents one CUDA thread. Every switch is
+// announced to ThreadSanitizer without a happens-before edge. Only barriers, shuffles and release/acquire pairs create
+// edges, so it finds the races of a kernel like races of threads.
 #pragma once
 
 #include <sys/mman.h>
@@ -10,7 +10,7 @@
 
 #if defined(__SANITIZE_THREAD__)
 #define HOST_TSAN 1
-// The device itself is not looked at; Unseen does for what a function calls what this does for its own lines.
+// Excludes the device itself from the race detector: HOST_RAW the lines of a function, Unseen the functions it calls.
 #define HOST_RAW __attribute__((no_sanitize_thread, noinline))
 extern "C" {
 void* __tsan_get_current_fiber();
@@ -58,7 +58,7 @@ struct Unseen {
     AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
   }
 #else
-  ~Unseen() {}  // so that nobody calls it unused
+  ~Unseen() {}  // silences the warning of an unused variable
 #endif
 };
 
@@ -95,43 +95,51 @@ constexpr int kSavedRegisters = 6;
 
 constexpr size_t kStackBytes = 64 << 10;
 
-// Stacks are kept for the next launch: mapping one costs more than a small kernel's thread.
-inline std::vector<char*>& idle_stacks() {
-  static std::vector<char*> stacks;
-  return stacks;
-}
-
 struct Stack {
   char* memory = nullptr;
   void* pointer = nullptr;  // where it was left
   void* tsan = nullptr;
 
-  HOST_RAW void start(void (*entry)()) {
-    if (idle_stacks().empty()) {
-      const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-      memory = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, flags, -1, 0));
-    } else {
-      memory = idle_stacks().back();
-      idle_stacks().pop_back();
-      __asan_unpoison_memory_region(memory, kStackBytes);
-    }
-    void** top = reinterpret_cast<void**>(memory + kStackBytes);
-    *--top = nullptr;  // entry() never returns
-    *--top = reinterpret_cast<void*>(entry);
-    for (int i = 0; i < kSavedRegisters; ++i) *--top = nullptr;
-    pointer = top;
-#if HOST_TSAN
-    tsan = __tsan_create_fiber(0);
-#endif
-  }
-
-  HOST_RAW void end() {
-    idle_stacks().push_back(memory);
-#if HOST_TSAN
-    __tsan_destroy_fiber(tsan);
-#endif
-  }
+  HOST_RAW void start(void (*entry)());
+  HOST_RAW void end(bool returned);
 };
+
+// Stacks for the next launch: mapping one costs more than a thread of a small kernel, and creating a fiber of
+// ThreadSanitizer far more. A fiber may be used again, since a launch is ordered after all launches before it.
+inline std::vector<Stack>& idle_stacks() {
+  static std::vector<Stack> stacks;
+  return stacks;
+}
+
+HOST_RAW inline void Stack::start(void (*entry)()) {
+  if (idle_stacks().empty()) {
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    memory = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, flags, -1, 0));
+  } else {
+    *this = idle_stacks().back();
+    idle_stacks().pop_back();
+    __asan_unpoison_memory_region(memory, kStackBytes);
+  }
+  void** top = reinterpret_cast<void**>(memory + kStackBytes);
+  *--top = nullptr;  // entry() never returns
+  *--top = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < kSavedRegisters; ++i) *--top = nullptr;
+  pointer = top;
+#if HOST_TSAN
+  if (!tsan) tsan = __tsan_create_fiber(0);
+#endif
+}
+
+// returned: the kernel has. Else ThreadSanitizer's fiber, which still holds the kernel's calls, is not used again.
+HOST_RAW inline void Stack::end(bool returned) {
+#if HOST_TSAN
+  if (!returned) {
+    __tsan_destroy_fiber(tsan);
+    tsan = nullptr;
+  }
+#endif
+  idle_stacks().push_back(*this);
+}
 
 // From the stack that runs to `to`.
 HOST_RAW inline void switch_stack(Stack& from, Stack& to) {

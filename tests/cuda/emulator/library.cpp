@@ -1,7 +1,6 @@
-// The CUDA operators on the host-side device: torch.ops.fastseq_sim, CPU tensors. Python sets how threads are
-// scheduled.
-#include "../../csrc/cuda/operators.h"
-#include "../../csrc/schemas.h"
+// The CUDA operators on the host-side device: torch.ops.fastseq_sim, CPU tensors. Python sets the schedule of threads.
+#include "cuda/common/operators.h"
+#include "schemas.h"
 #include "world.h"
 
 STABLE_TORCH_LIBRARY(fastseq_sim, m) { fastseq::define_operators(m); }
@@ -11,7 +10,7 @@ extern "C" __attribute__((visibility("default"))) void fastseq_host_schedule(int
   host::options().seed = seed;
 }
 
-// A device of `multiprocessors`, of compute capability `capability` / 10, with this much shared memory for a block.
+// capability: 10 * major + minor. shared_memory: bytes of a block at most.
 extern "C" __attribute__((visibility("default"))) void fastseq_host_device(int multiprocessors,
                                                                            int capability,
                                                                            size_t shared_memory) {

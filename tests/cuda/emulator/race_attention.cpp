@@ -1,13 +1,13 @@
-// Attention on the host-side device by itself, for the sanitizers: 0 where every launch ran. Every tensor has an
-// allocation of exactly its size.
+// Attention alone on the host-side device, for the sanitizers. Exits with 0 if every launch succeeds. Every tensor is
+// an allocation of its exact size.
 #include <cmath>
 #include <cstdio>
 #include <deque>
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/attention.h"
-#include "../../csrc/cuda/device.cuh"
+#include "cuda/attention/params.h"
+#include "cuda/common/device.cuh"
 
 using namespace fastseq::cuda;
 
@@ -31,7 +31,7 @@ struct Case {
   bool lengths, mask;
 };
 
-// Vectors of 16 bytes and single elements, whole tiles and rests.
+// Vectors of 16 bytes and single elements, whole and partial tiles.
 constexpr Case kCases[] = {{Type::kFloat, 1, 8, 24, true, false},      {Type::kBFloat16, 1, 8, 24, true, false},
                            {Type::kBFloat16, 1, 5, 3, false, true},    {Type::kFloat, 34, 24, 72, true, false},
                            {Type::kBFloat16, 34, 24, 72, true, false}, {Type::kFloat, 34, 5, 3, false, true}};
@@ -46,44 +46,44 @@ std::string run(const Case& c, bool additive) {
   for (size_t i = 0; i < mask.size(); i += 3) mask[i] = 0;
   const Rows query{m.take<T>(B * t * c.size), t * c.size, c.size}, keys{m.take<T>(B * S * c.size), S * c.size, c.size};
   const Rows values{m.take<T>(B * S * c.width), S * c.width, c.width};
-  const AttentionInputs in{.batch = B,
-                           .steps = t,
-                           .positions = S,
-                           .size = c.size,
-                           .width = c.width,
-                           .query = query,
-                           .keys = keys,
-                           .values = values,
-                           .weight = additive ? m.take<T>(c.size) : nullptr,
-                           .bias = additive ? m.take<T>(c.size) : nullptr,
-                           .lengths = c.lengths ? lengths : nullptr,
-                           .mask = c.mask ? reinterpret_cast<const bool*>(mask.data()) : nullptr,
-                           .mask_batch = t * S,
-                           .mask_row = S,
-                           .mask_column = 1,
-                           .scale = 0.5f};
-  AttentionForward forward{in, m.take<T>(B * t * c.width), m.take<float>(B * t * S), attention_splits(in)};
+  const AttentionInputParams in{.batch = B,
+                                .steps = t,
+                                .positions = S,
+                                .size = c.size,
+                                .width = c.width,
+                                .query = query,
+                                .keys = keys,
+                                .values = values,
+                                .weight = additive ? m.take<T>(c.size) : nullptr,
+                                .bias = additive ? m.take<T>(c.size) : nullptr,
+                                .lengths = c.lengths ? lengths : nullptr,
+                                .mask = c.mask ? reinterpret_cast<const bool*>(mask.data()) : nullptr,
+                                .mask_batch = t * S,
+                                .mask_row = S,
+                                .mask_column = 1,
+                                .scale = 0.5f};
+  AttentionForwardParams forward{in, m.take<T>(B * t * c.width), m.take<float>(B * t * S), attention_splits(in)};
   forward.sums = m.take<float>(B * forward.splits * c.width);
   forward.states = m.take<float>(B * forward.splits * 2);
   const std::string error = launch_attention_forward(forward, c.type, nullptr);
   if (!error.empty()) return error;
   const int64_t parts = divide_up(S, kTanhPositions);
-  const AttentionBackward backward{.in = in,
-                                   .weights = forward.weights,
-                                   .grad_context = {m.take<T>(B * t * c.width), t * c.width, c.width},
-                                   .grad_weights = {m.take<T>(B * t * S), t * S, S},
-                                   .need_scores = true,
-                                   .need_values = true,
-                                   .grad_query = m.take<T>(B * t * c.size),
-                                   .grad_keys = m.take<T>(B * S * c.size),
-                                   .grad_weight = m.take<T>(c.size),
-                                   .grad_bias = m.take<T>(c.size),
-                                   .grad_values = m.take<T>(B * S * c.width),
-                                   .grad_softmax = m.take<float>(B * t * S),
-                                   .means = m.take<float>(B * t * divide_up(S, kGradPositions)),
-                                   .query_parts = m.take<float>(B * parts * t * c.size),
-                                   .weight_parts = m.take<float>(B * parts * c.size),
-                                   .bias_parts = m.take<float>(B * divide_up(t, kSumSteps) * c.size)};
+  const AttentionBackwardParams backward{.in = in,
+                                         .weights = forward.weights,
+                                         .grad_context = {m.take<T>(B * t * c.width), t * c.width, c.width},
+                                         .grad_weights = {m.take<T>(B * t * S), t * S, S},
+                                         .need_scores = true,
+                                         .need_values = true,
+                                         .grad_query = m.take<T>(B * t * c.size),
+                                         .grad_keys = m.take<T>(B * S * c.size),
+                                         .grad_weight = m.take<T>(c.size),
+                                         .grad_bias = m.take<T>(c.size),
+                                         .grad_values = m.take<T>(B * S * c.width),
+                                         .grad_softmax = m.take<float>(B * t * S),
+                                         .means = m.take<float>(B * t * divide_up(S, kGradPositions)),
+                                         .query_parts = m.take<float>(B * parts * t * c.size),
+                                         .weight_parts = m.take<float>(B * parts * c.size),
+                                         .bias_parts = m.take<float>(B * divide_up(t, kSumSteps) * c.size)};
   return launch_attention_backward(backward, c.type, nullptr);
 }
 
@@ -104,7 +104,7 @@ bool all_cases(int64_t most_steps) {
 
 int main() {
   if (!all_cases(34)) return 1;
-  host::options().multiprocessors = 1;  // one step is not split over the positions
+  host::options().multiprocessors = 1;  // the positions of one step are not split
   host::options().shuffle = true;
   return all_cases(1) ? 0 : 1;
 }

@@ -1,9 +1,9 @@
-// The recurrence in clusters on the host-side device by itself, for the sanitizers: 0 where it ran, 1 where not.
+// The recurrence in clusters alone on the host-side device, for the sanitizers. Exits with 0 if every launch succeeds.
 #include <algorithm>
 #include <cstdio>
 #include <vector>
 
-#include "../../csrc/cuda/lstm.h"
+#include "cuda/lstm/params.h"
 #include "world.h"
 
 using namespace fastseq::cuda;
@@ -17,33 +17,36 @@ static bool both(int64_t T, int64_t B, int64_t H, int64_t longest = 100) {
   std::vector<float> cell_states(T * B * D * H);
   const LstmShape shape{
       .steps = T, .batch = B, .directions = D, .hidden = H, .lengths = lengths.data(), .reverse = false, .tf32 = true};
-  const LstmForward p{.shape = shape,
-                      .gates = gates.data(),
-                      .h0 = h0.data(),
-                      .c0 = c0.data(),
-                      .weight_hh = weight.data(),
-                      .output = output.data(),
-                      .h_n = h_n.data(),
-                      .c_n = c_n.data(),
-                      .activations = activations.data(),
-                      .cell_states = cell_states.data(),
-                      .workspace = nullptr};
-  std::string error = launch_lstm_cluster_forward(p, Type::kFloat, nullptr);
+  const LstmForwardParams p{.shape = shape,
+                            .gates = gates.data(),
+                            .h0 = h0.data(),
+                            .c0 = c0.data(),
+                            .weight_hh = weight.data(),
+                            .output = output.data(),
+                            .h_n = h_n.data(),
+                            .c_n = c_n.data(),
+                            .activations = activations.data(),
+                            .cell_states = cell_states.data(),
+                            .workspace = nullptr};
+  const auto forward = plan_lstm_cluster_forward(shape, Type::kFloat);
+  const auto backward = plan_lstm_cluster_backward(shape, Type::kFloat);
+  if (!forward || !backward) return std::puts("no plan"), false;
+  std::string error = forward->launch(p, nullptr);
   std::vector<float> grad_gates(gates.size()), grad_h0(h0.size()), grad_c0(c0.size());
-  const LstmBackward b{.shape = shape,
-                       .grad_output = output.data(),
-                       .grad_h_n = h_n.data(),
-                       .grad_c_n = nullptr,
-                       .grad_cell_states = nullptr,
-                       .activations = activations.data(),
-                       .cell_states = cell_states.data(),
-                       .c0 = c0.data(),
-                       .weight_hh = weight.data(),
-                       .grad_gates = grad_gates.data(),
-                       .grad_h0 = grad_h0.data(),
-                       .grad_c0 = grad_c0.data(),
-                       .workspace = nullptr};
-  if (error.empty()) error = launch_lstm_cluster_backward(b, Type::kFloat, nullptr);
+  const LstmBackwardParams b{.shape = shape,
+                             .grad_output = output.data(),
+                             .grad_h_n = h_n.data(),
+                             .grad_c_n = nullptr,
+                             .grad_cell_states = nullptr,
+                             .activations = activations.data(),
+                             .cell_states = cell_states.data(),
+                             .c0 = c0.data(),
+                             .weight_hh = weight.data(),
+                             .grad_gates = grad_gates.data(),
+                             .grad_h0 = grad_h0.data(),
+                             .grad_c0 = grad_c0.data(),
+                             .workspace = nullptr};
+  if (error.empty()) error = backward->launch(b, nullptr);
   if (!error.empty()) std::printf("%s\n", error.c_str());
   return error.empty();
 }

@@ -1,11 +1,11 @@
-// The backward recurrence on a grid, alone, for ThreadSanitizer and AddressSanitizer: every tensor is an allocation of
-// its own and of its exact size. Every schedule must give the same bits.
+// The backward recurrence on a grid alone on the host-side device, for the sanitizers. Exits with 0 if every launch
+// succeeds and every schedule gives the same bits. Every tensor is an allocation of its exact size.
 #include <cstdio>
 #include <random>
 #include <vector>
 
-#include "../../csrc/cuda/device.cuh"
-#include "../../csrc/cuda/lstm.h"
+#include "cuda/common/device.cuh"
+#include "cuda/lstm/params.h"
 
 namespace {
 
@@ -20,7 +20,7 @@ std::vector<T> random_numbers(int64_t count) {
   return numbers;
 }
 
-// -> grad_gates, grad_h0, grad_c0 of every schedule are the same, and the launches succeed.
+// True if all launches succeed with the same grad_gates, grad_h0 and grad_c0 in every schedule.
 template <class T>
 bool run(Type type, int64_t T_, int64_t B, int64_t D, int64_t H, bool tf32) {
   std::vector<int64_t> lengths(B);
@@ -31,17 +31,18 @@ bool run(Type type, int64_t T_, int64_t B, int64_t D, int64_t H, bool tf32) {
   const auto c0 = random_numbers<T>(states), grad_n = random_numbers<T>(states),
              weight_hh = random_numbers<T>(D * 4 * H * H);
   const LstmShape shape{T_, B, D, H, lengths.data(), false, tf32};
+  const auto plan = plan_lstm_grid_backward(shape, type);
+  if (!plan) return std::puts("no plan"), false;
   std::vector<T> first;
   for (uint64_t seed = 0; seed < 3; ++seed) {
     std::vector<T> grad_gates(4 * cells), grad_h0(states), grad_c0(states);
-    std::vector<uint64_t> workspace((lstm_grid_backward_workspace(shape, type) + 7) / 8);
+    std::vector<uint64_t> workspace((plan->workspace + 7) / 8);
     host::options().shuffle = seed > 0;
     host::options().seed = seed;
-    const std::string error =
-        launch_lstm_grid_backward({shape, grad_output.data(), grad_n.data(), grad_n.data(), grad_output.data(),
-                                   activations.data(), cell_states.data(), c0.data(), weight_hh.data(),
-                                   grad_gates.data(), grad_h0.data(), grad_c0.data(), workspace.data()},
-                                  type, nullptr);
+    const std::string error = plan->launch({shape, grad_output.data(), grad_n.data(), grad_n.data(), grad_output.data(),
+                                            activations.data(), cell_states.data(), c0.data(), weight_hh.data(),
+                                            grad_gates.data(), grad_h0.data(), grad_c0.data(), workspace.data()},
+                                           nullptr);
     if (!error.empty()) return std::puts(error.c_str()), false;
     grad_gates.insert(grad_gates.end(), grad_h0.begin(), grad_h0.end());
     grad_gates.insert(grad_gates.end(), grad_c0.begin(), grad_c0.end());

@@ -1,5 +1,5 @@
-// The grid-persistent recurrence on the host-side device by itself, for the sanitizers: 0 where every launch ran and
-// every order of threads gave the same bits. Every tensor has an allocation of exactly its size.
+// The forward recurrence on a grid alone on the host-side device, for the sanitizers. Exits with 0 if every launch
+// succeeds and every schedule gives the same bits. Every tensor is an allocation of its exact size.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/device.cuh"
-#include "../../csrc/cuda/lstm.h"
+#include "cuda/common/device.cuh"
+#include "cuda/lstm/params.h"
 
 using namespace fastseq::cuda;
 
@@ -40,7 +40,7 @@ Tensor waves(int64_t count, float phase) {
   return tensor;
 }
 
-// All results, or nothing: what went wrong is printed.
+// Returns all results, or nothing after printing the error.
 template <class T>
 std::vector<Tensor> run(const Case& c, Type type) {
   host::options().multiprocessors = host::options().resident_blocks = c.multiprocessors;
@@ -52,7 +52,7 @@ std::vector<Tensor> run(const Case& c, Type type) {
   std::vector<Tensor> results;
   for (const int64_t count : {rows * H, states, states, rows * 4 * H}) results.emplace_back(count, sizeof(T));
   results.emplace_back(rows * H, sizeof(float));
-  LstmForward p{{c.steps, c.batch, D, H, c.lengths ? lengths.data() : nullptr, false, c.tf32}};
+  LstmForwardParams p{{c.steps, c.batch, D, H, c.lengths ? lengths.data() : nullptr, false, c.tf32}};
   p.gates = gates.data();
   p.h0 = h0.data();
   p.c0 = c0.data();
@@ -62,9 +62,11 @@ std::vector<Tensor> run(const Case& c, Type type) {
   p.c_n = results[2].data();
   p.activations = results[3].data();
   p.cell_states = reinterpret_cast<float*>(results[4].data());
-  const Tensor workspace(lstm_grid_forward_workspace(p.shape, type), 1);
+  const auto plan = plan_lstm_grid_forward(p.shape, type);
+  if (!plan) return std::puts("no plan"), std::vector<Tensor>{};
+  const Tensor workspace(plan->workspace, 1);
   p.workspace = workspace.data();
-  const std::string error = launch_lstm_grid_forward(p, type, nullptr);
+  const std::string error = plan->launch(p, nullptr);
   if (error.empty()) return results;
   std::printf("%s\n", error.c_str());
   return {};
@@ -86,7 +88,7 @@ bool same_in_any_order(const Case& c, Type type) {
 }  // namespace
 
 int main() {
-  // Two teams of 3 blocks; two directions, two groups at once, the last block with one of three.
+  // Two teams of 3 blocks; then two directions, two groups at once, a last block with one group instead of three.
   const Case teams{5, 18, 1, 24, 6, true, false}, groups{4, 9, 2, 17, 2, true, false};
   Case rounded = teams;
   rounded.tf32 = true;

@@ -1,8 +1,8 @@
-// The decoding step on the host-side device by itself, for the sanitizers: 0 where it ran, 1 where it was refused.
+// The decoding step alone on the host-side device, for the sanitizers. Exits with 0 if every launch succeeds.
 #include <cstdio>
 #include <vector>
 
-#include "../../csrc/cuda/lstm_step.h"
+#include "cuda/lstm_cell/step.h"
 #include "world.h"
 
 using namespace fastseq::cuda;
@@ -10,20 +10,20 @@ using namespace fastseq::cuda;
 static bool step(int64_t B, int64_t I, int64_t H) {
   std::vector<float> x(B * I, 0.5f), h(B * H, 0.25f), c(B * H, 1.0f), w_ih(4 * H * I, 0.01f), w_hh(4 * H * H, 0.02f);
   std::vector<float> bias(4 * H, 0.1f), h_n(B * H), c_n(B * H);
-  const StepForward p{.batch = B,
-                      .input_size = I,
-                      .hidden = H,
-                      .narrow = false,
-                      .bias_stride = 0,
-                      .input = x.data(),
-                      .h = h.data(),
-                      .c = c.data(),
-                      .weight_ih = w_ih.data(),
-                      .weight_hh = w_hh.data(),
-                      .bias_ih = bias.data(),
-                      .bias_hh = nullptr,
-                      .h_n = h_n.data(),
-                      .c_n = c_n.data()};
+  const StepParams p{.batch = B,
+                     .input_size = I,
+                     .hidden = H,
+                     .narrow = false,
+                     .bias_stride = 0,
+                     .input = x.data(),
+                     .h = h.data(),
+                     .c = c.data(),
+                     .weight_ih = w_ih.data(),
+                     .weight_hh = w_hh.data(),
+                     .bias_ih = bias.data(),
+                     .bias_hh = nullptr,
+                     .h_n = h_n.data(),
+                     .c_n = c_n.data()};
   const std::string error = launch_lstm_step(p, Type::kFloat, nullptr);
   if (!error.empty()) std::printf("%s\n", error.c_str());
   return error.empty();

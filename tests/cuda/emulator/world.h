@@ -1,8 +1,8 @@
-// The host-side device: blocks, warps, barriers, shared memory and a scheduler, enough to run a kernel's own source on
-// the CPU and to say what is wrong with it. One thread at a time runs; it gives way at barriers, shuffles and polls.
+// The host-side device: blocks, warps, barriers, shared memory and a scheduler that run the source of a kernel on the
+// CPU and report its errors. One thread at a time runs; it yields at barriers, shuffles and polls.
 //
-// Reported with block and thread: deadlock (somebody waits for a barrier that others never reach, or everybody polls),
-// a shuffle with lanes missing, more shared memory than asked for, shared memory of a block that has ended. Found by
+// Reported with block and thread: deadlock (a thread waits for a barrier that others never reach, or all threads poll),
+// a shuffle with lanes missing, more shared memory than requested, shared memory of a block that has ended. Reported by
 // the tools: out of bounds (AddressSanitizer: red zones between arrays), misaligned vectors (UBSan), races
 // (ThreadSanitizer). Shared memory begins as NaN.
 #pragma once
@@ -37,13 +37,15 @@ constexpr size_t kRedZone = 128;
 struct Barrier {
   int arrived = 0;
   unsigned generation = 0;
-  char edge[2] = {};  // happens-before of this generation and of the next: who leaves late has not seen who came back
+  // Happens-before edges of this generation and of the next: a late leaver is not ordered after a thread that returned.
+  char edge[2] = {};
 };
 
 struct Warp {
   Barrier barrier;
   int size = 0, live = 0;
-  uint64_t slots[2][kWarpSize][8];  // what the lanes of a shuffle show each other; two, so that the next can begin
+  // Values that the lanes of a shuffle exchange; two, so that the next shuffle can begin.
+  uint64_t slots[2][kWarpSize][8];
 };
 
 struct Block {
@@ -70,7 +72,7 @@ struct PendingCopy {
   int bytes, group;
 };
 
-// Bytes on the way to a block of the cluster; they arrive when somebody waits for their mbarrier.
+// Bytes in flight to a block of the cluster; they arrive when a thread waits for their mbarrier.
 struct Delivery {
   void* to;
   uint64_t value;
@@ -95,11 +97,11 @@ struct Thread {
 struct Options {
   uint64_t seed = 0;
   bool shuffle = false;     // random order of threads, half of the warps held back for a while
-  long idle_passes = 2000;  // rounds in which everybody only polls before that is called a deadlock
+  long idle_passes = 2000;  // rounds of nothing but polls until a deadlock is reported
   int multiprocessors = 132;
-  int resident_blocks = 132;  // more in a cooperative launch are refused
+  int resident_blocks = 132;  // a cooperative launch of more fails
   int capability = 90;
-  size_t shared_memory = 227 << 10;  // that a block may have
+  size_t shared_memory = 227 << 10;  // of a block at most
   size_t static_shared = 16 << 10;
 };
 
@@ -115,7 +117,7 @@ struct World {
   std::vector<Barrier> cluster_barriers;  // by cluster
   unsigned cluster_size = 1;
   std::vector<Delivery> deliveries;
-  std::mt19937_64 random;  // whether a delivery comes at once
+  std::mt19937_64 random;  // decides whether a delivery arrives at once
 };
 
 inline Options& options() {
@@ -168,7 +170,7 @@ HOST_RAW inline void arrive_and_wait(Barrier& barrier, int live, const char* nam
 
 HOST_RAW inline void note_progress() { ++world().progress; }
 
-// Between two looks at a flag.
+// Called between two polls of a flag.
 HOST_RAW inline void poll() {
   world().running->waits_in = "a poll";
   give_way();
@@ -221,11 +223,11 @@ class Scheduler {
     if (options().shuffle) hold_back(true);
     while (left_ && w.error.empty()) pass();
     __tsan_acquire(&w.end_edge);
-    for (Thread& t : threads_) t.stack.end();
+    for (Thread& t : threads_) t.stack.end(t.done);
   }
 
  private:
-  // Every thread that can go on does so once.
+  // Runs every thread that can continue once.
   HOST_RAW void pass() {
     World& w = world();
     const long before = w.progress;
@@ -251,7 +253,7 @@ class Scheduler {
     if (left_ && stuck && (!ran || idle_ > options().idle_passes)) w.error = deadlock();
   }
 
-  // The others run as far as they can: what they do not wait for, they will find missing.
+  // Holds back half of the warps (or none). The others run as far as they can, so a missing wait shows.
   HOST_RAW void hold_back(bool half) {
     for (char& held : held_) held = half && (random_() & 1);
   }
@@ -296,7 +298,7 @@ inline void prepare_block(Block& b, int id, size_t dynamic_shared) {
 }
 
 // together: all blocks are resident at once (cooperative and cluster launches), else one after the other.
-// Returns an empty string, or what went wrong.
+// Returns the error, or an empty string.
 inline std::string launch(dim3 grid,
                           dim3 block,
                           size_t dynamic_shared,
@@ -352,7 +354,7 @@ HOST_RAW inline void* shared_array(const void* declaration, size_t bytes) {
   return array;
 }
 
-// Every lane shows `value` and sees those of all: the base of all shuffles, votes and matrix instructions.
+// Exchanges `value` between all lanes: the base of all shuffles, votes and matrix instructions.
 template <class T>
 HOST_RAW std::array<T, kWarpSize> exchange(unsigned mask, const T& value, const char* name) {
   static_assert(sizeof(T) <= sizeof(uint64_t[8]));

@@ -1,16 +1,20 @@
-"""A small PTX interpreter: executes what nvcc made of a kernel, inline assembly included, where there is no GPU.
+"""A small PTX interpreter: executes kernels as nvcc compiled them, inline assembly included, without a GPU.
 
-It knows the instructions that fastseq's kernels are compiled to; any other is an error that names it. It checks bounds,
-alignment, barriers and the read-only cache. It does not know speed, weak memory order or bank conflicts.
+It implements the instructions that fastseq's kernels are compiled to; any other is an error that names it. It checks
+bounds, alignment, barriers and the read-only cache. It does not model speed, weak memory order or bank conflicts.
 
     entry = find(parse(text), "lstm_cell_forward")
     memory = Memory()
     x = memory.put(numpy_array)
     launch(entry, memory, grid=(2,), block=(64,), args=[x, 3])
     memory.get(x)
+
+    with running(capability=90) as log:     # operators of torch.ops.fastseq_ptx, launchers included (device.py)
+        ...
 """
 
+from .device import running
 from .parse import Entry, PtxError, find, parse
 from .run import Memory, launch
 
-__all__ = ["Entry", "Memory", "PtxError", "find", "launch", "parse"]
+__all__ = ["Entry", "Memory", "PtxError", "find", "launch", "parse", "running"]

@@ -1,4 +1,4 @@
-// An allocator for CPU tensors that knows the exact size of each, so that an access past the end of one is seen. New
+// An allocator of CPU tensors that records the exact size of each, so that an access past the end is detected. New
 // memory holds 0xff: NaN.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>

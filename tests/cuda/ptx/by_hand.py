@@ -1,4 +1,4 @@
-"""Kernels written by hand, for the interpreter's own tests."""
+"""Hand-written kernels for the tests of the interpreter."""
 
 import numpy as np
 
@@ -23,7 +23,7 @@ def kernel(body: str, arrays=(), module: str = "", header: str = "") -> str:
 
 
 def execute(body: str, *arrays, grid=1, block=32, module: str = "", header: str = "", **options) -> list[np.ndarray]:
-    """Run a kernel on copies of the arrays; returns what became of them."""
+    """Run a kernel on copies of the arrays and return the copies."""
     memory = Memory()
     arrays = [np.asarray(a) for a in arrays]
     addresses = [memory.put(a) for a in arrays]

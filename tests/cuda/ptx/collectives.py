@@ -49,7 +49,7 @@ def call(program, i):
 
 
 def _format(warp, form: str, at: int) -> str:
-    """What printf makes of arguments that lie at ``at`` in local memory, each aligned to its size."""
+    """The text of printf with arguments at ``at`` in local memory, each aligned to its size."""
 
     def argument(match):
         nonlocal at

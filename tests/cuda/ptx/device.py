@@ -1,10 +1,10 @@
-"""The CUDA operators, launchers and all, with PTX in the place of a GPU: ``torch.ops.fastseq_ptx`` on CPU tensors.
+"""The CUDA operators, launchers included, with PTX in place of a GPU: ``torch.ops.fastseq_ptx`` on CPU tensors.
 
-The launchers are those that nvcc compiled; they call a CUDA runtime of our own (runtime.cpp), which asks this file to
-run the kernel. Where tensors lie, and how long they are, an allocator tells (allocator.cpp).
+nvcc compiled the launchers. They call our own CUDA runtime (runtime.cpp), which calls this file to run the kernel. An
+allocator (allocator.cpp) records addresses and sizes of tensors.
 
     with running(capability=90) as log:
-        x = tensor.clone()                  # allocated inside: seen by the kernels
+        x = tensor.clone()                  # allocated inside: accessible to the kernels
         torch.ops.fastseq_ptx.lstm_cell_forward(x, ...)
     log                                     # the kernels that ran
 """
@@ -13,19 +13,23 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cuda_build
 import numpy as np
 import torch
+from includes import files_of
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from . import Entry, Memory, PtxError, launch, parse
 from .memory import Buffer
+from .parse import Entry, PtxError, parse
+from .run import Memory, launch
 
 HERE = Path(__file__).parent
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-w"]
+FLAGS = ["-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", "-w"]
 STABLE = ["-DFASTSEQ_HOST_DEVICE", "-Dfastseq_sim=fastseq_ptx", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 ERROR_SIZE = 4096
 _LAUNCHER = ctypes.CFUNCTYPE(
@@ -43,21 +47,27 @@ def load() -> ctypes.CDLL:
 
 
 def build() -> Path:
-    sources = [*sorted((cuda_build.ROOT / "csrc/cuda").glob("*_ops.cpp")), HERE / "runtime.cpp", HERE / "allocator.cpp"]
+    """Compile the operators, the runtime and the allocator, link them with nvcc's objects -> the library."""
+    operators = sorted((cuda_build.ROOT / "csrc/cuda").glob("**/*.cpp"))
+    sources = [*operators, HERE / "runtime.cpp", HERE / "allocator.cpp"]
     objects = cuda_build.objects()
-    headers = [*cuda_build.ROOT.glob("csrc/*.h"), *cuda_build.ROOT.glob("csrc/cuda/*.h"), *sources]
     key = hashlib.sha256("".join([*map(str, objects), torch.__version__, *FLAGS, *STABLE]).encode())
-    for path in sorted(headers):
+    for path in sorted({path for source in sources for path in files_of(source, cuda_build.INCLUDES)}):
         key.update(path.read_bytes())
     out = cuda_build.FOLDER / f"ptx-{key.hexdigest()[:16]}.so"
-    includes = [f"-I{path}" for path in (*include_paths(), cuda_build.find_cuda() / "include")]
+    folders = (*cuda_build.INCLUDES, *include_paths(), cuda_build.find_cuda() / "include")
+    includes = [f"-I{folder}" for folder in folders]
     with cuda_build.building():
         if not out.exists():
-            parts = []
-            for source in sources:
-                parts.append(out.with_suffix(f".{source.stem}.o"))
+
+            def compiled(source: Path) -> Path:
+                part = out.with_suffix(f".{source.parent.name}-{source.stem}.o")
                 flags = FLAGS + (STABLE if source.name != "allocator.cpp" else [])
-                cuda_build.run("c++", *flags, *includes, "-c", source, "-o", parts[-1])
+                cuda_build.run("c++", *flags, *includes, "-c", source, "-o", part)
+                return part
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                parts = list(pool.map(compiled, sources))
             libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
             partial = out.with_suffix(".partial")
             cuda_build.run("c++", "-shared", "-Wl,-Bsymbolic", *parts, *objects, *libraries, "-o", partial)
@@ -67,7 +77,7 @@ def build() -> Path:
 
 @functools.cache
 def kernel(architecture: int, name: str, edit: Callable[[str], str] | None = None) -> Entry:
-    """A kernel by its mangled name. ``edit``: of the PTX, to plant bugs."""
+    """The kernel of this mangled name. ``edit`` changes its PTX, to plant bugs."""
     text = next(text for text in cuda_build.ptx(architecture) if f".entry {name}(" in text)
     return parse(edit(text) if edit else text, only=name)[name]
 
@@ -79,9 +89,9 @@ def running(
     seed: int = 0,
     edit: Callable[[str], str] | None = None,
 ) -> Iterator[list[str]]:
-    """A device, and an allocator whose tensors it reaches -> the list of kernels that have run, grown as they do.
+    """A device, and an allocator whose tensors it accesses -> the list of kernels run so far.
 
-    What a kernel does wrong is a RuntimeError of the operator, with the interpreter's words.
+    An error of a kernel is a RuntimeError of the operator, with the interpreter's message.
     """
     library, log = load(), []
     architecture = cuda_build.nearest_ptx(capability)
@@ -112,7 +122,7 @@ def running(
 
 
 def _tensors(library) -> Memory:
-    """Memory whose buffers are the tensors that were allocated."""
+    """Memory whose buffers are the allocated tensors."""
     count = library.fastseq_ptx_buffers(None, 0)
     pairs = (ctypes.c_size_t * (2 * count))()
     library.fastseq_ptx_buffers(pairs, count)

@@ -47,7 +47,7 @@ def flush(x: np.ndarray) -> np.ndarray:
 
 
 def decode(bits: np.ndarray, kind: str) -> np.ndarray:
-    """What the low bytes of a register mean."""
+    """The numbers in the low bytes of registers."""
     if kind == "pred":
         return bits
     size = SIZES[kind]

@@ -1,4 +1,4 @@
-"""Memory of the pretended device, every access checked.
+"""Memory of the simulated device, every access checked.
 
 An address outside every buffer and an address that is no multiple of the access are errors. Shared memory starts as
 NaN. What was read through the read-only cache (ld.global.nc) must not change during a launch: that is an error too,

@@ -51,7 +51,7 @@ class Not(NamedTuple):
     predicate: Register
 
 
-SINK = Register("_")  # a result that nobody reads
+SINK = Register("_")  # a result that is not used
 
 
 @dataclass
@@ -113,7 +113,7 @@ def parse(text: str, only: str | None = None) -> dict[str, Entry]:
 
 
 def find(entries: dict[str, Entry], *parts: str) -> Entry:
-    """The one kernel whose mangled name holds every part."""
+    """The one kernel whose mangled name contains every part."""
     found = [name for name in entries if all(part in name for part in parts)]
     if len(found) != 1:
         raise PtxError(f"{len(found)} kernels have {' and '.join(parts)} in their names: {found or list(entries)}")

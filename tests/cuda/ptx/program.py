@@ -18,7 +18,7 @@ LANES = 32
 
 
 class Control(NamedTuple):
-    """A step that may send lanes elsewhere or make them wait: after it the warp looks anew who runs next."""
+    """A step that may branch or block lanes: after it the warp chooses again which lanes run next."""
 
     step: Callable
 
@@ -105,7 +105,7 @@ class Program:
         return Control(_guarded(step.step, guard)) if isinstance(step, Control) else _guarded(step, guard)
 
     def is_local(self, symbol) -> bool:
-        """Whether it is a variable that each thread has for itself."""
+        """True if it is a variable of which each thread has its own."""
         variable = self.entry.variables.get(symbol.name) if isinstance(symbol, Symbol) else None
         return variable is not None and variable.space == "local"
 

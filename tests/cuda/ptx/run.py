@@ -15,7 +15,7 @@ from .memory import Barrier, Space
 from .parse import Address, Entry, PtxError, Symbol, Vector
 from .program import LANES, Program
 
-PATIENCE = 300  # rounds in which threads only spin
+SPIN_LIMIT = 300  # rounds in which threads only spin, until a deadlock is reported
 LIMIT = 20_000_000  # warp instructions of a launch
 
 
@@ -83,7 +83,7 @@ class Warp:
         instruction = self.block.launch.program.entry.instructions[index]
         return f"PTX line {instruction.line}: {instruction.text}"
 
-    # What steps call.
+    # Called by steps.
 
     def jump(self, mask: np.ndarray | None, target: int) -> None:
         lanes = slice(None) if mask is None else mask
@@ -209,7 +209,7 @@ class Launch:
         """Addresses of the variables in use; returns the bytes of static shared memory and of a thread's own."""
         offsets, used = {"shared": 0, "local": 0}, _symbols(i.operands for i in self.entry.instructions)
         variables = [v for name, v in self.entry.variables.items() if name in used]
-        for variable in sorted(variables, key=lambda v: v.size == 0):  # what the launch sizes comes last
+        for variable in sorted(variables, key=lambda v: v.size == 0):  # variables sized by the launch come last
             if variable.space in offsets:
                 offset = -(-offsets[variable.space] // variable.align) * variable.align
                 self.symbols[variable.name] = offset
@@ -252,7 +252,7 @@ class Launch:
             for warp in warps:
                 warp.turn()
             idle = 0 if self._progress(blocks) != progress else idle + 1
-            if idle > PATIENCE:
+            if idle > SPIN_LIMIT:
                 raise PtxError(f"deadlock in {self.entry.name} after {executed} instructions:\n{_positions(warps)}")
 
     def _progress(self, blocks: list[Block]) -> int:

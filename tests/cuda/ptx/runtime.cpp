@@ -1,19 +1,19 @@
-// A CUDA runtime that has no device: what nvcc made of the launchers calls it, and it hands every launch to Python,
-// which runs the PTX. Only what launch.cuh uses. Also torch.ops.fastseq_ptx, the CUDA operators on CPU tensors.
+// A CUDA runtime without a device, with the functions that launch.cuh uses. The launchers that nvcc compiled call it;
+// it passes every launch to Python, which runs the PTX. Also torch.ops.fastseq_ptx, the CUDA operators on CPU tensors.
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
 #include <map>
 #include <string>
 
-#include "../../csrc/cuda/operators.h"
-#include "../../csrc/schemas.h"
+#include "cuda/common/operators.h"
+#include "schemas.h"
 
 STABLE_TORCH_LIBRARY(fastseq_ptx, m) { fastseq::define_operators(m); }
 
 namespace {
 
-// kernel: its mangled name. sizes: of grid, block, cluster. Returns 0, or writes what went wrong to `error`.
+// kernel: its mangled name. sizes: of grid, block, cluster. Returns 0, or writes the error to `error`.
 using Launcher =
     int (*)(const char* kernel, const unsigned* sizes, size_t shared, int cooperative, void** arguments, char* error);
 

@@ -1,4 +1,4 @@
-"""Instructions of one thread against numpy, and what the interpreter must refuse."""
+"""Instructions of one thread against numpy, and code that the interpreter must refuse."""
 
 from fractions import Fraction
 

@@ -154,7 +154,7 @@ MMA = {"bf16": ("m16n8k16", a16, b16), "f16": ("m16n8k16", a16, b16), "tf32": ("
 
 
 def multiply(kind: str, swap: bool = False, **change) -> tuple[np.ndarray, np.ndarray]:
-    """mma of random matrices -> what came out and what should, (16, 8)."""
+    """mma of random matrices -> actual and expected result, (16, 8)."""
     rng, (shape, a_place, b_place) = np.random.default_rng(3), MMA[kind]
     depth = int(shape.split("k")[1])
     a, b, c = (rng.standard_normal(s).astype(np.float32) for s in ((16, depth), (depth, 8), (16, 8)))

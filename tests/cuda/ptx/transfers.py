@@ -324,7 +324,7 @@ def mbarrier(program, i):
 
 
 def _mbarrier_wait(program, i):
-    """True when the phase of the given parity, or of a token, is complete. A lane that asks gives way to others."""
+    """True when the phase of the given parity, or of a token, is complete. A polling lane yields to others."""
     done, target, token = i.operands[:3]
     at, write = address(program, target), program.sink(done, "pred")
     read = program.source(token, "u32" if "parity" in i.modifiers else "u64")

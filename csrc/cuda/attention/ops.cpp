@@ -1,0 +1,180 @@
+// Attention operators on CUDA: checks, outputs, workspace, launch. Keys are not prepared here: one step is bound by
+// their bytes, and prepared keys would have as many bytes, or twice as many.
+#include <tuple>
+
+#include "attention_arguments.h"
+#include "cuda/attention/params.h"
+#include "cuda/common/operators.h"
+
+namespace fastseq::cuda {
+namespace {
+
+// Returns `t` if its last dimension is contiguous, else a copy.
+Tensor with_whole_rows(const Tensor& t) {
+  const bool whole = t.dim() == 0 || t.size(t.dim() - 1) < 2 || t.stride(t.dim() - 1) == 1;
+  return whole ? t : torch::stable::contiguous(t);
+}
+
+Rows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+
+struct Arguments : AttentionArguments {
+  // True if there is no query or no position.
+  bool empty() const { return batch() * steps() * positions() == 0; }
+
+  void check(const char* op) const;
+  AttentionInputParams inputs() const;
+};
+
+void Arguments::check(const char* op) const {
+  AttentionArguments::check(
+      op,
+      [&](const char* name, const Tensor& t, const Shape& shape, ScalarType type) {
+        check_like(op, name, t, shape, type, query);
+      },
+      [&](const char* name, const Tensor& t, const Shape& shape, ScalarType type) {
+        check_like_strided(op, name, t, shape, type, query);
+      });
+  STD_TORCH_CHECK(weight || !bias, op, ": bias belongs to the additive score; pass weight");
+  STD_TORCH_CHECK(!prepared || prepared->numel() == 0, op,
+                  ": prepared must be what attention_prepare returned on this device: (0,), got ",
+                  to_string(prepared->sizes()));
+}
+
+AttentionInputParams Arguments::inputs() const {
+  AttentionInputParams in{};
+  in.batch = batch(), in.steps = steps(), in.positions = positions(), in.size = size(), in.width = width();
+  in.query = rows_of(query), in.keys = rows_of(keys), in.values = rows_of(values);
+  in.weight = read(weight), in.bias = read(bias);
+  in.lengths = static_cast<const int64_t*>(read(lengths));
+  if (mask) {
+    in.mask = static_cast<const bool*>(mask->const_data_ptr());
+    in.mask_batch = mask->stride(0), in.mask_column = mask->stride(2);
+    in.mask_row = mask->size(1) == 1 ? 0 : mask->stride(1);
+  }
+  in.scale = static_cast<float>(scale);
+  return in;
+}
+
+Tensor workspace(const Tensor& like, int64_t elements) { return empty(like, {elements}, ScalarType::Float); }
+
+float* floats(const Tensor& t) { return static_cast<float*>(write(t)); }
+
+std::tuple<Tensor, Tensor> attention_forward_cuda(Tensor query,
+                                                  Tensor keys,
+                                                  Tensor values,
+                                                  OptionalTensor weight,
+                                                  OptionalTensor bias,
+                                                  OptionalTensor lengths,
+                                                  OptionalTensor mask,
+                                                  OptionalTensor prepared,
+                                                  double scale,
+                                                  bool need_weights) {
+  const char* op = "attention_forward";
+  Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}};
+  arguments.check(op);
+  const Type type = type_of(op, arguments.dtype(), false);
+  const OnDeviceOf device(query);
+  const int64_t B = arguments.batch(), T = arguments.steps(), D = arguments.width();
+  Tensor context = empty(query, {B, T, D}, arguments.dtype());
+  Tensor weights = empty(query, need_weights ? Shape{B, T, arguments.positions()} : Shape{0}, ScalarType::Float);
+  if (arguments.empty()) {
+    torch::stable::zero_(context);
+    return {context, weights};
+  }
+  if (D == 0 && !need_weights) return {context, weights};
+  for (Tensor* t : {&arguments.query, &arguments.keys, &arguments.values}) *t = with_whole_rows(*t);
+  AttentionForwardParams p{.in = arguments.inputs(), .context = write(context), .weights = floats(weights)};
+  p.splits = attention_splits(p.in);
+  const int64_t parts = p.splits > 1 ? B * p.splits : 0;
+  const Tensor sums = workspace(query, parts * D), states = workspace(query, parts * 2);
+  p.sums = floats(sums), p.states = floats(states);
+  check_launch(op, launch_attention_forward(p, type, device.stream()));
+  return {context, weights};
+}
+
+struct Workspace {
+  Tensor grad_softmax, means, query_parts, weight_parts, bias_parts;
+
+  Workspace(const Arguments& x, bool need_scores) {
+    const int64_t rows = need_scores ? x.batch() * x.steps() : 0, sentences = need_scores && x.weight ? x.batch() : 0;
+    const int64_t parts = sentences * divide_up(x.positions(), kTanhPositions);
+    grad_softmax = workspace(x.query, rows * x.positions());
+    means = workspace(x.query, rows * divide_up(x.positions(), kGradPositions));
+    query_parts = workspace(x.query, parts * x.steps() * x.size());
+    weight_parts = workspace(x.query, parts * x.size());
+    bias_parts = workspace(x.query, sentences * divide_up(x.steps(), kSumSteps) * x.size());
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(Tensor grad_context,
+                                                                           OptionalTensor grad_weights,
+                                                                           Tensor query,
+                                                                           Tensor keys,
+                                                                           Tensor values,
+                                                                           OptionalTensor weight,
+                                                                           OptionalTensor bias,
+                                                                           OptionalTensor lengths,
+                                                                           OptionalTensor mask,
+                                                                           OptionalTensor prepared,
+                                                                           Tensor weights,
+                                                                           double scale,
+                                                                           bool need_scores,
+                                                                           bool need_values) {
+  const char* op = "attention_backward";
+  Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}};
+  arguments.check(op);
+  const int64_t B = arguments.batch(), T = arguments.steps(), S = arguments.positions(), A = arguments.size();
+  const ScalarType dtype = arguments.dtype();
+  const Type type = type_of(op, dtype, false);
+  check_like(op, "weights", weights, {B, T, S}, ScalarType::Float, query);
+  check_like_strided(op, "grad_context", grad_context, {B, T, arguments.width()}, dtype, query);
+  if (grad_weights) check_like_strided(op, "grad_weights", *grad_weights, {B, T, S}, dtype, query);
+
+  const OnDeviceOf device(query);
+  const Shape none{0}, vector{need_scores && weight ? A : 0};
+  Tensor grad_query = empty(query, need_scores ? Shape{B, T, A} : none, dtype);
+  Tensor grad_keys = empty(query, need_scores ? Shape{B, S, A} : none, dtype);
+  Tensor grad_values = empty(query, need_values ? Shape{B, S, arguments.width()} : none, dtype);
+  Tensor grad_weight = empty(query, vector, dtype), grad_bias = empty(query, vector, dtype);
+  if (arguments.empty()) {
+    for (Tensor* t : {&grad_query, &grad_keys, &grad_values, &grad_weight, &grad_bias}) torch::stable::zero_(*t);
+    return {grad_query, grad_keys, grad_values, grad_weight, grad_bias};
+  }
+  for (Tensor* t : {&arguments.query, &arguments.keys, &arguments.values, &grad_context}) *t = with_whole_rows(*t);
+  if (grad_weights) grad_weights = with_whole_rows(*grad_weights);
+  const Workspace work(arguments, need_scores);
+  const AttentionBackwardParams p{.in = arguments.inputs(),
+                                  .weights = static_cast<const float*>(read(weights)),
+                                  .grad_context = rows_of(grad_context),
+                                  .grad_weights = grad_weights ? rows_of(*grad_weights) : Rows{},
+                                  .need_scores = need_scores,
+                                  .need_values = need_values,
+                                  .grad_query = write(grad_query),
+                                  .grad_keys = write(grad_keys),
+                                  .grad_weight = write(grad_weight),
+                                  .grad_bias = write(grad_bias),
+                                  .grad_values = write(grad_values),
+                                  .grad_softmax = floats(work.grad_softmax),
+                                  .means = floats(work.means),
+                                  .query_parts = floats(work.query_parts),
+                                  .weight_parts = floats(work.weight_parts),
+                                  .bias_parts = floats(work.bias_parts)};
+  check_launch(op, launch_attention_backward(p, type, device.stream()));
+  return {grad_query, grad_keys, grad_values, grad_weight, grad_bias};
+}
+
+Tensor attention_prepare_cuda(Tensor keys, OptionalTensor lengths) {
+  const char* op = "attention_prepare";
+  Arguments{{keys, keys, keys, {}, {}, lengths, {}, {}, 1.0}}.check(op);
+  type_of(op, keys.scalar_type(), false);
+  return empty(keys, {0}, ScalarType::Float);
+}
+
+}  // namespace
+}  // namespace fastseq::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_LIBRARY, FASTSEQ_DISPATCH, m) {
+  m.impl("attention_forward", TORCH_BOX(&fastseq::cuda::attention_forward_cuda));
+  m.impl("attention_backward", TORCH_BOX(&fastseq::cuda::attention_backward_cuda));
+  m.impl("attention_prepare", TORCH_BOX(&fastseq::cuda::attention_prepare_cuda));
+}

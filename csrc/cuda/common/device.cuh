@@ -1,0 +1,406 @@
+// Every non-portable instruction of the CUDA kernels, each with a host fallback for the host-side device of the tests
+// (FASTSEQ_HOST_DEVICE: the same kernels, compiled for the CPU; tests/cuda/emulator). Kernels contain no #if and no
+// asm.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef FASTSEQ_HOST_DEVICE
+#include "cpu/runtime/storage.h"
+#include "cuda_names.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <type_traits>
+#endif
+
+#include "lstm_math.h"
+
+// Shared memory: a static array of the block, and the dynamic bytes of the launch (aligned to 16, once a kernel).
+#ifdef FASTSEQ_HOST_DEVICE
+#define FASTSEQ_SHARED(T, name, count)          \
+  T* name = static_cast<T*>(host::shared_array( \
+      [] {                                      \
+        static const char here = 0;             \
+        return (const void*)&here;              \
+      }(),                                      \
+      sizeof(T) * (count)))
+#define FASTSEQ_DYNAMIC_SHARED(name) unsigned char* name = (unsigned char*)host::world().running->block->shared
+#else
+#define FASTSEQ_SHARED(T, name, count) __shared__ alignas(16) T name[count]
+#define FASTSEQ_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#endif
+
+#define FASTSEQ_DEVICE __device__ __forceinline__
+
+namespace fastseq::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Element types. All are computed in float, double in double.
+#ifdef FASTSEQ_HOST_DEVICE
+using bf16 = BFloat16;
+using half = Half;
+FASTSEQ_DEVICE float to_float(bf16 x) { return load(x); }
+FASTSEQ_DEVICE float to_float(half x) { return load(x); }
+FASTSEQ_DEVICE void from_float(float x, bf16* out) { store(x, out); }
+FASTSEQ_DEVICE void from_float(float x, half* out) { store(x, out); }
+#else
+using bf16 = __nv_bfloat16;
+using half = __half;
+FASTSEQ_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
+FASTSEQ_DEVICE float to_float(half x) { return __half2float(x); }
+FASTSEQ_DEVICE void from_float(float x, bf16* out) { *out = __float2bfloat16_rn(x); }
+FASTSEQ_DEVICE void from_float(float x, half* out) { *out = __float2half_rn(x); }
+#endif
+FASTSEQ_DEVICE float to_float(float x) { return x; }
+FASTSEQ_DEVICE double to_float(double x) { return x; }
+FASTSEQ_DEVICE void from_float(float x, float* out) { *out = x; }
+FASTSEQ_DEVICE void from_float(double x, double* out) { *out = x; }
+
+template <class T>
+struct AccumulateOf {
+  using type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccumulateOf<T>::type;
+
+// N adjacent elements, moved by one instruction where they make 4, 8 or 16 bytes.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T element[N];
+};
+
+// Elements of the widest vector of T, 16 bytes.
+template <class T>
+constexpr int kWidth = static_cast<int>(16 / sizeof(T));
+
+// Loads N elements; p is aligned to N elements.
+template <int N, class T>
+FASTSEQ_DEVICE void load_vector(Acc<T> (&out)[N], const T* p) {
+  const Vector<T, N> v = *reinterpret_cast<const Vector<T, N>*>(p);
+#pragma unroll
+  for (int k = 0; k < N; ++k) out[k] = to_float(v.element[k]);
+}
+
+template <int N, class T>
+FASTSEQ_DEVICE void store_vector(T* p, const Acc<T> (&x)[N]) {
+  Vector<T, N> v;
+#pragma unroll
+  for (int k = 0; k < N; ++k) from_float(x[k], &v.element[k]);
+  *reinterpret_cast<Vector<T, N>*>(p) = v;
+}
+
+// Loads N numbers stored in the type they are computed in. N may exceed one instruction.
+template <int N, class A>
+FASTSEQ_DEVICE void load_wide(A (&out)[N], const A* p) {
+  constexpr int kPart = N < kWidth<A> ? N : kWidth<A>;
+#pragma unroll
+  for (int k = 0; k < N; k += kPart) {
+    const Vector<A, kPart> v = *reinterpret_cast<const Vector<A, kPart>*>(p + k);
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) out[k + i] = v.element[i];
+  }
+}
+
+template <int N, class A>
+FASTSEQ_DEVICE void store_wide(A* p, const A (&x)[N]) {
+  constexpr int kPart = N < kWidth<A> ? N : kWidth<A>;
+#pragma unroll
+  for (int k = 0; k < N; k += kPart) {
+    Vector<A, kPart> v;
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) v.element[i] = x[k + i];
+    *reinterpret_cast<Vector<A, kPart>*>(p + k) = v;
+  }
+}
+
+// Packs two 16-bit numbers into one operand register of a matrix instruction, the first in the low half.
+template <class T>
+FASTSEQ_DEVICE uint32_t pack_pair(float low, float high) {
+  Vector<T, 2> v;
+  from_float(low, &v.element[0]);
+  from_float(high, &v.element[1]);
+  uint32_t bits;
+  memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
+// 2^x, to 2 ulp (ex2.approx.ftz).
+FASTSEQ_DEVICE float exp2_fast(float x) {
+#ifdef FASTSEQ_HOST_DEVICE
+  return exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+constexpr float kLog2E = 1.44269504f;
+
+FASTSEQ_DEVICE float exp_fast(float x) { return exp2_fast(x * kLog2E); }
+
+FASTSEQ_DEVICE float reciprocal_fast(float x) {
+#ifdef FASTSEQ_HOST_DEVICE
+  return 1.0f / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// Sigmoid and tanh of results stored in T: accurate to a few ulp for float and double, by the special-function unit for
+// 16-bit types, whose rounding exceeds its error. No overflow: 2^inf gives 1 / inf = 0.
+template <class T>
+FASTSEQ_DEVICE Acc<T> sigmoid_for(Acc<T> x) {
+  if constexpr (sizeof(T) == 2)
+    return reciprocal_fast(1.0f + exp2_fast(-kLog2E * x));
+  else
+    return sigmoid(x);
+}
+
+template <class T>
+FASTSEQ_DEVICE Acc<T> tanh_for(Acc<T> x) {
+  if constexpr (sizeof(T) == 2)
+    return 1.0f - 2.0f * reciprocal_fast(1.0f + exp2_fast(2.0f * kLog2E * x));
+  else
+    return tanh(x);
+}
+
+// tanh with a relative error of 2^-11 (tanh.approx), for results stored in bfloat16. The host fallback has that error,
+// too.
+FASTSEQ_DEVICE float tanh_fast(float x) {
+#ifdef FASTSEQ_HOST_DEVICE
+  return float_from_bits((float_bits(tanh(x)) + 0x1000u) & ~0x1fffu);
+#else
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// lstm_cell_forward of results stored in T: replaces pre-activations by activations, c by c'. Returns h.
+template <class T>
+FASTSEQ_DEVICE Acc<T> lstm_cell_for(Acc<T>& i, Acc<T>& f, Acc<T>& g, Acc<T>& o, Acc<T>& c) {
+  i = sigmoid_for<T>(i);
+  f = sigmoid_for<T>(f);
+  g = tanh_for<T>(g);
+  o = sigmoid_for<T>(o);
+  c = f * c + i * g;
+  return o * tanh_for<T>(c);
+}
+
+FASTSEQ_DEVICE int lane_id() { return threadIdx.x & 31; }
+
+// Reads threadIdx.x again. In a long loop short of registers, values derived from it are recomputed at their use
+// instead of being kept.
+FASTSEQ_DEVICE int thread_now() {
+#ifdef FASTSEQ_HOST_DEVICE
+  return threadIdx.x;
+#else
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+#endif
+}
+
+FASTSEQ_DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int with = 16; with; with >>= 1) x += __shfl_xor_sync(kAllLanes, x, with);
+  return x;
+}
+
+// N sums at once, N a power of 2 up to 32: lane k gets the sum over the lanes of x[k / (32 / N)]. Overwrites x.
+template <int N, int With = 16, class A, int Size>
+FASTSEQ_DEVICE A warp_sums(A (&x)[Size]) {
+  if constexpr (N > 1) {
+    const bool upper = lane_id() & With;
+#pragma unroll
+    for (int k = 0; k < N / 2; ++k) {
+      const A kept = upper ? x[k + N / 2] : x[k], given = upper ? x[k] : x[k + N / 2];
+      x[k] = kept + __shfl_xor_sync(kAllLanes, given, With);
+    }
+    return warp_sums<N / 2, With / 2>(x);
+  } else {
+#pragma unroll
+    for (int with = With; with; with /= 2) x[0] += __shfl_xor_sync(kAllLanes, x[0], with);
+    return x[0];
+  }
+}
+
+FASTSEQ_DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int with = 16; with; with >>= 1) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, with));
+  return x;
+}
+
+// Loads global memory that other blocks write during the kernel, bypassing L1, which is not coherent. T: 4, 8 or 16
+// bytes.
+template <class T>
+FASTSEQ_DEVICE T load_l2(const T* p) {
+#ifdef FASTSEQ_HOST_DEVICE
+  return *p;
+#else
+  return __ldcg(p);
+#endif
+}
+
+// Loads N elements that are read once. Where they make 16 bytes they bypass L1, which stays free for other data.
+template <int N, class T>
+FASTSEQ_DEVICE void load_vector_l2(Acc<T> (&out)[N], const T* p) {
+  if constexpr (sizeof(T) * N == 16) {
+    const uint4 bits = load_l2(reinterpret_cast<const uint4*>(p));
+    Vector<T, N> v;
+    memcpy(&v, &bits, sizeof v);
+#pragma unroll
+    for (int k = 0; k < N; ++k) out[k] = to_float(v.element[k]);
+  } else {
+    load_vector(out, p);
+  }
+}
+
+template <class T>
+FASTSEQ_DEVICE void store_l2(T* p, T x) {
+#ifdef FASTSEQ_HOST_DEVICE
+  *p = x;
+#else
+  __stcg(p, x);
+#endif
+}
+
+// Flags between blocks of one grid. Writes of a thread (after __syncthreads: of its block) before the release are
+// visible to a thread that acquires the value.
+FASTSEQ_DEVICE void add_release(unsigned* flag, unsigned x) {
+#ifdef FASTSEQ_HOST_DEVICE
+  __atomic_fetch_add(flag, x, __ATOMIC_RELEASE);
+  host::note_progress();
+#else
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(x) : "memory");
+#endif
+}
+
+FASTSEQ_DEVICE void store_release(unsigned* flag, unsigned x) {
+#ifdef FASTSEQ_HOST_DEVICE
+  __atomic_store_n(flag, x, __ATOMIC_RELEASE);
+  host::note_progress();
+#else
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(x) : "memory");
+#endif
+}
+
+FASTSEQ_DEVICE unsigned load_acquire(const unsigned* flag) {
+#ifdef FASTSEQ_HOST_DEVICE
+  host::poll();
+  return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+#else
+  unsigned x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory");
+  return x;
+#endif
+}
+
+// Words that carry their own sequence tag: reading the new value of a word orders no other word. Of one word, a thread
+// never reads an older value after a newer one. load_relaxed leaves `words` unchanged where `wanted` is false
+// (predicated: a branch around it would cost a second set of registers); p is aligned to 16 bytes.
+FASTSEQ_DEVICE void load_relaxed(uint32_t (&words)[4], const uint32_t* p, bool wanted) {
+#ifdef FASTSEQ_HOST_DEVICE
+  if (!wanted) return;
+  host::poll();
+  for (int k = 0; k < 4; ++k) words[k] = __atomic_load_n(p + k, __ATOMIC_RELAXED);
+#else
+  asm volatile(
+      "{\n.reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %5, 0;\n"
+      "@wanted ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+      : "l"(p), "r"(static_cast<unsigned>(wanted))
+      : "memory");
+#endif
+}
+
+FASTSEQ_DEVICE void store_relaxed(uint32_t* p, uint32_t x) {
+#ifdef FASTSEQ_HOST_DEVICE
+  __atomic_store_n(p, x, __ATOMIC_RELAXED);
+  host::note_progress();
+#else
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+#endif
+}
+
+// Aborts the kernel with an error that the next CUDA call of the host reports.
+FASTSEQ_DEVICE void abort_kernel(const char* message) {
+#ifdef FASTSEQ_HOST_DEVICE
+  host::fail(message);
+#else
+  printf("fastseq: %s [block %u thread %u]\n", message, blockIdx.x, threadIdx.x);
+  __trap();
+#endif
+}
+
+// Spin timeout: bounds a wait loop; call count() once per poll. It expires after minutes on any GPU, since another
+// stream may hold the multiprocessors for a while. A longer wait is for a block that never runs.
+struct SpinTimeout {
+  unsigned polls = 0;
+  FASTSEQ_DEVICE void count() {
+    if (++polls > (1u << 28)) abort_kernel("a block waited too long for the others; is the device shared or stopped?");
+  }
+};
+
+// Waits until *flag, which only grows from 0, reaches `goal` (modulo 2^32).
+FASTSEQ_DEVICE void wait_for_flag(const unsigned* flag, unsigned goal) {
+  SpinTimeout timeout;
+  while (static_cast<int>(load_acquire(flag) - goal) < 0) timeout.count();
+}
+
+// Barrier of all threads of the `blocks` blocks of a cooperative grid. counter: 0 at the start. round: 1, 2, ...
+FASTSEQ_DEVICE void grid_barrier(unsigned* counter, unsigned round, unsigned blocks) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    add_release(counter, 1);
+    wait_for_flag(counter, round * blocks);
+  }
+  __syncthreads();
+}
+
+// Asynchronous copies of 16 bytes to shared memory, in groups. The host fallback copies at the wait, not before.
+FASTSEQ_DEVICE void copy_async16(void* shared, const void* global) {
+#ifdef FASTSEQ_HOST_DEVICE
+  host::copy_async(shared, global, 16);
+#else
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+#endif
+}
+
+FASTSEQ_DEVICE void commit_copies() {
+#ifdef FASTSEQ_HOST_DEVICE
+  host::commit_copies();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until all but the last `Pending` committed groups of this thread have arrived.
+template <int Pending>
+FASTSEQ_DEVICE void wait_copies() {
+#ifdef FASTSEQ_HOST_DEVICE
+  host::wait_copies(Pending);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+#endif
+}
+
+}  // namespace fastseq::cuda
+
+#include "cuda/common/cluster.cuh"  // thread block clusters
+#include "cuda/common/mma.cuh"      // tensor cores

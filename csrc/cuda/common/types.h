@@ -1,0 +1,18 @@
+// Shared by operators, launchers and kernels: the element type of tensors, the stream, a division.
+#pragma once
+
+#include <cstdint>
+
+#include "lstm_math.h"  // FASTSEQ_INLINE
+
+namespace fastseq::cuda {
+
+enum class Type { kFloat, kDouble, kBFloat16, kHalf };
+
+// A cudaStream_t; nullptr on the host-side device.
+using Stream = void*;
+
+// count / size, rounded up.
+FASTSEQ_INLINE constexpr int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,87 @@
+// Planner and launcher of the backward recurrence in clusters: size of the cluster, tile of the batch.
+#include <limits>
+
+#include "cuda/common/launch.cuh"
+#include "cuda/lstm/cluster_backward.cuh"
+#include "cuda/lstm/params.h"
+
+namespace fastseq::cuda {
+namespace {
+
+using namespace cluster;
+
+struct ClusterBackwardPlan {
+  BackwardTile tile;
+  Launch launch;
+  int unit_tiles = 0, row_tiles = 0;  // M, N
+};
+
+// Returns run(kernel), the kernel with these template arguments; null where there is none.
+template <class Run>
+auto with_kernel(const ClusterBackwardPlan& plan, Type type, const Run& run) {
+  return with_float_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    using Kernel = void (*)(LstmBackwardParams, BackwardTile);
+    const int M = plan.unit_tiles, N = plan.row_tiles;
+    Kernel kernel = nullptr;
+    if (M == 1 && N == 1) kernel = lstm_cluster_backward_kernel<T, 1, 1>;
+    if (M == 1 && N == 2) kernel = lstm_cluster_backward_kernel<T, 1, 2>;
+    if (M == 2 && N == 1) kernel = lstm_cluster_backward_kernel<T, 2, 1>;
+    if (M == 2 && N == 2) kernel = lstm_cluster_backward_kernel<T, 2, 2>;
+    if constexpr (sizeof(T) == 2) {  // float weights would take 256 registers
+      if (M == 4 && N == 1) kernel = lstm_cluster_backward_kernel<T, 4, 1>;
+      if (M == 4 && N == 2) kernel = lstm_cluster_backward_kernel<T, 4, 2>;
+    }
+    return run(kernel);
+  });
+}
+
+// Plan with clusters of `blocks` blocks and tiles of 8 * row_tiles sequences; none if that exceeds the device.
+std::optional<ClusterBackwardPlan> plan_of(const LstmShape& s, Type type, int blocks, int row_tiles) {
+  ClusterBackwardPlan plan;
+  const int units = static_cast<int>(divide_up(divide_up(s.hidden, blocks), 8) * 8);
+  const int64_t tiles = divide_up(s.batch, 8 * row_tiles), clusters = tiles * s.directions;
+  if (units > kUnits || clusters * blocks > std::numeric_limits<int32_t>::max()) return {};
+  const int steps = type == Type::kFloat ? kGateSteps<float> : kGateSteps<bf16>;
+  plan.tile = {blocks, units, static_cast<int>(tiles)};
+  plan.unit_tiles = std::max(1, blocks / 4);  // 2 tiles of 16 units a block, 8 warps
+  plan.launch = {.grid = dim3(static_cast<unsigned>(clusters * blocks)),
+                 .block = dim3(kThreads),
+                 .shared_memory = BackwardMemory(plan.tile, steps, row_tiles).bytes,
+                 .cluster = static_cast<unsigned>(blocks)};
+  plan.row_tiles = row_tiles;
+  if (plan.launch.shared_memory > device_limits().shared_memory) return {};
+  return plan;
+}
+
+int resident(const ClusterBackwardPlan& plan, Type type) {
+  return with_kernel(plan, type, [&](auto* kernel) { return kernel ? resident_clusters(plan.launch, kernel) : 0; });
+}
+
+// Chooses the smallest cluster that fits, and the best tiles of the batch for it.
+std::optional<ClusterBackwardPlan> choose(const LstmShape& s, Type type) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  if (device_limits().capability < 90 || (type == Type::kFloat && !s.tf32)) return {};
+  if (s.steps >= kMost || s.batch > kMost - 32) return {};
+  for (const int blocks : {2, 4, 8, 16}) {
+    if (s.hidden > static_cast<int64_t>(kUnits) * blocks) continue;
+    return best_tiles(
+        {1, 2}, s.directions, [&](int row_tiles) { return plan_of(s, type, blocks, row_tiles); },
+        [&](const ClusterBackwardPlan& plan) { return resident(plan, type); });
+  }
+  return {};
+}
+
+}  // namespace
+
+std::optional<LstmPlan<LstmBackwardParams>> plan_lstm_cluster_backward(const LstmShape& s, Type type) {
+  const std::optional<ClusterBackwardPlan> chosen = choose(s, type);
+  if (!chosen) return {};
+  return {{0, [plan = *chosen, type](const LstmBackwardParams& p, Stream stream) {
+             Launch l = plan.launch;
+             l.stream = stream;
+             return with_kernel(plan, type, [&](auto* kernel) { return launch(l, kernel, p, plan.tile); });
+           }}};
+}
+
+}  // namespace fastseq::cuda

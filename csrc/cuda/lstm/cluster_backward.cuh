@@ -1,0 +1,353 @@
+// The backward recurrence of one LSTM layer by thread block clusters (sm_90 and up): one cluster per tile of the batch
+// and direction, one of its blocks per U <= 32 hidden units.
+//
+// A block has the gradients of its own units' gates and multiplies them with the 4 U rows of W_hh it owns. That gives
+// its part of dh of ALL units. It sends each part, in float, to the block of the unit; each block adds up the parts of
+// all blocks in the order of their ranks. This takes half the bytes of sending the gradients of the gates themselves,
+// and the product depends on no other block: one exchange a step, no cluster barrier inside the loop.
+//
+// Cell: lane u of warp w has unit u of the block and sequences w, w + 8, ...: 64 adjacent bytes. Product: A is W_hh
+// transposed, a row a hidden unit j, K = (own unit, gate), gates i f g o adjacent. So a piece, 8 bytes of K of one
+// sequence, is all gates of a unit (16-bit) or half of them (TF32), and one thread of the cell writes it whole:
+//
+//     gradients[buffer][step of K][tile of 8 sequences][q][sequence ^ (step % 8)]: pieces; lane 4 r + q of the product
+//     reads column r, piece q. The exclusive or spreads the stores of the cell's 32 lanes over the banks.
+//     parts[buffer][block that sent][pair of sequences][unit]: two floats; lane 4 r + q sends units r and r + 8 of its
+//     tile of 16, sequences 2 q and 2 q + 1: 64 adjacent bytes for each q.
+//
+// Why no block overwrites words that a slow block still reads. `parts` of step s + 2 come from a block Q that has all
+// parts of step s + 1, the parts from P included. P sent these after its __syncthreads of step s, which every thread of
+// P reaches after it has read the parts of step s: the buffer is free. The gradients of the gates have two buffers as
+// well: a thread that writes those of step s + 2 has passed the __syncthreads of step s + 1, which every warp reaches
+// after its product of step s.
+#pragma once
+
+#include "cuda/lstm/cluster_pieces.cuh"
+
+namespace fastseq::cuda::cluster {
+
+constexpr int kUnits = 32;     // of a block, at most
+constexpr int kThreads = 256;  // of every block
+
+// Steps of K: 4 gates of 32 units.
+template <class T>
+constexpr int kGateSteps = 4 * kUnits / kStep<T>;
+
+// Tiling of a launch.
+struct BackwardTile {
+  int blocks, units, tiles;  // of a cluster; of a block, a multiple of 8; of the batch
+};
+
+// Shared memory: byte offset of each part, and the total.
+struct BackwardMemory {
+  size_t gradients, parts, bytes;
+  __host__ __device__ BackwardMemory(const BackwardTile& tile, int steps, int row_tiles) {
+    gradients = 128;
+    parts = gradients + 2 * static_cast<size_t>(steps) * row_tiles * 256;
+    const size_t all_parts = 2 * static_cast<size_t>(tile.blocks) * tile.units * row_tiles * 32;
+    const size_t scratch = static_cast<size_t>(kThreads) * steps * 16;  // of load_columns, before there are parts
+    bytes = parts + (all_parts > scratch ? all_parts : scratch);
+  }
+};
+
+// Position of a thread: its unit and sequences.
+struct BackwardPlace {
+  int direction, unit, row;  // unit of the layer (H: none), first sequence; the next ones are 8 apart
+  int local, warp, r, q;     // local: unit of the block
+  bool backwards;
+};
+
+FASTSEQ_DEVICE BackwardPlace backward_place(const LstmShape& s, const BackwardTile& tile, int row_tiles) {
+  BackwardPlace at;
+  const int cluster = static_cast<int>(cluster_index());
+  at.local = lane_id();
+  at.warp = threadIdx.x / 32;
+  at.r = lane_id() / 4;
+  at.q = lane_id() % 4;
+  at.direction = cluster / tile.tiles;
+  at.unit = static_cast<int>(cluster_rank()) * tile.units + at.local;
+  if (at.local >= tile.units || at.unit >= s.hidden) at.unit = static_cast<int>(s.hidden);
+  at.row = cluster % tile.tiles * row_tiles * 8 + at.warp;
+  at.backwards = s.directions == 2 ? at.direction == 1 : s.reverse;
+  return at;
+}
+
+// Loads two words of A: row `unit`, K from `piece` * P on. weight: (4H, H).
+template <class T>
+FASTSEQ_DEVICE uint2
+load_column_piece(const T* weight, int64_t hidden, const BackwardTile& tile, int64_t unit, int piece) {
+  float x[kPiece<T>];
+#pragma unroll
+  for (int k = 0; k < kPiece<T>; ++k) {
+    const int local = (piece * kPiece<T> + k) / 4, gate = (piece * kPiece<T> + k) % 4;
+    const int64_t own = static_cast<int64_t>(cluster_rank()) * tile.units + local;
+    const bool inside = local < tile.units && own < hidden && unit < hidden;
+    x[k] = inside ? to_float(weight[(gate * hidden + own) * hidden + unit]) : 0.0f;
+  }
+  return piece_of<T>(x);
+}
+
+// Loads M tiles of 16 hidden units of the layer, all of K, through `scratch` (warp, step, lane), where a lane reads
+// back what it wrote. The first loop is not unrolled: the addresses of all loads would exceed the registers.
+template <class T, int M>
+FASTSEQ_DEVICE void load_columns(uint32_t (&a)[M][kGateSteps<T>][4],
+                                 uint4* scratch,
+                                 const T* weight,
+                                 int64_t hidden,
+                                 const BackwardTile& tile,
+                                 const BackwardPlace& at) {
+  uint4* own = scratch + at.warp * kGateSteps<T> * 32 + lane_id();
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    const int64_t unit = (at.warp * M + m) * 16 + at.r;
+#pragma unroll 1
+    for (int s = 0; s < kGateSteps<T>; ++s) {
+      const uint2 upper = load_column_piece(weight, hidden, tile, unit, 4 * s + at.q);
+      const uint2 lower = load_column_piece(weight, hidden, tile, unit + 8, 4 * s + at.q);
+      own[s * 32] = uint4{upper.x, lower.x, upper.y, lower.y};
+    }
+#pragma unroll
+    for (int s = 0; s < kGateSteps<T>; ++s) {
+      const uint4 words = own[s * 32];
+      a[m][s][0] = words.x;
+      a[m][s][1] = words.y;
+      a[m][s][2] = words.z;
+      a[m][s][3] = words.w;
+    }
+  }
+}
+
+// Inputs of one step of one sequence and unit, in storage type.
+template <class T>
+struct BackwardInputs {
+  T gates[4], grad_output, grad_cell;
+  float c, c_before;
+};
+
+// Loads the inputs of step t; zero where t is not a step of the sequence.
+template <class T>
+FASTSEQ_DEVICE void fetch_inputs(
+    BackwardInputs<T>& in, const LstmBackwardParams& p, const BackwardPlace& at, int row, int length, int t) {
+  const LstmShape& s = p.shape;
+  const int64_t H = s.hidden, slot = (static_cast<int64_t>(t) * s.batch + row) * s.directions + at.direction;
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate) from_float(0.0f, &in.gates[gate]);
+  from_float(0.0f, &in.grad_output);
+  from_float(0.0f, &in.grad_cell);
+  in.c = in.c_before = 0;
+  if (row >= s.batch || at.unit >= H || t < 0 || t >= length) return;
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate) {
+    in.gates[gate] = static_cast<const T*>(p.activations)[slot * 4 * H + gate * H + at.unit];
+  }
+  if (p.grad_output) in.grad_output = static_cast<const T*>(p.grad_output)[slot * H + at.unit];
+  if (p.grad_cell_states) in.grad_cell = static_cast<const T*>(p.grad_cell_states)[slot * H + at.unit];
+  in.c = p.cell_states[slot * H + at.unit];
+  const int before = at.backwards ? t + 1 : t - 1;
+  if (before >= 0 && before < length) {
+    in.c_before = p.cell_states[slot * H + at.unit + (before - t) * s.batch * s.directions * H];
+  } else {
+    in.c_before = to_float(static_cast<const T*>(p.c0)[(at.direction * s.batch + row) * H + at.unit]);
+  }
+}
+
+// Adds up the parts of dh that all blocks have sent for this unit and sequence warp + 8 n.
+FASTSEQ_DEVICE float add_parts(const float2* parts, const BackwardTile& tile, const BackwardPlace& at, int n, int N) {
+  float sum = 0;
+  if (at.local >= tile.units) return sum;
+  for (int from = 0; from < tile.blocks; ++from) {
+    const float2 pair = parts[((from * N + n) * 4 + at.warp / 2) * tile.units + at.local];
+    sum += at.warp % 2 ? pair.y : pair.x;
+  }
+  return sum;
+}
+
+// Writes the gradients of a unit's gates, rounded to T, into the buffer of the product.
+template <class T>
+FASTSEQ_DEVICE void show_gradients(uint2* gradients, const float (&x)[4], const BackwardPlace& at, int n, int N) {
+  constexpr int kPieces = 4 / kPiece<T>;  // of a unit
+#pragma unroll
+  for (int k = 0; k < kPieces; ++k) {
+    const int piece = at.local * kPieces + k, step = piece / 4;
+    float part[kPiece<T>];
+#pragma unroll
+    for (int i = 0; i < kPiece<T>; ++i) part[i] = x[k * kPiece<T> + i];
+    gradients[(step * N + n) * 32 + piece % 4 * 8 + (at.warp ^ step % 8)] = piece_of<T>(part);
+  }
+}
+
+// One step of one sequence and unit. dh, dc: on entry the gradients of h_t and c_t; on return those of h_{t-1} and
+// c_{t-1}, dh without the product, which is added later. Stores the gradients of the gates and shows them to the
+// product.
+template <class T>
+FASTSEQ_DEVICE void step_back(const LstmBackwardParams& p,
+                              const BackwardPlace& at,
+                              const BackwardInputs<T>& in,
+                              uint2* gradients,
+                              int n,
+                              int N,
+                              int t,
+                              bool alive,
+                              float& dh,
+                              float& dc) {
+  const LstmShape& s = p.shape;
+  const int64_t H = s.hidden, row = at.row + 8 * n, slot = (t * s.batch + row) * s.directions + at.direction;
+  float x[4] = {};
+  if (alive) {
+    const auto grad =
+        lstm_cell_backward(to_float(in.gates[0]), to_float(in.gates[1]), to_float(in.gates[2]), to_float(in.gates[3]),
+                           in.c_before, in.c, dh + to_float(in.grad_output), dc + to_float(in.grad_cell));
+    x[0] = grad.i;
+    x[1] = grad.f;
+    x[2] = grad.g;
+    x[3] = grad.o;
+    dc = grad.c;
+    dh = 0;
+  }
+  show_gradients<T>(gradients, x, at, n, N);
+  if (row >= s.batch || at.unit >= H) return;
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate) {
+    from_float(x[gate], static_cast<T*>(p.grad_gates) + slot * 4 * H + gate * H + at.unit);
+  }
+}
+
+// Computes this block's part of dh of all units and sends each to `parts` of the unit's block.
+template <class T, int M, int N>
+FASTSEQ_DEVICE void send_parts(const uint32_t (&weights)[M][kGateSteps<T>][4],
+                               const uint2* gradients,
+                               const float2* parts,
+                               const uint64_t* arrived,
+                               const BackwardTile& tile,
+                               const BackwardPlace& at) {
+  float sums[M][N][4] = {};
+#pragma unroll
+  for (int s = 0; s < kGateSteps<T>; ++s) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const uint2 piece = gradients[(s * N + n) * 32 + at.q * 8 + (at.r ^ s % 8)];
+      const uint32_t b[2] = {piece.x, piece.y};
+#pragma unroll
+      for (int m = 0; m < M; ++m) multiply<T>(sums[m][n], weights[m][s], b);
+    }
+  }
+  const float2* own = parts + static_cast<int>(cluster_rank()) * N * 4 * tile.units;
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int unit = (at.warp * M + m) * 16 + 8 * half + at.r, rank = unit / tile.units;
+      if (rank >= tile.blocks) continue;
+      const uint64_t address = peer_address(own + at.q * tile.units + unit % tile.units, rank);
+      const uint64_t mbarrier = peer_address(arrived, rank);
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const float2 pair{sums[m][n][2 * half], sums[m][n][2 * half + 1]};
+        uint64_t bits;
+        memcpy(&bits, &pair, sizeof bits);
+        store_async8(address + n * 4 * tile.units * sizeof(float2), mbarrier, bits);
+      }
+    }
+  }
+}
+
+// Loads this unit's sequences. from: (D, B, H) of T, or null.
+template <class T, int N>
+FASTSEQ_DEVICE void load_gradients(float (&x)[N], const void* from, const LstmShape& s, const BackwardPlace& at) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int64_t row = at.row + 8 * n;
+    const bool inside = from && row < s.batch && at.unit < s.hidden;
+    x[n] = inside ? to_float(static_cast<const T*>(from)[(at.direction * s.batch + row) * s.hidden + at.unit]) : 0.0f;
+  }
+}
+
+template <class T, int N>
+FASTSEQ_DEVICE void store_gradients(void* to, const float (&x)[N], const LstmShape& s, const BackwardPlace& at) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int64_t row = at.row + 8 * n;
+    if (row >= s.batch || at.unit >= s.hidden) continue;
+    from_float(x[n], static_cast<T*>(to) + (at.direction * s.batch + row) * s.hidden + at.unit);
+  }
+}
+
+// Zeroes grad_gates from step `begin` on, past the longest sequence of the tile.
+template <class T, int N>
+FASTSEQ_DEVICE void clear_grad_gates(const LstmBackwardParams& p, const BackwardPlace& at, int begin) {
+  const LstmShape& s = p.shape;
+  if (at.unit >= s.hidden) return;
+  for (int64_t t = begin; t < s.steps; ++t) {
+    for (int n = 0; n < N; ++n) {
+      const int64_t row = at.row + 8 * n, slot = (t * s.batch + row) * s.directions + at.direction;
+      for (int gate = 0; gate < 4 && row < s.batch; ++gate) {
+        from_float(0.0f, static_cast<T*>(p.grad_gates) + (slot * 4 + gate) * s.hidden + at.unit);
+      }
+    }
+  }
+}
+
+// M tiles of 16 units a warp, N tiles of 8 sequences.
+template <class T, int M, int N>
+__global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(LstmBackwardParams p, BackwardTile tile) {
+  FASTSEQ_DYNAMIC_SHARED(memory);
+  const BackwardMemory offsets(tile, kGateSteps<T>, N);
+  uint64_t* arrived = reinterpret_cast<uint64_t*>(memory);  // by buffer
+  uint2* gradients = reinterpret_cast<uint2*>(memory + offsets.gradients);
+  float2* parts = reinterpret_cast<float2*>(memory + offsets.parts);
+  const BackwardPlace at = backward_place(p.shape, tile, N);
+  const int64_t H = p.shape.hidden;
+  const int steps = longest_of<N>(p.shape, at.row - at.warp);
+  const int gradients_buffer = kGateSteps<T> * N * 32, parts_buffer = tile.blocks * N * 4 * tile.units;
+  const unsigned bytes = parts_buffer * sizeof(float2);
+
+  uint32_t weights[M][kGateSteps<T>][4];
+  load_columns<T, M>(weights, reinterpret_cast<uint4*>(parts),
+                     static_cast<const T*>(p.weight_hh) + at.direction * 4 * H * H, H, tile, at);
+  float dh[N], dc[N];
+  load_gradients<T>(dh, p.grad_h_n, p.shape, at);
+  load_gradients<T>(dc, p.grad_c_n, p.shape, at);
+  int lengths[N];
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int64_t row = at.row + 8 * n;
+    const int64_t length = row < p.shape.batch && p.shape.lengths ? p.shape.lengths[row] : p.shape.steps;
+    lengths[n] = static_cast<int>(length < p.shape.steps ? length : p.shape.steps);
+  }
+  if (threadIdx.x == 0) {
+    for (int b = 0; b < 2; ++b) {
+      mbarrier_init(arrived + b, 1);
+      mbarrier_arrive_expect(arrived + b, bytes);  // steps 1 and 2
+    }
+  }
+  cluster_barrier();
+
+  BackwardInputs<T> in[N];
+#pragma unroll
+  for (int n = 0; n < N; ++n) fetch_inputs(in[n], p, at, at.row + 8 * n, lengths[n], at.backwards ? 0 : steps - 1);
+  for (int s = 0; s <= steps; ++s) {  // the last round only completes dh
+    const int t = at.backwards ? s : steps - 1 - s;
+    if (s) {
+      mbarrier_wait(arrived + s % 2, (s - 1) / 2 % 2);
+      if (threadIdx.x == 0) mbarrier_arrive_expect(arrived + s % 2, bytes);  // step s + 2
+#pragma unroll
+      for (int n = 0; n < N; ++n) dh[n] += add_parts(parts + s % 2 * parts_buffer, tile, at, n, N);
+    }
+    if (s == steps) break;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const int row = at.row + 8 * n;
+      step_back<T>(p, at, in[n], gradients + s % 2 * gradients_buffer, n, N, t, t < lengths[n], dh[n], dc[n]);
+      if (s + 1 < steps) fetch_inputs(in[n], p, at, row, lengths[n], at.backwards ? t + 1 : t - 1);
+    }
+    __syncthreads();
+    send_parts<T, M, N>(weights, gradients + s % 2 * gradients_buffer, parts + (s + 1) % 2 * parts_buffer,
+                        arrived + (s + 1) % 2, tile, at);
+  }
+  store_gradients<T>(p.grad_h0, dh, p.shape, at);
+  store_gradients<T>(p.grad_c0, dc, p.shape, at);
+  clear_grad_gates<T, N>(p, at, steps);
+  cluster_barrier();
+}
+
+}  // namespace fastseq::cuda::cluster

@@ -1,0 +1,101 @@
+// Planner and launcher of the forward recurrence in clusters: size of the cluster, tile of the batch.
+#include <limits>
+
+#include "cuda/common/launch.cuh"
+#include "cuda/lstm/cluster_forward.cuh"
+#include "cuda/lstm/params.h"
+
+namespace fastseq::cuda {
+namespace {
+
+using namespace cluster;
+
+struct ClusterForwardPlan {
+  ForwardTile tile;
+  Launch launch;
+  int registers = 0, row_tiles = 0;  // R, N
+};
+
+// Returns run(kernel), the kernel with these template arguments; null where there is none.
+template <class Run>
+auto with_kernel(const ClusterForwardPlan& plan, Type type, const Run& run) {
+  return with_float_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    using Kernel = void (*)(LstmForwardParams, ForwardTile);
+    const int R = plan.registers, N = plan.row_tiles;
+    Kernel kernel = nullptr;
+    if (plan.launch.block.x > 256) {  // 128 registers a thread: enough for one tile
+      if (R == 8 && N == 1) kernel = lstm_cluster_forward_kernel<T, 512, 8, 1>;
+    } else {
+      if (R == 4 && N == 1) kernel = lstm_cluster_forward_kernel<T, 256, 4, 1>;
+      if (R == 4 && N == 2) kernel = lstm_cluster_forward_kernel<T, 256, 4, 2>;
+      if (R == 4 && N == 4) kernel = lstm_cluster_forward_kernel<T, 256, 4, 4>;
+      if (R == 8 && N == 1) kernel = lstm_cluster_forward_kernel<T, 256, 8, 1>;
+      if (R == 8 && N == 2) kernel = lstm_cluster_forward_kernel<T, 256, 8, 2>;
+      if (R == 8 && N == 4) kernel = lstm_cluster_forward_kernel<T, 256, 8, 4>;
+      if (R == 16 && N == 1) kernel = lstm_cluster_forward_kernel<T, 256, 16, 1>;
+      if (R == 16 && N == 2) kernel = lstm_cluster_forward_kernel<T, 256, 16, 2>;
+      if constexpr (sizeof(T) == 2) {  // with float it spills on sm_100
+        if (R == 16 && N == 4) kernel = lstm_cluster_forward_kernel<T, 256, 16, 4>;
+      }
+    }
+    return run(kernel);
+  });
+}
+
+// Plan with clusters of `blocks` blocks and tiles of 8 * row_tiles sequences; none if that exceeds the device.
+std::optional<ClusterForwardPlan> plan_of(const LstmShape& s, Type type, int blocks, int row_tiles) {
+  ClusterForwardPlan plan;
+  const int step = type == Type::kFloat ? kStep<float> : kStep<bf16>;
+  const int units = static_cast<int>(divide_up(divide_up(s.hidden, blocks), 8) * 8);
+  const int threads = 8 * units;  // two warps for 8 units
+  const int steps = static_cast<int>(divide_up(static_cast<int64_t>(blocks) * units, 2 * step));
+  const int64_t tiles = divide_up(s.batch, 8 * row_tiles), clusters = tiles * s.directions;
+  if (threads > 512 || clusters * blocks > std::numeric_limits<int32_t>::max()) return {};
+  plan.registers = threads > 256 || (steps > 4 && steps <= 8) ? 8 : steps <= 4 ? 4 : 16;
+  plan.tile = {blocks, units, std::max(steps, plan.registers), static_cast<int>(tiles)};
+  plan.launch = {.grid = dim3(static_cast<unsigned>(clusters * blocks)),
+                 .block = dim3(threads),
+                 .shared_memory = ForwardMemory(plan.tile, plan.registers, row_tiles).bytes,
+                 .cluster = static_cast<unsigned>(blocks)};
+  plan.row_tiles = row_tiles;
+  if (plan.launch.shared_memory > device_limits().shared_memory) return {};
+  return plan;
+}
+
+int resident(const ClusterForwardPlan& plan, Type type) {
+  return with_kernel(plan, type, [&](auto* kernel) { return kernel ? resident_clusters(plan.launch, kernel) : 0; });
+}
+
+// Chooses the smallest cluster whose blocks have at most 32 units (256 threads, so the most registers), else the
+// smallest with at most 64; then the best tiles of the batch for it.
+std::optional<ClusterForwardPlan> choose(const LstmShape& s, Type type) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  if (device_limits().capability < 90 || (type == Type::kFloat && !s.tf32)) return {};
+  constexpr int64_t kMostHidden = 512;  // beyond it, reading shared memory takes longer than h through L2
+  if (s.hidden > kMostHidden || s.steps > kMost || s.batch > kMost - 32) return {};
+  for (const int most_units : {32, 64}) {
+    for (const int blocks : {2, 4, 8, 16}) {
+      if (s.hidden > static_cast<int64_t>(most_units) * blocks) continue;
+      const auto plan = best_tiles(
+          {1, 2, 4}, s.directions, [&](int row_tiles) { return plan_of(s, type, blocks, row_tiles); },
+          [&](const ClusterForwardPlan& plan) { return resident(plan, type); });
+      if (plan) return plan;
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+std::optional<LstmPlan<LstmForwardParams>> plan_lstm_cluster_forward(const LstmShape& s, Type type) {
+  const std::optional<ClusterForwardPlan> chosen = choose(s, type);
+  if (!chosen) return {};
+  return {{0, [plan = *chosen, type](const LstmForwardParams& p, Stream stream) {
+             Launch l = plan.launch;
+             l.stream = stream;
+             return with_kernel(plan, type, [&](auto* kernel) { return launch(l, kernel, p, plan.tile); });
+           }}};
+}
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,381 @@
+// The forward recurrence of one LSTM layer by thread block clusters (sm_90 and up): one cluster per tile of the batch
+// and direction, one of its blocks per U hidden units. h is exchanged through distributed shared memory, without a
+// cluster barrier inside the loop.
+//
+// Weights are the A operand (gate rows), h the B operand (units, sequences). A warp has 8 units: rows r and r + 8 of
+// its first tile are gates i and f of unit r, of its second g and o, so one lane has all gates of a unit:
+//
+//     lane 4 r + q        column 2 q    column 2 q + 1      Two warps share the 8 units, each multiplies every other
+//     tile 0, row r       i of unit r   i of unit r         step of K. Warp `half` then finishes column 2 q + half:
+//     tile 0, row r + 8   f of unit r   f of unit r         each gives the other its sums of the other column, through
+//     tile 1, row r       g of unit r   g of unit r         shared memory. Column 2 q + half is sequence 4 half + q.
+//     tile 1, row r + 8   o of unit r   o of unit r
+//
+// A piece is 8 bytes: P = 4 (16-bit) or 2 (TF32) adjacent units of one sequence. In a step of K (4 P units) lane 4 r +
+// q multiplies units q P .. q P + P - 1 of its gate rows and of its column: one piece is its whole B fragment, two
+// pieces (i and f, or g and o) are an A fragment. Any order of K is right, as both sides share it. h in shared memory,
+// twice (h of step s in buffer s & 1):
+//
+//     h[step of K][tile of 8 sequences][q][sequence]: pieces. A lane reads piece (q, 4 (r & 1) + r / 2): 256 bytes
+//     a warp, no bank conflict. A warp sends 4 sequences of a q: 32 adjacent bytes.
+//
+// Why no block overwrites h that a slow block still reads. Buffer s & 1 of block P gets h of step s + 2 from a warp of
+// block Q only after all of h of step s + 1 has arrived at that warp, so after every warp of P (each owns some units)
+// has sent its part. A warp of P sends its part of step s + 1, which is computed from h of step s, after it has read h
+// of step s. The same chain orders phases: a warp sends only after its own wait, so no phase of an mbarrier can end
+// before every warp has passed the wait for the phase before. It also orders the sums, which are written again after a
+// wait. A warp reads all columns of its weights but sends only its own units. A warp without units would break the
+// chain, so padded units are computed and sent as well (weights, gates and states 0: h = 0).
+#pragma once
+
+#include "cuda/lstm/cluster_pieces.cuh"
+
+namespace fastseq::cuda::cluster {
+
+// Tiling of a launch.
+struct ForwardTile {
+  int blocks;  // of a cluster
+  int units;   // of a block, a multiple of 8
+  int steps;   // of K that a warp multiplies; weights beyond its registers are in shared memory
+  int tiles;   // of the batch
+};
+
+// Shared memory: byte offset of each part, and the total. registers: steps of K whose weights a warp keeps in
+// registers.
+struct ForwardMemory {
+  size_t h, sums, weights, bytes;
+  __host__ __device__ ForwardMemory(const ForwardTile& tile, int registers, int row_tiles) {
+    const size_t warps = tile.units / 4;
+    h = 128;
+    sums = h + 2 * (2 * static_cast<size_t>(tile.steps) * row_tiles * 256);
+    weights = sums + warps * row_tiles * 512;
+    bytes = weights + warps * (tile.steps - registers) * 1024;
+  }
+};
+
+// Position of a thread: its unit and sequences.
+struct ForwardPlace {
+  int direction, unit, row;  // unit of the layer, first sequence; the next ones are 8 apart
+  int warp, half, r, q;      // half: of K, and of the columns
+  bool backwards;
+};
+
+FASTSEQ_DEVICE ForwardPlace forward_place(const LstmShape& s, const ForwardTile& tile, int row_tiles) {
+  ForwardPlace at;
+  const int cluster = static_cast<int>(cluster_index()), lane = lane_id();
+  at.warp = threadIdx.x / 32;
+  at.half = at.warp % 2;
+  at.r = lane / 4;
+  at.q = lane % 4;
+  at.direction = cluster / tile.tiles;
+  at.unit = static_cast<int>(cluster_rank()) * tile.units + at.warp / 2 * 8 + at.r;
+  at.row = cluster % tile.tiles * row_tiles * 8 + 4 * at.half + at.q;
+  at.backwards = s.directions == 2 ? at.direction == 1 : s.reverse;
+  return at;
+}
+
+// Loads columns [column, column + P) of a row (columns,), zero past its end; a null row is zero.
+template <class T>
+FASTSEQ_DEVICE uint2 load_piece(const T* row, int64_t column, int64_t columns) {
+  float x[kPiece<T>] = {};
+  if (row && columns % kPiece<T> == 0) {
+    if (column < columns) load_vector(x, row + column);
+  } else if (row) {
+#pragma unroll
+    for (int k = 0; k < kPiece<T>; ++k) x[k] = column + k < columns ? to_float(row[column + k]) : 0.0f;
+  }
+  return piece_of<T>(x);
+}
+
+// Loads the fragments of one step of K: [tile][word]. weight: (4H, H).
+template <class T>
+FASTSEQ_DEVICE void load_weights(
+    uint32_t (&a)[2][4], const T* weight, int64_t hidden, const ForwardPlace& at, int64_t step) {
+  const int64_t column = step * kStep<T> + at.q * kPiece<T>;
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate) {
+    const T* row = at.unit < hidden ? weight + (gate * hidden + at.unit) * hidden : nullptr;
+    const uint2 piece = load_piece(row, column, hidden);
+    a[gate / 2][gate % 2] = piece.x;
+    a[gate / 2][gate % 2 + 2] = piece.y;
+  }
+}
+
+// Loads this warp's half of K: R steps into registers, the others into shared memory. A lane reads back what it wrote.
+template <class T, int R>
+FASTSEQ_DEVICE void load_all_weights(uint32_t (&weights)[R][2][4],
+                                     uint4* more_weights,
+                                     const T* weight,
+                                     int64_t hidden,
+                                     const ForwardPlace& at,
+                                     int steps) {
+#pragma unroll
+  for (int s = 0; s < R; ++s) load_weights(weights[s], weight, hidden, at, 2 * s + at.half);
+  for (int s = R; s < steps; ++s) {
+    uint32_t a[2][4];
+    load_weights(a, weight, hidden, at, 2 * s + at.half);
+    more_weights[(s - R) * 64 + lane_id()] = uint4{a[0][0], a[0][1], a[0][2], a[0][3]};
+    more_weights[(s - R) * 64 + 32 + lane_id()] = uint4{a[1][0], a[1][1], a[1][2], a[1][3]};
+  }
+}
+
+// Fills both buffers of h: h0 (B, H) in the first; pieces that are never sent stay zero in both.
+template <class T, int N>
+FASTSEQ_DEVICE void fill_states(uint2* h, const T* h0, const LstmShape& s, const ForwardTile& tile, int64_t first_row) {
+  const int pieces = 2 * tile.steps * N * 32;
+  for (int k = threadIdx.x; k < pieces; k += blockDim.x) {
+    const int64_t row = first_row + k / 32 % N * 8 + k % 8;
+    const int64_t unit = k / (32 * N) * kStep<T> + k % 32 / 8 * kPiece<T>;
+    h[k] = load_piece(row < s.batch ? h0 + row * s.hidden : nullptr, unit, s.hidden);
+    h[pieces + k] = uint2{0, 0};
+  }
+}
+
+// sums[chain][tile of sequences][tile of gates] += weights * h, over this warp's half of K. h: the buffer.
+template <class T, int R, int N, int Chains>
+FASTSEQ_DEVICE void multiply_states(float (&sums)[Chains][N][2][4],
+                                    const uint32_t (&weights)[R][2][4],
+                                    const uint4* more_weights,
+                                    const uint2* h,
+                                    const ForwardPlace& at,
+                                    int steps) {
+  const int place = at.q * 8 + 4 * (at.r & 1) + at.r / 2;
+#pragma unroll
+  for (int s = 0; s < R; ++s) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const uint2 piece = h[((2 * s + at.half) * N + n) * 32 + place];
+      const uint32_t b[2] = {piece.x, piece.y};
+      multiply<T>(sums[s % Chains][n][0], weights[s][0], b);
+      multiply<T>(sums[s % Chains][n][1], weights[s][1], b);
+    }
+  }
+  for (int s = R; s < steps; ++s) {
+    const uint4 first = more_weights[(s - R) * 64 + lane_id()], second = more_weights[(s - R) * 64 + 32 + lane_id()];
+    const uint32_t a[2][4] = {{first.x, first.y, first.z, first.w}, {second.x, second.y, second.z, second.w}};
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const uint2 piece = h[((2 * s + at.half) * N + n) * 32 + place];
+      const uint32_t b[2] = {piece.x, piece.y};
+      multiply<T>(sums[0][n][0], a[0], b);
+      multiply<T>(sums[0][n][1], a[1], b);
+    }
+  }
+}
+
+// Splits this warp's sums (gates i f g o): `own` gets the column that it finishes, `shown` the other warp's column.
+template <int N, int Chains>
+FASTSEQ_DEVICE void share_sums(float (&own)[N][4],
+                               const float (&sums)[Chains][N][2][4],
+                               float4* shown,
+                               const ForwardPlace& at) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    float given[4];
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) {
+      float first = 0, second = 0;
+#pragma unroll
+      for (int chain = 0; chain < Chains; ++chain) {
+        first += sums[chain][n][gate / 2][gate % 2 * 2];
+        second += sums[chain][n][gate / 2][gate % 2 * 2 + 1];
+      }
+      own[n][gate] = at.half ? second : first;
+      given[gate] = at.half ? first : second;
+    }
+    shown[(at.warp * N + n) * 32 + lane_id()] = float4{given[0], given[1], given[2], given[3]};
+  }
+}
+
+// Completes the pre-activations: own sums + the other warp's sums + `gates`, the input product.
+template <class T, int N>
+FASTSEQ_DEVICE void add_sums(float (&own)[N][4], const T (&gates)[N][4], const float4* shown, const ForwardPlace& at) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const float4 other = shown[((at.warp ^ 1) * N + n) * 32 + lane_id()];
+    own[n][0] = to_float(gates[n][0]) + (own[n][0] + other.x);
+    own[n][1] = to_float(gates[n][1]) + (own[n][1] + other.y);
+    own[n][2] = to_float(gates[n][2]) + (own[n][2] + other.z);
+    own[n][3] = to_float(gates[n][3]) + (own[n][3] + other.w);
+  }
+}
+
+// Loads the input product of step t in storage type; zero outside of the tensor.
+template <class T, int N>
+FASTSEQ_DEVICE void fetch_gates(T (&gates)[N][4], const LstmForwardParams& p, const ForwardPlace& at, int64_t t) {
+  const LstmShape& s = p.shape;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int64_t row = at.row + 8 * n, slot = (t * s.batch + row) * s.directions + at.direction;
+    const T* from = static_cast<const T*>(p.gates) + slot * 4 * s.hidden + at.unit;
+    const bool inside = row < s.batch && at.unit < s.hidden;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) {
+      from_float(0.0f, &gates[n][gate]);
+      if (inside) gates[n][gate] = from[gate * s.hidden];
+    }
+  }
+}
+
+// Returns the piece that contains this lane's unit: P units of one sequence, in all P lanes that hold them.
+template <class T>
+FASTSEQ_DEVICE uint64_t gather_piece(T h, int r) {
+  if constexpr (sizeof(T) == 4) {
+    const uint32_t own = to_tf32(h), other = __shfl_xor_sync(kAllLanes, own, 4);
+    return r & 1 ? other | static_cast<uint64_t>(own) << 32 : own | static_cast<uint64_t>(other) << 32;
+  } else {
+    uint16_t bits;
+    memcpy(&bits, &h, sizeof bits);
+    const uint32_t own = bits, other = __shfl_xor_sync(kAllLanes, own, 4);
+    const uint32_t pair = r & 1 ? other | own << 16 : own | other << 16;
+    const uint32_t others = __shfl_xor_sync(kAllLanes, pair, 8);
+    return r & 2 ? others | static_cast<uint64_t>(pair) << 32 : pair | static_cast<uint64_t>(others) << 32;
+  }
+}
+
+// Sends h of the own units into buffer `to` of every block of the cluster; the P lanes of a piece divide the blocks.
+template <class T, int N>
+FASTSEQ_DEVICE void send_states(
+    const T (&h)[N], const uint2* to, const uint64_t* arrived, const ForwardTile& tile, const ForwardPlace& at) {
+  const int unit = at.unit / kPiece<T> * kPiece<T>, step = unit / kStep<T>;
+  const int place = unit % kStep<T> / kPiece<T> * 8 + 4 * at.half + at.q;
+  uint64_t pieces[N];
+#pragma unroll
+  for (int n = 0; n < N; ++n) pieces[n] = gather_piece(h[n], at.r);
+  for (int rank = at.r % kPiece<T>; rank < tile.blocks; rank += kPiece<T>) {
+    const uint64_t address = peer_address(to + step * N * 32 + place, rank), mbarrier = peer_address(arrived, rank);
+#pragma unroll
+    for (int n = 0; n < N; ++n) store_async8(address + n * 32 * sizeof(uint2), mbarrier, pieces[n]);
+  }
+}
+
+// Computes one sequence's cell and stores its results. h and c change only where t is before the sequence's end.
+template <class T>
+FASTSEQ_DEVICE void finish_unit(const LstmForwardParams& p,
+                                const ForwardPlace& at,
+                                int n,
+                                int64_t t,
+                                bool alive,
+                                float (&gates)[4],
+                                float& c,
+                                T& h) {
+  const LstmShape& s = p.shape;
+  const int64_t row = at.row + 8 * n, slot = (t * s.batch + row) * s.directions + at.direction;
+  float c_next = c;
+  T h_next, out;
+  from_float(lstm_cell_for<T>(gates[0], gates[1], gates[2], gates[3], c_next), &h_next);
+  from_float(0.0f, &out);
+  if (alive) {
+    c = c_next;
+    h = out = h_next;
+  }
+  if (row >= s.batch || at.unit >= s.hidden) return;
+  static_cast<T*>(p.output)[slot * s.hidden + at.unit] = out;
+  if (!alive) return;
+  if (p.cell_states) p.cell_states[slot * s.hidden + at.unit] = c;
+  if (!p.activations) return;
+  T* to = static_cast<T*>(p.activations) + slot * 4 * s.hidden + at.unit;
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate) from_float(gates[gate], to + gate * s.hidden);
+}
+
+// Loads h0, c0 (D, B, H) of the own units, and lengths, into registers.
+template <class T, int N>
+FASTSEQ_DEVICE void load_states(
+    T (&h)[N], float (&c)[N], int (&lengths)[N], const LstmForwardParams& p, const ForwardPlace& at) {
+  const LstmShape& s = p.shape;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int64_t row = at.row + 8 * n, slot = (at.direction * s.batch + row) * s.hidden + at.unit;
+    from_float(0.0f, &h[n]);
+    c[n] = 0;
+    lengths[n] = static_cast<int>(row < s.batch && s.lengths ? s.lengths[row] : s.steps);
+    if (row >= s.batch || at.unit >= s.hidden) continue;
+    h[n] = static_cast<const T*>(p.h0)[slot];
+    c[n] = to_float(static_cast<const T*>(p.c0)[slot]);
+  }
+}
+
+// Zeroes the output from step `begin` on, past the longest sequence of the tile.
+template <class T, int N>
+FASTSEQ_DEVICE void clear_output(const LstmForwardParams& p, const ForwardPlace& at, int begin) {
+  const LstmShape& s = p.shape;
+  if (at.unit >= s.hidden) return;
+  for (int64_t t = begin; t < s.steps; ++t) {
+    for (int n = 0; n < N; ++n) {
+      const int64_t row = at.row + 8 * n, slot = (t * s.batch + row) * s.directions + at.direction;
+      if (row < s.batch) from_float(0.0f, static_cast<T*>(p.output) + slot * s.hidden + at.unit);
+    }
+  }
+}
+
+template <class T, int N>
+FASTSEQ_DEVICE void store_states(const T (&h)[N],
+                                 const float (&c)[N],
+                                 const LstmForwardParams& p,
+                                 const ForwardPlace& at) {
+  const LstmShape& s = p.shape;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int64_t row = at.row + 8 * n, slot = (at.direction * s.batch + row) * s.hidden + at.unit;
+    if (row >= s.batch || at.unit >= s.hidden) continue;
+    static_cast<T*>(p.h_n)[slot] = h[n];
+    from_float(c[n], static_cast<T*>(p.c_n) + slot);
+  }
+}
+
+// R steps of K in registers, N tiles of 8 sequences.
+template <class T, int Threads, int R, int N>
+__global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmForwardParams p, ForwardTile tile) {
+  FASTSEQ_DYNAMIC_SHARED(memory);
+  const ForwardMemory parts(tile, R, N);
+  uint64_t* arrived = reinterpret_cast<uint64_t*>(memory);  // by buffer
+  uint2* h_pieces = reinterpret_cast<uint2*>(memory + parts.h);
+  float4* shown = reinterpret_cast<float4*>(memory + parts.sums);
+  const ForwardPlace at = forward_place(p.shape, tile, N);
+  uint4* more_weights = reinterpret_cast<uint4*>(memory + parts.weights) + at.warp * (tile.steps - R) * 64;
+  const int64_t H = p.shape.hidden;
+  const int first_row = at.row - 4 * at.half - at.q, last = longest_of<N>(p.shape, first_row) - 1;
+  const int buffer = 2 * tile.steps * N * 32;  // pieces
+  const unsigned bytes = tile.blocks * tile.units * N * 8 * sizeof(T);
+
+  uint32_t weights[R][2][4];
+  load_all_weights(weights, more_weights, static_cast<const T*>(p.weight_hh) + at.direction * 4 * H * H, H, at,
+                   tile.steps);
+  const T* h0 = static_cast<const T*>(p.h0) + at.direction * p.shape.batch * H;
+  fill_states<T, N>(h_pieces, h0, p.shape, tile, first_row);
+  T h[N];
+  float c[N];
+  int lengths[N];
+  load_states(h, c, lengths, p, at);
+  if (threadIdx.x == 0) {
+    for (int b = 0; b < 2; ++b) {
+      mbarrier_init(arrived + b, 1);
+      mbarrier_arrive_expect(arrived + b, bytes);  // steps 1 and 2
+    }
+  }
+  cluster_barrier();
+
+  T gates[N][4];
+  if (last >= 0) fetch_gates(gates, p, at, at.backwards ? last : 0);
+  for (int s = 0; s <= last; ++s) {
+    const int t = at.backwards ? last - s : s;
+    if (s) mbarrier_wait(arrived + s % 2, (s - 1) / 2 % 2);
+    if (s && threadIdx.x == 0) mbarrier_arrive_expect(arrived + s % 2, bytes);  // step s + 2
+    constexpr int kChains = N == 1 ? 2 : 1;                                     // independent accumulators
+    float sums[kChains][N][2][4] = {}, pre[N][4];
+    multiply_states<T>(sums, weights, more_weights, h_pieces + s % 2 * buffer, at, tile.steps);
+    share_sums(pre, sums, shown, at);
+    __syncthreads();
+    add_sums(pre, gates, shown, at);
+    if (s < last) fetch_gates(gates, p, at, at.backwards ? t - 1 : t + 1);
+#pragma unroll
+    for (int n = 0; n < N; ++n) finish_unit(p, at, n, t, t < lengths[n], pre[n], c[n], h[n]);
+    if (s < last) send_states(h, h_pieces + (s + 1) % 2 * buffer, arrived + (s + 1) % 2, tile, at);
+  }
+  store_states(h, c, p, at);
+  clear_output<T, N>(p, at, last + 1);
+  cluster_barrier();
+}
+
+}  // namespace fastseq::cuda::cluster

@@ -1,0 +1,107 @@
+// The cell of the backward recurrence on a grid: what one unit of one row reads and writes in a step.
+#pragma once
+
+#include "cuda/lstm/grid_backward_layout.cuh"
+
+namespace fastseq::cuda::grid_backward {
+
+// Inputs of the cell's backward for one unit of one row.
+struct CellInputs {
+  bool valid;  // the step is within the row's length
+  float i, f, g, o, c_prev, c, dh, dc;
+};
+
+// Loads lengths, and the gradients of the final states into `carry`.
+template <class Product, int R>
+FASTSEQ_DEVICE void load_states(const Block<Product, R>& block) {
+  using T = typename Product::Element;
+  constexpr int kOwnUnits = Block<Product, R>::kOwnUnits;
+  const LstmBackwardParams& p = block.p;
+  for (int row = threadIdx.x; row < block.rows; row += blockDim.x) {
+    const int64_t* all = p.shape.lengths;
+    block.lengths[row] = static_cast<int>(all ? min(all[block.first_row + row], p.shape.steps) : p.shape.steps);
+  }
+  for (int item = threadIdx.x; item < block.tiles * kTileRows * kOwnUnits; item += blockDim.x) {
+    const int row = item / kOwnUnits, unit = item % kOwnUnits;
+    if (!block.exists(row, unit)) continue;
+    const T* grad_h_n = static_cast<const T*>(p.grad_h_n);
+    const T* grad_c_n = static_cast<const T*>(p.grad_c_n);
+    const int64_t at = block.state_at(row, unit);
+    block.carry[item] = {grad_h_n ? to_float(grad_h_n[at]) : 0.0f, grad_c_n ? to_float(grad_c_n[at]) : 0.0f};
+  }
+}
+
+template <class Product, int R>
+FASTSEQ_DEVICE CellInputs read_cell(const Block<Product, R>& block, int row, int unit, int step) {
+  using T = typename Product::Element;
+  const LstmBackwardParams& p = block.p;
+  CellInputs x{};
+  const int time = block.time_of(step);
+  x.valid = step < p.shape.steps && block.exists(row, unit) && time < block.lengths[row];
+  if (!x.valid) return x;
+  const int64_t H = p.shape.hidden, at = block.step_at(time, row, unit);
+  const int64_t gates_at = at * 4 - 3 * (block.first_unit + unit);
+  const T* activations = static_cast<const T*>(p.activations) + gates_at;
+  x.i = to_float(activations[0]);
+  x.f = to_float(activations[H]);
+  x.g = to_float(activations[2 * H]);
+  x.o = to_float(activations[3 * H]);
+  x.c = p.cell_states[at];
+  const bool first = time == (block.backwards ? block.lengths[row] - 1 : 0);
+  x.c_prev = first ? to_float(static_cast<const T*>(p.c0)[block.state_at(row, unit)])
+                   : p.cell_states[block.step_at(time + (block.backwards ? 1 : -1), row, unit)];
+  if (p.grad_output) x.dh = to_float(static_cast<const T*>(p.grad_output)[at]);
+  if (p.grad_cell_states) x.dc = to_float(static_cast<const T*>(p.grad_cell_states)[at]);
+  return x;
+}
+
+// Computes the dgates of one unit of one row and stores them into the exchange, for the next step.
+// dh: dL/dh of later steps, from the product.
+template <class Product, int R>
+FASTSEQ_DEVICE Vector<typename Product::Element, 4> step_cell(
+    const Block<Product, R>& block, int row, int unit, int step, const CellInputs& x, float dh) {
+  using T = typename Product::Element;
+  float2& kept = block.carry[row * Block<Product, R>::kOwnUnits + unit];
+  CellGradient<float> grad{};
+  dh += kept.x;
+  if (x.valid) grad = lstm_cell_backward(x.i, x.f, x.g, x.o, x.c_prev, x.c, dh + x.dh, kept.y + x.dc);
+  kept = x.valid ? float2{0.0f, grad.c} : float2{dh, kept.y};
+
+  Vector<T, 4> dgates, sent;
+  const float four[4] = {grad.i, grad.f, grad.g, grad.o};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    from_float(four[k], &dgates.element[k]);
+    sent.element[k] = Product::exchanged(dgates.element[k]);
+  }
+  using Bits = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+  const int64_t at = block.first_unit + unit, chunk = row / kTileRows * block.plan.chunks + at / Product::kUnits;
+  const int64_t within = row % kTileRows * Product::kUnits + at % Product::kUnits;
+  Bits bits;
+  memcpy(&bits, &sent, sizeof bits);
+  store_l2(reinterpret_cast<Bits*>(block.exchange + (step & 1) * block.buffer + chunk * Block<Product, R>::kChunk +
+                                   within * 4),
+           bits);
+  return dgates;
+}
+
+template <class Product, int R>
+FASTSEQ_DEVICE void write_dgates(
+    const Block<Product, R>& block, int row, int unit, int step, const Vector<typename Product::Element, 4>& dgates) {
+  const int64_t H = block.p.shape.hidden;
+  typename Product::Element* to = static_cast<typename Product::Element*>(block.p.grad_gates) +
+                                  block.step_at(block.time_of(step), row, unit) * 4 - 3 * (block.first_unit + unit);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) to[k * H] = dgates.element[k];
+}
+
+// Writes grad_h0 and grad_c0. dh: from the product of the last step.
+template <class Product, int R>
+FASTSEQ_DEVICE void write_states(const Block<Product, R>& block, int row, int unit, float dh) {
+  using T = typename Product::Element;
+  const float2 kept = block.carry[row * Block<Product, R>::kOwnUnits + unit];
+  from_float(kept.x + dh, static_cast<T*>(block.p.grad_h0) + block.state_at(row, unit));
+  from_float(kept.y, static_cast<T*>(block.p.grad_c0) + block.state_at(row, unit));
+}
+
+}  // namespace fastseq::cuda::grid_backward

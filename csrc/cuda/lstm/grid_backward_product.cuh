@@ -1,0 +1,135 @@
+// The product W_hh^T dgates of the backward recurrence on a grid: each warp has some chunks of k and keeps their
+// weights for the whole sequence, in registers and, where those are too few, in shared memory. The sums of the warps
+// meet in shared memory.
+#pragma once
+
+#include "cuda/lstm/grid_backward_layout.cuh"
+
+namespace fastseq::cuda::grid_backward {
+
+// Reads this lane's weights of one chunk of k; zero past H.
+template <class Product, int R>
+FASTSEQ_DEVICE void read_weights(typename Block<Product, R>::Weights& w, const Block<Product, R>& block, int chunk) {
+  using T = typename Product::Element;
+  const int64_t H = block.p.shape.hidden;
+  const T* weight_hh = static_cast<const T*>(block.p.weight_hh) + block.direction * 4 * H * H;
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    Product::pack(w[r], [&](int unit, int gate, int own) {
+      const int64_t k = static_cast<int64_t>(chunk) * Product::kUnits + unit;
+      const int64_t n = block.first_unit + r * kTileUnits + own;
+      return k < H && n < H ? to_float(weight_hh[(gate * H + k) * H + n]) : 0.0f;
+    });
+  }
+}
+
+// Address in shared memory of a lane's weights of this chunk of the warp. Its parts follow 32 lanes apart.
+template <class Product, int R>
+FASTSEQ_DEVICE typename Block<Product, R>::Part* shared_weights(const Block<Product, R>& block, int chunk) {
+  constexpr int kHeld = Block<Product, R>::kHeld;
+  const int warp = threadIdx.x / 32, at = warp * (block.plan.warp_chunks - kHeld) + chunk - kHeld;
+  return reinterpret_cast<typename Block<Product, R>::Part*>(block.weights + at * R * Product::kParts * 32 + lane_id());
+}
+
+// Loads all weights of the warp: the first kHeld chunks into registers, the others into shared memory.
+template <class Product, int R>
+FASTSEQ_DEVICE void load_weights(typename Block<Product, R>::Weights (&held)[Block<Product, R>::kHeld],
+                                 const Block<Product, R>& block) {
+  constexpr int kHeld = Block<Product, R>::kHeld;
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    if (k < block.chunks) read_weights(held[k], block, block.first_chunk + k);
+  }
+  for (int k = kHeld; k < block.chunks; ++k) {
+    typename Block<Product, R>::Weights w;
+    read_weights(w, block, block.first_chunk + k);
+#pragma unroll
+    for (int i = 0; i < R * Product::kParts; ++i)
+      shared_weights(block, k)[i * 32] = w[i / Product::kParts][i % Product::kParts];
+  }
+}
+
+// Multiplies `Count` chunks of this warp from `first` on. All loads precede the first product.
+template <int Count, class Product, int R, class WeightsOf>
+FASTSEQ_DEVICE void multiply_chunks(typename Product::Sums (&d)[R],
+                                    const Block<Product, R>& block,
+                                    const typename Product::Element* from,
+                                    int tile_rows,
+                                    int first,
+                                    const WeightsOf& weights_of) {
+  constexpr int kChunk = Block<Product, R>::kChunk;
+  typename Product::Fragment fragment[Count];
+#pragma unroll
+  for (int k = 0; k < Count; ++k) {
+    if (first + k < block.chunks)
+      fragment[k] = Product::load(from + static_cast<int64_t>(first + k) * kChunk, tile_rows);
+  }
+#pragma unroll
+  for (int k = 0; k < Count; ++k) {
+    if (first + k >= block.chunks) break;
+#pragma unroll
+    for (int r = 0; r < R; ++r) Product::multiply(d[r], weights_of(first + k)[r], fragment[k]);
+  }
+}
+
+// Writes the warp's share of one tile's product to shared memory, `to` (8 rows, kStride).
+template <class Product, int R>
+FASTSEQ_DEVICE void multiply_tile(const typename Block<Product, R>::Weights (&held)[Block<Product, R>::kHeld],
+                                  const Block<Product, R>& block,
+                                  const typename Product::Element* from,
+                                  int tile_rows,
+                                  float* to) {
+  using Weights = typename Block<Product, R>::Weights;
+  constexpr int kHeld = Block<Product, R>::kHeld;
+  constexpr int kPrefetch = Product::kPrefetch < kHeld ? Product::kPrefetch : kHeld;
+  static_assert(kHeld % kPrefetch == 0);
+  constexpr int kFewer = kPrefetch < R ? kPrefetch : R;  // fewer prefetched chunks: weights in flight take registers
+  typename Product::Sums d[R]{};
+#pragma unroll
+  for (int k = 0; k < kHeld; k += kPrefetch) {
+    multiply_chunks<kPrefetch>(d, block, from, tile_rows, k, [&](int chunk) -> const Weights& { return held[chunk]; });
+  }
+  for (int k = kHeld; k < block.chunks; k += kPrefetch / kFewer) {
+    Weights w;
+    multiply_chunks<kPrefetch / kFewer>(d, block, from, tile_rows, k, [&](int chunk) -> const Weights& {
+#pragma unroll
+      for (int i = 0; i < R * Product::kParts; ++i) {
+        w[i / Product::kParts][i % Product::kParts] = shared_weights(block, chunk)[i * 32];
+      }
+      return w;
+    });
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) d[r].store(to + r * kTileUnits, Block<Product, R>::kStride);
+}
+
+// Multiplies the dgates of the step before by W_hh^T: own units, tiles first ... first + count - 1.
+template <class Product, int R>
+FASTSEQ_DEVICE void multiply(const typename Block<Product, R>::Weights (&held)[Block<Product, R>::kHeld],
+                             const Block<Product, R>& block,
+                             int step,
+                             int first,
+                             int count) {
+  constexpr int kChunk = Block<Product, R>::kChunk, kStride = Block<Product, R>::kStride;
+  const int64_t of_tile = static_cast<int64_t>(block.plan.chunks) * kChunk;
+  const typename Product::Element* from =
+      block.exchange + ((step + 1) & 1) * block.buffer + static_cast<int64_t>(block.first_chunk) * kChunk;
+  float* to = block.sums + threadIdx.x / 32 * block.plan.pass_tiles * kTileRows * kStride;
+  for (int k = 0; k < count; ++k) {
+    const int tile_rows = block.rows - (first + k) * kTileRows;
+    multiply_tile(held, block, from + (first + k) * of_tile, tile_rows, to + k * kTileRows * kStride);
+  }
+}
+
+// Adds up the sums of all warps, in the order of warps, for row `row` of the pass.
+template <class Product, int R>
+FASTSEQ_DEVICE float sum_of_warps(const Block<Product, R>& block, int row, int unit) {
+  float sum = 0;
+#pragma unroll 4
+  for (int warp = 0; warp < block.plan.warps; ++warp) {
+    sum += block.sums[(warp * block.plan.pass_tiles * kTileRows + row) * Block<Product, R>::kStride + unit];
+  }
+  return sum;
+}
+
+}  // namespace fastseq::cuda::grid_backward

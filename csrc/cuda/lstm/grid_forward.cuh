@@ -1,0 +1,189 @@
+// The forward recurrence of one LSTM layer, whole sequence, on a grid that spans the device.
+//
+// A team of blocks computes some rows of the batch in one direction; rows are independent, so teams never communicate.
+// A block has groups of 8 hidden units, their 4 gates and all of K = H of their weights. Its 8 warps divide K in chunks
+// of 64 bytes (32 units of 16 bits, 16 floats). Every weight stays in place for the whole sequence: a lane's slice (one
+// group, one chunk: 64 bytes) in registers, the slices that do not fit there in shared memory. The warps add up their
+// sums through shared memory.
+//
+//   grid_forward_layout.cuh      plan, rows and units of a block, shared memory
+//   grid_forward_arithmetic.cuh  fragments and products of 16-bit, TF32 and exact float
+//   grid_forward_exchange.cuh    h between blocks: sequence tags, and why no fence is needed
+//   grid_forward_product.cuh     W h
+//   this file                    the cell, the kernel
+#pragma once
+
+#include "cuda/lstm/grid_forward_product.cuh"
+
+namespace fastseq::cuda::grid_forward {
+
+// The cell of one thread: one unit of one row. Threads beyond the units of a pass or the rows of a pair have none.
+// Cheap to construct again: while a thread waits for h, it keeps only `gates` (i, f, g, o).
+template <class M, int G>
+struct Cell {
+  using T = typename M::T;
+  int row;                  // of the team
+  int unit;                 // of the direction
+  int pass_row, pass_unit;  // of this pair of tiles and this pass
+  int length;               // of the row
+  bool owned, exists, active;
+  float* c;
+
+  FASTSEQ_DEVICE Cell(
+      const BlockTask& task, const Plan& plan, const Shared<G>& shared, int hidden, int step, int pair, int pass) {
+    const int thread = thread_now();
+    pass_row = thread / (G * kUnits);
+    pass_unit = thread % (G * kUnits);
+    const int own_unit = pass * G * kUnits + pass_unit;
+    row = pair * kPair + pass_row;
+    unit = task.group * kUnits + own_unit;
+    owned = pass_row < kPair && row < task.rows && own_unit < task.groups * kUnits;
+    exists = owned && unit < hidden;
+    length = exists ? shared.lengths[row] : 0;
+    active = step < length;
+    c = shared.cells + row * plan.groups * kUnits + own_unit;
+  }
+
+  // Index in (T, B, D) of this step; past the length, of the row's zero output at t = step.
+  FASTSEQ_DEVICE int64_t place(const LstmShape& s, const BlockTask& task, int step) const {
+    const bool backwards = s.directions == 2 ? task.direction : s.reverse;
+    const int64_t t = active && backwards ? length - 1 - step : step;
+    return (t * s.batch + task.first_row + row) * s.directions + task.direction;
+  }
+
+  // Reads the pre-activations of the input product, which depend on no other block.
+  FASTSEQ_DEVICE void load(float (&gates)[4], const LstmForwardParams& p, const BlockTask& task, int step) const {
+    if (!active) return;
+    const T* from = static_cast<const T*>(p.gates) + place(p.shape, task, step) * 4 * p.shape.hidden + unit;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) gates[gate] = to_float(from[gate * p.shape.hidden]);
+  }
+
+  FASTSEQ_DEVICE void add(float (&gates)[4], const float* partial, int warps) const {
+    if (!active) return;
+#pragma unroll 4
+    for (int warp = 0; warp < warps; ++warp) {
+      float part[4];
+      load_wide(part, partial + Shared<G>::at(warp, pass_unit / kUnits, pass_row, pass_unit % kUnits));
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) gates[gate] += part[gate];
+    }
+  }
+
+  // Replaces gates by activations and c by its next state. Returns h; 0 past the length.
+  FASTSEQ_DEVICE float update(float (&gates)[4]) const {
+    if (!active) return 0.0f;
+    return lstm_cell_for<T>(gates[0], gates[1], gates[2], gates[3], *c);
+  }
+
+  // buffer: the next step's h. Warp-collective: adjacent lanes pack two values into one word.
+  FASTSEQ_DEVICE void send(uint32_t* buffer, uint32_t tag, const Plan& plan, float h) const {
+    send_hidden<M>(buffer, tag, plan, owned, row, unit, h);
+  }
+
+  FASTSEQ_DEVICE void store(
+      const LstmForwardParams& p, const BlockTask& task, int step, const float (&activations)[4], float h) const {
+    if (!exists) return;
+    const LstmShape& s = p.shape;
+    const int64_t at = place(s, task, step);
+    from_float(h, static_cast<T*>(p.output) + at * s.hidden + unit);
+    if (!active) return;
+    if (p.cell_states) p.cell_states[at * s.hidden + unit] = *c;
+    if (p.activations) {
+      T* to = static_cast<T*>(p.activations) + at * 4 * s.hidden + unit;
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) from_float(activations[gate], to + gate * s.hidden);
+    }
+    if (step + 1 < length) return;
+    const int64_t last = (task.direction * s.batch + task.first_row + row) * s.hidden + unit;
+    from_float(h, static_cast<T*>(p.h_n) + last);
+    from_float(*c, static_cast<T*>(p.c_n) + last);
+  }
+};
+
+// Loads lengths and cell states into shared memory. Rows of length 0 get their final states here.
+template <class M, int G>
+FASTSEQ_DEVICE void begin(const LstmForwardParams& p,
+                          const BlockTask& task,
+                          const Plan& plan,
+                          const Shared<G>& shared) {
+  using T = typename M::T;
+  const LstmShape& s = p.shape;
+  for (int row = threadIdx.x; row < task.rows; row += kThreads) {
+    const int64_t length = s.lengths ? s.lengths[task.first_row + row] : s.steps;
+    shared.lengths[row] = static_cast<int>(min(max(length, static_cast<int64_t>(0)), s.steps));
+  }
+  __syncthreads();
+  for (int pair = threadIdx.x; pair < plan.pairs(); pair += kThreads) {
+    int longest = 0;
+    for (int row = pair * kPair; row < min(task.rows, (pair + 1) * kPair); ++row) {
+      longest = max(longest, shared.lengths[row]);
+    }
+    shared.longest[pair] = longest;
+  }
+  const int units = task.groups * kUnits;
+#pragma unroll 1
+  for (int k = threadIdx.x; k < task.rows * units; k += kThreads) {
+    const int row = k / units, unit = k % units, column = task.group * kUnits + unit;
+    if (column >= s.hidden) continue;
+    const int64_t index = (task.direction * s.batch + task.first_row + row) * s.hidden + column;
+    const float c = to_float(static_cast<const T*>(p.c0)[index]);
+    shared.cells[row * plan.groups * kUnits + unit] = c;
+    if (shared.lengths[row]) continue;
+    static_cast<T*>(p.h_n)[index] = static_cast<const T*>(p.h0)[index];
+    static_cast<T*>(p.c_n)[index] = static_cast<const T*>(p.c0)[index];
+  }
+  __syncthreads();
+}
+
+// A cooperative grid: (directions * splits * blocks) blocks. Workspace: (teams, Plan::team_words()).
+template <class M, int G>
+__global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const LstmForwardParams p, const Plan plan) {
+  FASTSEQ_DYNAMIC_SHARED(memory);
+  using T = typename M::T;
+  const LstmShape& s = p.shape;
+  const int hidden_size = static_cast<int>(s.hidden);
+  const BlockTask task = task_of(s, plan);
+  const Shared<G> shared(memory, plan);
+  begin<M, G>(p, task, plan, shared);
+
+  uint32_t* counter = static_cast<uint32_t*>(p.workspace) + blockIdx.x / plan.blocks * plan.team_words();
+  uint32_t* buffers = counter + kChunkWords;
+  const int64_t first = (task.direction * s.batch + task.first_row) * s.hidden;
+  send_initial<M>(buffers, static_cast<const T*>(p.h0) + first, hidden_size, task, plan);
+  Weights<M, G> weights;
+  weights.load(static_cast<const T*>(p.weight_hh) + task.direction * 4 * s.hidden * s.hidden, hidden_size, task, plan,
+               shared);
+  grid_barrier(counter, 1, plan.blocks);
+
+  Hidden<M> h{.buffer = buffers, .step = 0, .rows = task.rows, .hidden = hidden_size};
+  unsigned round = 0;
+  for (int step = 0; step < s.steps; ++step) {
+    h.step = step;
+    h.buffer = buffers + buffer_of(step) * plan.buffer_words;
+    for (int pair = 0; pair * kPair < task.rows; ++pair) {
+      const int longest = shared.longest[pair];
+      for (int pass = 0; pass < passes_of<G>(task); ++pass) {
+        float gates[4] = {};
+        Cell<M, G>(task, plan, shared, hidden_size, step, pair, pass).load(gates, p, task, step);
+        // Double buffer: warps past the barrier read one half while slower warps still write the other.
+        float* partial = shared.partial + round % 2 * kWarps * Shared<G>::kPartial;
+        if (step < longest) {
+          multiply_pair(partial, weights, shared, plan, h, pair, pass);
+          __syncthreads();
+          ++round;
+        }
+        const Cell<M, G> cell(task, plan, shared, hidden_size, step, pair, pass);
+        cell.add(gates, partial, plan.warps);
+        const float out = cell.update(gates);
+        if (step + 1 < longest) {
+          uint32_t* next = buffers + buffer_of(step + 1) * plan.buffer_words;
+          cell.send(next, Hidden<M>::tag_of(step + 1), plan, out);
+        }
+        cell.store(p, task, step, gates, out);
+      }
+    }
+  }
+}
+
+}  // namespace fastseq::cuda::grid_forward

@@ -1,0 +1,121 @@
+// Exchange of h between the blocks of a team, in the forward recurrence on a grid.
+//
+// Two buffers of (tile, chunk, row, 64 bytes): a lane's vector is one load, a warp's load one line of 512 bytes. No
+// flags, no fences: each word carries its own sequence tag. |h| <= 1, so bit 30 of a word (the upper number's highest
+// exponent bit) is never set; in a word of TF32 the lowest bit is free. The tag of step t is (t + 1) / 2 mod 2: it
+// alternates from one use of a buffer to the next, and zeroed memory carries the tag before the first use. A lane
+// polls its vectors until all four words have the tag. Compared with flags, that saves a fence and a round trip a step.
+//
+// Why a word with the tag of step t is h of step t, and not of t - 4: the same thread reads the word in every use of
+// the buffer. Once it has read h of t - 2 there, it can read nothing older (coherence of one word; loads are relaxed,
+// not weak).
+//
+// Why no block overwrites h of step t before it is read: a block stores h of t + 2 (same buffer, same rows) only after
+// it has all of h of t + 1 of these rows. Each of those words was stored by a block whose warps had met at a barrier
+// after their last poll of h of t, a poll whose value decides that they reach the barrier. A store is not made before
+// its dependences are resolved, so the chain from poll to overwriting store needs no fence. A block that computes its
+// groups in several passes reads h of t in each pass; so no pass may be empty, or its polls would be in no chain.
+//
+// NaN has no such free bit: a NaN in the upper half of a word of two is sent as a NaN in the lower half, which makes
+// the same sums NaN.
+#pragma once
+
+#include "cuda/lstm/grid_forward_arithmetic.cuh"
+
+namespace fastseq::cuda::grid_forward {
+
+// Index of the buffer that holds h before `step`: 0 is h0, then 1 and 2 for odd and even steps.
+FASTSEQ_DEVICE int buffer_of(int step) { return step == 0 ? 0 : 2 - step % 2; }
+
+// h of one step as a lane reads it: vectors of its own chunks and rows.
+template <class M>
+struct Hidden {
+  const uint32_t* buffer;  // (tiles, chunks, 8 rows, 16 words)
+  int step;
+  int rows;    // of the team
+  int hidden;  // H
+
+  // End of the chunks in which this lane has a vector: the warp's chunks, cut at the end of K.
+  static FASTSEQ_DEVICE int end(const Plan& plan, int hidden) {
+    constexpr int kChunk = 4 * M::kVector;
+    const int thread = thread_now(), before = thread % 4 * M::kVector;
+    return min((thread / 32 + 1) * plan.warp_chunks, (hidden - before + kChunk - 1) / kChunk);
+  }
+
+  static FASTSEQ_DEVICE uint32_t tag_of(int step) { return (step + 1) / 2 % 2 ? M::kTag : 0; }
+
+  // Loads M::kStage chunks of both tiles once. Returns true if every valid word has the tag.
+  FASTSEQ_DEVICE bool poll(uint32_t (&h)[M::kStage][2][4], const Plan& plan, int pair, int first) const {
+    const int last = end(plan, hidden);
+    const uint32_t tag = tag_of(step);
+    uint32_t wrong = 0;
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      const int lane = thread_now() % 32;
+      const bool exists = pair * kPair + tile * kTile + lane / 4 < rows;
+      const int64_t line = (static_cast<int64_t>(2 * pair + tile) * plan.chunks + first) * kTile;
+      const uint32_t* from = buffer + line * kChunkWords + 4 * lane;
+#pragma unroll
+      for (int c = 0; c < M::kStage; ++c) {
+        uint32_t (&words)[4] = h[c][tile];
+        words[0] = words[1] = words[2] = words[3] = tag;
+        load_relaxed(words, from + c * kTile * kChunkWords, exists && first + c < last);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < M::kStage; ++c) {
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) wrong |= h[c][tile][k] ^= tag;
+      }
+    }
+    return step == 0 || !(wrong & M::kTag);  // h0 carries no tag
+  }
+
+  FASTSEQ_DEVICE void read(uint32_t (&h)[M::kStage][2][4], const Plan& plan, int pair, int first) const {
+    SpinTimeout timeout;
+    while (!poll(h, plan, pair, first)) timeout.count();
+    __syncwarp();
+    if (step == 0) return;
+#pragma unroll
+    for (int c = 0; c < M::kStage; ++c) {
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) h[c][tile][k] = M::decode(h[c][tile][k]);
+      }
+    }
+  }
+};
+
+// Stores h0 of this block's units without tags. h0: (B, H) of the direction, from the team's first row on.
+template <class M>
+FASTSEQ_DEVICE void send_initial(
+    uint32_t* buffer, const typename M::T* h0, int hidden, const BlockTask& task, const Plan& plan) {
+  constexpr int kVectors = kUnits / M::kVector;  // of a group
+  const int vectors = task.groups * kVectors;
+#pragma unroll 1
+  for (int k = threadIdx.x; k < task.rows * vectors; k += kThreads) {
+    const int row = k / vectors, vector = task.group * kVectors + k % vectors;
+    if (vector >= 4 * plan.chunks) continue;
+    uint32_t words[4];
+    load_operand<M>(words, h0 + static_cast<int64_t>(row) * hidden, vector * M::kVector, hidden);
+    const int64_t line = (static_cast<int64_t>(row / kTile) * plan.chunks + vector / 4) * kTile + row % kTile;
+    store_wide(buffer + line * kChunkWords + vector % 4 * 4, words);
+  }
+}
+
+// Stores h of one unit of one row into `buffer`, the next step's. Warp-collective: for 16-bit types adjacent lanes pack
+// two values into one word. `present`: the lane has a unit.
+template <class M>
+FASTSEQ_DEVICE void send_hidden(
+    uint32_t* buffer, uint32_t tag, const Plan& plan, bool present, int row, int unit, float h) {
+  constexpr int kChunk = 4 * M::kVector;
+  const float next = M::kWord == 2 ? __shfl_down_sync(kAllLanes, h, 1) : 0.0f;
+  if (!present || unit % M::kWord) return;
+  const int64_t line = (static_cast<int64_t>(row / kTile) * plan.chunks + unit / kChunk) * kTile + row % kTile;
+  store_relaxed(buffer + line * kChunkWords + unit % kChunk / M::kWord, M::encode(h, next) | tag);
+}
+
+}  // namespace fastseq::cuda::grid_forward

@@ -1,0 +1,193 @@
+// Operators lstm_recurrence_forward and lstm_recurrence_backward on CUDA: checks, outputs, choice of the kernel.
+#include "cuda/lstm/params.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <string_view>
+#include <tuple>
+
+#include "cuda/common/operators.h"
+
+namespace fastseq::cuda {
+namespace {
+
+// FASTSEQ_LSTM_KERNEL=grid|cluster allows one of them, for measurements and tests; unset: the cluster where it fits.
+bool allowed(std::string_view kernel) {
+  const char* name = std::getenv("FASTSEQ_LSTM_KERNEL");
+  return !name || !*name || kernel == name;
+}
+
+LstmShape shape_of(const char* op,
+                   const Tensor& c0,
+                   const Tensor& weight_hh,
+                   int64_t steps,
+                   const OptionalTensor& lengths,
+                   bool reverse,
+                   bool tf32) {
+  check_rank(op, "c0", c0, 3, "(D, B, H)");
+  const int64_t D = c0.size(0), B = c0.size(1), H = c0.size(2);
+  const ScalarType dtype = c0.scalar_type();
+  STD_TORCH_CHECK(D == 1 || (D == 2 && !reverse), op, ": c0 must be of one direction, or two without reverse, got ", D);
+  check_like(op, "c0", c0, {D, B, H}, dtype, c0);
+  check_like(op, "weight_hh", weight_hh, {D, 4 * H, H}, dtype, c0);
+  check_like(op, "lengths", lengths, {B}, ScalarType::Long, c0);
+  return {.steps = steps,
+          .batch = B,
+          .directions = D,
+          .hidden = H,
+          .lengths = static_cast<const int64_t*>(read(lengths)),
+          .reverse = reverse,
+          .tf32 = tf32};
+}
+
+Tensor zeros(const Tensor& like, size_t bytes) {
+  Tensor t = empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  return torch::stable::zero_(t);
+}
+
+// A kernel that runs a recurrence forward or backward. P: its parameters.
+template <class P>
+struct Kernel {
+  const char* name;
+  std::optional<LstmPlan<P>> (*plan)(const LstmShape&, Type);
+};
+
+constexpr Kernel<LstmForwardParams> kForward[] = {{"cluster", plan_lstm_cluster_forward},
+                                                  {"grid", plan_lstm_grid_forward}};
+constexpr Kernel<LstmBackwardParams> kBackward[] = {{"cluster", plan_lstm_cluster_backward},
+                                                    {"grid", plan_lstm_grid_backward}};
+
+// Plan of the first kernel that is allowed and fits, or nothing.
+template <class P>
+std::optional<LstmPlan<P>> choose(const Kernel<P> (&kernels)[2], const LstmShape& s, Type type) {
+  for (const Kernel<P>& kernel : kernels) {
+    if (!allowed(kernel.name)) continue;
+    if (auto plan = kernel.plan(s, type)) return plan;
+  }
+  return {};
+}
+
+template <class P>
+void run(const char* op, const Kernel<P> (&kernels)[2], P& p, Type type, const Tensor& like, Stream stream) {
+  const LstmShape& s = p.shape;
+  const std::optional<LstmPlan<P>> plan = choose(kernels, s, type);
+  STD_TORCH_CHECK(plan, op, ": no CUDA kernel fits batch ", s.batch, ", hidden size ", s.hidden, ", ", s.directions,
+                  " direction(s) on this device; use backend='torch' or 'triton'");
+  Tensor workspace = zeros(like, plan->workspace);
+  p.workspace = write(workspace);
+  check_launch(op, plan->launch(p, stream));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence_forward_cuda(Tensor gates,
+                                                                                Tensor h0,
+                                                                                Tensor c0,
+                                                                                Tensor weight_hh,
+                                                                                OptionalTensor lengths,
+                                                                                bool reverse,
+                                                                                bool tf32,
+                                                                                bool need_activations,
+                                                                                bool need_cell_states) {
+  const char* op = "lstm_recurrence_forward";
+  check_rank(op, "gates", gates, 3, "(T, B, D * 4H)");
+  const int64_t T = gates.size(0);
+  const LstmShape s = shape_of(op, c0, weight_hh, T, lengths, reverse, tf32);
+  const int64_t D = s.directions, B = s.batch, H = s.hidden;
+  const ScalarType dtype = c0.scalar_type();
+  const Type type = type_of(op, dtype, false);
+  weight_hh = with_aligned_rows(weight_hh);
+  check_like(op, "gates", gates, {T, B, D * 4 * H}, dtype, c0);
+  check_like(op, "h0", h0, {D, B, H}, dtype, c0);
+  h0 = with_aligned_rows(h0);
+
+  const OnDeviceOf device(c0);
+  Tensor output = empty(c0, {T, B, D * H}, dtype), h_n = empty(c0, {D, B, H}, dtype), c_n = empty(c0, {D, B, H}, dtype);
+  Tensor activations = empty(c0, need_activations ? Shape{T, B, D * 4 * H} : Shape{0}, dtype);
+  Tensor cell_states = empty(c0, need_cell_states ? Shape{T, B, D * H} : Shape{0}, ScalarType::Float);
+  LstmForwardParams p{.shape = s,
+                      .gates = read(gates),
+                      .h0 = read(h0),
+                      .c0 = read(c0),
+                      .weight_hh = read(weight_hh),
+                      .output = write(output),
+                      .h_n = write(h_n),
+                      .c_n = write(c_n),
+                      .activations = write(activations),
+                      .cell_states = static_cast<float*>(write(cell_states)),
+                      .workspace = nullptr};
+  if (B * H == 0) return {output, h_n, c_n, activations, cell_states};
+
+  run(op, kForward, p, type, c0, device.stream());
+  return {output, h_n, c_n, activations, cell_states};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward_cuda(OptionalTensor grad_output,
+                                                                 OptionalTensor grad_h_n,
+                                                                 OptionalTensor grad_c_n,
+                                                                 OptionalTensor grad_cell_states,
+                                                                 Tensor activations,
+                                                                 Tensor cell_states,
+                                                                 Tensor c0,
+                                                                 Tensor weight_hh,
+                                                                 OptionalTensor lengths,
+                                                                 bool reverse,
+                                                                 bool tf32) {
+  const char* op = "lstm_recurrence_backward";
+  check_rank(op, "activations", activations, 3, "(T, B, D * 4H)");
+  const int64_t T = activations.size(0);
+  const LstmShape s = shape_of(op, c0, weight_hh, T, lengths, reverse, tf32);
+  const int64_t D = s.directions, B = s.batch, H = s.hidden;
+  const ScalarType dtype = c0.scalar_type();
+  const Type type = type_of(op, dtype, false);
+  weight_hh = with_aligned_rows(weight_hh);
+  check_like(op, "activations", activations, {T, B, D * 4 * H}, dtype, c0);
+  check_like(op, "cell_states", cell_states, {T, B, D * H}, ScalarType::Float, c0);
+  check_like(op, "grad_output", grad_output, {T, B, D * H}, dtype, c0);
+  check_like(op, "grad_h_n", grad_h_n, {D, B, H}, dtype, c0);
+  check_like(op, "grad_c_n", grad_c_n, {D, B, H}, dtype, c0);
+  check_like(op, "grad_cell_states", grad_cell_states, {T, B, D * H}, dtype, c0);
+
+  const OnDeviceOf device(c0);
+  Tensor grad_gates = empty(c0, {T, B, D * 4 * H}, dtype);
+  Tensor grad_h0 = empty(c0, {D, B, H}, dtype), grad_c0 = empty(c0, {D, B, H}, dtype);
+  LstmBackwardParams p{.shape = s,
+                       .grad_output = read(grad_output),
+                       .grad_h_n = read(grad_h_n),
+                       .grad_c_n = read(grad_c_n),
+                       .grad_cell_states = read(grad_cell_states),
+                       .activations = read(activations),
+                       .cell_states = static_cast<const float*>(read(cell_states)),
+                       .c0 = read(c0),
+                       .weight_hh = read(weight_hh),
+                       .grad_gates = write(grad_gates),
+                       .grad_h0 = write(grad_h0),
+                       .grad_c0 = write(grad_c0),
+                       .workspace = nullptr};
+  if (B * H == 0) return {grad_gates, grad_h0, grad_c0};
+
+  run(op, kBackward, p, type, c0, device.stream());
+  return {grad_gates, grad_h0, grad_c0};
+}
+
+bool lstm_recurrence_fits_cuda(int64_t batch, int64_t directions, int64_t hidden, int64_t itemsize, bool tf32) {
+  const LstmShape s{.steps = 1,
+                    .batch = std::max<int64_t>(batch, 1),
+                    .directions = directions,
+                    .hidden = hidden,
+                    .lengths = nullptr,
+                    .reverse = false,
+                    .tf32 = tf32};
+  const Type type = itemsize == 2 ? Type::kBFloat16 : Type::kFloat;
+  return choose(kForward, s, type) && choose(kBackward, s, type);
+}
+
+}  // namespace
+}  // namespace fastseq::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_LIBRARY, FASTSEQ_DISPATCH, m) {
+  m.impl("lstm_recurrence_forward", TORCH_BOX(&fastseq::cuda::lstm_recurrence_forward_cuda));
+  m.impl("lstm_recurrence_backward", TORCH_BOX(&fastseq::cuda::lstm_recurrence_backward_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_LIBRARY, CompositeExplicitAutograd, m) {
+  m.impl("lstm_recurrence_fits", TORCH_BOX(&fastseq::cuda::lstm_recurrence_fits_cuda));
+}
