@@ -7,7 +7,8 @@ A mutation is a unified diff in tests/mutations/<area>/<name>.patch below a head
     --- a/fastseq/ops/lstm/reference.py
     ...
 
-``breaks`` says what is wrong; each ``tests`` line holds pytest arguments, and each must fail. Tests that cannot report
+``breaks`` says what is wrong; each ``tests`` line holds pytest arguments, after NAME=VALUE pairs of the environment if
+need be, and each must fail. Tests that cannot report
 the failure themselves are marked ``ends: hang`` or ``ends: crash``. One line of context per hunk is enough; line
 numbers may drift, and hunk sizes are recounted.
 

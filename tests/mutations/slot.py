@@ -71,18 +71,24 @@ class Slot:
             raise Broken(f"the copy does not compile:\n{(done.stdout + done.stderr)[-3000:]}")
 
     def test(self, selection: str, limit: float = LIMIT) -> str:
-        """Run pytest with these arguments -> "pass", "fail", "hang" or "crash"."""
+        """Run pytest -> "pass", "fail", "hang" or "crash". selection: its arguments, after any NAME=VALUE."""
         report = self.tree / "build/report.xml"
         report.parent.mkdir(exist_ok=True)
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"]
-        command += [f"--junitxml={report}", *shlex.split(selection)]
+        words = shlex.split(selection)
+        count = next(k for k, word in enumerate(words) if not re.match(r"[A-Z_]+=", word))
+        command += [f"--junitxml={report}", *words[count:]]
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("FASTSEQ_", "PYTEST", "TRITON_INTERPRET"))}
-        environment = kept | {
-            "PYTHONPATH": str(self.tree),
-            "PYTHONDONTWRITEBYTECODE": "1",  # Python compares a .pyc by seconds and size: too coarse here
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = (
+            kept
+            | dict(word.split("=", 1) for word in words[:count])
+            | {
+                "PYTHONPATH": str(self.tree),
+                "PYTHONDONTWRITEBYTECODE": "1",  # Python compares a .pyc by seconds and size: too coarse here
+                "OMP_NUM_THREADS": "1",
+            }
+        )
         with (self.tree / "build/output.txt").open("w+") as file:
             process = subprocess.Popen(
                 command, cwd=self.tree, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
