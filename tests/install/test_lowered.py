@@ -1,4 +1,4 @@
-"""The autocast and bfloat16 tests once more, with oneDNN as on a processor without AVX-512: it refuses 16-bit LSTMs."""
+"""Repeats the autocast and bfloat16 tests with oneDNN lowered to AVX2, where it refuses 16-bit LSTMs."""
 
 import os
 import subprocess

@@ -84,12 +84,12 @@ class Runner:
         """-> names by result. Mutations that compile share one slot; the others run beside them."""
         self.results: dict[str, list[str]] = {"killed": [], "SURVIVED": [], "broken": []}
         self.total = len(mutations)
-        compiled = [m for m in mutations if m.compiled]
-        for number in range(self.jobs):
+        compiled, plain = ([m for m in mutations if m.compiled == kind] for kind in (True, False))
+        for number in range(min(self.jobs, len(plain))):
             self.plain.put(self.prepared(f"plain-{number}"))
         with ThreadPoolExecutor(self.jobs) as pool:
             jobs = [pool.submit(self.compile_and_run, compiled)] if compiled else []
-            jobs += [pool.submit(self.run_plain, m) for m in mutations if not m.compiled]
+            jobs += [pool.submit(self.run_plain, m) for m in plain]
             for job in jobs:
                 job.result()
         return self.results
