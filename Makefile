@@ -14,7 +14,7 @@ TRITON ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),triton==3.
 TRITON_VERSIONS ?= 3.6.0 3.7.1
 DATA ?= data/cmudict
 RUN ?= runs/cmudict
-PYTEST_ARGS ?= -q -n logical --maxprocesses 8
+PYTEST_ARGS ?= -q -n logical --maxprocesses 8 --dist worksteal
 FUZZ_ARGS ?= --cases 500
 MUTATE_ARGS ?= --jobs 2
 

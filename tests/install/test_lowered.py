@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SUITES = (
     "nn/test_dropin.py",
     "nn/test_compile.py",
@@ -14,6 +16,7 @@ SUITES = (
 )
 
 
+@pytest.mark.slow
 def test_autocast_and_bfloat16_without_avx512():
     tests = Path(__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]

@@ -7,10 +7,9 @@ A mutation is a unified diff in tests/mutations/<area>/<name>.patch below a head
     --- a/fastseq/ops/lstm/reference.py
     ...
 
-``breaks`` says what is wrong; each ``tests`` line holds pytest arguments, after NAME=VALUE pairs of the environment if
-need be, and each must fail. Tests that cannot report
-the failure themselves are marked ``ends: hang`` or ``ends: crash``. One line of context per hunk is enough; line
-numbers may drift, and hunk sizes are recounted.
+``breaks`` says what is wrong. Each ``tests`` line holds pytest arguments, after NAME=VALUE pairs for the environment if
+need be; each must fail. ``ends: hang`` or ``ends: crash`` stands where the tests cannot report a failure. One line of
+context per hunk is enough; line numbers may drift, and hunk sizes are recounted.
 
 Results: killed (the tests failed), SURVIVED (they passed), broken (the patch does not apply, the copy does not
 compile, no test ran, or the tests fail without the bug as well). Exit code 1 unless all were killed.
@@ -18,6 +17,7 @@ compile, no test ran, or the tests fail without the bug as well). Exit code 1 un
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import queue
@@ -182,6 +182,18 @@ def digest(root: Path, files: list[str]) -> str:
     return total.hexdigest()
 
 
+@contextlib.contextmanager
+def alone(folder: Path):
+    """Hold the lock of the folder; a second run at the same time would plant into the same copies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another run uses {folder}; wait for its end") from None
+        yield
+
+
 def choose(mutations: list[Mutation], options: argparse.Namespace, root: Path) -> list[Mutation]:
     chosen = [m for m in mutations if fnmatch(m.name, options.only)]
     if options.sample is None or options.sample >= len(chosen):
@@ -217,7 +229,8 @@ def main(arguments: list[str] | None = None) -> int:
         for mutation in chosen:
             print(f"{mutation.name}: {mutation.breaks}", *mutation.tests, sep="\n    ")
         return 0
-    results = Runner(root, options.jobs).run(chosen)
+    with alone(root / "build/mutate"):
+        results = Runner(root, options.jobs).run(chosen)
     print(", ".join(f"{len(names)} {result}" for result, names in results.items()))
     for result in ("SURVIVED", "broken"):
         for name in sorted(results[result]):

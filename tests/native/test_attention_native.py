@@ -1,7 +1,6 @@
 """The compiled attention operators: accuracy, edge cases, padding, threads, prepared keys, refusals, fakes."""
 
 import math
-import os
 import re
 import subprocess
 import sys
@@ -550,14 +549,3 @@ def test_unsupported_names_the_missing_library(monkeypatch):
     monkeypatch.setattr(_native, "_module", None)
     monkeypatch.setattr(_native, "_error", ImportError("libtorch_cpu.so: undefined symbol"))
     assert "failed to load (libtorch_cpu.so: undefined symbol)" in native.unsupported(CALL)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
-def test_every_instruction_set_of_this_machine(isa):
-    environment = os.environ | {"FASTSEQ_CPU_ISA": isa}
-    command = [sys.executable, "-c", "from fastseq import _native; print(_native.build_info()['cpu'])"]
-    if subprocess.check_output(command, env=environment, text=True).strip() != isa:
-        pytest.skip(f"this machine has no {isa}")
-    subset = "as_accurate and (lengths or step_mask) or digits or cancel or (keys_change and float32) or nan-mask"
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider", "-k", subset]
-    subprocess.run(command, env=environment, check=True)

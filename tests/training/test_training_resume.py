@@ -262,6 +262,7 @@ def test_accumulated_batches_equal_the_double_batch(double_batch, tmp_path):
     torch.testing.assert_close(losses(tmp_path / "run"), losses(double_batch), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_double_batch(double_batch, tmp_path):
     """Compares loss curve and metrics, over `torchrun` and gloo."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -36,6 +36,7 @@ def run(*command, **environment) -> subprocess.CompletedProcess:
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", ["triton_lstm_cell.py", "triton_lstm.py", "triton_attention.py"])
 def test_in_the_interpreter(suite):
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist")
