@@ -100,7 +100,12 @@ class Runner:
         return slot
 
     def compile_and_run(self, mutations: list[Mutation]) -> None:
-        slot = self.prepared("compiled", compiled=True)
+        try:
+            slot = self.prepared("compiled", compiled=True)
+        except Broken as error:
+            for mutation in mutations:
+                self.report(mutation, "broken", f"without the bug: {error}", 0.0)
+            return
         for selection in sorted({selection for m in mutations for selection in m.tests}):
             with contextlib.suppress(Broken):  # kept in self.reasons, and counted per mutation
                 self.check_baseline(selection, slot)
@@ -123,12 +128,13 @@ class Runner:
         finally:
             for name in mutation.files:
                 slot.restore(name)
+        self.report(mutation, result, reason, time.monotonic() - start)
+
+    def report(self, mutation: Mutation, result: str, reason: str, seconds: float) -> None:
         with self.printing:
             self.results[result].append(mutation.name)
-            done = sum(map(len, self.results.values()))
-            print(
-                f"[{done:3}/{self.total}] {result:8} {mutation.name:44} {time.monotonic() - start:6.1f} s", flush=True
-            )
+            count = sum(map(len, self.results.values()))
+            print(f"[{count:3}/{self.total}] {result:8} {mutation.name:44} {seconds:6.1f} s", flush=True)
             if reason:
                 print("    " + reason.replace("\n", "\n    "), flush=True)
 
