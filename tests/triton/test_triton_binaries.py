@@ -6,6 +6,8 @@ the installed Triton: python tests/triton/test_triton_binaries.py
 
 import json
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -184,11 +186,38 @@ def test_lengths_and_batch_sizes_compile_nothing(H, dtype):
     assert kernels() == before
 
 
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """A Triton cache filled by ``fastseq warmup`` for H = 24, and the finished process."""
+    folder = tmp_path_factory.mktemp("cache")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FASTSEQ_", "PYTEST"))}
+    command = [sys.executable, "-m", "fastseq", "warmup", "--hidden-size", "24", "--dtype", "bf16", "--chip", "sm_90"]
+    environment = kept | {"TRITON_CACHE_DIR": str(folder)}
+    return folder, subprocess.run(command, env=environment, text=True, capture_output=True)
+
+
+def binaries(folder: Path) -> set[Path]:
+    return set(folder.rglob("*.cubin"))
+
+
+@pytest.mark.slow
+def test_warmup_compiles_into_the_cache(warm):
+    folder, process = warm
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("compiled for sm_90, H=24, bf16:")
+    names = {path.stem for path in binaries(folder)}
+    assert {"lstm_cell_forward_kernel", "lstm_sequence_backward_kernel", "attention_grad_scores_kernel"} <= names
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("H", [24, 264])
-def test_warmup_leaves_nothing_to_compile(H):
+def test_warmup_leaves_nothing_to_compile(H, warm, monkeypatch):
     """Training and decoding after ``fastseq warmup``: an encoder, a decoder, steps of cells, attention."""
-    chip = CHIPS["sm_90"]
+    folder = warm[0]
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    chip, before = CHIPS["sm_90"], binaries(folder)
     warmup(H, BF16, chip=chip.name)
+    assert H != 24 or binaries(folder) == before, "the cache of the command serves this process"
     before = {k.hash for k in compiled(chip)}
     encoder = fastseq.LSTM(H, H, bidirectional=True, dtype=BF16, backend="triton")
     decoder = fastseq.LSTM(H, H, dtype=BF16, backend="triton")
