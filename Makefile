@@ -1,11 +1,12 @@
 # make demo   train and evaluate on real data      make test   run the tests
 # make lint   check the style                      make clean  remove what make built (not data/ and runs/)
+# make mutate   plant the bugs of tests/mutations, one by one, in copies of the tree, and see the tests fail
 # make sanitize   random calls of the compiled operators under AddressSanitizer and UBSan
 # make latencies   compile benchmarks/latencies.cu for a machine that has a GPU but no nvcc
 # make triton-versions   the Triton tests on each version of Triton that a supported torch brings
 #
 # Variables: PYTHON, TORCH (a pip requirement; add an index with --index-url), TRITON (the same; empty for none),
-# TRITON_VERSIONS, DATA, RUN, PYTEST_ARGS, FUZZ_ARGS.
+# TRITON_VERSIONS, DATA, RUN, PYTEST_ARGS, FUZZ_ARGS, MUTATE_ARGS (--help lists them).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
@@ -13,8 +14,9 @@ TRITON ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),triton==3.
 TRITON_VERSIONS ?= 3.6.0 3.7.1
 DATA ?= data/cmudict
 RUN ?= runs/cmudict
-PYTEST_ARGS ?= -q -n logical --maxprocesses 8
+PYTEST_ARGS ?= -q -n logical --maxprocesses 8 --dist worksteal
 FUZZ_ARGS ?= --cases 500
+MUTATE_ARGS ?= --jobs 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +26,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/native/*.cpp tests/cuda/*/*.cpp tests/cuda/*/*.h benchmarks/*.cu)
 
-.PHONY: demo test lint sanitize triton-versions latencies clean
+.PHONY: demo test lint mutate sanitize triton-versions latencies clean
 
 demo: $(READY)
 	$(BIN)/fastseq data cmudict $(DATA)
@@ -38,6 +40,9 @@ lint: $(LINT_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(TEST_SOURCES)
+
+mutate: $(READY)
+	$(BIN)/python tests/mutations/run.py $(MUTATE_ARGS)
 
 # A second build of the operators, in build/sanitize. -O1: with -O3 it takes GCC ten times as long. The sanitizers' own
 # libraries must be loaded before everything else. Leaks are not looked for: Python itself frees little at its end.

@@ -1,4 +1,4 @@
-"""Shared by all tests: every test starts from the same seed, and memory that a kernel forgot to write is NaN."""
+"""Shared by all tests: each starts from the same seed; memory that a kernel does not write is NaN."""
 
 import os
 import signal
@@ -11,9 +11,14 @@ import torch
 from fastseq import dispatch
 
 
+def pytest_collection_modifyitems(items):
+    """Long tests first: none should start when the other workers are about to finish."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def interrupts():
-    """Ctrl-C interrupts, also where the tests are a job in the background, which a shell lets ignore it."""
+    """Restore Ctrl-C, which a shell lets background jobs ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -11,7 +11,11 @@ ops = torch.ops.fastseq
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ["full", "lengths", "packed"]
-DIRECTIONS = {"forward": (False,), "reverse": (True,), "both": (False, True)}  # which of them run backwards
+DIRECTIONS = {
+    "forward": (False,),
+    "reverse": (True,),
+    "both": (False, True),
+}  # True: backwards in time
 PER_STEP = (True, False, False, True)  # of the results output, h_n, c_n, cell states
 
 
@@ -21,7 +25,7 @@ def dtype_id(dtype):
 
 @contextlib.contextmanager
 def threads(count: int):
-    """That many threads inside, as many as before afterwards."""
+    """Use ``count`` threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -31,7 +35,7 @@ def threads(count: int):
 
 
 def loop(x, h0, c0, weight_ih, weight_hh, bias, lengths, backwards):
-    """One direction of the LSTM, a sequence and a step at a time: output, h_n, c_n, cell states. Differentiable.
+    """Run one direction, a sequence and a step at a time -> output, h_n, c_n, cell states. Differentiable.
 
     x (T, B, I); h0, c0 (B, H); bias (4H,); results (T, B, H) and (B, H).
     """
@@ -52,7 +56,7 @@ def loop(x, h0, c0, weight_ih, weight_hh, bias, lengths, backwards):
 
 
 def ragged(T, B, smallest):
-    """Lengths that contain the smallest and the largest value, in no order."""
+    """Return unsorted lengths that include the smallest and the largest value."""
     return torch.tensor([smallest + (5 * b + T - smallest) % (T - smallest + 1) for b in range(B)])
 
 
@@ -85,13 +89,13 @@ class Problem:
         return packed.data.contiguous(), packed.batch_sizes
 
     def pad(self, data):
-        """What an operator returned, per step -> (T, B, X)."""
+        """Pad per-step results of an operator -> (T, B, X)."""
         if self.layout != "packed":
             return data
         return pad_packed_sequence(PackedSequence(data, self.batch_sizes), total_length=self.x.size(0))[0]
 
     def arguments(self):
-        """input, h0, c0, weights."""
+        """Return input, h0, c0, weights."""
         return self.packed_x, self.h0, self.c0, self.weights
 
     def sizes(self):
@@ -105,7 +109,7 @@ class Problem:
         return ops.lstm_backward(*upstream, *self.arguments(), *saved, *self.sizes(), need_input, need_weights)
 
     def both(self):
-        """Everything that a forward and a backward return, with gradients of all results."""
+        """Return all results of a forward and a backward, with gradients of all results."""
         results = self.forward()
         output, h_n, c_n, activations, cells = results
         upstream = output, h_n, c_n, cells.to(self.dtype)
@@ -113,7 +117,7 @@ class Problem:
         return [*results, *grads[:3], *grads[3]]
 
     def loop(self, dtype):
-        """The loop in one dtype: output, h_n, c_n, cell states; and the leaves: input, h0, c0, weights."""
+        """Run the loop in one dtype -> (output, h_n, c_n, cell states), and the leaves input, h0, c0, weights."""
         leaves = [t.detach().to(dtype).requires_grad_() for t in (self.x, self.h0, self.c0, *self.weights)]
         x, h0, c0, *weights = leaves
         count = len(weights) // len(self.backwards)
@@ -127,7 +131,7 @@ class Problem:
 
 
 def check(problem: Problem) -> None:
-    """Results and all gradients of the operators against the loop in float64."""
+    """Compare results and all gradients of the operators with the loop in float64."""
     exact, exact_leaves = problem.loop(torch.float64)
     plain, plain_leaves = problem.loop(problem.dtype)
     output, h_n, c_n, activations, cells = problem.forward()

@@ -1,4 +1,4 @@
-"""What the tests of the training commands share: small runs on the toy corpus."""
+"""Small runs on the toy corpus, shared by the tests of the training commands."""
 
 import csv
 from pathlib import Path
@@ -25,7 +25,7 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 
 def refused(capsys, *arguments: str | Path) -> str:
-    """The one sentence that a command ends with."""
+    """Run a command that must fail; return its one sentence."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])

@@ -1,4 +1,4 @@
-"""Shared by the suites that run in Triton's interpreter: tests/test_triton.py starts them, TRITON_INTERPRET=1 set.
+"""Helpers of the suites in Triton's interpreter. tests/triton/test_triton.py starts them with TRITON_INTERPRET=1.
 
 An operation is a function of named tensors that returns named results. It is run by the kernels under test, by the
 float64 oracle and by torch in the same dtype, each with gradients of a loss in which every element has its own factor.
@@ -11,18 +11,18 @@ import triton_interpreter  # noqa: F401  repairs bfloat16
 
 from fastseq.testing.numerics import assert_all_accurate
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "start tests/test_triton.py: it runs this file in the interpreter"
-torch.use_deterministic_algorithms(True)  # memory of torch.empty and its kin is then filled with NaN
+assert os.environ.get("TRITON_INTERPRET") == "1", "run this file with TRITON_INTERPRET=1"
+torch.use_deterministic_algorithms(True)  # fills memory of torch.empty and its kin with NaN
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def draw(dtype, **shapes):
-    """Named leaves of standard normal values, rounded to ``dtype``; None stays None."""
+    """Draw named leaves from the standard normal distribution, rounded to ``dtype``; None stays None."""
     return {name: None if shape is None else torch.randn(shape).to(dtype) for name, shape in shapes.items()}
 
 
 def run(operation, tensors, dtype):
-    """-> (results, gradients), both by name."""
+    """Return results and gradients, both by name."""
     leaves = {n: None if t is None else t.detach().to(dtype).requires_grad_() for n, t in tensors.items()}
     results = operation(**leaves)
     generator = torch.Generator().manual_seed(1)
@@ -37,7 +37,7 @@ def run(operation, tensors, dtype):
 def check(kernels, oracle, tensors, dtype, baseline=None) -> None:
     """Outputs within 2 times, gradients within 3 times torch's own error (fastseq/testing/numerics.py).
 
-    ``tensors``: one draw of named tensors, or several where results are so small that torch's own error is luck.
+    ``tensors``: one draw of named tensors, or several where results are few and torch's own error varies by chance.
     """
     draws = tensors if isinstance(tensors, list) else [tensors]
     sides = ((kernels, dtype), (oracle, torch.float64), (baseline or oracle, dtype))

@@ -1,9 +1,11 @@
-"""The autocast and bfloat16 tests once more, with oneDNN as on a processor without AVX-512: it refuses 16-bit LSTMs."""
+"""Repeats the autocast and bfloat16 tests with oneDNN lowered to AVX2, where it refuses 16-bit LSTMs."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 SUITES = (
     "nn/test_dropin.py",
@@ -14,6 +16,7 @@ SUITES = (
 )
 
 
+@pytest.mark.slow
 def test_autocast_and_bfloat16_without_avx512():
     tests = Path(__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]

@@ -1,6 +1,7 @@
-"""Random calls of the native operators against float64: ``python tests/fuzz_native.py --cases 500 --seed 0``.
+"""Random calls of the native operators against float64: ``python tests/native/fuzz_native.py --cases 500 --seed 0``.
 
-Outputs and every gradient, through the public modules and ops. A case that fails is printed as a call that repeats it.
+Compares outputs and every gradient, through the public modules and ops. A failing case is printed as a call that
+repeats it.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from fastseq.ops.attention.api import prepare_keys
 from fastseq.ops.common import layout
 from fastseq.testing.numerics import assert_all_accurate, max_error
 
-OPS = {"lstm": 6, "cell": 1, "step": 1, "additive": 2, "dot": 1}  # and how often each is drawn
+OPS = {"lstm": 6, "cell": 1, "step": 1, "additive": 2, "dot": 1}  # op: relative frequency
 DTYPES = ("float32", "bfloat16", "float64", "float16")
 SIZES = (1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 64, 65, 70, 100, 128, 130, 200, 257)
 KEYS = (1, 2, 3, 15, 16, 17, 33, 64, 127, 128, 129, 200, 300)
@@ -29,8 +30,8 @@ BUDGET = 40_000_000  # multiply-adds of one case: about a tenth of a second
 class Case:
     """One call. T, B, I, H: steps, batch, input and hidden size; form: "full", "lengths" or "packed".
 
-    Of attention: T steps, S keys, sizes H of queries and keys and I of values; form: "none", "lengths", "mask" (one for
-    all steps) or "step_mask".
+    Attention: T steps, S keys, H the size of queries and keys, I the size of values; form: "none", "lengths", "mask"
+    (one for all steps) or "step_mask".
     """
 
     op: str  # of OPS
@@ -66,7 +67,7 @@ class Case:
 
 
 def draw(rng: random.Random, op: str, budget: int = BUDGET) -> Case:
-    """A case within the budget; small and awkward sizes are as likely as large ones."""
+    """Draw a case within the budget; small and awkward sizes are as likely as large ones."""
     seed = rng.randrange(10**6)
     attention = op in ("additive", "dot")
     forms = ("none", "lengths", "mask", "step_mask") if attention else ("full", "lengths", "packed")
@@ -98,14 +99,14 @@ def draw(rng: random.Random, op: str, budget: int = BUDGET) -> Case:
 
 
 def randn(*shape: int, strided: bool = False, dtype: torch.dtype) -> torch.Tensor:
-    """Normal values rounded to ``dtype``; ``strided``: every second element of something twice as large."""
+    """Draw normal values, rounded to ``dtype``; ``strided``: every second element of a tensor twice as large."""
     if not strided:
         return torch.randn(shape).to(dtype)
     return torch.randn([2 * n for n in shape]).to(dtype)[tuple(slice(None, None, 2) for _ in shape)]
 
 
 class Problem:
-    """The tensors of a case, ``leaves``, and how it is called with them."""
+    """The tensors of a case (``leaves``) and the call that takes them."""
 
     def __init__(self, case: Case):
         torch.manual_seed(case.seed)
@@ -122,7 +123,7 @@ class Problem:
         raise NotImplementedError
 
     def run(self, backend: str, dtype: torch.dtype) -> tuple[dict, dict]:
-        """Named results, and the gradients of all leaves for random gradients of all results."""
+        """Return named results, and the gradients of all leaves for random gradients of all results."""
         leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in self.leaves.items()}
         results = self.call(leaves, backend)
         generator = torch.Generator().manual_seed(self.case.seed)
@@ -243,10 +244,10 @@ def make_problem(case: Case) -> Problem:
 
 
 def check(case: Case) -> None:
-    """AssertionError unless the native backend is as accurate as torch's own kernels.
+    """Raise AssertionError unless the native backend is as accurate as torch's own kernels.
 
-    Torch's error in a few numbers is luck: a case that fails is drawn seven times more, and all draws are compared
-    together. What is wrong stays wrong.
+    Torch's own error in a few numbers varies by chance: a failing case is drawn seven more times, and all draws are
+    compared as one. A real fault fails again.
     """
     try:
         compare([case])
@@ -260,12 +261,12 @@ def compare(cases: list[Case]) -> None:
         [joined(part) for part in zip(*runs, strict=True)] for runs in zip(*draws, strict=True)
     )
     for kind, factor in ((0, 2.0), (1, 3.0)):
-        baseline = {name: _less_lucky([b[kind][name] for b in baselines], want) for name, want in oracle[kind].items()}
+        baseline = {name: _worse([b[kind][name] for b in baselines], want) for name, want in oracle[kind].items()}
         assert_all_accurate(native[kind], oracle[kind], baseline, factor=factor)
 
 
 def evaluate(case: Case) -> tuple[tuple[dict, dict], ...]:
-    """Results and gradients: native, in float64, and in torch's two ways."""
+    """Return results and gradients of native, of the float64 oracle, and of the torch and reference backends."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(case.threads)
@@ -279,25 +280,25 @@ def evaluate(case: Case) -> tuple[tuple[dict, dict], ...]:
 
 
 def joined(draws: tuple[dict, ...]) -> dict[str, torch.Tensor]:
-    """One result of several draws, as it is if there is one draw."""
+    """Concatenate each result of several draws; a single draw is returned unchanged."""
     if len(draws) == 1:
         return draws[0]
     return {name: torch.cat([draw[name].detach().flatten() for draw in draws]) for name in draws[0]}
 
 
-def _less_lucky(results: list[torch.Tensor], oracle: torch.Tensor) -> torch.Tensor:
-    """Of torch's two ways to compute one thing, the vendor's kernel and op by op, the one that is further off.
+def _worse(results: list[torch.Tensor], oracle: torch.Tensor) -> torch.Tensor:
+    """Return the baseline with the larger error: oneDNN's kernel or torch op by op.
 
-    In one case of some hundreds the rounding errors of either happen to cancel.
+    In one case of some hundreds the rounding errors of either cancel by chance.
     """
     return max(results, key=lambda result: max_error(result, oracle))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=500, help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the cases (default: %(default)s)")
-    parser.add_argument("--op", choices=tuple(OPS), help="only this one (default: all)")
+    parser.add_argument("--cases", type=int, default=500, help="number of cases (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
+    parser.add_argument("--op", choices=tuple(OPS), help="draw this op only (default: all)")
     parser.add_argument("--library", type=Path, help="stop unless the compiled operators come from this folder")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first case that fails")
     args = parser.parse_args()
@@ -312,7 +313,8 @@ def main() -> int:
             check(case)
         except (AssertionError, RuntimeError) as error:
             failures += 1
-            print(f"\n{error}\ncd tests && python -c 'from fuzz_native import *; check({case!r})'".replace("'", '"'))
+            call = f"from fuzz_native import *; check({case!r})".replace("'", '"')
+            print(f"\n{error}\ncd tests/native && python -c '{call}'")
             if not args.keep_going:
                 break
     print(file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the compiled LSTM operators refuse and how, what they tell torch.compile, and what the native backend says."""
+"""The compiled LSTM operators: refusals, fakes for torch.compile, and the native backend's unsupported()."""
 
 import re
 
@@ -140,7 +140,7 @@ REFUSALS = {
 @pytest.mark.parametrize(
     ("backend", "call"), [(lstm_native, LSTM_CALL), (cell_native, CELL_CALL)], ids=["lstm", "cell"]
 )
-def test_backend_says_what_it_cannot_do(backend, call, change, sentence):
+def test_unsupported_names_the_limit(backend, call, change, sentence):
     assert backend.unsupported(call) is None
     assert re.search(sentence, backend.unsupported(call._replace(**change)))
 
@@ -152,7 +152,7 @@ def test_backend_has_no_projection():
 @pytest.mark.parametrize(
     ("backend", "call"), [(lstm_native, LSTM_CALL), (cell_native, CELL_CALL)], ids=["lstm", "cell"]
 )
-def test_backend_says_why_the_library_is_missing(backend, call, monkeypatch):
+def test_unsupported_names_the_missing_library(backend, call, monkeypatch):
     monkeypatch.setattr(_native, "_module", None)
     monkeypatch.setattr(_native, "_error", ImportError("libtorch_cpu.so: undefined symbol"))
     assert "failed to load (libtorch_cpu.so: undefined symbol)" in backend.unsupported(call)

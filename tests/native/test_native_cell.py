@@ -13,14 +13,14 @@ pytestmark = pytest.mark.skipif(not _native.available(), reason=f"{_native.why_n
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(("B", "H"), [(1, 1), (3, 63), (9, 257), (0, 4)])
 def test_cell_matches_torch(B, H, dtype):
-    draws = [cell_sides(B, H, dtype) for _ in range(32 if H < 100 else 1)]  # of few numbers torch may get all right
+    draws = [cell_sides(B, H, dtype) for _ in range(32 if H < 100 else 1)]  # torch may be exact in a few numbers
     sides = [[torch.stack(results) for results in zip(*side, strict=True)] for side in zip(*draws, strict=True)]
     assert_all_accurate(*({"h": h, "c_n": c_n} for h, c_n, *_ in sides))
     assert_all_accurate(*({"grad_gates": gates, "grad_c": c} for *_, gates, c in sides), factor=3)
 
 
 def cell_sides(B, H, dtype):
-    """One draw: h, c_n and the gradients of the kernel, of torch in float64 and of torch in the dtype."""
+    """Return h, c_n and the gradients for one draw: of the kernel, of torch in float64, of torch in the dtype."""
     gates, c = torch.randn(B, 4 * H).to(dtype), torch.randn(B, H).to(dtype)
     upstream = torch.randn(B, H).to(dtype), torch.randn(B, H).to(dtype)
 
@@ -40,7 +40,7 @@ def cell_sides(B, H, dtype):
 
 
 def activate(x):
-    """sigmoid(x) and tanh(x) as the float32 kernels compute them."""
+    """Compute sigmoid(x) and tanh(x) by the float32 kernels."""
     H = x.numel()
     gates = torch.cat((x, torch.zeros(H), x, torch.zeros(H))).unsqueeze(0)
     activations = ops.lstm_cell_forward(gates, torch.zeros(1, H))[2][0]

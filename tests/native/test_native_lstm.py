@@ -50,15 +50,15 @@ def test_every_path_matches_the_loop(dtype, path, layout, direction):
     check(Problem(*PATHS[path], layout, dtype, direction))
 
 
-# The tiles of a product are of one to six rows. Which ones depends on how the work was shared out, also on whether a
-# thread came late, so no bit may.
+# A product runs in tiles of one to six rows. Their heights depend on how threads divide the work, and on descheduled
+# threads, so no bit of a result may depend on them.
 @pytest.mark.parametrize(
     ("T", "batches"),
     [(1, range(1, 8)), (128, range(1, 5)), (32, range(5, 14))],
     ids=["rows of W in place", "rows of W_hh in place, W_ih packed", "panels"],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_rows_beside_change_nothing(dtype, T, batches):
+def test_other_rows_of_the_batch_change_nothing(dtype, T, batches):
     widest = Problem(T, batches[-1], 40, 130, dtype=dtype)
     upstream = torch.randn(T, batches[-1], 130).to(dtype)
 
@@ -90,7 +90,7 @@ def test_random_calls(op):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_padding_is_exactly_zero(dtype, direction):
     problem = Problem(5, 6, 2, 3, "lengths", dtype, direction)
-    problem.x[torch.arange(5).unsqueeze(1) >= problem.lengths] = torch.nan  # and reaches nothing
+    problem.x[torch.arange(5).unsqueeze(1) >= problem.lengths] = torch.nan  # must reach no result
     output, h_n, c_n, activations, cells = problem.forward()
     past = torch.arange(5).unsqueeze(1) >= problem.lengths
     grads = problem.backward((torch.ones_like(output), None, None, None), (activations, cells))
@@ -212,8 +212,8 @@ def test_denormal_cell_states(B):
 
 @pytest.mark.parametrize("B", [2, 6])
 @pytest.mark.parametrize("count", [1, 2])
-def test_gradients_fade_to_zero_without_denormals_on_the_way(B, count):
-    """An operation on a denormal number takes up to 150 cycles: a backward over many steps took 50 times as long."""
+def test_fading_gradients_contain_no_denormals(B, count):
+    """An operation on denormals takes up to 150 cycles, which made a backward over many steps 50 times slower."""
     problem = Problem(200, B, 9, 17)
     with threads(count):
         output, h_n, c_n, activations, cells = problem.forward()
@@ -230,7 +230,7 @@ def test_gradients_fade_to_zero_without_denormals_on_the_way(B, count):
 
 
 def test_results_outlive_later_calls():
-    problem = Problem(50, 8, 40, 64, direction="both")  # larger than what malloc would keep apart
+    problem = Problem(50, 8, 40, 64, direction="both")  # large enough for the pool
     kept = problem.both()
     copies = [t.clone() for t in kept]
     for _ in range(3):

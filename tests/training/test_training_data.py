@@ -15,7 +15,7 @@ TOY = Path(__file__).parents[1] / "cases/toy"
 
 
 def reversal_lines() -> list[str]:
-    """The rule behind tests/toy: 200 different words over five letters, each with its letters in reverse order."""
+    """Make the toy corpus: 200 different words over five letters, each with its letters in reverse order."""
     rng = random.Random(0)
     words: list[str] = []
     while len(words) < 200:
@@ -128,14 +128,14 @@ def test_cut_by_tokens():
 
 
 def random_sides(n: int = 97) -> tuple[Sequences, Sequences]:
-    """Sources whose first token is their number, and targets."""
+    """Draw sources whose first token is their number, and targets."""
     rng = random.Random(1)
     sources = Sequences([[100 + i] + [9] * rng.randint(0, 11) + [EOS] for i in range(n)])
     return sources, Sequences([[8] * rng.randint(1, 14) + [EOS] for _ in range(n)])
 
 
 def ids(batch) -> list[int]:
-    """Numbers of the examples in a batch."""
+    """Return the numbers of the examples in a batch."""
     return [int(first) - 100 for first in batch.source[:, 0] if first >= 100]
 
 
@@ -179,7 +179,7 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (1, 2), (3, 2)])
 def test_processes_share_what_one_would_take(world_size, accumulate):
-    """Also where an update has fewer examples than shares: one source is longer than the whole budget."""
+    """Includes an update with fewer examples than shares: one source is longer than the whole budget."""
     source, target = random_sides()
     source = Sequences(
         [*(row[:n].tolist() for row, n in zip(*source.padded(torch.arange(96)), strict=True)), [196] * 99]

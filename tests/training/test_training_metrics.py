@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand."""
+"""Metrics against values computed on paper."""
 
 import pytest
 

@@ -32,7 +32,7 @@ def barely_trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(barely_trained, tmp_path) -> Path:
-    """A copy of that run, to be spoilt."""
+    """A copy of that run, for a test to damage."""
     return Path(shutil.copytree(barely_trained, tmp_path / "copy"))
 
 
@@ -217,7 +217,7 @@ def test_a_library_error_of_the_tokenizer_is_a_sentence(tmp_path):
 
 
 def stopped(*arguments: str | Path) -> int:
-    """Exit code of a command that ends by itself."""
+    """Return the exit code of a command that ends by itself."""
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
     return stop.value.code

@@ -1,4 +1,4 @@
-"""Interrupted training, a full disk, and one update shared out over batches and processes."""
+"""Interrupted training, a full disk, and updates divided among batches and processes."""
 
 import errno
 import os
@@ -120,7 +120,7 @@ class TestResume:
         assert short[8:] == long[8:]
         assert float(short[8]) > 1e-4
 
-    def test_a_finished_run_says_so(self, tmp_path, capsys):
+    def test_resuming_a_finished_run_is_reported(self, tmp_path, capsys):
         run = tmp_path / "run"
         train(run, "--trainer.max_epochs", "9", "--trainer.patience", "1", "--optim.lr", "0")
         before = (run / "checkpoints" / "last.ckpt").read_bytes()
@@ -174,7 +174,7 @@ class TestResume:
 
 
 class FullDisk:
-    """A file that takes half of what is written."""
+    """A file that accepts half of the bytes written to it."""
 
     def __init__(self, file) -> None:
         self.file = file
@@ -262,8 +262,9 @@ def test_accumulated_batches_equal_the_double_batch(double_batch, tmp_path):
     torch.testing.assert_close(losses(tmp_path / "run"), losses(double_batch), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_double_batch(double_batch, tmp_path):
-    """Loss curve and metrics, over `torchrun` and gloo."""
+    """Compares loss curve and metrics, over `torchrun` and gloo."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, "-m", "fastseq", "train", *SMALL, *HALF, "--run_dir", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -20,7 +20,7 @@ from fastseq.training.task import learning_rate_factor
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """A run that has learnt to reverse."""
+    """A run trained until it reverses words."""
     run = tmp_path_factory.mktemp("runs") / "reversal"
     train(run, "--trainer.max_epochs", "40", "--model.embedding_dim", "32", "--model.hidden_size", "64")
     return run
@@ -28,7 +28,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(trained, tmp_path) -> Path:
-    """A copy of that run, to be spoilt."""
+    """A copy of that run, for a test to damage."""
     return Path(shutil.copytree(trained, tmp_path / "copy"))
 
 
@@ -159,7 +159,7 @@ def two_epochs(tmp_path_factory) -> list[dict[str, str]]:
         *("--trainer.accumulate=2", "--trainer.log_every=2", "--data.valid_sentences=3", "--data.text_metrics=true"),
     ],
 )
-def test_every_option_is_alive(two_epochs, tmp_path, option):
+def test_every_option_has_an_effect(two_epochs, tmp_path, option):
     train(tmp_path / "run", "--trainer.max_epochs", "2", option)
     assert rows(tmp_path / "run") != two_epochs
 

@@ -1,4 +1,4 @@
-"""What the compiler made of kernels, read from machine code for NVIDIA GPUs: no GPU, no driver."""
+"""Registers, memory and instructions of kernels, read from machine code for NVIDIA GPUs. Needs no GPU, no driver."""
 
 import collections
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-INSTRUCTIONS = {  # what is counted: a pattern of its mnemonics
+INSTRUCTIONS = {  # kind: pattern of its mnemonics
     "mma": r"HMMA\b",
     "wgmma": r"HGMMA\b",
     "tcgen05": r"UTC\w*MMA\b",
@@ -22,15 +22,15 @@ _MNEMONIC = re.compile(r"^ +/\*[0-9a-f]+\*/ +(?:@\S+ +)?([A-Z][\w.]*)", re.MULTI
 
 
 def tool(name: str, *arguments) -> str:
-    """Output of one of the tools that come with Triton."""
+    """Run a tool that comes with Triton; return its output."""
     return subprocess.run([TOOLS / name, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
 
 
 def kernels(path: Path | str, architecture: int | None = None) -> dict[str, dict[str, int]]:
-    """Of each kernel in a cubin or object, by its mangled name: registers of a thread, bytes of stack, local and static
-    shared memory, and how many INSTRUCTIONS of each kind it has.
+    """Read each kernel of a cubin or object, by mangled name: registers per thread, bytes of stack, local and static
+    shared memory, and the number of INSTRUCTIONS of each kind.
 
-    ``architecture``: the one to read of a file that has several.
+    architecture: selects one of a file with several.
     """
     only = ["-arch", f"sm_{architecture}"] if architecture else []
     usage = tool("cuobjdump", "--dump-resource-usage", *only, path)

@@ -1,6 +1,7 @@
-"""The triton backends: their suites in Triton's interpreter, what they refuse, when ``auto`` takes them, warm-up.
+"""The triton backends: their suites in Triton's interpreter, refusals, selection by ``auto``, warm-up.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, so that the suites (tests/triton_*.py) need their own process.
+Triton reads TRITON_INTERPRET when a kernel is defined, so each suite (triton_*.py) needs a process of its own. To run
+one directly: TRITON_INTERPRET=1 python -m pytest tests/triton/triton_lstm.py
 """
 
 import importlib.util
@@ -35,6 +36,7 @@ def run(*command, **environment) -> subprocess.CompletedProcess:
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", ["triton_lstm_cell.py", "triton_lstm.py", "triton_attention.py"])
 def test_in_the_interpreter(suite):
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist")
@@ -44,7 +46,7 @@ def test_in_the_interpreter(suite):
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """As if the machine had a GPU of compute capability 9.0, and triton."""
+    """Simulate a machine with triton and a GPU of compute capability 9.0."""
     runtime._unfit.cache_clear()
     monkeypatch.setattr(runtime, "_installed", lambda: True)
     monkeypatch.setattr(runtime, "_can_launch", lambda: True)
@@ -87,7 +89,7 @@ def test_a_projection_is_refused(a_gpu):
 
 
 def test_auto_on_cuda_without_compiled_kernels(a_gpu, monkeypatch):
-    """Before the reference, behind the vendor's kernel: nothing was measured yet."""
+    """Triton comes before the reference and after cuDNN: nothing has been measured yet."""
     monkeypatch.setattr(_native, "why_not_cuda", lambda index=None: "they were not built.")
     lstm, attention = CALLS["lstm"], CALLS["attention"]
     assert select("lstm", "auto", lstm) == "torch"
@@ -100,7 +102,7 @@ def test_auto_on_cuda_without_compiled_kernels(a_gpu, monkeypatch):
     assert select("attention", "auto", attention._replace(compiling=True)) == "reference"
     assert select("attention", "auto", attention._replace(device="cpu")) != "triton"
     for op, call in CALLS.items():
-        assert dispatch.objection(op, "triton", call) is None  # what `fastseq info` shows as yes
+        assert dispatch.objection(op, "triton", call) is None  # `fastseq info` shows yes
 
 
 @needs_triton
@@ -110,7 +112,7 @@ def test_tensors_on_the_cpu_are_refused_by_name():
 
 
 @needs_triton
-def test_asking_touches_neither_triton_nor_a_driver():
+def test_info_and_explain_touch_neither_triton_nor_a_driver():
     code = (
         "import sys, torch, fastseq; fastseq.info(); fastseq.explain(fastseq.LSTM(2, 3), torch.randn(2, 2, 2))\n"
         "assert 'triton' not in sys.modules\n"
@@ -160,16 +162,6 @@ def test_float32_products_follow_torchs_switch(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
     assert precision(torch.float32, chips["sm_90"]) == "tf32"
     assert precision(torch.float32, chips["gfx942"]) == precision(torch.bfloat16, chips["sm_90"]) == "ieee"
-
-
-@needs_triton
-def test_warmup_compiles_into_the_cache(tmp_path):
-    command = ("-m", "fastseq", "warmup", "--hidden-size", "16", "--dtype", "bf16", "--chip", "sm_80")
-    process = run(*command, TRITON_CACHE_DIR=str(tmp_path))
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("compiled for sm_80, H=16, bf16:")
-    names = {path.stem for path in tmp_path.rglob("*.cubin")}
-    assert {"lstm_cell_forward_kernel", "lstm_sequence_backward_kernel", "attention_grad_scores_kernel"} <= names
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -1,11 +1,13 @@
-"""Every Triton kernel compiled ahead of time for GPUs that are not there, as its launcher would compile it there.
+"""Every Triton kernel, compiled ahead of time through its launcher for GPUs that this machine need not have.
 
-tests/triton_table.json holds what the compiler made of them. After a change that is meant:
-python tests/test_triton_binaries.py, which writes it anew for the installed version of Triton.
+triton_table.json holds registers, memory and instructions of the binaries. After an intended change, renew its rows of
+the installed Triton: python tests/triton/test_triton_binaries.py
 """
 
 import json
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -77,7 +79,7 @@ NO_PRODUCT = ("lstm_cell_", "attention_additive_")  # kernels without tl.dot
 
 
 def build(case: str, target: str) -> dict[str, dict[str, int]]:
-    """Run the case for a chip: what became of each kernel that it launched, by name."""
+    """Run the case for a chip -> facts about each kernel that it launched, by name."""
     chip = CHIPS[target]
     with compiling_for(chip) as launches:
         CASES[case]()
@@ -89,7 +91,7 @@ def expected_of(case: str, target: str) -> dict[str, dict[str, int]] | None:
 
 
 def check_limits(name: str, found: dict[str, int], chip, case: str) -> None:
-    assert found["spilled"] == 0, f"{name} keeps values in memory: {found}"
+    assert found["spilled"] == 0, f"{name} spills registers: {found}"
     assert found["shared"] <= chip.shared_memory, f"{name} needs more shared memory than {chip}: {found}"
     if chip.is_nvidia:
         assert found["registers"] * found["threads"] <= 65536, f"{name}: one program exceeds the register file: {found}"
@@ -107,8 +109,8 @@ def check_limits(name: str, found: dict[str, int], chip, case: str) -> None:
 def check_growth(name: str, found: dict[str, int], expected: dict[str, int], case: str) -> None:
     for what in ("registers", "shared"):
         assert found[what] <= 1.1 * expected[what], (
-            f"{name}, {case}: {what} grew from {expected[what]} to {found[what]}, more than 10 %; if that is meant, "
-            "write the table anew: python tests/test_triton_binaries.py"
+            f"{name}, {case}: {what} grew from {expected[what]} to {found[what]}, more than 10 %; if that is intended, "
+            "write the table anew: python tests/triton/test_triton_binaries.py"
         )
     for what in ("mma", "wgmma", "tcgen05", "mfma", "wide_loads"):
         assert bool(found.get(what)) == bool(expected.get(what)), f"{name}, {case}: {what} was {expected}, is {found}"
@@ -122,7 +124,9 @@ def test_fits_the_chip_and_the_table(case, target):
     for name, kernel in found.items():
         check_limits(name, kernel, CHIPS[target], case)
     if expected is None:
-        warnings.warn(f"tests/triton_table.json has no row for Triton {triton.__version__}, {case}", stacklevel=1)
+        warnings.warn(
+            f"tests/triton/triton_table.json has no row for Triton {triton.__version__}, {case}", stacklevel=1
+        )
         return
     assert found.keys() == expected.keys()
     for name, kernel in found.items():
@@ -132,7 +136,7 @@ def test_fits_the_chip_and_the_table(case, target):
 @pytest.mark.parametrize("case", ["lstm 1024 bfloat16", "lstm 1024 float32"])
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_large_products_take_the_widest_instruction_that_can_be_trusted(case, target):
-    """wgmma on Hopper from Triton 3.7.1 on; else the products of a warp. See _wide_products_work."""
+    """wgmma on Hopper from Triton 3.7.1 on, else mma. See _wide_products_work."""
     trusted = target == "sm_90" and triton.__version__ != "3.6.0"
     for name, kernel in build(case, target).items():
         assert (kernel["wgmma"] > 0) == trusted, f"{name}: {kernel}"
@@ -142,7 +146,7 @@ def test_large_products_take_the_widest_instruction_that_can_be_trusted(case, ta
 
 @pytest.mark.parametrize("case", ["lstm 64 float32", "lstm 128 bfloat16"])
 def test_chips_with_little_shared_memory(case):
-    """99 KiB instead of 227: a launch that asks for more raises OutOfResources here as it would there."""
+    """99 KiB instead of 227: a launch that needs more raises OutOfResources, as on the GPU itself."""
     for name, kernel in build(case, "sm_89").items():
         check_limits(name, kernel, CHIPS["sm_89"], case)
 
@@ -182,11 +186,38 @@ def test_lengths_and_batch_sizes_compile_nothing(H, dtype):
     assert kernels() == before
 
 
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """A Triton cache filled by ``fastseq warmup`` for H = 24, and the finished process."""
+    folder = tmp_path_factory.mktemp("cache")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FASTSEQ_", "PYTEST"))}
+    command = [sys.executable, "-m", "fastseq", "warmup", "--hidden-size", "24", "--dtype", "bf16", "--chip", "sm_90"]
+    environment = kept | {"TRITON_CACHE_DIR": str(folder)}
+    return folder, subprocess.run(command, env=environment, text=True, capture_output=True)
+
+
+def binaries(folder: Path) -> set[Path]:
+    return set(folder.rglob("*.cubin"))
+
+
+@pytest.mark.slow
+def test_warmup_compiles_into_the_cache(warm):
+    folder, process = warm
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("compiled for sm_90, H=24, bf16:")
+    names = {path.stem for path in binaries(folder)}
+    assert {"lstm_cell_forward_kernel", "lstm_sequence_backward_kernel", "attention_grad_scores_kernel"} <= names
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("H", [24, 264])
-def test_warmup_leaves_nothing_to_compile(H):
+def test_warmup_leaves_nothing_to_compile(H, warm, monkeypatch):
     """Training and decoding after ``fastseq warmup``: an encoder, a decoder, steps of cells, attention."""
-    chip = CHIPS["sm_90"]
+    folder = warm[0]
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    chip, before = CHIPS["sm_90"], binaries(folder)
     warmup(H, BF16, chip=chip.name)
+    assert H != 24 or binaries(folder) == before, "the cache of the command serves this process"
     before = {k.hash for k in compiled(chip)}
     encoder = fastseq.LSTM(H, H, bidirectional=True, dtype=BF16, backend="triton")
     decoder = fastseq.LSTM(H, H, dtype=BF16, backend="triton")
@@ -212,7 +243,7 @@ def test_warmup_leaves_nothing_to_compile(H):
 
 
 def write_table() -> None:
-    """A line for each case and chip."""
+    """Write one line per case and chip."""
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     table[triton.__version__] = {f"{case} {target}": build(case, target) for case in CASES for target in TARGETS}
     versions = (

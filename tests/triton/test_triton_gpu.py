@@ -1,4 +1,4 @@
-"""The triton backends on a GPU: parity with the reference, CUDA graphs, no waiting for the device."""
+"""The triton backends on a GPU: accuracy against the reference, CUDA graphs, no synchronisation with the device."""
 
 import importlib.util
 from functools import partial
@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def lstm(T, B, H, dtype=torch.float32):
-    """input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh and lengths, on the GPU."""
+    """Draw input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh and lengths on the GPU."""
     sentence = objection("lstm", "triton", LSTMCall("cuda", dtype, H, H, batch=B, steps=T))
     if sentence is not None:
         pytest.skip(sentence)
@@ -54,7 +54,7 @@ def test_lstm(H, dtype, reverse):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("H", [128, 512, 1024, 2048])
 def test_the_same_bits_every_time(H, dtype):
-    """A copy that is read before it has arrived is seen here, if anywhere."""
+    """Shows an asynchronous copy that is read before it has arrived."""
     tensors, lengths = lstm(48, 130, H, dtype)
     expected = run("triton", tensors, lengths)
     for _ in range(20):
@@ -77,7 +77,7 @@ def test_lstm_is_captured_in_a_graph(H):
 
 
 @pytest.mark.parametrize("H", [64, 512])
-def test_nothing_waits_for_the_device(H):
+def test_a_call_never_synchronises_with_the_device(H):
     tensors, lengths = lstm(5, 8, H)
     run("triton", tensors, lengths)
     torch.cuda.set_sync_debug_mode("error")

@@ -28,7 +28,7 @@ def tensors(score, dtype, B=3, T=4, S=5, A=6, D=7):
 
 
 def check_attention(score, found, dtype, **options):
-    """The yardstick is torch's own kernels, op by op."""
+    """Compare with torch op by op as the baseline."""
     check(*(attention(b, score, **options) for b in ("triton", "reference")), found, dtype,
           baseline=attention("torch", score, **options))  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_padding_may_hold_anything(score):
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
 def test_a_nan_that_is_attended_to_reaches_its_sentence_and_no_other(score):
-    """Also where later blocks of positions have none."""
+    """Includes a NaN before blocks of positions without one."""
     given = tensors(score, torch.float32, S=70)
     given["keys"][1, 3] = float("nan")
     for result in attention("triton", score, lengths=torch.tensor([70, 70, 3]))(**given).values():
@@ -88,7 +88,7 @@ def test_a_nan_that_is_attended_to_reaches_its_sentence_and_no_other(score):
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
 def test_large_scores(score):
-    """Without the running maximum exp overflows."""
+    """Overflows exp unless the running maximum is subtracted."""
     found = [tensors(score, torch.float32, S=40) for _ in range(5)]
     for case in found:
         case["query" if score == "dot" else "weight"] *= 100
@@ -103,7 +103,7 @@ def test_one_result_in_the_loss(score, wanted):
 
     found = tensors(score, torch.float32)
     if wanted == "weights":
-        del found["values"]  # they are the keys then, and take part
+        del found["values"]  # the keys serve as values and get a gradient
     check(only("triton"), only("reference"), found, torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""What the compiler made of a Triton kernel, read from its binary: no GPU, no driver."""
+"""Registers, memory and instructions of a compiled Triton kernel, read from its binary. Needs no GPU, no driver."""
 
 import re
 import tempfile
@@ -7,8 +7,8 @@ import nvidia_binaries
 
 
 def facts(kernel, chip) -> dict[str, int]:
-    """Of a CompiledKernel: registers of a thread, spilled (memory accesses or bytes), shared memory in bytes, threads,
-    tensor-core instructions, loads of 16 bytes a thread."""
+    """Read a CompiledKernel: registers per thread, spilled (memory accesses or bytes), shared memory in bytes, threads,
+    tensor-core instructions, loads of 16 bytes per thread."""
     found = _nvidia(kernel.asm["cubin"]) if chip.is_nvidia else _amd(kernel.asm["amdgcn"])
     return found | {"shared": kernel.metadata.shared, "threads": kernel.metadata.num_warps * chip.lanes}
 
@@ -29,7 +29,7 @@ def _amd(code: str) -> dict[str, int]:
 
     return {
         "registers": field("vgpr_count"),
-        # Scalar registers may be parked in vector registers (sgpr_spill_count): that is no memory.
+        # Scalar registers spilled to vector registers (sgpr_spill_count) cost no memory access.
         "spilled": field("vgpr_spill_count") + field("private_segment_fixed_size"),
         "mfma": _count(r"\bv_mfma", code),
         "wide_loads": _count(r"\b(global|buffer)_load_dwordx4\b", code),

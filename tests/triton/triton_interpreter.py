@@ -22,7 +22,7 @@ def _to_float32(handle):
 
 
 def _to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """Round to nearest even, as GPUs do; the interpreter cuts off."""
+    """Round to nearest even, as GPUs do; the interpreter truncates."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)

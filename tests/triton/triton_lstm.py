@@ -15,7 +15,7 @@ configure = backend.configure
 
 @pytest.fixture(autouse=True)
 def _fewer_programs(monkeypatch):
-    """Larger blocks where a launch runs one step: the interpreter's time goes by programs, not by elements."""
+    """Enlarge the blocks of the step kernels: interpreter time grows with programs, not with elements."""
 
     def coarse(*args, **kwargs):
         config = configure(*args, **kwargs)
@@ -32,7 +32,7 @@ def lstm(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, *, backend, cell
 
 
 def tensors(dtype, T, B, H, I=3, bias=True, rows=None):  # noqa: E741
-    """Weights of the size that nn.LSTM draws; ``rows`` for packed input."""
+    """Draw leaves, weights scaled as in nn.LSTM. rows: of packed input."""
     found = draw(
         dtype, input=(T, B, I) if rows is None else (rows, I), h0=(B, H), c0=(B, H), weight_ih=(4 * H, I),
         weight_hh=(4 * H, H), bias_ih=(4 * H,) if bias else None, bias_hh=(4 * H,) if bias else None,
@@ -43,7 +43,7 @@ def tensors(dtype, T, B, H, I=3, bias=True, rows=None):  # noqa: E741
 
 
 def check_lstm(found, dtype, own="torch", **options):
-    """The yardstick is torch's own LSTM, or the reference where that one cannot return what is asked for."""
+    """Compare with torch's own LSTM as the baseline, or with the reference where torch lacks a requested result."""
     check(*(partial(lstm, backend=b, **options) for b in ("triton", "reference")), found, dtype,
           baseline=partial(lstm, backend=own, **options))  # fmt: skip
 
@@ -125,7 +125,7 @@ def test_an_empty_batch(H):
 
 @pytest.mark.parametrize("H", [4, 129])
 def test_results_are_the_callers_own(H):
-    """Changing results in place changes no gradient."""
+    """Results changed in place change no gradient."""
     found = {n: t.requires_grad_() for n, t in tensors(torch.float32, 3, 2, H).items()}
     grads = []
     for spoil in (False, True):
@@ -143,7 +143,7 @@ def test_results_are_the_callers_own(H):
     ("H", "dtype"), [(20, torch.float32), (20, torch.bfloat16), (512, torch.float32), (1024, torch.bfloat16)], ids=str
 )
 def test_every_configuration_computes_the_same(name, H, dtype, monkeypatch):
-    """The blocks of other chips and of hidden sizes too large for the interpreter, on one small problem."""
+    """Runs a small problem in the blocks of other chips and of hidden sizes too large for the interpreter."""
     monkeypatch.setattr(backend, "configure", lambda *_, backward: configure(H, dtype, CHIPS[name], backward))
     check_lstm(tensors(torch.float32, 2, 3, 20), torch.float32, lengths=torch.tensor([2, 0, 1]))
 

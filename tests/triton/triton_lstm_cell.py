@@ -31,7 +31,7 @@ def test_uninitialised_memory_is_nan():
 def test_extreme_gates(scale):
     tensors = draw(torch.float32, gates=(4, 28), c=(4, 7))
     tensors["gates"] *= scale
-    tensors["gates"][0] = tensors["gates"][0].sign() * scale  # +-100: a careless tanh overflows
+    tensors["gates"][0] = tensors["gates"][0].sign() * scale  # +-100 overflows e^x in a naive tanh
     tensors["c"] *= scale
     check(kernels, oracle, tensors, torch.float32)
 

@@ -1,0 +1,248 @@
+"""Plant each bug of tests/mutations in a copy of the tree and check that the named tests fail: ``make mutate``.
+
+A mutation is a unified diff in tests/mutations/<area>/<name>.patch below a header of ``key: text`` lines:
+
+    breaks: gates i and f swapped in the reference LSTM
+    tests: tests/ops/test_lstm.py -k matches_torch
+    --- a/fastseq/ops/lstm/reference.py
+    ...
+
+``breaks`` says what is wrong. Each ``tests`` line holds pytest arguments, after NAME=VALUE pairs for the environment if
+need be; each must fail. ``ends: hang`` or ``ends: crash`` stands where the tests cannot report a failure. One line of
+context per hunk is enough; line numbers may drift, and hunk sizes are recounted.
+
+Results: killed (the tests failed), SURVIVED (they passed), broken (the patch does not apply, the copy does not
+compile, no test ran, or the tests fail without the bug as well). Exit code 1 unless all were killed.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import queue
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+from slot import LIMIT, Broken, Slot
+
+HANG = 60  # seconds after which a test run counts as hung, where the patch says ``ends: hang``
+
+
+class Mutation(NamedTuple):
+    """One planted bug. name: area/name; compiled: ``fastseq._C`` has to be built for it."""
+
+    name: str
+    patch: Path
+    breaks: str
+    tests: tuple[str, ...]
+    ends: str
+    files: tuple[str, ...]
+    compiled: bool
+
+
+def read(patch: Path, root: Path) -> Mutation:
+    header, _, diff = patch.read_text().partition("--- a/")
+    fields: dict[str, list[str]] = {"breaks": [], "tests": [], "ends": []}
+    for line in filter(None, header.splitlines()):
+        key, _, text = line.partition(": ")
+        if key not in fields or not text:
+            raise SystemExit(f"{patch}: expected 'breaks: ...', 'tests: ...' or 'ends: ...', got {line!r}")
+        fields[key].append(text)
+    files = tuple(re.findall(r"^\+\+\+ b/(\S+)", diff, re.MULTILINE))
+    ends = fields["ends"] or ["fail"]
+    if len(fields["breaks"]) != 1 or not fields["tests"] or not files or ends not in (["fail"], ["hang"], ["crash"]):
+        raise SystemExit(f"{patch}: needs one 'breaks', some 'tests', at most one 'ends' (hang or crash), and a diff")
+    compiled = any(name.startswith("csrc/") and not name.startswith("csrc/cuda/") for name in files)
+    name = str(patch.relative_to(root / "tests/mutations").with_suffix(""))
+    return Mutation(name, patch, fields["breaks"][0], tuple(fields["tests"]), ends[0], files, compiled)
+
+
+class Runner:
+    """Executes mutations in slots, each after its tests have passed once without the bug."""
+
+    def __init__(self, root: Path, jobs: int):
+        self.root, self.jobs = root, jobs
+        self.files = tracked(root)
+        self.hash = digest(root, self.files)
+        self.cache = root / "build/mutate/passed.json"  # pytest arguments: hash of the last tree they passed in
+        self.passed = json.loads(self.cache.read_text()) if self.cache.exists() else {}
+        self.reasons: dict[str, str] = {}  # pytest arguments: why they are no use, or ""
+        self.locks: dict[str, threading.Lock] = {}
+        self.printing = threading.Lock()
+        self.plain: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+
+    def run(self, mutations: list[Mutation]) -> dict[str, list[str]]:
+        """-> names by result. Mutations that compile share one slot; the others run beside them."""
+        self.results: dict[str, list[str]] = {"killed": [], "SURVIVED": [], "broken": []}
+        self.total = len(mutations)
+        compiled, plain = ([m for m in mutations if m.compiled == kind] for kind in (True, False))
+        for number in range(min(self.jobs, len(plain))):
+            self.plain.put(self.prepared(f"plain-{number}"))
+        with ThreadPoolExecutor(self.jobs) as pool:
+            jobs = [pool.submit(self.compile_and_run, compiled)] if compiled else []
+            jobs += [pool.submit(self.run_plain, m) for m in plain]
+            for job in jobs:
+                job.result()
+        return self.results
+
+    def prepared(self, name: str, compiled: bool = False) -> Slot:
+        slot = Slot(self.root, name, compiled)
+        slot.prepare(self.files)
+        return slot
+
+    def compile_and_run(self, mutations: list[Mutation]) -> None:
+        try:
+            slot = self.prepared("compiled", compiled=True)
+        except Broken as error:
+            for mutation in mutations:
+                self.report(mutation, "broken", f"without the bug: {error}", 0.0)
+            return
+        for selection in sorted({selection for m in mutations for selection in m.tests}):
+            with contextlib.suppress(Broken):  # kept in self.reasons, and counted per mutation
+                self.check_baseline(selection, slot)
+        for mutation in mutations:
+            self.execute(mutation, slot)
+
+    def run_plain(self, mutation: Mutation) -> None:
+        slot = self.plain.get()
+        try:
+            self.execute(mutation, slot)
+        finally:
+            self.plain.put(slot)
+
+    def execute(self, mutation: Mutation, slot: Slot) -> None:
+        start = time.monotonic()
+        try:
+            result, reason = self.judge(mutation, slot)
+        except Broken as error:
+            result, reason = "broken", str(error)
+        finally:
+            for name in mutation.files:
+                slot.restore(name)
+        self.report(mutation, result, reason, time.monotonic() - start)
+
+    def report(self, mutation: Mutation, result: str, reason: str, seconds: float) -> None:
+        with self.printing:
+            self.results[result].append(mutation.name)
+            count = sum(map(len, self.results.values()))
+            print(f"[{count:3}/{self.total}] {result:8} {mutation.name:44} {seconds:6.1f} s", flush=True)
+            if reason:
+                print("    " + reason.replace("\n", "\n    "), flush=True)
+
+    def judge(self, mutation: Mutation, slot: Slot) -> tuple[str, str]:
+        for selection in mutation.tests:
+            self.check_baseline(selection, slot)
+        slot.plant(mutation.patch, mutation.files)
+        if slot.compiled:
+            slot.build()
+        for selection in mutation.tests:
+            found = slot.test(selection, HANG if mutation.ends == "hang" else LIMIT)
+            if found == "pass":
+                return "SURVIVED", f"pytest {selection} passes. Planted: {mutation.breaks}"
+            if found != mutation.ends:
+                raise Broken(f"pytest {selection} ends in a {found}, expected a {mutation.ends}")
+        return "killed", ""
+
+    def check_baseline(self, selection: str, slot: Slot) -> None:
+        """Raise Broken unless these tests pass in a slot without a bug. They run once per state of the tree."""
+        key = f"compiled {selection}" if slot.compiled else selection
+        with self.locks.setdefault(key, threading.Lock()):
+            if key not in self.reasons:
+                self.reasons[key] = "" if self.passed.get(key) == self.hash else self.run_baseline(selection, slot)
+            if self.reasons[key]:
+                raise Broken(self.reasons[key])
+            with self.printing:
+                self.passed[key] = self.hash
+                self.cache.write_text(json.dumps(self.passed, indent=1))
+
+    def run_baseline(self, selection: str, slot: Slot) -> str:
+        try:
+            found = slot.test(selection)
+        except Broken as error:
+            return f"without the bug: {error}"
+        return "" if found == "pass" else f"without the bug, pytest {selection} ends in a {found}, too"
+
+
+def tracked(root: Path) -> list[str]:
+    """Files of the working tree that git tracks or would add."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
+    return sorted({name for name in names if name and (root / name).is_file()})
+
+
+def digest(root: Path, files: list[str]) -> str:
+    """A hash of all files but the patches."""
+    total = hashlib.sha256()
+    for name in files:
+        if not name.endswith(".patch"):
+            total.update(f"{name}\0".encode() + (root / name).read_bytes() + b"\0")
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def alone(folder: Path):
+    """Hold the lock of the folder; a second run at the same time would plant into the same copies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another run uses {folder}; wait for its end") from None
+        yield
+
+
+def choose(mutations: list[Mutation], options: argparse.Namespace, root: Path) -> list[Mutation]:
+    chosen = [m for m in mutations if fnmatch(m.name, options.only)]
+    if options.sample is None or options.sample >= len(chosen):
+        return chosen
+    seed = options.seed or subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=root, text=True).strip()
+    print(f"{options.sample} of {len(chosen)} mutations, drawn by {seed}", flush=True)
+    return sorted(random.Random(seed).sample(chosen, options.sample))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  run.py --list\n  run.py --only 'triton/*'\n  run.py --sample 10 --jobs 2",
+    )
+    parser.add_argument("--only", default="*", metavar="GLOB", help="mutations whose area/name matches (default: all)")
+    parser.add_argument("--sample", type=int, metavar="N", help="run N of them, drawn by --seed")
+    parser.add_argument("--seed", metavar="HASH", help="any text (default: the commit, git rev-parse HEAD)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutations at once (default: 1)")
+    parser.add_argument("--list", action="store_true", help="print the mutations and their tests, run nothing")
+    parser.add_argument("--root", type=Path, default=Path(__file__).parents[2], help="the tree (default: this one)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    root = options.root.resolve()
+    mutations = sorted(read(patch, root) for patch in (root / "tests/mutations").glob("*/*.patch"))
+    chosen = choose(mutations, options, root)
+    if not chosen:
+        raise SystemExit(f"no mutation in {root / 'tests/mutations'} matches {options.only!r}; see --list")
+    if options.list:
+        for mutation in chosen:
+            print(f"{mutation.name}: {mutation.breaks}", *mutation.tests, sep="\n    ")
+        return 0
+    with alone(root / "build/mutate"):
+        results = Runner(root, options.jobs).run(chosen)
+    print(", ".join(f"{len(names)} {result}" for result, names in results.items()))
+    for result in ("SURVIVED", "broken"):
+        for name in sorted(results[result]):
+            print(f"{result}: {name}")
+    return int(len(results["killed"]) < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
