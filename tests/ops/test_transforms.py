@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import serving_lstm
+from backends import serving_attention, serving_lstm
 from torch import nn
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
@@ -126,6 +126,38 @@ def test_a_cell_module(backend):
     actual = vmap(grad(loss(ours)), (None, 0))(parameters, x)
     each = [grad(loss(theirs))(parameters, one) for one in x]
     torch.testing.assert_close(actual, {name: torch.stack([g[name] for g in each]) for name in parameters})
+
+
+@pytest.mark.parametrize("backend", ["auto", *serving_attention(dtype=torch.float64)])
+@pytest.mark.parametrize("score", ["dot", "general", "additive", "normed_additive"])
+def test_attention(backend, score):
+    module, plain = (fastseq.Attention(4, 4, score=score, backend=name).double() for name in (backend, "reference"))
+    plain.load_state_dict(module.state_dict())
+    query, keys = draw(SAMPLES, 2, 3, 4), draw(SAMPLES, 2, 5, 4)
+    lengths = torch.tensor([5, 3])
+
+    def loss(module):
+        def of(parameters, query, keys):
+            context, weights = functional_call(
+                module, parameters, (query, keys), dict(lengths=lengths, need_weights=True)
+            )
+            return context.square().sum() + weights.square().sum()
+
+        return of
+
+    parameters = dict(module.named_parameters())
+    actual = vmap(grad(loss(module), argnums=(0, 1, 2)), (None, 0, 0))(parameters, query, keys)
+    for k in range(SAMPLES):
+        leaves = [query[k].clone().requires_grad_(), keys[k].clone().requires_grad_()]
+        wanted = [*plain.parameters(), *leaves]
+        expected = torch.autograd.grad(loss(plain)(dict(plain.named_parameters()), *leaves), wanted)
+        found = [*(actual[0][name][k] for name in parameters), actual[1][k], actual[2][k]]
+        torch.testing.assert_close(found, list(expected))
+    tangent = (query[0], keys[0])
+    of_module, of_plain = (lambda q, k, m=m: m(q, k, lengths=lengths)[0] for m in (module, plain))
+    torch.testing.assert_close(jvp(of_module, tangent, tangent), jvp(of_plain, tangent, tangent))
+    q = query[0].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: of_module(q, keys[0]), q, check_batched_grad=True)
 
 
 def test_torch_says_that_it_cannot_be_vmapped():

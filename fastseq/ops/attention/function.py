@@ -7,28 +7,41 @@ from fastseq.dispatch import implementation
 from fastseq.ops.attention import reference
 from fastseq.ops.attention.spec import CONTEXT, CONTEXT_AND_WEIGHTS, Grads, InputGrads, Inputs, Want
 from fastseq.ops.common.autocast import without_autocast
-from fastseq.ops.common.autograd import differentiable_backward, needs_function
+from fastseq.ops.common.autograd import (
+    differentiable_backward,
+    fold,
+    forward_mode,
+    needs_function,
+    one_by_one,
+    recompute,
+)
 
 TENSORS = len(Inputs._fields) - 1  # all fields but ``scale``
 
 
 class AttentionFunction(torch.autograd.Function):
-    """(backend, scale, need_weights, the tensors of ``Inputs``) -> context (B, T, D), weights (B, T, S) or None."""
+    """(backend, scale, need_weights, the tensors of ``Inputs``) -> context, weights or None, and the saved tensors."""
 
     @staticmethod
-    def forward(ctx, backend: str, scale: float, need_weights: bool, *tensors):
+    def forward(backend: str, scale: float, need_weights: bool, *tensors):
         module = implementation("attention", backend)
         context, weights, saved = module.forward(Inputs(*tensors, scale), Want(need_weights, backward=True))
-        ctx.backend, ctx.scale, ctx.need_weights = backend, scale, need_weights
-        ctx.save_for_backward(*tensors, *saved)
-        return context, weights
+        # No result is returned twice, and none is an input.
+        return context, weights, *(t.view_as(t) if t is weights or t is tensors[-1] else t for t in saved)
 
     @staticmethod
-    def backward(ctx, grad_context, grad_weights):
+    def setup_context(ctx, inputs, outputs):
+        ctx.backend, ctx.scale, ctx.need_weights, *tensors = inputs
+        saved = outputs[2:]
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(*tensors, *saved)
+
+    @staticmethod
+    def backward(ctx, grad_context, grad_weights, *_):
         inputs, saved = Inputs(*ctx.saved_tensors[:TENSORS], ctx.scale), ctx.saved_tensors[TENSORS:]
         needs, grads = InputGrads(*ctx.needs_input_grad[3:8]), Grads(grad_context, grad_weights)
         with without_autocast(grad_context.device.type):
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            if recompute(grads) and not torch.compiler.is_compiling():
 
                 def forward(*tensors):
                     return _plain_torch(Inputs(*tensors, *inputs[5:]), ctx.need_weights)
@@ -37,6 +50,18 @@ class AttentionFunction(torch.autograd.Function):
             else:
                 result = implementation("attention", ctx.backend).backward(inputs, saved, grads, needs)
         return None, None, None, *result, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        """Shared parameters: the samples are folded into the batch. Else one sample at a time."""
+        if in_dims[6] is not None or in_dims[7] is not None:  # v and b of the additive score
+            return one_by_one(lambda *given: AttentionFunction.apply(*given)[:2], in_dims, args, info.batch_size)
+        folded = list(args)
+        for k in (3, 4, 5, 8, 9, 10):  # query, keys, values, lengths, mask, prepared
+            folded[k] = None if args[k] is None else fold(args[k], in_dims[k], info.batch_size, 0)
+        results = AttentionFunction.apply(*folded)[:2]
+        unfolded = tuple(r if r is None else r.unflatten(0, (info.batch_size, -1)) for r in results)
+        return unfolded, tuple(r if r is None else 0 for r in results)
 
 
 def _plain_torch(inputs: Inputs, need_weights: bool) -> tuple[Tensor, Tensor | None]:
@@ -66,12 +91,12 @@ def apply(backend: str, inputs: Inputs, need_weights: bool) -> tuple[Tensor, Ten
     """
     module = implementation("attention", backend)
     with without_autocast(inputs.query.device.type):
-        if not hasattr(module, "forward"):  # torch differentiates it
-            return module.run(inputs, need_weights)
-        if module is reference and torch.compiler.is_compiling():  # the compiler differentiates it
+        if forward_mode() or (module is reference and torch.compiler.is_compiling()):  # torch differentiates it
             return _plain_torch(inputs, need_weights)
+        if hasattr(module, "run"):  # which torch differentiates, too
+            return module.run(inputs, need_weights)
         if needs_function(module, *inputs.differentiable()):
             tensors = _without_repeats(inputs).tensors()
-            return AttentionFunction.apply(backend, inputs.scale, need_weights, *tensors)
+            return AttentionFunction.apply(backend, inputs.scale, need_weights, *tensors)[:2]
         context, weights, _ = module.forward(inputs, CONTEXT_AND_WEIGHTS if need_weights else CONTEXT)
         return context, weights

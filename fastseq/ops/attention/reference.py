@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastseq.ops.attention.spec import Grads, InputGrads, Inputs, Result, Want
+from fastseq.ops.common.autograd import transformed
 from fastseq.ops.common.dtypes import accumulate_dtype
 
 PLAIN_TORCH = True  # a compiler differentiates it by itself
@@ -70,7 +71,7 @@ def _weighted_sum(p: Tensor, x: Tensor, allowed: Tensor | None) -> Tensor:
     """p (B, T, S) @ x (B, S, D), where 0 * NaN is 0 in the padding."""
     if allowed is None:
         return p @ x
-    if type(p) is Tensor and p.device.type == "cpu" and not torch.compiler.is_compiling():
+    if type(p) is Tensor and p.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()):
         # A search for NaN costs less than a copy of x without its padding.
         total = p @ x
         if not total.isnan().any():
