@@ -88,7 +88,7 @@ def generate(
     length_penalty: float = 1.0,
     length_penalty_type: str = "avg",
     no_repeat_ngram_size: int = 0,
-    early_stopping: bool | str = True,
+    early_stopping: bool | str = False,
     generate_unk: bool = True,
     output_attentions: bool = False,
     generator: torch.Generator | None = None,
@@ -118,9 +118,10 @@ def generate(
         length_penalty_type: "avg": ``length ** p``; "wu": ``((5 + length) / 6) ** p`` (Wu et al. 2016); "none": 1.
         no_repeat_ngram_size: no n-gram of this size occurs twice in a sequence (Paulus et al. 2018); 0: off. Where this
             and ``min_new_tokens`` together forbid every token, the sequence ends with eos.
-        early_stopping: when beam search is done with a sentence that has ``num_beams`` finished ones. True: at once.
-            False: when no beam has a better score at its present length than the worst of them. "never": when no beam
-            can become better than the worst of them at any length up to the limit.
+        early_stopping: when beam search is done with a sentence that has ``num_beams`` finished ones. False (default,
+            as in Hugging Face): when no beam has a better score at its present length than the worst of them. True: at
+            once, which may drop the best beam. "never": when no beam can become better than the worst of them at any
+            length up to the limit. The best score never falls from True to False to "never".
         generate_unk: False forbids the unknown token, ``config.unk_id``, as well.
         output_attentions: return the attention weights too.
         generator: source of random numbers for sampling, on the device of ``src``; default: torch's own.

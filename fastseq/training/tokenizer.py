@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -15,6 +16,7 @@ Kind = Literal["char", "whitespace", "bpe"]
 
 PAD, BOS, EOS, UNK = range(4)
 RESERVED = ("<pad>", "<bos>", "<eos>", "<unk>")
+_RESERVED_WORD = re.compile("|".join(RESERVED))
 
 
 def _untrained(kind: Kind) -> Tokenizer:
@@ -46,10 +48,13 @@ class TextTokenizer:
     def train(cls, kind: Kind, lines: Iterable[str], vocab_size: int) -> Self:
         """A tokenizer whose vocabulary comes from `lines`: at most `vocab_size` ids, the 4 reserved ones included."""
         tokenizer = _untrained(kind)
-        trainer = trainers.BpeTrainer if kind == "bpe" else trainers.WordLevelTrainer
-        tokenizer.train_from_iterator(
-            lines, trainer(special_tokens=list(RESERVED), vocab_size=vocab_size, show_progress=False)
-        )
+        options = {"special_tokens": list(RESERVED), "vocab_size": vocab_size, "show_progress": False}
+        if kind == "bpe":  # without a limit, every character of the data gets an id, however many there are
+            trainer = trainers.BpeTrainer(**options, limit_alphabet=max(vocab_size - len(RESERVED), 1))
+        else:
+            trainer = trainers.WordLevelTrainer(**options)
+        # A reserved word in the data would get a second id: it is no word to learn, and encode() reads it as unk.
+        tokenizer.train_from_iterator((_RESERVED_WORD.sub(" ", line) for line in lines), trainer)
         return cls(kind, tokenizer)
 
     @classmethod

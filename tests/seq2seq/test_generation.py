@@ -1,5 +1,6 @@
 """generate(): against brute force, against a slow beam search, and against the model's own step."""
 
+import inspect
 import math
 
 import pytest
@@ -90,6 +91,29 @@ def test_early_stopping_variants_differ():
     assert (best[False] >= best[True]).all()
     assert (best["never"] > best[False]).any()
     assert (best[False] > best[True]).any()
+
+
+def test_stopping_later_never_lowers_the_best_score():
+    """For 100 random models: True <= False <= "never" for every sentence and width, and "never" finds the optimum."""
+    limit, everything = 3, 27 + 9 + 3 + 1
+    for seed in range(100):
+        torch.manual_seed(seed)
+        model = FakeModel(eos_bonus=seed % 3 / 2).eval()
+        model.table = torch.randn_like(model.table).log_softmax(-1)
+        for beams in (2, 3, 5, everything):
+            best = {}
+            for stopping in (True, False, "never"):
+                options = {"num_beams": beams, "early_stopping": stopping, "length_penalty": 0.5 + seed % 4 / 2}
+                best[stopping] = generate(model, SOURCES, LENGTHS, max_new_tokens=limit, **options).sequences_scores
+            assert (best[False] >= best[True]).all()
+            assert (best["never"] >= best[False]).all()
+        for b, score in enumerate(best["never"].tolist()):
+            found = all_sequences(model, SOURCES[b : b + 1], LENGTHS[b : b + 1], limit)
+            assert score == pytest.approx(max(total / len(s) ** options["length_penalty"] for s, total in found))
+
+
+def test_the_default_is_that_of_hugging_face():
+    assert inspect.signature(generate).parameters["early_stopping"].default is False
 
 
 @pytest.mark.parametrize("kind", ["avg", "wu", "none"])

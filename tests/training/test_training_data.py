@@ -9,7 +9,7 @@ import torch
 from fastseq.errors import UserError
 from fastseq.training.batching import TokenBatches, cut_by_tokens
 from fastseq.training.data import Sequences, encode, group_references, read_pairs
-from fastseq.training.tokenizer import BOS, EOS, PAD, UNK, TextTokenizer
+from fastseq.training.tokenizer import BOS, EOS, PAD, RESERVED, UNK, TextTokenizer
 
 TOY = Path(__file__).parents[1] / "cases/toy"
 
@@ -91,6 +91,24 @@ def test_vocabulary_size_is_a_limit_and_bpe_merges():
     assert len(TextTokenizer.train("char", LINES, 10)) == 10
     small, large = (TextTokenizer.train("bpe", LINES[:2] * 5, size) for size in (20, 60))
     assert len(large.encode(LINES[:1])[0]) < len(small.encode(LINES[:1])[0])
+
+
+@pytest.mark.parametrize("size", [5, 20, 500])
+def test_bpe_keeps_its_limit_whatever_the_alphabet(size):
+    lines = ["".join(map(chr, range(200, 1250))), "the quick brown fox jumps over the lazy dog 0123456789"]
+    assert len(TextTokenizer.train("bpe", lines, size)) <= size
+
+
+@KINDS
+@pytest.mark.parametrize("word", [*RESERVED, "<s>", "</s>"])
+def test_reserved_words_in_the_data_get_no_second_id(kind, word):
+    tokenizer = TextTokenizer.train(kind, [f"the {word} cat", f"{word} {word} x{word}y"] * 3, 60)
+    vocabulary = tokenizer._tokenizer.get_vocab()
+    assert [vocabulary[reserved] for reserved in RESERVED] == [PAD, BOS, EOS, UNK]
+    assert sorted(vocabulary.values()) == list(range(len(tokenizer)))
+    (ids,) = tokenizer.encode([f"the {word} cat"])
+    assert not {PAD, BOS, EOS} & set(ids)
+    assert (UNK in ids) == (word in RESERVED)
 
 
 def test_unknown_tokens_are_counted():
