@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastseq.ops.common.checks import as_lengths, readable
 from fastseq.seq2seq.config import Seq2SeqConfig
 from fastseq.seq2seq.decoder import Decoder, DecoderState
 from fastseq.seq2seq.encoder import Bridge, Encoder, EncoderOutput
@@ -104,6 +105,7 @@ class Seq2Seq(nn.Module):
             )
         if src.size(1) == 0:
             raise ValueError(f"Seq2Seq: src must have at least one position (S >= 1), got {tuple(src.shape)}")
+        src_lengths = None if src_lengths is None else as_lengths(src_lengths)
         memory, h, c = self.encoder(src, src_lengths)
         h, c = self.bridge(h, c)
         if src_lengths is None:
@@ -132,13 +134,20 @@ class Seq2Seq(nn.Module):
 
         Returns:
             logits (B, V), the next state, attention (B, S) or None.
+
+        Raises:
+            ValueError: shapes that do not fit, or token ids outside the vocabulary (checked on the CPU only).
         """
         if tokens.dim() != 1 or tokens.size(0) != state.h.size(1) or tokens.size(0) != enc.memory.size(0):
             raise ValueError(
                 "Seq2Seq: decode_step needs one token, one state and one source per sentence, got tokens "
                 f"{tuple(tokens.shape)}, a state of {state.h.size(1)} and an encoder output of {enc.memory.size(0)}"
             )
-        return self.decoder.step(tokens, state, enc, need_weights)
+        try:
+            return self.decoder.step(tokens, state, enc, need_weights)
+        except IndexError:  # the embedding's; a check before each step would cost more than the look-up
+            _check_ids("tokens", tokens, self.config.tgt_vocab_size)
+            raise
 
     def generate(self, src: Tensor, src_lengths: Tensor | None = None, **options):
         """Decode without a target: greedy, beam, sampling; options: :func:`fastseq.seq2seq.generation.generate`."""
@@ -178,7 +187,12 @@ def _check_tokens(name: str, tokens: Tensor, vocab_size: int, shape: str) -> Non
         raise ValueError(
             f"Seq2Seq: {name} must hold tokens {shape}, int64 or int32, got {tuple(tokens.shape)} {tokens.dtype}"
         )
-    if type(tokens) is Tensor and tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+    _check_ids(name, tokens, vocab_size)
+
+
+def _check_ids(name: str, tokens: Tensor, vocab_size: int) -> None:
+    """ValueError for ids outside the vocabulary, where they can be read."""
+    if tokens.numel() and readable(tokens):
         low, high = (int(x) for x in torch.aminmax(tokens))
         if low < 0 or high >= vocab_size:
             raise ValueError(

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from seq2seq_cases import VARIANTS, E, H, make_batch, make_model
 from torch import nn
 
+import fastseq
 from fastseq.seq2seq.decoder import DecoderState
 from fastseq.seq2seq.encoder import EncoderOutput
 from fastseq.seq2seq.model import build_seq2seq_model
@@ -300,3 +301,52 @@ def test_features_and_steps_are_checked_too():
     enc = model.encode(torch.ones(2, 3, 5).double())
     with pytest.raises(ValueError, match=r"tokens \(3,\), a state of 2 and an encoder output of 2"):
         model.decode_step(torch.tensor([1, 1, 1]), model.start(enc), enc)
+
+
+@pytest.mark.parametrize("feeding", [True, False], ids=["feeding", "no feeding"])
+def test_gradients_for_each_sentence(feeding):
+    """torch.func.vmap over torch.func.grad beside one backward a sentence, in float64."""
+    model = make_model(input_feeding=feeding)
+    src, lengths, tgt = make_batch(model)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, src, tgt):
+        return torch.func.functional_call(model, parameters, (src, lengths, tgt)).logits.square().sum()
+
+    both = torch.stack([src, src.flip(0)]), torch.stack([tgt, tgt.flip(0)])
+    actual = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, *both)
+    for k in range(2):
+        expected = torch.autograd.grad(
+            loss(parameters, both[0][k], both[1][k]),
+            list(parameters.values()),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        torch.testing.assert_close([actual[name][k] for name in parameters], list(expected))
+
+
+def test_a_step_with_a_token_outside_the_vocabulary_gets_the_sentence_of_forward():
+    model = make_model()
+    src, lengths, tgt = make_batch(model)
+    enc = model.encode(src, lengths)
+    for bad in (-1, model.config.tgt_vocab_size):
+        tokens = tgt[:, 0].clone()
+        tokens[-1] = bad
+        with pytest.raises(ValueError, match="but the vocabulary has"):
+            model.decode_step(tokens, model.start(enc), enc)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda n: torch.tensor(n, device="cpu").numpy()], ids=["list", "tuple", "array"])
+def test_lengths_in_any_form_and_under_any_default_device(kind):
+    model = make_model()
+    src, lengths, tgt = make_batch(model)
+    expected = model(src, lengths, tgt).logits
+    generated = model.generate(src, lengths, max_new_tokens=4).sequences
+    try:
+        torch.set_default_device("meta")
+        assert torch.equal(model(src, kind(lengths.tolist()), tgt).logits, expected)
+        assert torch.equal(model.generate(src, kind(lengths.tolist()), max_new_tokens=4).sequences, generated)
+        query, keys = torch.ones(len(src), 2, 4, device="cpu"), torch.ones(len(src), src.size(1), 4, device="cpu")
+        assert fastseq.ops.attention(query, keys, lengths=kind(lengths.tolist()))[0].device.type == "cpu"
+    finally:
+        torch.set_default_device(None)

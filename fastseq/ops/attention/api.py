@@ -9,6 +9,7 @@ from fastseq.ops.attention.function import apply
 from fastseq.ops.attention.rules import fast_path
 from fastseq.ops.attention.spec import CONTEXT, AttentionCall, Inputs, Keys, Prepared, version
 from fastseq.ops.common.autocast import cast_inputs
+from fastseq.ops.common.checks import as_lengths, readable
 from fastseq.ops.common.dtypes import accumulate_dtype
 
 SCORES = {  # name: its parameters
@@ -242,15 +243,17 @@ def _check_padding(inputs: Inputs, one_step: bool) -> Inputs:
     if lengths is not None and mask is not None:
         raise ValueError("attention: lengths and mask were both given; pass one (a mask can express the lengths too)")
     if lengths is not None:
+        lengths = as_lengths(lengths)
         if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
             raise RuntimeError(
                 f"attention: lengths must be ({batch},) integers, got {tuple(lengths.shape)} {lengths.dtype}"
             )
-        if lengths.device.type == "cpu" and batch > 0 and not torch.compiler.is_compiling():
+        if batch > 0 and readable(lengths):
             low, high = (int(x) for x in torch.aminmax(lengths))
             if low < 0 or high > size:
                 raise ValueError(f"attention: lengths must lie in [0, {size}], the number of keys; got {low} to {high}")
-        return inputs if lengths.device == keys.device else inputs._replace(lengths=lengths.to(keys.device))
+        lengths = lengths.to(keys.device)
+        return inputs if lengths is inputs.lengths else inputs._replace(lengths=lengths)
     if mask.dtype != torch.bool:
         raise RuntimeError(f"attention: mask must be bool (True = attend), got {mask.dtype}; write e.g. mask != 0")
     if mask.device != keys.device:

@@ -1,8 +1,10 @@
 """Checks that several ops and modules share."""
 
 import torch
+from torch import Tensor
 
 from fastseq import _native
+from fastseq.ops.common.autograd import vmapped
 from fastseq.ops.common.dtypes import dtype_names
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -12,6 +14,16 @@ def check_pair(hx) -> None:
     """RuntimeError unless ``hx`` holds two states, h and c."""
     if len(hx) != 2:
         raise RuntimeError(f"lstm expects two hidden states, h_0 and c_0, got {len(hx)}")
+
+
+def as_lengths(lengths) -> Tensor:
+    """Lengths (B,) as a tensor; a list, tuple or array comes to the CPU, whatever torch's default device is."""
+    return lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
+
+
+def readable(t: Tensor) -> bool:
+    """True if the values of ``t`` can be checked at no cost: on the CPU, neither traced nor under vmap."""
+    return type(t) is Tensor and t.device.type == "cpu" and not (torch.compiler.is_compiling() or vmapped())
 
 
 def native_objection(op: str, call, cuda_dtypes: tuple[torch.dtype, ...]) -> str | None:

@@ -8,6 +8,7 @@ from fastseq import _native
 from fastseq.dispatch import implementation, select
 from fastseq.ops.common.autocast import autocast_enabled, cast_inputs, without_autocast
 from fastseq.ops.common.autograd import forward_mode, vmapped
+from fastseq.ops.common.checks import as_lengths, readable
 from fastseq.ops.common.dtypes import tf32_allowed
 from fastseq.ops.common.layout import zero_padding
 from fastseq.ops.lstm.function import apply
@@ -159,15 +160,14 @@ def describe(stack: Stack, cell_states: bool) -> LSTMCall:
 
 def check_lengths(lengths: Tensor, steps: int, batch: int, device: torch.device) -> Tensor:
     """Lengths as int64 (B,) on ``device``: checked on the CPU; clamped to 0..T elsewhere, and while tracing."""
-    if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths, device="cpu")  # as_tensor() would follow torch.set_default_device
+    lengths = as_lengths(lengths)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be integers, got {lengths.dtype}")
     if lengths.dim() != 1 or lengths.size(0) != batch:
         raise ValueError(
             f"lengths must have shape ({batch},), one per sequence of the batch, got {tuple(lengths.shape)}"
         )
-    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or vmapped():
+    if not readable(lengths):
         return lengths.to(device, torch.int64).clamp(0, steps)
     if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
         raise ValueError(
