@@ -276,3 +276,19 @@ def test_cudnn_gets_states_in_one_piece_and_may_be_differentiated_in_eval_mode(m
     with torch.no_grad():
         torch_backend.run(stack)
     assert calls == [(True, 0.0, True), (True, 0.5, True), (True, 0.5, False)]
+
+
+def test_a_subclass_of_tensor_meets_torchs_operators():
+    """As the ExpandedWeight of call_for_per_sample_grads: an opaque operator would pass it by."""
+    seen = []
+
+    class Seen(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func.__name__)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    with dispatch.record() as choices:
+        LSTM(4, 5)(X.as_subclass(Seen))
+    assert [choice.backend for choice in choices] == ["torch"]
+    assert "lstm" in seen

@@ -336,7 +336,9 @@ def test_a_step_with_a_token_outside_the_vocabulary_gets_the_sentence_of_forward
             model.decode_step(tokens, model.start(enc), enc)
 
 
-@pytest.mark.parametrize("kind", [list, tuple, lambda n: torch.tensor(n, device="cpu").numpy()], ids=["list", "tuple", "array"])
+@pytest.mark.parametrize(
+    "kind", [list, tuple, lambda n: torch.tensor(n, device="cpu").numpy()], ids=["list", "tuple", "array"]
+)
 def test_lengths_in_any_form_and_under_any_default_device(kind):
     model = make_model()
     src, lengths, tgt = make_batch(model)

@@ -14,6 +14,8 @@ from fastseq.ops.common.layout import zero_padding
 from fastseq.ops.lstm.function import apply
 from fastseq.ops.lstm.spec import Layer, LSTMCall, Stack
 
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
 
 def lstm(
     input: Tensor,
@@ -135,7 +137,8 @@ def describe(stack: Stack, cell_states: bool) -> LSTMCall:
     input, device = stack.input, stack.input.device
     autocast = autocast_enabled(device.type) and input.dtype != torch.float64
     steps = stack.batch_sizes.size(0) if packed else input.size(1 if stack.batch_first else 0)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (input, stack.h0, stack.c0, *stack.weights))
+    tensors = (input, stack.h0, stack.c0, *stack.weights)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return LSTMCall(
         device=_native.device_of(input),
         dtype=torch.get_autocast_dtype(device.type) if autocast else input.dtype,
@@ -153,6 +156,7 @@ def describe(stack: Stack, cell_states: bool) -> LSTMCall:
         compiling=compiling,
         vmapped=vmapped(),
         forward_mode=forward_mode(),
+        subclass=not compiling and not PLAIN_TYPES.issuperset(map(type, tensors)),
         tf32=_native.device_of(input) == "cuda" and tf32_allowed(),
         device_index=device.index,
     )

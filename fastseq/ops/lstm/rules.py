@@ -35,6 +35,10 @@ def autocast(call) -> bool:
     return call.autocast
 
 
+def subclass(call) -> bool:
+    return call.subclass
+
+
 def forward_mode(call) -> bool:
     return call.forward_mode
 
@@ -110,6 +114,7 @@ def no_matrix_unit(call) -> bool:
 
 
 RULES = (
+    Rule("torch", (subclass,), "a subclass of torch.Tensor, which may give torch's operators a meaning of its own"),
     Rule("reference", (forward_mode,), "forward-mode derivatives: torch has none for oneDNN and cuDNN"),
     Rule("native", (returns_cell_states,), "oneDNN and cuDNN do not return the cell states of every step"),
     Rule("native", (traced,), "one opaque operator: the graph stays whole, T and B stay dynamic"),

@@ -14,6 +14,7 @@ class LSTMCall(NamedTuple):
     """The facts of one ``lstm`` call that decide its backend. ``batch`` and ``steps`` are None in a traced graph.
 
     ``vmapped``: within torch.func.vmap. ``forward_mode``: with forward-mode derivatives.
+    ``subclass``: a tensor is of a type that is neither torch.Tensor nor nn.Parameter.
     ``tf32``: on CUDA, float32 products of a recurrence may be rounded to TF32.
     ``device_index``: of several GPUs; None is the current one.
     """
@@ -34,6 +35,7 @@ class LSTMCall(NamedTuple):
     compiling: bool = False
     vmapped: bool = False
     forward_mode: bool = False
+    subclass: bool = False
     tf32: bool = False
     device_index: int | None = None
 
