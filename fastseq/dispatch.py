@@ -111,7 +111,7 @@ def select(op: str, backend: str | None, call: Any) -> str:
     Args:
         op: a registered op.
         backend: a name, or None / "auto" for the choice of ``use_backend`` or ``FASTSEQ_BACKEND``, else the fastest.
-        call: the op's call record, hashable.
+        call: the op's call record, hashable; ``call.compiling`` while a graph is traced.
 
     Raises:
         ValueError: unknown backend name.
@@ -125,7 +125,7 @@ def select(op: str, backend: str | None, call: Any) -> str:
         if sentence is not None:
             raise RuntimeError(sentence)
         chosen, why = requested, "asked for by name"
-    elif torch.compiler.is_compiling():
+    elif call.compiling:
         chosen, why = first_rule(op, call)
     else:
         chosen, why = _remembered_rule(op, call)

@@ -6,6 +6,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+_peek_transform = torch._C._functorch.peek_interpreter_stack  # None outside the transforms of torch.func
 
 
 def needs_function(implementation: ModuleType, *tensors: Tensor | None) -> bool:
@@ -14,23 +17,24 @@ def needs_function(implementation: ModuleType, *tensors: Tensor | None) -> bool:
     False in a traced graph on a backend with ``PLAIN_TORCH``, which the compiler differentiates by itself. True under a
     transform of torch.func: the Function has the vmap rule.
     """
-    if torch.compiler.is_compiling() and getattr(implementation, "PLAIN_TORCH", False):
-        return False
-    if transformed():
+    if is_compiling():
+        if getattr(implementation, "PLAIN_TORCH", False):
+            return False
+    elif _peek_transform() is not None:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def transformed() -> bool:
     """True within a transform of torch.func (grad, vjp, vmap, ...), or a backward with batched gradients."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return not is_compiling() and _peek_transform() is not None
 
 
 def recompute(grads: Sequence[Tensor | None]) -> bool:
     """True if a backward must take ``differentiable_backward``: its result is differentiated, or batched by vmap."""
     if torch.is_grad_enabled() or transformed():
         return True
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)  # is_grads_batched
 
