@@ -11,6 +11,8 @@ A mutation is a unified diff in tests/mutations/<area>/<name>.patch below a head
 need be; each must fail. ``ends: hang`` or ``ends: crash`` stands where the tests cannot report a failure. One line of
 context per hunk is enough; line numbers may drift, and hunk sizes are recounted.
 
+tests/mutations/test_patches.py checks in every run of the suite that all patches apply.
+
 Results: killed (the tests failed), SURVIVED (they passed), broken (the patch does not apply, the copy does not
 compile, no test ran, or the tests fail without the bug as well). Exit code 1 unless all were killed.
 """

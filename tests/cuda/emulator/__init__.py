@@ -55,8 +55,12 @@ def device(multiprocessors: int = 132, capability: int = 90, shared_memory: int 
 def as_native() -> Iterator[None]:
     """``backend="native"`` runs the CUDA operators on CPU tensors, through all of the Python that CUDA tensors take."""
     from fastseq import _native
+    from fastseq.ops.common.triton import runtime
 
+    no_triton = None if runtime.interpreting() else "the host-side device runs no Triton kernels; use backend='native'."
     patches = [
+        (torch.cuda, "current_device", lambda: 0),
+        (runtime, "_unfit", lambda index: no_triton),
         (_native, "operators", load()),
         (_native, "why_not_cuda", lambda index=None: ""),
         (_native, "device_of", lambda t: "cuda"),
