@@ -160,6 +160,15 @@ def test_attention(backend, score):
     assert torch.autograd.gradcheck(lambda q: of_module(q, keys[0]), q, check_batched_grad=True)
 
 
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_vmap_of_attention_without_gradients(score):
+    """Also the plain dot call, which skips the rules."""
+    module, query, keys = fastseq.Attention(4, 4, score=score), torch.randn(SAMPLES, 2, 3, 4), torch.randn(2, 5, 4)
+    with torch.no_grad():
+        actual = vmap(lambda q: module(q, keys)[0])(query)
+        torch.testing.assert_close(actual, torch.stack([module(q, keys)[0] for q in query]))
+
+
 def test_torch_says_that_it_cannot_be_vmapped():
     with pytest.raises(RuntimeError, match=r"cannot run under torch\.func\.vmap"):
         vmap(fastseq.LSTM(3, 5, backend="torch"))(torch.randn(SAMPLES, 4, 2, 3))

@@ -7,7 +7,7 @@ from torch import Tensor
 from fastseq.dispatch import implementation, select, takes_auto
 from fastseq.ops.attention.function import apply
 from fastseq.ops.attention.rules import fast_path
-from fastseq.ops.attention.spec import CONTEXT, AttentionCall, Inputs, Keys, Prepared, version
+from fastseq.ops.attention.spec import AttentionCall, Inputs, Keys, Prepared, version
 from fastseq.ops.common.autocast import cast_inputs
 from fastseq.ops.common.checks import as_lengths, readable
 from fastseq.ops.common.dtypes import accumulate_dtype
@@ -116,10 +116,9 @@ def attention(
     scale = 1.0 if scale is None else float(scale)
     others_given = need_weights or not (weight is bias is gain is lengths is mask is None)
     if score == "dot" and not others_given and takes_auto(backend):
-        chosen = fast_path(query, keys, values)
-        if chosen is not None:
-            inputs = Inputs(query, keys, values, None, None, None, None, None, scale)
-            return implementation("attention", chosen).forward(inputs, CONTEXT).context, None
+        context = fast_path(query, keys, values, scale)
+        if context is not None:
+            return context, None
     _check_score(score, weight, bias, gain)
     dtype = keys.dtype
     query, keys, values, weight, bias, gain = cast_inputs(query, keys, values, weight, bias, gain)

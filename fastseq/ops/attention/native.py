@@ -26,6 +26,12 @@ def forward(inputs: Inputs, want: Want) -> Result:
     return Result(context, wanted, (weights,) if want.backward else ())
 
 
+def context(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """The context (B, T, D) of a dot score without padding, for inference: nothing is checked here or saved."""
+    operator = _native.operators.attention_forward.default
+    return operator(query, keys, values, None, None, None, None, None, scale, False)[0]
+
+
 def backward(inputs: Inputs, saved: tuple[Tensor, ...], grads: Grads, needs: InputGrads) -> InputGrads:
     """Reads the saved weights; recomputes the tanh of the additive score."""
     scores_needed = needs.query or needs.keys or needs.weight or needs.bias

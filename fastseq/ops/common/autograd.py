@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-_peek_transform = torch._C._functorch.peek_interpreter_stack  # None outside the transforms of torch.func
+peek_transform = torch._C._functorch.peek_interpreter_stack  # in eager mode: None outside torch.func's transforms
 
 
 def needs_function(implementation: ModuleType, *tensors: Tensor | None) -> bool:
@@ -20,14 +20,14 @@ def needs_function(implementation: ModuleType, *tensors: Tensor | None) -> bool:
     if is_compiling():
         if getattr(implementation, "PLAIN_TORCH", False):
             return False
-    elif _peek_transform() is not None:
+    elif peek_transform() is not None:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def transformed() -> bool:
     """True within a transform of torch.func (grad, vjp, vmap, ...), or a backward with batched gradients."""
-    return not is_compiling() and _peek_transform() is not None
+    return not is_compiling() and peek_transform() is not None
 
 
 def recompute(grads: Sequence[Tensor | None]) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastseq import _native
 from fastseq.dispatch import implementation, select
-from fastseq.ops.common.autograd import transformed, vmapped
+from fastseq.ops.common.autograd import peek_transform, vmapped
 from fastseq.ops.lstm_cell.function import apply
 from fastseq.ops.lstm_cell.rules import FAST_STEP, trains_on_torch
 from fastseq.ops.lstm_cell.spec import Cell, LSTMCellCall
@@ -114,16 +114,8 @@ def run(
         return FAST_STEP(input, hx, weights)
     (h, c), compiling = hx, torch.compiler.is_compiling()
     requires_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, input, h, c))
-    call = LSTMCellCall(
-        device=_native.device_of(input),
-        dtype=c.dtype,
-        hidden_size=c.size(-1),
-        with_gemms=True,
-        requires_grad=requires_grad,
-        compiling=compiling,
-        batch=None if compiling else input.size(0),
-        device_index=input.device.index,
-    )
+    facts = (_native.device_of(input), c.dtype, c.size(-1), True, requires_grad, compiling)
+    call = LSTMCellCall(*facts, None if compiling else input.size(0), input.device.index)
     chosen = select("lstm_cell", backend, call)
     module = implementation("lstm_cell", chosen)
     if hasattr(module, "run_step") and not vmapped():  # torch has no batching rule for its cell
@@ -131,7 +123,7 @@ def run(
     check(input, h, c)
     if (
         hasattr(module, "step")
-        and not (requires_grad or compiling or transformed())
+        and not (requires_grad or compiling or peek_transform())
         and input.dtype == h.dtype == c.dtype
     ):
         return module.step(input, hx, weights if narrow is None else (*narrow(), *weights[2:]))
