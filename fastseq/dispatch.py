@@ -117,9 +117,7 @@ def select(op: str, backend: str | None, call: Any) -> str:
         ValueError: unknown backend name.
         RuntimeError: the backend asked for cannot serve this call; the message says why and what to do.
     """
-    requested = check_name(backend)
-    if requested == "auto":
-        requested = _default
+    requested = _default if backend is None or backend == "auto" else check_name(backend)
     if requested != "auto":
         sentence = objection(op, requested, call)
         if sentence is not None:

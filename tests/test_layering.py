@@ -32,7 +32,7 @@ ARROWS = {
     "ops.OP.api": "ops.OP.spec ops.OP.rules ops.OP.function ops.common _native dispatch",
     "ops.OP": "ops.OP.api ops.OP.rules dispatch",
     "ops": "ops.OP ops.common",
-    "nn": "ops ops.OP ops.OP.api ops.common dispatch",
+    "nn": "ops ops.OP ops.OP.api ops.OP.rules ops.common dispatch",  # rules: the calls that skip them
     "seq2seq": "nn ops ops.OP ops.OP.api ops.common dispatch",
     "info": "ops.OP.spec _native dispatch",
     "console": "fastseq _native errors",

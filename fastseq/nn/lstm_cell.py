@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastseq.dispatch import check_name
 from fastseq.ops.common.checks import check_pair
 from fastseq.ops.lstm_cell.api import run
+from fastseq.ops.lstm_cell.rules import FAST_STEP, trains_on_torch
 
 _CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -67,10 +68,13 @@ class LSTMCell(nn.RNNCellBase):
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
     def _step(self, input: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        weights = self._weights()
+        if trains_on_torch(weights[0], self.backend):
+            return FAST_STEP(input, (h, c), *weights)
         narrow = None
         if self.weight_dtype == torch.bfloat16 and c.dtype == torch.float32 and c.size(0) <= 8:
             narrow = functools.partial(_narrow, self)
-        return run(input, (h, c), self._weights(), backend=self.backend, check=self._check, narrow=narrow)
+        return run(input, (h, c), weights, backend=self.backend, check=self._check, narrow=narrow)
 
     def _weights(self) -> tuple[Tensor | None, ...]:
         """weight_ih, weight_hh, bias_ih, bias_hh, as they are now."""

@@ -10,7 +10,6 @@ from fastseq import _native
 from fastseq.dispatch import implementation, select
 from fastseq.ops.common.autograd import peek_transform, vmapped
 from fastseq.ops.lstm_cell.function import apply
-from fastseq.ops.lstm_cell.rules import FAST_STEP, trains_on_torch
 from fastseq.ops.lstm_cell.spec import Cell, LSTMCellCall
 
 
@@ -110,8 +109,6 @@ def run(
     Returns:
         The next h and c, (B, H).
     """
-    if trains_on_torch(weights[0], backend):
-        return FAST_STEP(input, hx, weights)
     (h, c), compiling = hx, torch.compiler.is_compiling()
     requires_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, input, h, c))
     facts = (_native.device_of(input), c.dtype, c.size(-1), True, requires_grad, compiling)
