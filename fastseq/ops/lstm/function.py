@@ -59,8 +59,6 @@ class LSTMFunction(torch.autograd.Function):
         """Shared weights: the samples are folded into the batch of a padded input. Else one sample at a time."""
         if args[4] is not None or any(dim is not None for dim in in_dims[8:]):
             return one_by_one(lambda *given: LSTMFunction.apply(*given)[:4], in_dims, args, info.batch_size)
-        batch = args[6].dim() - (in_dims[6] is not None)  # of h0 (D, B, P): its dimensions without the samples
-        assert batch == 3, "a layer's states have three dimensions"
         folded = list(args)
         for k, axis in ((3, 0), (5, 1), (6, 1), (7, 1)):  # lengths, input, h0, c0, and the axis of B in each
             folded[k] = None if args[k] is None else fold(args[k], in_dims[k], info.batch_size, axis)
