@@ -1,6 +1,8 @@
 """Attention with parameters: the projections around :func:`fastseq.ops.attention`."""
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +51,9 @@ class Attention(nn.Module):
         scale: float | None = None,
         bias: bool | None = None,
         backend: str = "auto",
-        device=None,
-        dtype=None,
-    ):
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         _check(query_size, key_size, score, attention_size, bias)
         self.query_size, self.key_size, self.score, self.scale = query_size, key_size, score, scale
@@ -86,7 +88,7 @@ class Attention(nn.Module):
         keys: Tensor | Keys,
         values: Tensor | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         mask: Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -136,7 +138,12 @@ class Attention(nn.Module):
             backend=self.backend,
         )
 
-    def project_keys(self, keys: Tensor, lengths: Tensor | None = None, *, single_steps: bool = False) -> Keys:
+    if TYPE_CHECKING:  # nn.Module declares __call__ without types
+        __call__ = forward
+
+    def project_keys(
+        self, keys: Tensor, lengths: Tensor | Sequence[int] | None = None, *, single_steps: bool = False
+    ) -> Keys:
         """Compute once per sentence the part that depends on the keys alone.
 
         Args:

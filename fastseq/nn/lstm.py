@@ -1,5 +1,8 @@
 """Drop-in LSTM: parameters, arguments and results of ``torch.nn.LSTM``, computed by the best backend."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -8,6 +11,9 @@ from fastseq.dispatch import check_name
 from fastseq.ops.common.autocast import autocast_enabled
 from fastseq.ops.common.checks import check_pair
 from fastseq.ops.lstm.api import Stack, check_batch_sizes, check_lengths, run
+
+States = tuple[Tensor, Tensor]
+Lengths = Tensor | Sequence[int]
 
 
 class LSTM(nn.RNNBase):
@@ -35,11 +41,11 @@ class LSTM(nn.RNNBase):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        device=None,
-        dtype=None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
-    ):
+    ) -> None:
         sizes = (input_size, hidden_size, num_layers)
         super().__init__("LSTM", *sizes, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
         self.backend = check_name(backend)
@@ -68,14 +74,54 @@ class LSTM(nn.RNNBase):
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
 
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: States | None = None,
+        *,
+        lengths: Lengths | None = None,
+        return_cell_states: Literal[False] = False,
+    ) -> tuple[Tensor, States]: ...
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: States | None = None,
+        *,
+        lengths: Lengths | None = None,
+        return_cell_states: Literal[True],
+    ) -> tuple[Tensor, States, Tensor]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: States | None = None, *, return_cell_states: Literal[False] = False
+    ) -> tuple[PackedSequence, States]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: States | None = None, *, return_cell_states: Literal[True]
+    ) -> tuple[PackedSequence, States, PackedSequence]: ...
+
+    @overload
     def forward(
         self,
         input: Tensor | PackedSequence,
-        hx: tuple[Tensor, Tensor] | None = None,
+        hx: States | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Lengths | None = None,
         return_cell_states: bool = False,
-    ):
+    ) -> tuple[Any, ...]: ...
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: States | None = None,
+        *,
+        lengths: Lengths | None = None,
+        return_cell_states: bool = False,
+    ) -> tuple[Any, ...]:
         """Run all layers over the sequence.
 
         Args:
@@ -121,6 +167,9 @@ class LSTM(nn.RNNBase):
             output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
             cell_states = cell_states.squeeze(batch_dim) if return_cell_states else None
         return (output, (h_n, c_n), cell_states) if return_cell_states else (output, (h_n, c_n))
+
+    if TYPE_CHECKING:  # nn.Module declares __call__ without types
+        __call__ = forward
 
     def _zeros(self, data: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         rows = self.num_layers * (2 if self.bidirectional else 1)

@@ -2,6 +2,7 @@
 
 import functools
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,15 @@ class LSTMCell(nn.RNNCellBase):
     weight_dtype: torch.dtype | None = None
 
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None, *, backend: str = "auto"
-    ):
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
         self.backend = check_name(backend)
 
@@ -66,6 +74,9 @@ class LSTMCell(nn.RNNCellBase):
             hx = tuple(state.unsqueeze(0) for state in hx)
         h, c = self._step(input, *hx)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+
+    if TYPE_CHECKING:  # nn.Module declares __call__ without types
+        __call__ = forward
 
     def _step(self, input: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         weights = self._weights()

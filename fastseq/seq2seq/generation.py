@@ -8,7 +8,7 @@ Shapes: B sentences, K beams, R returned sequences per sentence, N decoder rows 
 side by side), V target vocabulary, S source positions, T decoding steps, L longest returned sequence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ class _Pool(NamedTuple):
 def generate(
     model: nn.Module,
     src: Tensor,
-    src_lengths: Tensor | None = None,
+    src_lengths: Tensor | Sequence[int] | None = None,
     *,
     max_new_tokens: int | None = None,
     max_length_ratio: float = 2.0,

@@ -1,15 +1,16 @@
 """The sequence-to-sequence model: encoder, bridge, decoder."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastseq.ops.common.checks import as_lengths, readable
+from fastseq.seq2seq import generation
 from fastseq.seq2seq.config import Seq2SeqConfig
 from fastseq.seq2seq.decoder import Decoder, DecoderState
 from fastseq.seq2seq.encoder import Bridge, Encoder, EncoderOutput
-from fastseq.seq2seq.generation import generate
 
 
 class Seq2SeqOutput(NamedTuple):
@@ -35,7 +36,7 @@ class Seq2Seq(nn.Module):
         config: a :class:`Seq2SeqConfig`.
     """
 
-    def __init__(self, config: Seq2SeqConfig):
+    def __init__(self, config: Seq2SeqConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
@@ -47,7 +48,7 @@ class Seq2Seq(nn.Module):
     def forward(
         self,
         src: Tensor,
-        src_lengths: Tensor | None,
+        src_lengths: Tensor | Sequence[int] | None,
         tgt_in: Tensor,
         *,
         teacher_forcing_ratio: float = 1.0,
@@ -84,7 +85,12 @@ class Seq2Seq(nn.Module):
             )
         return Seq2SeqOutput(*self.decoder(tgt_in, enc, teacher_forcing_ratio, need_weights))
 
-    def encode(self, src: Tensor, src_lengths: Tensor | None = None, *, single_steps: bool = True) -> EncoderOutput:
+    if TYPE_CHECKING:  # nn.Module declares __call__ without types
+        __call__ = forward
+
+    def encode(
+        self, src: Tensor, src_lengths: Tensor | Sequence[int] | None = None, *, single_steps: bool = True
+    ) -> EncoderOutput:
         """Compute everything that does not depend on the target.
 
         Args:
@@ -149,9 +155,7 @@ class Seq2Seq(nn.Module):
             _check_ids("tokens", tokens, self.config.tgt_vocab_size)
             raise
 
-    def generate(self, src: Tensor, src_lengths: Tensor | None = None, **options):
-        """Decode without a target: greedy, beam, sampling; options: :func:`fastseq.seq2seq.generation.generate`."""
-        return generate(self, src, src_lengths, **options)
+    generate = generation.generate  # the function's first parameter is the model
 
 
 def build_seq2seq_model(vocab_size: int, embedding_dim: int, hidden_units: int) -> Seq2Seq:

@@ -91,6 +91,7 @@ def test_install_without_the_compiled_operators(tmp_path):
     assert process.returncode == 0, process.stdout
     assert "fastseq: installing without the compiled operators: FASTSEQ_NATIVE=0." in process.stdout
     assert not list(target.glob("fastseq/_C*"))
+    assert (target / "fastseq/py.typed").exists()
     code = (
         "import fastseq; from fastseq import _native; print(fastseq.__file__, _native.available(), _native.why_not())"
     )
