@@ -1,7 +1,6 @@
-"""Compiles csrc/cuda by nvcc for chips that need not be present: one object per file, and its contents.
+"""Compile csrc/cuda with nvcc, without GPU and driver: one object per source; read PTX and kernel names from it.
 
-Objects are kept in build/cuda_build by the hash of all they are made of. No GPU, no driver. The tools that read objects
-come with Triton.
+Objects lie in build/cuda_build, named by a hash of flags, compiler and sources. Triton brings the tools that read them.
 """
 
 import contextlib
@@ -23,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build/cuda_build"
 SOURCES = sorted((ROOT / "csrc/cuda").glob("**/*.cu"))
 INCLUDES = (ROOT / "csrc",)
-ARCHITECTURES = (80, 90, 100)  # machine code for these,
-PTX_ARCHITECTURES = (80, 90)  # PTX for these
+ARCHITECTURES = (80, 90, 100)  # machine code
+PTX_ARCHITECTURES = (80, 90)  # PTX
 FLAGS = [f"-I{ROOT / 'csrc'}", "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
 
 
@@ -32,14 +31,14 @@ find_cuda = runpy.run_path(str(ROOT / "setup.py"))["find_cuda"]
 
 
 def require() -> None:
-    """Skip the tests of a file where its tools are missing."""
+    """Skip the tests of a file if nvcc or cuobjdump is missing."""
     pytest.importorskip("triton", reason="needs the cuobjdump that comes with Triton: pip install triton")
     if find_cuda() is None:
-        pytest.skip("no nvcc was found: install the CUDA toolkit, or set CUDA_HOME", allow_module_level=True)
+        pytest.skip("nvcc not found: install the CUDA toolkit, or set CUDA_HOME", allow_module_level=True)
 
 
 def generate_code() -> list[str]:
-    """Flags for machine code from the nearest PTX, as a driver makes it of the shipped PTX."""
+    """Flags that compile machine code from the nearest PTX, as the driver does with the shipped PTX."""
     flags = []
     for ptx in PTX_ARCHITECTURES:
         codes = [f"sm_{a}" for a in ARCHITECTURES if nearest_ptx(a) == ptx]
@@ -53,7 +52,7 @@ def nearest_ptx(architecture: int) -> int:
 
 @functools.cache
 def objects() -> tuple[Path, ...]:
-    """One object per csrc/cuda/**/*.cu; beside it, as .log, the output of ptxas."""
+    """Compile each csrc/cuda/**/*.cu to an object; the output of ptxas is beside it, as .log."""
     nvcc, jobs = find_cuda() / "bin/nvcc", int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     common = hashlib.sha256(" ".join(FLAGS[1:] + generate_code()).encode() + run(nvcc, "--version").stdout.encode())
 
@@ -76,7 +75,7 @@ def objects() -> tuple[Path, ...]:
 
 @contextlib.contextmanager
 def building() -> Iterator[None]:
-    """A lock: one process builds, the others wait and then find the objects."""
+    """Hold a file lock: one process builds, the others wait and use its objects."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with open(FOLDER / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -85,7 +84,7 @@ def building() -> Iterator[None]:
 
 @functools.cache
 def ptx(architecture: int) -> tuple[str, ...]:
-    """The PTX of every object for ``architecture``."""
+    """Return the PTX of every object for ``architecture``."""
     from nvidia_binaries import tool
 
     texts = []
@@ -98,13 +97,13 @@ def ptx(architecture: int) -> tuple[str, ...]:
 
 
 def kernels(architecture: int) -> list[str]:
-    """The mangled names of all kernels."""
+    """Return the mangled names of all kernels."""
     return [name for text in ptx(architecture) for name in re.findall(r"\.entry (\w+)\(", text)]
 
 
 @functools.cache
 def readable(name: str) -> str:
-    """A mangled name as the source spells it, without namespaces and parameters: lstm_cell_forward_kernel<float, 4>."""
+    """Demangle a name and drop namespaces and parameters: lstm_cell_forward_kernel<float, 4>."""
     full = run("c++filt", name).stdout.strip()
     full = full.replace("(anonymous namespace)::", "").replace("fastseq::cuda::", "")
     depth = 0

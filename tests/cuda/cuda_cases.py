@@ -1,4 +1,4 @@
-"""Shared by the tests of the CUDA kernels: places to run, cases of the LSTM recurrence, oracles in plain torch."""
+"""Shared by the CUDA tests: places to run kernels, cases of the LSTM recurrence, oracles in plain torch."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ DEVICES = ("host", "cuda")
 
 
 class Place(NamedTuple):
-    """Where kernels run: ``operators`` (a torch.ops namespace) on tensors of ``device``."""
+    """A place where kernels run: ``operators`` (a torch.ops namespace) on tensors of ``device``."""
 
     name: str
     operators: object
@@ -23,13 +23,13 @@ class Place(NamedTuple):
 
 
 def place_of(name: str) -> Place:
-    """The place of this name: "host", the host-side device, or "cuda", a GPU. Skips the test where it is missing."""
+    """Return the place "host" (the host-side device) or "cuda" (a GPU). Skip the test if it is missing."""
     if name == "host":
         if emulator.compiler() is None:
             pytest.skip("the host-side device needs a C++ compiler")
         return Place(name, emulator.load(), "cpu")
     if not (torch.cuda.is_available() and _native.build_info().get("cuda_architectures")):
-        pytest.skip("no GPU, or a library without CUDA kernels")
+        pytest.skip("no GPU, or the library was built without CUDA kernels")
     return Place(name, torch.ops.fastseq, "cuda")
 
 
@@ -46,7 +46,7 @@ class Recurrence(NamedTuple):
 
 
 def recurrence(T, B, H, D=1, dtype=torch.float32, lengths=None, reverse=False, tf32=False, scale=1.0) -> Recurrence:
-    """Random tensors; ``lengths``: None, or "mixed": from 0 to T, both among them where B allows."""
+    """Draw a random case. lengths="mixed": random in 0 .. T; the first is T, the last 0 (B > 1)."""
     mixed = None
     if lengths == "mixed":
         mixed = torch.randint(0, T + 1, (B,))
@@ -63,7 +63,7 @@ def recurrence(T, B, H, D=1, dtype=torch.float32, lengths=None, reverse=False, t
 
 
 def plain(case: Recurrence, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The recurrence step by step in torch, everything in ``dtype`` -> results and differentiable leaves, by name.
+    """Run the recurrence step by step in torch, in ``dtype`` -> results and differentiable leaves, by name.
 
     Results: output (T, B, D * H), h_n, c_n (D, B, H), cell_states (T, B, D * H). Zero past the lengths.
     """
@@ -98,7 +98,7 @@ def _one_direction(case, gates, h, c, weight, backwards: bool):
 
 
 class _RoundToTF32(torch.autograd.Function):
-    """Rounds the value and its gradient to 10 bits of mantissa."""
+    """Rounds values and gradients to TF32 (10 bits of mantissa)."""
 
     @staticmethod
     def forward(ctx, x):
@@ -118,7 +118,7 @@ def _to_tf32(x: Tensor) -> Tensor:
 
 
 def oracle_and_baseline(case: Recurrence, gradients: bool) -> tuple[Results, Results]:
-    """Results in float64, and in plain torch of the case's own dtype."""
+    """Return the results of plain torch in float64 and in the dtype of the case."""
     results = []
     for dtype in (torch.float64, case.gates.dtype):
         outputs, leaves = plain(case, dtype)
@@ -127,7 +127,7 @@ def oracle_and_baseline(case: Recurrence, gradients: bool) -> tuple[Results, Res
 
 
 def check(actual: Results, case: Recurrence, gradients: bool) -> None:
-    """Check every result by the float64 rule; ``cell_states`` past the lengths are ignored."""
+    """Check every result by the float64 rule, except cell_states past the lengths."""
     oracle, baseline = oracle_and_baseline(case, gradients)
     if case.lengths is not None:
         valid = (torch.arange(case.gates.size(0)).unsqueeze(1) < case.lengths).unsqueeze(-1)

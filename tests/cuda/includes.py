@@ -1,4 +1,4 @@
-"""The files of this project that a C++ source includes, found by reading the sources."""
+"""Find the project files that a C++ source includes, by reading the sources."""
 
 import re
 from collections.abc import Iterable
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def files_of(source: Path, folders: Iterable[Path]) -> set[Path]:
-    """``source`` and all files it includes by ``#include "name"``: beside the including file, or below ``folders``.
+    """Return ``source`` and the files that it includes, transitively.
 
-    Both branches of an #if count.
+    Resolves ``#include "name"`` beside the including file and below ``folders``, in both branches of an #if.
     """
     folders, known, new = tuple(folders), set(), [source.resolve()]
     while new:

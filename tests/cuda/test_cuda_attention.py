@@ -1,4 +1,4 @@
-"""The attention kernels of csrc/cuda: on the host-side device everywhere, on a GPU where there is one."""
+"""Attention kernels of csrc/cuda, on the host-side device and, if present, on a GPU."""
 
 import math
 
@@ -31,7 +31,7 @@ def shape_id(shape):
 
 
 def make_inputs(shape, score, dtype, spread=1.0):
-    """query, keys, values and, for additive, weight and bias, rounded to the dtype."""
+    """Draw query, keys, values and, for the additive score, weight and bias; rounded to the dtype."""
     B, T, S, A, D = shape
     generator = torch.Generator().manual_seed(5)
 
@@ -47,7 +47,7 @@ def make_inputs(shape, score, dtype, spread=1.0):
 
 
 def padding_for(kind, shape):
-    """-> lengths (B,) or None, mask (B, 1 or T, S) or None, allowed (B, T, S)."""
+    """Return lengths (B,) or None, mask (B, 1 or T, S) or None, and allowed (B, T, S)."""
     B, T, S, *_ = shape
     given = (
         {"lengths": torch.arange(B) * S // max(1, B - 1)} if kind == "lengths" else make_padding(kind, b=B, t=T, s=S)
@@ -58,7 +58,7 @@ def padding_for(kind, shape):
 
 
 class Operators(torch.autograd.Function):
-    """attention_forward and attention_backward of a place -> context, and weights in the dtype of the query or None."""
+    """Runs attention_forward and attention_backward of a place. Returns context and weights (query's dtype) or None."""
 
     @staticmethod
     def forward(ctx, place, lengths, mask, scale, need_weights, query, keys, values, weight=None, bias=None):
@@ -78,7 +78,7 @@ class Operators(torch.autograd.Function):
 
 
 def run(place, tensors, where, scale=1.0, need_weights=True):
-    """-> outputs and gradients, as :func:`fastseq.testing.evaluate` gives them."""
+    """Return outputs and gradients in the form of :func:`fastseq.testing.evaluate`."""
     leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
     outputs = Operators.apply(place, *where[:2], scale, need_weights, *leaves.values())
     named = {name: x for name, x in zip(("context", "weights"), outputs, strict=True) if x is not None}
@@ -91,7 +91,7 @@ def plain(tensors, dtype, score, allowed, scale=1.0, need_weights=True):
     return evaluate({"context": context, "weights": weights} if need_weights else {"context": context}, leaves)
 
 
-def assert_parity(place, tensors, score, where, scale=1.0, need_weights=True):
+def assert_accurate(place, tensors, score, where, scale=1.0, need_weights=True):
     dtype = tensors["query"].dtype
     oracle, baseline = (plain(tensors, d, score, where[2], scale, need_weights) for d in (torch.float64, dtype))
     wrong = [str(c) for c in compare(run(place, tensors, where, scale, need_weights), oracle, baseline) if not c.ok]
@@ -102,16 +102,16 @@ def assert_parity(place, tensors, score, where, scale=1.0, need_weights=True):
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_parity(place, dtype, score, shape, kind):
-    assert_parity(place, make_inputs(shape, score, dtype), score, padding_for(kind, shape), 0.7, kind != "mask")
+def test_accuracy(place, dtype, score, shape, kind):
+    assert_accurate(place, make_inputs(shape, score, dtype), score, padding_for(kind, shape), 0.7, kind != "mask")
 
 
 @pytest.mark.parametrize("spread", [1e-3, 0.1, 0.4, 3.0, 100.0])
 @pytest.mark.parametrize("shape", [(4, 1, 40, 100, 16), (2, 8, 40, 96, 32)], ids=shape_id)
 def test_tanh_of_any_size_keeps_its_digits(place, shape, spread):
-    """The addition theorem, exponentials and the direct way, each where it is chosen."""
+    """Covers the three formulations of tanh: addition, exponential, direct."""
     tensors = make_inputs(shape, "additive", torch.float32, spread)
-    assert_parity(place, tensors, "additive", padding_for("lengths", shape))
+    assert_accurate(place, tensors, "additive", padding_for("lengths", shape))
 
 
 def test_opposite_hundreds_cancel(place):
@@ -126,7 +126,7 @@ def test_opposite_hundreds_cancel(place):
 
 
 def sliced(x):
-    """The same values as a slice of a larger tensor full of NaN; its rows stay contiguous and begin anywhere."""
+    """Return x as a slice of a larger tensor of NaN: contiguous rows at unaligned addresses."""
     bigger = torch.full((x.size(0) + 1, 2 * x.size(1) + 1, x.size(2) + 3), math.nan, dtype=x.dtype)
     return bigger[1:, 1::2, 2:-1].copy_(x)
 
@@ -152,7 +152,7 @@ def test_strides(place, layout, score, steps, dtype):
 @pytest.mark.parametrize("kind", PADDINGS[1:])
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("score", SCORES)
-def test_not_a_bit_depends_on_the_padding(place, score, steps, kind, garbage):
+def test_padding_changes_no_bit(place, score, steps, kind, garbage):
     shape = (3, steps, 19, 24, 20)
     tensors, where = make_inputs(shape, score, torch.float32), padding_for(kind, shape)
     unused = ~where[2].any(1)[..., None]
@@ -184,7 +184,7 @@ def test_masked_rows_are_exactly_zero(place, score, steps):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_infinite_and_nan_keys_mean_what_they_mean_to_torch(place, steps, value):
+def test_infinite_and_nan_keys_propagate_as_in_torch(place, steps, value):
     tensors = make_inputs((2, steps, 5, 6, 3), "additive", torch.float32)
     tensors["keys"][0, 0, 2] = value
     expected = plain_attention(**tensors, score="additive")
@@ -195,7 +195,7 @@ def test_infinite_and_nan_keys_mean_what_they_mean_to_torch(place, steps, value)
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("steps", [1, 5])
-def test_what_is_not_needed_is_not_computed(place, score, steps):
+def test_unneeded_gradients_are_not_computed(place, score, steps):
     tensors = make_inputs((2, steps, 70, 16, 24), score, torch.float32)
     inputs = on(place, *tensors.values(), *[None] * (8 - len(tensors)))
     context, weights = place.operators.attention_forward(*inputs, 1.0, False)
@@ -223,26 +223,26 @@ def test_empty_batch_steps_or_positions(place, score, sizes):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_values_without_columns(place, steps):
     tensors = make_inputs((2, steps, 3, 5, 0), "additive", torch.float32)
-    assert_parity(place, tensors, "additive", (None, None, torch.ones(2, steps, 3, dtype=torch.bool)))
+    assert_accurate(place, tensors, "additive", (None, None, torch.ones(2, steps, 3, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_wide_values_are_summed_up_in_blocks_of_columns(steps):
-    """More columns than the shared memory of a block holds sums for, here on a device with 100 KiB of it."""
+    """Sums of all columns exceed the shared memory of a block, 100 KiB here."""
     shape = (2, steps, 70, 8, 2056 if steps == 1 else 520)
     tensors, where = make_inputs(shape, "additive", torch.float32), padding_for("lengths", shape)
     with emulator.device(shared_memory=100 << 10):
-        assert_parity(place_of("host"), tensors, "additive", where)
+        assert_accurate(place_of("host"), tensors, "additive", where)
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_one_step_on_few_and_on_many_multiprocessors(score):
-    """One part, or several that are combined."""
+    """No split of the positions, and several that are combined."""
     shape = (3, 1, 300, 24, 40)
     tensors, where = make_inputs(shape, score, torch.float32), padding_for("lengths", shape)
     for multiprocessors in (1, 5, 132):
         with emulator.device(multiprocessors):
-            assert_parity(place_of("host"), tensors, score, where)
+            assert_accurate(place_of("host"), tensors, score, where)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -261,7 +261,7 @@ def test_any_order_of_threads_gives_the_same_bits(shape, score, dtype):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_keys_further_apart_than_an_int_reaches(steps):
-    """The pages between the rows are never touched."""
+    """Only the pages of the rows themselves are allocated."""
     shape = (2, steps, 3, 8, 8)
     tensors, where = make_inputs(shape, "additive", torch.bfloat16), padding_for("none", shape)
     far = torch.empty(2**31 + 64 + 3 * 8, dtype=torch.bfloat16).as_strided((2, 3, 8), (2**31 + 64, 8, 1))
@@ -321,7 +321,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
-def test_bad_arguments_get_a_sentence(place, changes, message):
+def test_bad_arguments_are_refused_with_a_sentence(place, changes, message):
     arguments = on(place, *(ARGUMENTS | changes).values())
     with pytest.raises(RuntimeError, match=f"attention_forward: .*{message}"):
         place.operators.attention_forward(*arguments, 1.0, True)
@@ -342,7 +342,7 @@ def test_backward_refuses_gradients_of_another_shape(place, i, name):
 @pytest.mark.skipif(not _native.available(), reason=f"{_native.why_not()}")
 @pytest.mark.parametrize("score", SCORES)
 def test_the_public_op_runs_them(score):
-    """With a mask for all steps, without gradients for the values, and nothing prepared."""
+    """One mask for all steps, values without gradients, keys not prepared."""
     tensors, (_, mask, allowed) = make_inputs((3, 2, 9, 6, 5), score, torch.float32), padding_for("mask", (3, 2, 9))
     leaves = {name: x.requires_grad_(name != "values") for name, x in tensors.items()}
     with emulator.as_native():
@@ -357,6 +357,6 @@ def test_the_public_op_runs_them(score):
 
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
 def test_sanitizers_find_nothing(sanitizers):
-    """No race between threads of a block, nothing out of bounds or misaligned; three shuffled schedules."""
+    """No race within a block, no access out of bounds or misaligned, in three shuffled schedules."""
     run = emulator.sanitized(sanitizers, "race_attention")
     assert run.returncode == 0, run.stdout + run.stderr

@@ -1,6 +1,6 @@
-"""Every CUDA kernel, compiled for sm_80, sm_90 and sm_100: it spills nothing, fits the chip and keeps to its budget.
+"""Every CUDA kernel, compiled for sm_80, sm_90 and sm_100: no spills, fits the chip, stays within its budget.
 
-cuda_budget.json holds registers, memory and instructions of the compiled kernels. After an intended change:
+cuda_budget.json holds registers, memory and instruction counts per kernel. After an intended change:
 python tests/cuda/test_cuda_budget.py --write
 """
 
@@ -14,10 +14,10 @@ import cuda_build
 import pytest
 
 TABLE = Path(__file__).with_name("cuda_budget.json")
-RENEW = "if that is intended, write the table anew: python tests/cuda/test_cuda_budget.py --write"
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that one block may have, bytes
-PRINTF_STACK = 32  # bytes: the arguments of abort_kernel's message lie on the stack
-# Kernels that must have instructions of a kind, on chips from this architecture on.
+RENEW = "if this is intended, renew the table: python tests/cuda/test_cuda_budget.py --write"
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # limit of one block, bytes
+PRINTF_STACK = 32  # bytes of stack for the arguments of abort_kernel's printf
+# Kernel name (pattern), first architecture, kinds of instructions that the kernel must contain.
 MUST_HAVE = (
     (r"lstm_cell_\w+<.*, [248]>", 80, ("wide_loads", "wide_stores")),
     (r"lstm_step_kernel<\w+, \w+, [48],", 80, ("wide_loads",)),
@@ -30,8 +30,8 @@ KINDS = ("mma", "wide_loads", "wide_stores", "async_copies")
 
 
 @functools.cache
-def found(architecture: int) -> dict[str, dict[str, int]]:
-    """Facts of each kernel: those of nvidia_binaries, and ``threads``, ``spilled`` (bytes) and ``prints``."""
+def compiled_facts(architecture: int) -> dict[str, dict[str, int]]:
+    """Return facts per kernel: those of nvidia_binaries, and ``threads``, ``spilled`` (bytes), ``prints``."""
     from nvidia_binaries import kernels
 
     rows = {}
@@ -44,7 +44,7 @@ def found(architecture: int) -> dict[str, dict[str, int]]:
 
 @functools.cache
 def _limits(architecture: int) -> dict[str, dict[str, int]]:
-    """From the PTX: the most threads of a block, and whether the kernel prints."""
+    """Read from the PTX of each kernel: maximum threads of a block, and 1 if it calls printf."""
     limits = {}
     for text in cuda_build.ptx(cuda_build.nearest_ptx(architecture)):
         for kernel in text.split(".entry ")[1:]:
@@ -55,7 +55,7 @@ def _limits(architecture: int) -> dict[str, dict[str, int]]:
 
 
 def _spills(path: Path, architecture: int) -> dict[str, int]:
-    """Bytes that ptxas reports as spilled to memory."""
+    """Read the spilled bytes per kernel from the log of ptxas."""
     log = path.with_suffix(".log").read_text()
     pattern = rf"entry function '(\w+)' for 'sm_{architecture}'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
     return {name: int(stores) + int(loads) for name, stores, loads in re.findall(pattern, log, re.DOTALL)}
@@ -66,31 +66,35 @@ def expected(architecture: int) -> dict[str, dict[str, int]]:
 
 
 def problems(name: str, facts: dict[str, int], row: dict[str, int] | None, architecture: int) -> list[str]:
-    """The faults of a kernel, in sentences; ``row``: its row of the table."""
-    said, where = [], f"{name} on sm_{architecture}"
+    """Return the faults of a kernel as sentences. row: its row of the table."""
+    faults, where = [], f"{name} on sm_{architecture}"
     if facts["spilled"]:
-        said.append(f"{where} spills {facts['spilled']} bytes: give a thread a smaller tile, or a block fewer threads")
+        faults.append(
+            f"{where} spills {facts['spilled']} bytes: give a thread a smaller tile, or a block fewer threads"
+        )
     elif facts["local"] or facts["local_loads"] or facts["stack"] > (PRINTF_STACK if facts["prints"] else 0):
-        said.append(f"{where} keeps an array in memory, stack {facts['stack']} bytes: index it by constants only")
+        faults.append(
+            f"{where} keeps an array in local memory, stack {facts['stack']} bytes: index it by constants only"
+        )
     if facts["registers"] * facts["threads"] > 65536:
-        said.append(f"{where}: {facts['threads']} threads of {facts['registers']} registers exceed the register file")
+        faults.append(f"{where}: {facts['threads']} threads of {facts['registers']} registers exceed the register file")
     if facts["shared"] > SHARED_MEMORY[architecture]:
-        said.append(f"{where}: {facts['shared']} bytes of static shared memory, the chip has less")
+        faults.append(f"{where}: {facts['shared']} bytes of static shared memory exceed the chip's")
     for pattern, since, kinds in MUST_HAVE:
         if architecture >= since and re.search(pattern, name):
-            said += [f"{where} has no {kind}" for kind in kinds if not facts[kind]]
+            faults += [f"{where} has no {kind}" for kind in kinds if not facts[kind]]
     if row is None:
-        return [*said, f"{where} has no row in {TABLE.name}; {RENEW}"]
+        return [*faults, f"{where} has no row in {TABLE.name}; {RENEW}"]
     more = [w for w in GROWS if facts[w] > 1.1 * row[w]]
     less = [w for w in KINDS if facts[w] < 0.9 * row[w]]
-    said += [f"{where}: {w} grew from {row[w]} to {facts[w]}, more than 10 %; {RENEW}" for w in more]
-    return said + [f"{where}: {w} fell from {row[w]} to {facts[w]}, more than 10 %; {RENEW}" for w in less]
+    faults += [f"{where}: {w} grew from {row[w]} to {facts[w]}, more than 10 %; {RENEW}" for w in more]
+    return faults + [f"{where}: {w} fell from {row[w]} to {facts[w]}, more than 10 %; {RENEW}" for w in less]
 
 
 @pytest.mark.parametrize("architecture", cuda_build.ARCHITECTURES)
 def test_fits_the_chip_and_the_table(architecture):
     cuda_build.require()
-    kernels, table = found(architecture), expected(architecture)
+    kernels, table = compiled_facts(architecture), expected(architecture)
     assert kernels
     wrong = [s for name, facts in kernels.items() for s in problems(name, facts, table.get(name), architecture)]
     wrong += [f"{name} on sm_{architecture} is in {TABLE.name} only; {RENEW}" for name in table.keys() - kernels.keys()]
@@ -107,9 +111,9 @@ GOOD |= {"prints": 0, "mma": 16, "wide_loads": 8, "wide_stores": 4, "async_copie
         ({"registers": 120}, "registers grew from 100 to 120, more than 10 %; .* --write"),
         ({"shared": 2000}, "shared grew"),
         ({"spilled": 4}, "spills 4 bytes"),
-        ({"local_loads": 1}, "keeps an array in memory"),
-        ({"stack": 8}, "an array in memory, stack 8 bytes"),
-        ({"stack": 80, "prints": 1}, "an array in memory, stack 80 bytes"),
+        ({"local_loads": 1}, "keeps an array in local memory"),
+        ({"stack": 8}, "an array in local memory, stack 8 bytes"),
+        ({"stack": 80, "prints": 1}, "an array in local memory, stack 80 bytes"),
         ({"threads": 1024}, "exceed the register file"),
         ({"shared": 240_000}, "static shared memory"),
         ({"mma": 0}, "mma fell from 16 to 0"),
@@ -117,12 +121,12 @@ GOOD |= {"prints": 0, "mma": 16, "wide_loads": 8, "wide_stores": 4, "async_copie
     ],
     ids=str,
 )
-def test_what_is_reported(change, sentence):
+def test_each_fault_is_reported(change, sentence):
     assert problems("k", GOOD, GOOD, 90) == []
     assert re.search(sentence, "\n".join(problems("k", GOOD | change, GOOD, 90)))
 
 
-def test_what_a_kernel_must_have():
+def test_missing_instructions_are_reported():
     plain = GOOD | {"mma": 0, "wide_loads": 0}
     for name, kinds in (
         ("lstm_grid_backward_kernel<grid_backward::MmaHalf<__half>, 1>", 2),
@@ -148,8 +152,8 @@ __global__ void __launch_bounds__(1024) planted(float* x) {
 """
 
 
-def test_a_spill_is_seen(tmp_path):
-    """A kernel that needs 200 registers and may have 64."""
+def test_a_spill_is_reported(tmp_path):
+    """Compiles a kernel that needs 200 registers with a limit of 64."""
     cuda_build.require()
     from nvidia_binaries import kernels
 
@@ -165,10 +169,10 @@ def test_a_spill_is_seen(tmp_path):
 
 
 def write_table() -> None:
-    """A line for each kernel."""
+    """Write the table, one line per kernel."""
     columns = (*GROWS, "threads", *KINDS)
     table = {
-        f"sm_{chip}": {name: {c: row[c] for c in columns} for name, row in sorted(found(chip).items())}
+        f"sm_{chip}": {name: {c: row[c] for c in columns} for name, row in sorted(compiled_facts(chip).items())}
         for chip in cuda_build.ARCHITECTURES
     }
     sections = (
@@ -181,5 +185,7 @@ def write_table() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         raise SystemExit(f"usage: python {sys.argv[0]} --write")
-    sys.path.append(str(cuda_build.ROOT / "tests/triton"))  # nvidia_binaries; pytest has it from pyproject.toml
+    sys.path.append(
+        str(cuda_build.ROOT / "tests/triton")
+    )  # for nvidia_binaries; pytest reads the path from pyproject.toml
     write_table()

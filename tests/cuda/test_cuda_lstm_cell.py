@@ -1,4 +1,4 @@
-"""The pointwise cell of csrc/cuda: on the host-side device everywhere, on a GPU where there is one."""
+"""Pointwise LSTM cell of csrc/cuda, on the host-side device and, if present, on a GPU."""
 
 import emulator
 import pytest
@@ -37,7 +37,7 @@ def _named(results) -> Results:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize(("B", "H"), SHAPES)
 @pytest.mark.parametrize("grads", ["both", "h", "c"])
-def test_parity(place, B, H, dtype, grads):
+def test_accuracy(place, B, H, dtype, grads):
     gates, c, grad_h, grad_c = _inputs(B, H, dtype)
     call = (gates, c, grad_h if grads != "c" else None, grad_c if grads != "h" else None)
     ours, oracle, plain = (_named(x) for x in (_run(place, *call), _plain(torch.float64, *call), _plain(dtype, *call)))
@@ -47,7 +47,7 @@ def test_parity(place, B, H, dtype, grads):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unaligned_rows_and_large_values(place, dtype):
-    """A tensor that begins in the middle of a 16-byte word, pre-activations of +-100: right and finite."""
+    """Tensors that are not 16-byte aligned, and pre-activations of +-100."""
     B, H = 3, 8
     gates, c, grad_h, grad_c = _inputs(B, H, dtype)
     gates = 100 * gates.sign()

@@ -1,4 +1,4 @@
-"""The LSTM recurrence of csrc/cuda in thread block clusters: on the host-side device, on a GPU from sm_90 on."""
+"""Cluster recurrence of csrc/cuda, on the host-side device and, if present, on a GPU (sm_90 and newer)."""
 
 import emulator
 import pytest
@@ -7,7 +7,7 @@ from cuda_cases import DTYPES, check, on, place_of, plain, recurrence
 
 from fastseq.testing.numerics import Results, compare, evaluate
 
-GIVEN = ("output", "h_n", "c_n", "cell_states")  # results that have a gradient
+GIVEN = ("output", "h_n", "c_n", "cell_states")  # results that may have a gradient
 
 
 @pytest.fixture(autouse=True)
@@ -17,8 +17,8 @@ def _clusters(monkeypatch):
 
 def _forward(place, case, activations=True, cell_states=True):
     call = case._replace(**dict(zip(case._fields[:5], on(place, *case[:5]), strict=True)))
-    found = place.operators.lstm_recurrence_forward(*call, activations, cell_states)
-    return [t.cpu() for t in found]
+    outputs = place.operators.lstm_recurrence_forward(*call, activations, cell_states)
+    return [t.cpu() for t in outputs]
 
 
 def _check_forward(place, case):
@@ -27,7 +27,7 @@ def _check_forward(place, case):
 
 
 def _check_gradients(place, case, given=GIVEN):
-    """Forward and backward, with the gradients that fastseq.testing.evaluate gives the results ``given``."""
+    """Check forward and backward; fastseq.testing.evaluate draws the gradients of the results ``given``."""
     call = case._replace(**dict(zip(case._fields[:5], on(place, *case[:5]), strict=True)))
     output, h_n, c_n, activations, cells = place.operators.lstm_recurrence_forward(*call, True, True)
     results = {"output": output, "h_n": h_n, "c_n": c_n, "cell_states": cells}
@@ -36,37 +36,37 @@ def _check_gradients(place, case, given=GIVEN):
         factors = torch.randn(results[name].shape, generator=generator).bfloat16()
         grads[name] = factors.to(place.device, case.gates.dtype)
     saved = (activations, cells, call.c0, call.weight_hh, call.lengths)
-    found = place.operators.lstm_recurrence_backward(
+    outputs = place.operators.lstm_recurrence_backward(
         *(grads.get(name) for name in GIVEN), *saved, case.reverse, case.tf32
     )
-    named = dict(zip(("gates", "h0", "c0"), (t.cpu() for t in found), strict=True))
+    named = dict(zip(("gates", "h0", "c0"), (t.cpu() for t in outputs), strict=True))
     oracle, baseline = (_gradients(case, given, dtype) for dtype in (torch.float64, case.gates.dtype))
     wrong = [str(c) for c in compare(Results({}, named), oracle, baseline) if not c.ok]
     assert not wrong, "\n".join(wrong)
-    return found
+    return outputs
 
 
 def _gradients(case, given, dtype):
     results, leaves = plain(case, dtype)
-    found = evaluate({name: results[name] for name in given}, leaves)
-    return Results({}, found.gradients)
+    outputs = evaluate({name: results[name] for name in given}, leaves)
+    return Results({}, outputs.gradients)
 
 
 def _case(T, B, H, dtype, **options):
     return recurrence(T, B, H, dtype=dtype, tf32=dtype == torch.float32, **options)
 
 
-# T, B, H: one step, one sequence, one unit, padded units, several tiles of the batch; every size of a cluster.
+# T, B, H: one step, one sequence, one unit, padded units, several tiles of the batch, every cluster size.
 SHAPES = [(1, 3, 16), (5, 1, 1), (4, 17, 63), (3, 9, 128), (2, 3, 200), (2, 2, 257)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_parity(place, shape, dtype):
+def test_accuracy(place, shape, dtype):
     _check_forward(place, _case(*shape, dtype))
 
 
-# H of float32 up to 256: beyond it the weights are too many.
+# float32 only up to H = 256: larger weights do not fit.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 3, 16), (5, 1, 1), (4, 17, 63), (3, 9, 128), (2, 3, 200)], ids=str)
 def test_gradients(place, shape, dtype):
@@ -88,7 +88,7 @@ def test_gradients_of_lengths_and_directions(place, directions, given, dtype):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("longest", [0, 3])
-def test_gradients_of_steps_that_no_sequence_has(place, longest, reverse):
+def test_gradients_past_the_longest_sequence(place, longest, reverse):
     case = _case(5, 3, 12, torch.bfloat16, reverse=reverse)
     _check_gradients(place, case._replace(lengths=torch.tensor([1, 0, 3]).clamp(max=longest)))
 
@@ -109,7 +109,7 @@ def test_lengths_and_directions(place, options, D, dtype):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("longest", [0, 3])
-def test_steps_that_no_sequence_has(place, longest, reverse):
+def test_steps_past_the_longest_sequence(place, longest, reverse):
     case = _case(5, 3, 12, torch.bfloat16, reverse=reverse)
     _check_forward(place, case._replace(lengths=torch.tensor([1, 0, 3]).clamp(max=longest)))
 
@@ -132,12 +132,12 @@ def test_states_and_weights_that_are_views_at_odd_addresses(place, monkeypatch):
         monkeypatch.setenv("FASTSEQ_LSTM_KERNEL", kernel)
         call = (None, False, False, False, False)
         aligned = place.operators.lstm_recurrence_forward(gates, h0, c0, weight_hh, *call)
-        found = place.operators.lstm_recurrence_forward(gates, odd[0], c0, odd[1], *call)
-        assert all(torch.equal(a, b) for a, b in zip(aligned, found, strict=True))
+        outputs = place.operators.lstm_recurrence_forward(gates, odd[0], c0, odd[1], *call)
+        assert all(torch.equal(a, b) for a, b in zip(aligned, outputs, strict=True))
 
 
 def test_activations(place):
-    """i f g o of the steps that count: c = f c_before + i g and h = o tanh(c)."""
+    """Saved i, f, g, o within the lengths reproduce c = f c_before + i g and h = o tanh(c)."""
     case = _case(5, 3, 24, torch.bfloat16, lengths="mixed")
     output, _, _, activations, cells = (t.float() for t in _forward(place, case))
     i, f, g, o = activations.chunk(4, dim=-1)
@@ -155,8 +155,8 @@ def test_no_steps(place):
     assert output.shape == (0, 2, 16) and torch.equal(h_n, case.h0) and torch.equal(c_n, case.c0)
 
 
-# A few multiprocessors: tiles of 16 and 32 sequences, more clusters than are resident; no cluster of 16: twice the
-# units and threads a block, part of the weights in shared memory.
+# Few multiprocessors: tiles of 16 and 32 sequences; more clusters than are resident; no cluster of 16, so twice the
+# units and threads per block, and part of the weights in shared memory.
 @pytest.mark.parametrize(
     ("multiprocessors", "shape", "dtype"),
     [
@@ -178,7 +178,7 @@ def test_gradients_on_small_devices(dtype):
         _check_gradients(place_of("host"), _case(3, 33, 16, dtype, lengths="mixed"))
 
 
-def test_what_does_not_fit_is_refused():
+def test_shapes_that_do_not_fit_are_refused():
     host = place_of("host")
     case = _case(2, 2, 16, torch.bfloat16)
     with pytest.raises(RuntimeError, match="no CUDA kernel fits"):

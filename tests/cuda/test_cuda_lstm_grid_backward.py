@@ -1,4 +1,4 @@
-"""The backward recurrence of csrc/cuda on a grid: on the host-side device everywhere, on a GPU where there is one."""
+"""Backward grid recurrence of csrc/cuda, on the host-side device and, if present, on a GPU."""
 
 import emulator
 import pytest
@@ -11,7 +11,7 @@ from fastseq.testing.numerics import Results, compare, evaluate
 LENGTHS, TF32, NO_TF32 = "mixed", True, False
 KINDS = [(torch.float32, NO_TF32), (torch.float32, TF32), (torch.bfloat16, NO_TF32), (torch.float16, NO_TF32)]
 NAMES = ["float32", "tf32", "bfloat16", "float16"]
-GIVEN = ("output", "h_n", "c_n", "cell_states")  # results that have a gradient
+GIVEN = ("output", "h_n", "c_n", "cell_states")  # results that may have a gradient
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +20,9 @@ def _grid(monkeypatch):
 
 
 def saved(case: Recurrence) -> tuple[Tensor, Tensor]:
-    """The saved results of a forward kernel: activations (T, B, D * 4H), cell_states (T, B, D * H) in float32.
+    """Compute what a forward kernel saves: activations (T, B, D * 4H), cell_states (T, B, D * H) in float32.
 
-    NaN past the lengths, which a kernel does not write.
+    NaN past the lengths, where a kernel writes nothing.
     """
     dtype = case.gates.dtype
     T, B, D, H = len(case.gates), *case.c0.shape[1::-1], case.c0.size(2)
@@ -42,7 +42,7 @@ def saved(case: Recurrence) -> tuple[Tensor, Tensor]:
 
 
 def factors(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients that fastseq.testing.evaluate gives these outputs."""
+    """Draw the gradients of these outputs as fastseq.testing.evaluate does."""
     generator = torch.Generator().manual_seed(3)
     return {n: torch.randn(t.shape, generator=generator).bfloat16().to(t.dtype) for n, t in outputs.items()}
 
@@ -51,17 +51,17 @@ def run(place, case: Recurrence, given=GIVEN) -> dict[str, Tensor]:
     results, _ = plain(case, case.gates.dtype)
     grads = factors({n: results[n] for n in given})
     call = (*(grads.get(n) for n in GIVEN), *saved(case), case.c0, case.weight_hh, case.lengths)
-    found = place.operators.lstm_recurrence_backward(*on(place, *call), case.reverse, case.tf32)
-    return dict(zip(("gates", "h0", "c0"), (t.cpu() for t in found), strict=True))
+    grads = place.operators.lstm_recurrence_backward(*on(place, *call), case.reverse, case.tf32)
+    return dict(zip(("gates", "h0", "c0"), (t.cpu() for t in grads), strict=True))
 
 
 def check(actual: dict[str, Tensor], case: Recurrence, given=GIVEN) -> None:
-    """Every gradient by the float64 rule."""
-    found = []
+    """Check every gradient by the float64 rule."""
+    oracles = []
     for dtype in (torch.float64, case.gates.dtype):
         results, leaves = plain(case, dtype)
-        found.append(Results({}, evaluate({n: results[n] for n in given}, leaves).gradients))
-    wrong = [str(c) for c in compare(Results({}, actual), *found) if not c.ok]
+        oracles.append(Results({}, evaluate({n: results[n] for n in given}, leaves).gradients))
+    wrong = [str(c) for c in compare(Results({}, actual), *oracles) if not c.ok]
     assert not wrong, "\n".join(wrong)
 
 
@@ -77,14 +77,14 @@ def check(actual: dict[str, Tensor], case: Recurrence, given=GIVEN) -> None:
         (2, 2, 257, 1, LENGTHS, False),
     ],
 )
-def test_parity(place, T, B, H, D, lengths, reverse, dtype, tf32):
+def test_accuracy(place, T, B, H, D, lengths, reverse, dtype, tf32):
     case = recurrence(T, B, H, D, dtype, lengths, reverse, tf32)
     check(run(place, case), case)
 
 
 @pytest.mark.parametrize(("dtype", "tf32"), KINDS, ids=NAMES)
 @pytest.mark.parametrize("given", [("output",), ("h_n", "cell_states"), ("c_n",)], ids=" ".join)
-def test_gradients_that_are_not_given(place, given, dtype, tf32):
+def test_missing_output_gradients_are_zero(place, given, dtype, tf32):
     case = recurrence(3, 4, 24, 2, dtype, LENGTHS, tf32=tf32)
     check(run(place, case, given), case, given)
 
@@ -96,7 +96,7 @@ def test_saturated_gates(place, dtype, tf32):
 
 
 def test_no_steps(place):
-    """The gradients of the final states pass through."""
+    """The gradients of the final states become those of the initial states."""
     case = recurrence(0, 3, 8)
     nothing, grad_h, grad_c = torch.empty(0, 3, 32), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
     call = (None, grad_h, grad_c, None, nothing, torch.empty(0, 3, 8), case.c0, case.weight_hh, None)
@@ -105,10 +105,10 @@ def test_no_steps(place):
     torch.testing.assert_close((h0.cpu(), c0.cpu()), (grad_h, grad_c), rtol=0, atol=0)
 
 
-SMALL_DEVICES = [  # multiprocessors, KiB of shared memory, dtype, tf32, T, B, H, D, and the path it takes
+SMALL_DEVICES = [  # multiprocessors, KiB of shared memory, dtype, tf32, T, B, H, D, path of the kernel
     (2, 227, torch.bfloat16, NO_TF32, 3, 77, 20, 1, "three passes over the rows"),
-    (3, 48, torch.float32, TF32, 3, 41, 40, 1, "shared memory for the sums of few rows"),
-    (9, 6, torch.bfloat16, NO_TF32, 2, 16, 144, 1, "a pass for each tile, in more threads than a tile has units"),
+    (3, 48, torch.float32, TF32, 3, 41, 40, 1, "shared memory limits the rows of a pass"),
+    (9, 6, torch.bfloat16, NO_TF32, 2, 16, 144, 1, "one tile a pass, more threads than cells"),
     (4, 227, torch.float32, NO_TF32, 3, 70, 60, 2, "blocks of 32 units, two directions, two passes"),
     (18, 227, torch.bfloat16, NO_TF32, 2, 3, 576, 1, "32 units, weights in shared memory"),
     (9, 227, torch.float32, TF32, 2, 3, 288, 1, "32 units, weights in shared memory"),
@@ -119,16 +119,16 @@ SMALL_DEVICES = [  # multiprocessors, KiB of shared memory, dtype, tf32, T, B, H
 
 
 @pytest.mark.parametrize(
-    ("multiprocessors", "kilobytes", "dtype", "tf32", "T", "B", "H", "D", "about"), SMALL_DEVICES, ids=str
+    ("multiprocessors", "kilobytes", "dtype", "tf32", "T", "B", "H", "D", "path"), SMALL_DEVICES, ids=str
 )
-def test_small_devices(multiprocessors, kilobytes, dtype, tf32, T, B, H, D, about):
+def test_small_devices(multiprocessors, kilobytes, dtype, tf32, T, B, H, D, path):
     case = recurrence(T, B, H, D, dtype, LENGTHS, tf32=tf32)
     host = place_of("host")
     with emulator.device(multiprocessors, 80, kilobytes << 10):
         check(run(host, case), case)
 
 
-def test_what_does_not_fit_is_refused():
+def test_shapes_that_do_not_fit_are_refused():
     host = place_of("host")
     case = recurrence(1, 1, 100)
     for limits in ((3, 90, 227 << 10), (132, 75, 227 << 10), (132, 90, 1 << 10)):
@@ -152,6 +152,6 @@ def test_any_order_of_threads_gives_the_same_bits(dtype, tf32):
 
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
 def test_sanitizers_find_nothing(sanitizers):
-    """The kernel alone under ThreadSanitizer (races) and AddressSanitizer (bounds)."""
+    """Stand-alone program under ThreadSanitizer (races) and AddressSanitizer (bounds)."""
     run = emulator.sanitized(sanitizers, "race_lstm_grid_backward")
     assert run.returncode == 0, (run.stdout + run.stderr)[:4000]

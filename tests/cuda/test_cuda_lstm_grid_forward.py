@@ -1,4 +1,4 @@
-"""The grid-persistent recurrence of csrc/cuda: on the host-side device everywhere, on a GPU where there is one."""
+"""Forward grid recurrence of csrc/cuda, on the host-side device and, if present, on a GPU."""
 
 import emulator
 import pytest
@@ -42,14 +42,14 @@ def _same_bits(results, wanted):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("T", "B", "H"), SHAPES)
-def test_parity(place, T, B, H, kind):
+def test_accuracy(place, T, B, H, kind):
     _check(place, _case(T, B, H, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("D", "reverse"), [(1, False), (1, True), (2, False)])
 def test_lengths(place, D, reverse, kind):
-    """From 0 to T: frozen rows, the reverse direction from each row's own last step."""
+    """Lengths from 0 to T. Rows freeze at their end; the reverse direction starts there."""
     _check(place, _case(6, 19, 24, kind, D=D, reverse=reverse, lengths="mixed"))
 
 
@@ -60,7 +60,7 @@ def test_reverse_without_lengths(place, kind):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_activations(place, kind):
-    """Saved i, f, g, o reproduce the cell states; nothing is written where it is not requested."""
+    """Saved i, f, g, o reproduce the cell states; results that are not requested are empty."""
     case = _case(4, 5, 40, kind, lengths="mixed")
     results = _run(place, case)
     H, dtype = 40, case.gates.dtype
@@ -82,7 +82,7 @@ def test_activations(place, kind):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_large_values(place, kind):
-    """Pre-activations of +-100, h0 beyond 1: right and finite."""
+    """Pre-activations of +-100 and abs(h0) > 1."""
     case = _case(4, 3, 16, kind, scale=100.0)
     _check(place, case._replace(h0=50 * case.h0))
 
@@ -90,7 +90,7 @@ def test_large_values(place, kind):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("unit", [4, 5])
 def test_nan_stays_in_its_row(place, kind, unit):
-    """A NaN reaches every unit of its row one step later, and no other row. Units of a pair travel in one word."""
+    """A NaN reaches every unit of its row one step later and no other row, from either half of a word of two units."""
     case = _case(4, 3, 40, kind)
     case.gates[1, 1, unit] = float("nan")
     output = _run(place, case)["output"]
@@ -105,7 +105,7 @@ def test_nan_stays_in_its_row(place, kind, unit):
     [(1, 5, 3, 63, 1), (2, 5, 17, 40, 2), (3, 4, 19, 72, 1), (7, 5, 33, 40, 1)],
 )
 def test_few_multiprocessors(multiprocessors, T, B, H, D, kind):
-    """Blocks of many groups: two at once, several passes, the last block with fewer of them; the batch in teams."""
+    """Blocks with many groups: two a pass, several passes, a last block with fewer groups, several teams."""
     with emulator.device(multiprocessors=multiprocessors):
         _check(place_of("host"), _case(T, B, H, kind, D=D, lengths="mixed"))
 
@@ -113,7 +113,7 @@ def test_few_multiprocessors(multiprocessors, T, B, H, D, kind):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("multiprocessors", "H"), [(1, 80), (2, 264)])
 def test_weights_in_shared_memory(multiprocessors, H, kind):
-    """More chunks of K, or more groups, than registers hold."""
+    """More chunks of K, or more groups, than fit in registers."""
     with emulator.device(multiprocessors=multiprocessors, shared_memory=4 << 20):
         _check(place_of("host"), _case(2, 9, H, kind))
 
@@ -130,7 +130,7 @@ def test_any_order_of_threads_gives_the_same_bits(multiprocessors, kind, nan_mem
 
 
 def _launch_nothing(B, H, kind, D):
-    """Call without steps: it raises unless a kernel fits."""
+    """Call with T = 0; raises if no kernel fits."""
     _run(place_of("host"), _case(0, B, H, kind, D=D))
 
 

@@ -1,4 +1,4 @@
-"""The decoding step of csrc/cuda: on the host-side device everywhere, on a GPU where there is one."""
+"""Decoding step of csrc/cuda, on the host-side device and, if present, on a GPU."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastseq.testing.numerics import Results, compare
 
-# B, I, H: every height of the row tile and the last one in part, one column, odd ones, several chunks a warp.
+# B, I, H: every size of the row tile, also partial; one column, odd sizes, several chunks per warp.
 SHAPES = [(1, 1, 1), (1, 512, 24), (2, 8, 16), (3, 40, 24), (5, 63, 17), (17, 16, 8), (1, 2304, 2), (9, 7, 257)]
-NARROW = "narrow"  # float32 beside weights in bfloat16
+NARROW = "narrow"  # float32 with bfloat16 weights
 
 
 class Step(NamedTuple):
@@ -59,7 +59,7 @@ def _check(actual, step):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, NARROW], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_parity(place, shape, dtype):
+def test_accuracy(place, shape, dtype):
     step = _step(*shape, dtype)
     _check(_run(place, step), step)
 
@@ -76,7 +76,7 @@ def test_biases(place, biases):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, NARROW], ids=str)
 def test_unaligned_tensors_and_large_values(place, dtype):
-    """Weights that begin in the middle of a 16-byte word, pre-activations of +-100: right and finite."""
+    """Weights that are not 16-byte aligned, and pre-activations of +-100."""
     step = _step(3, 16, 8, dtype)
     step = step._replace(bias_ih=100 * step.bias_ih.sign())
     _check(_run(place, step), step)
@@ -117,7 +117,7 @@ def test_any_order_of_threads_gives_the_same_bits(dtype):
 
 
 def test_rows_do_not_depend_on_each_other(place):
-    """A sequence alone takes another kernel than in a batch; both read the same row."""
+    """B = 1 runs another instantiation than a batch; both give the same bits for a row."""
     step = _step(12, 24, 16, torch.float32)
     together = _run(place, step)
     alone = [

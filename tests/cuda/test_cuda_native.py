@@ -1,4 +1,4 @@
-"""``backend="native"`` on CUDA tensors: whole modules through the kernels, on the host-side device everywhere."""
+"""``backend="native"`` for CUDA tensors: whole modules through the kernels, on the host-side device."""
 
 import contextlib
 
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="the host-si
 
 @pytest.fixture
 def as_native(monkeypatch):
-    """With exact float32 products, as the CPU's are."""
+    """Run native kernels with exact float32 products, as on the CPU."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with emulator.as_native():
         yield
 
 
 def results(module, input, hx, packed=None, **options):
-    """Outputs, and gradients of input, states and parameters, by name."""
+    """Return outputs and gradients of input, states and parameters, by name."""
     input, hx = input.clone().requires_grad_(), tuple(h.clone().requires_grad_() for h in hx)
     given = input if packed is None else pack_padded_sequence(input, packed, enforce_sorted=False)
     output, (h_n, c_n), *rest = module(given, hx, **options)
@@ -34,7 +34,7 @@ def results(module, input, hx, packed=None, **options):
 
 
 def check(T, B, I, H, dtype=torch.float32, packed=None, lengths=None, layers=1, bidirectional=False, bias=True):  # noqa: E741
-    """The native module beside nn.LSTM, in the dtype and in float64."""
+    """Compare the native module with nn.LSTM in the same dtype and in float64."""
     options = {"num_layers": layers, "bidirectional": bidirectional, "bias": bias}
     directions = layers * (2 if bidirectional else 1)
     input, hx = torch.randn(T, B, I).to(dtype), [torch.randn(directions, B, H).to(dtype) for _ in range(2)]
@@ -46,11 +46,11 @@ def check(T, B, I, H, dtype=torch.float32, packed=None, lengths=None, layers=1, 
         module.load_state_dict(plain.state_dict())
     baseline = plain if lengths is None else fastseq.LSTM(I, H, **options, backend="torch").to(dtype)
     baseline.load_state_dict(plain.state_dict())
-    found = [
+    runs = [
         results(module, input.to(kind), [h.to(kind) for h in hx], packed, **extra)
         for module, kind in ((ours, dtype), (oracle, torch.float64), (baseline, dtype))
     ]
-    wrong = [str(c) for c in compare(*found) if not c.ok]
+    wrong = [str(c) for c in compare(*runs) if not c.ok]
     assert not wrong, "\n".join(wrong)
 
 
@@ -82,7 +82,7 @@ def test_lengths_with_an_empty_sequence(as_native):
 
 
 @pytest.mark.parametrize("kernel", ["grid", "cluster"])
-def test_not_a_bit_depends_on_the_padding(as_native, kernel, monkeypatch):
+def test_padding_changes_no_bit(as_native, kernel, monkeypatch):
     monkeypatch.setenv("FASTSEQ_LSTM_KERNEL", kernel)
     module = fastseq.LSTM(6, 24, bidirectional=True, backend="native").bfloat16()
     lengths = torch.tensor([5, 0, 3, 1])
@@ -118,8 +118,8 @@ def test_tf32_follows_the_flag_of_torch(as_native, monkeypatch):
     torch.testing.assert_close(exact, rounded, rtol=0, atol=1e-3)
 
 
-def test_directions_run_one_after_the_other_where_the_device_keeps_the_weights_of_one_only(as_native, monkeypatch):
-    """As on a GPU at large hidden sizes."""
+def test_directions_run_one_after_the_other_if_the_weights_of_both_do_not_fit(as_native, monkeypatch):
+    """A GPU does so at large hidden sizes."""
     from fastseq.ops.lstm import native_cuda
 
     calls = []
@@ -129,7 +129,7 @@ def test_directions_run_one_after_the_other_where_the_device_keeps_the_weights_o
     assert any(len(call) == 4 for call in calls)
 
 
-def test_the_gpu_of_the_tensors_is_asked_what_fits(as_native, monkeypatch):
+def test_fits_checks_the_gpu_of_the_tensors(as_native, monkeypatch):
     from fastseq.ops.lstm import native_cuda
 
     asked = []
@@ -147,24 +147,24 @@ def test_double_backward(as_native):
 
 
 def test_the_whole_model_trains(as_native):
-    """Encoder, decoder and attention of a seq2seq model on the kernels: the loss and gradients of the reference."""
+    """Loss and gradients of a seq2seq model (encoder, decoder, attention) match the reference backend."""
     config = fastseq.Seq2SeqConfig(
         src_vocab_size=12, tgt_vocab_size=11, embedding_dim=6, hidden_size=8, attention="additive"
     )
     model = fastseq.Seq2Seq(config).eval()
     src, lengths, tgt = torch.randint(4, 11, (3, 5)), torch.tensor([5, 3, 1]), torch.randint(4, 11, (3, 4))
-    found = []
+    runs = []
     for backend in ("native", "reference"):
         with fastseq.use_backend(backend):
             logits = model(src, lengths, tgt).logits
             model.zero_grad()
             logits.square().mean().backward()
-        found.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
-    for ours, reference in zip(*found, strict=True):
+        runs.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    for ours, reference in zip(*runs, strict=True):
         torch.testing.assert_close(ours, reference)
 
 
-def test_what_does_not_fit_is_refused_with_a_way_out(as_native):
+def test_sizes_that_do_not_fit_are_refused_with_a_way_out(as_native):
     with pytest.raises(RuntimeError, match=r"hidden_size=4096 .* use backend='torch' or 'triton'"):
         fastseq.LSTM(4, 4096, backend="native")(torch.randn(2, 3, 4))
     with pytest.raises(RuntimeError, match="float64"):
@@ -186,8 +186,8 @@ def test_torch_compile_keeps_one_graph(as_native):
 CALL = LSTMCall("cuda", torch.bfloat16, 512, 512, batch=32, steps=100)
 
 
-def test_auto_takes_the_kernels_where_cudnn_is_known_to_be_weak_and_says_that_nobody_measured_it(monkeypatch):
-    """Its rows for CUDA are marked until a GPU was there."""
+def test_auto_takes_the_kernels_where_cudnn_is_weak_and_marks_them_as_not_measured(monkeypatch):
+    """CUDA rules say "not measured yet" until measured on a GPU."""
     from fastseq import _native
     from fastseq.ops.lstm import native_cuda
 

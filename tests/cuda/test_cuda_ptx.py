@@ -1,6 +1,6 @@
-"""The CUDA kernels as nvcc compiled them, run on tiny cases by the PTX interpreter, inline assembly included.
+"""Compiled PTX of the CUDA kernels, inline assembly included, run on tiny cases by the PTX interpreter.
 
-The real launchers launch them. The cases call the kernels' own tests, on another place.
+The real launchers launch it. Each case calls a check of the kernel's test file, with the interpreter as the place.
 """
 
 import re
@@ -24,7 +24,7 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 
 
 class Case(NamedTuple):
-    kernels: str  # launched by the test, without template arguments, in alphabetical order
+    kernels: str  # names of the launched kernels, without template arguments, sorted
     test: Callable  # called with a place and the arguments
     arguments: tuple
     capabilities: tuple[int, ...] = cuda_build.PTX_ARCHITECTURES
@@ -33,25 +33,25 @@ class Case(NamedTuple):
 
 def cell(dtype, B, H):
     kernels = "lstm_cell_backward_kernel lstm_cell_forward_kernel"
-    return Case(kernels, test_cuda_lstm_cell.test_parity, (B, H, dtype, "both"))
+    return Case(kernels, test_cuda_lstm_cell.test_accuracy, (B, H, dtype, "both"))
 
 
 def step(dtype, *shape):
-    return Case("lstm_step_kernel", test_cuda_lstm_step.test_parity, (shape, dtype))
+    return Case("lstm_step_kernel", test_cuda_lstm_step.test_accuracy, (shape, dtype))
 
 
 def grid_forward(kind, T=3, B=3, H=16):
     arguments = (T, B, H, kind)
-    return Case("lstm_grid_forward_kernel", test_cuda_lstm_grid_forward.test_parity, arguments, recurrence="grid")
+    return Case("lstm_grid_forward_kernel", test_cuda_lstm_grid_forward.test_accuracy, arguments, recurrence="grid")
 
 
 def grid_backward(dtype, tf32=False, D=1, lengths="mixed"):
     arguments = (3, 3, 16, D, lengths, D == 1, dtype, tf32)
-    return Case("lstm_grid_backward_kernel", test_cuda_lstm_grid_backward.test_parity, arguments, recurrence="grid")
+    return Case("lstm_grid_backward_kernel", test_cuda_lstm_grid_backward.test_accuracy, arguments, recurrence="grid")
 
 
 def cluster_forward(dtype, *shape):
-    return Case("lstm_cluster_forward_kernel", test_cuda_lstm_cluster.test_parity, (shape, dtype), (90,), "cluster")
+    return Case("lstm_cluster_forward_kernel", test_cuda_lstm_cluster.test_accuracy, (shape, dtype), (90,), "cluster")
 
 
 def cluster_backward(dtype, *shape):
@@ -64,7 +64,7 @@ def attention(dtype, score, padding, kernels, T=5, S=9):
     if score == "additive":
         kernels |= {f"attention_{name}_kernel" for name in ("query", "sum", "tanh")}
     arguments = (dtype, score, (2, T, S, 16, 8), padding)
-    return Case(" ".join(sorted(kernels)), test_cuda_attention.test_parity, arguments)
+    return Case(" ".join(sorted(kernels)), test_cuda_attention.test_accuracy, arguments)
 
 
 CASES = {
@@ -102,12 +102,12 @@ CASES = {
 
 
 def template(name: str) -> str:
-    """A kernel's name without template arguments."""
+    """Strip the template arguments of a kernel's name."""
     return cuda_build.readable(name).split("<")[0].split("::")[-1]
 
 
 def check(name: str, capability: int, **options) -> None:
-    """Run a case on PTX. All tensors are allocated inside running(): only those are memory of the device."""
+    """Run a case on PTX. Allocates all tensors inside running(), because only those are device memory."""
     case = CASES[name]
     with pytest.MonkeyPatch.context() as patch, running(capability, **options) as log:
         patch.setenv("FASTSEQ_LSTM_KERNEL", case.recurrence)
@@ -116,7 +116,7 @@ def check(name: str, capability: int, **options) -> None:
 
 
 @pytest.mark.parametrize(("name", "capability"), [(name, c) for name, case in CASES.items() for c in case.capabilities])
-def test_parity(name, capability):
+def test_accuracy(name, capability):
     check(name, capability)
 
 
@@ -147,18 +147,18 @@ PLANTED = {
     "swapped A, attention": ("attention dot bfloat16", *SWAP_A, "context: error"),
     "no barriers, grid forward": ("grid forward bfloat16", r"bar\.sync \t?0;", "", "output: error"),
     "no barriers, cluster": ("cluster forward bfloat16", r"bar\.sync \t?0;", "", "output: error"),
-    "a block that does not report": ("grid forward bfloat16", r"red\.release[^;]*;", "", "deadlock"),
-    "peers that may not run yet, or any more": (
+    "a block that does not arrive": ("grid forward bfloat16", r"red\.release[^;]*;", "", "deadlock"),
+    "no cluster barrier at start and end": (
         "cluster forward bfloat16", r"barrier\.cluster\.(arrive|wait)[^;]*;", "", "no mbarrier was init|has returned"
     ),
     "too few bytes expected": (
-        "cluster forward bfloat16", r"(mbarrier\.arrive\.expect_tx[^;]*\], *)%r\d+", r"\g<1>16", "under way|deadlock"
+        "cluster forward bfloat16", r"(mbarrier\.arrive\.expect_tx[^;]*\], *)%r\d+", r"\g<1>16", "in flight|deadlock"
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bugs_are_seen(bug):
+def test_planted_bugs_are_reported(bug):
     name, pattern, replacement, said = PLANTED[bug]
     assert any(re.search(pattern, text) for text in cuda_build.ptx(90))
     with pytest.raises((AssertionError, RuntimeError), match=said):

@@ -1,4 +1,4 @@
-"""Clusters on the host-side device: a word overwritten before all have read it must show; right kernels must pass."""
+"""Clusters on the host-side device: a word overwritten before all blocks have read it must be reported."""
 
 import emulator
 import pytest
@@ -7,7 +7,7 @@ pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="the host-si
 
 
 def run(sanitizers: str, buffers: int, seed: int) -> str:
-    """Output of cluster_check.cpp, the sanitizer's report included."""
+    """Return the output of cluster_check.cpp, with the sanitizer's report."""
     done = emulator.run_program("cluster_check", buffers, seed, sanitizers=sanitizers)
     return done.stdout + done.stderr
 

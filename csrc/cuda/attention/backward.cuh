@@ -1,13 +1,14 @@
-// Attention backward. Nothing of size (B, T, S, A) is stored, and no sum depends on the order of threads:
+// Attention backward. Stores nothing of size (B, T, S, A). Every sum has a fixed order, so results repeat bit for bit.
+// Derivation: docs/ops/attention.md
 //
-//   1. attention_grad_softmax_kernel    gradient of the weights (B, T, S), and its mean under them in parts
-//   2. attention_product_kernel         grad_values; for the dot score grad_query and grad_keys as well
-//   3. attention_tanh_kernel            additive score: grad_keys; grad_query and the gradient of the weight in parts
-//   4. attention_query_kernel           additive score: grad_query, the gradient of the bias in parts
-//   5. attention_sum_kernel             additive score: the sums of these parts
+//   1. attention_grad_softmax_kernel    dL/dweights (B, T, S); partial sums of its mean under the weights
+//   2. attention_product_kernel         grad_values; dot score: also grad_query and grad_keys
+//   3. attention_tanh_kernel            additive score: grad_keys; partial sums of grad_query and grad_weight
+//   4. attention_query_kernel           additive score: grad_query; partial sums of grad_bias
+//   5. attention_sum_kernel             additive score: grad_weight, grad_bias
 //
-// The gradient of a score is computed at its use: weight * (grad_softmax - mean) * scale, or 0 where the weight is 0,
-// as grad_softmax may be garbage there.
+// The gradient of a score is computed where it is used: weight * (grad_softmax - mean) * scale, or 0 where the weight
+// is 0, because grad_softmax may be NaN there.
 #pragma once
 
 #include "cuda/attention/tanh.cuh"
@@ -15,7 +16,7 @@
 
 namespace fastseq::cuda {
 
-// Adds up the parts of the mean of one step.
+// Returns the mean of dL/dweights under the weights, for one step.
 FASTSEQ_DEVICE float mean_of(const AttentionBackwardParams& p, int64_t b, int64_t step) {
   const int64_t parts = divide_up(p.in.positions, kGradPositions);
   float mean = 0;
@@ -29,7 +30,7 @@ FASTSEQ_DEVICE float score_gradient(const AttentionBackwardParams& p, int64_t b,
   return weight == 0 ? 0.0f : weight * (p.grad_softmax[at] - mean) * p.in.scale;
 }
 
-// In dynamic shared memory: as static arrays they would exceed the 48 KiB that every device allows.
+// In dynamic shared memory, because static arrays are limited to 48 KiB.
 template <class E>
 struct ProductTiles {
   E x[kTileRows * kTileStride<E>];
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kTileThreads, 4) attention_grad_softmax_kernel
 // grad_keys (S, A) = g^T query and grad_query (T, A) = g keys.
 enum class Gradient { kValues, kKeys, kQuery };
 
-// Loads the left factor: 32 rows of the result, kTileDepth of the summed dimension.
+// Loads the left factor: 32 rows of the result, kTileDepth of the reduced dimension.
 template <class T, Gradient kGradient>
 FASTSEQ_DEVICE void load_factor(const AttentionBackwardParams& p,
                                 int64_t b,
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kTileThreads, 4) attention_product_kernel(Atte
                              [&](int r) { return r < depth && (!kSteps || tiles.open[r] != 0); });
     __syncthreads();
     ColumnProduct<T>::add(sum, tiles.x, tiles.y, rows, depth);
-    __syncthreads();  // redundant, but without it loads move up: 80 registers instead of 72 on sm_90
+    __syncthreads();  // not needed, but without it loads move up: 80 registers instead of 72 on sm_90
   }
   T* out = static_cast<T*>(kSteps ? p.grad_query : kValues ? p.grad_values : p.grad_keys);
   store_tile<N>(sum, out + (b * all_rows + row) * width + column, width, rows, width - column);
@@ -154,15 +155,15 @@ __global__ void __launch_bounds__(kTileThreads, 4) attention_product_kernel(Atte
 
 constexpr int kTanhThreads = 256;
 constexpr int kTanhWarps = kTanhThreads / 32;
-constexpr int kTanhKeys = kTanhPositions / kTanhWarps;  // of one thread, in registers
-constexpr int kTanhSteps = 16;                          // in shared memory at a time
+constexpr int kTanhKeys = kTanhPositions / kTanhWarps;  // keys of a thread, in registers
+constexpr int kTanhSteps = 16;                          // steps in shared memory at once
 
 struct TanhTiles {
-  float grads[kTanhSteps][kTanhPositions];    // of the scores
-  float queries[kTanhSteps][32];              // with bias, prepared
-  float partial[kTanhWarps][kTanhSteps][32];  // grad_query of each warp's positions
+  float grads[kTanhSteps][kTanhPositions];    // gradients of the scores
+  float queries[kTanhSteps][32];              // query + bias, prepared
+  float partial[kTanhWarps][kTanhSteps][32];  // grad_query over each warp's positions
   float largest[2][kTanhWarps];
-  unsigned char open[kTanhPositions];  // whether any step attends to the position
+  unsigned char open[kTanhPositions];  // 1 if any step attends to the position
 };
 
 // Returns query + bias of one step and column `a`; 0 past the last column.
@@ -173,10 +174,10 @@ FASTSEQ_DEVICE float biased_query(const AttentionInputParams& in, int64_t b, int
   return in.bias ? q + to_float(static_cast<const T*>(in.bias)[a]) : q;
 }
 
-// Chooses one tanh formulation for all queries and the keys of the block.
+// Chooses one tanh formulation for all queries and for the keys of the block.
 template <class T>
-FASTSEQ_DEVICE TanhWay
-tanh_way(const AttentionInputParams& in, int64_t b, int64_t a, const float (&keys)[kTanhKeys], TanhTiles& tiles) {
+FASTSEQ_DEVICE TanhForm choose_block_tanh(
+    const AttentionInputParams& in, int64_t b, int64_t a, const float (&keys)[kTanhKeys], TanhTiles& tiles) {
   const int warp = threadIdx.x / 32;
   float query = 0, key = 0;
   for (int64_t t = warp; t < in.steps; t += kTanhWarps) query = fmaxf(query, fabsf(biased_query<T>(in, b, t, a)));
@@ -193,10 +194,10 @@ tanh_way(const AttentionInputParams& in, int64_t b, int64_t a, const float (&key
     query = fmaxf(query, tiles.largest[0][i]);
     key = fmaxf(key, tiles.largest[1][i]);
   }
-  return best_way(query, key);
+  return choose_tanh(query, key);
 }
 
-// Loads the score gradients and the queries of kTanhSteps steps into shared memory.
+// Loads score gradients and queries of kTanhSteps steps into shared memory.
 template <class T, class Tanh>
 FASTSEQ_DEVICE void load_steps(const AttentionBackwardParams& p,
                                int64_t b,
@@ -216,13 +217,13 @@ FASTSEQ_DEVICE void load_steps(const AttentionBackwardParams& p,
   }
 }
 
-// Accumulates gradients without the factor weight[a]: grad_keys, query_parts. Returns the gradient of the weight.
+// Accumulates grad_keys and query_parts, both without the factor weight[a]. Returns the gradient of weight[a].
 template <class T, class Tanh>
 FASTSEQ_DEVICE float tanh_gradients(const AttentionBackwardParams& p,
                                     int64_t b,
                                     int64_t part,
                                     int64_t a,
-                                    float (&keys)[kTanhKeys],  // not prepared yet
+                                    float (&keys)[kTanhKeys],  // prepared in place
                                     float (&grad_keys)[kTanhKeys],
                                     TanhTiles& tiles) {
   const AttentionInputParams& in = p.in;
@@ -269,7 +270,7 @@ __global__ void __launch_bounds__(kTanhThreads, 2) attention_tanh_kernel(Attenti
   const int64_t parts = divide_up(in.positions, kTanhPositions), b = blockIdx.x / parts, part = blockIdx.x % parts;
   const int64_t a = blockIdx.y * 32 + lane_id(), limit = position_limit(in, b);
   const int warp = threadIdx.x / 32;
-  const int64_t own = part * kTanhPositions + warp * kTanhKeys;
+  const int64_t first = part * kTanhPositions + warp * kTanhKeys;
   if (threadIdx.x < kTanhPositions) {
     unsigned open = 0;
     for (int64_t t = 0; t < in.steps; t += 32) {
@@ -282,16 +283,17 @@ __global__ void __launch_bounds__(kTanhThreads, 2) attention_tanh_kernel(Attenti
 #pragma unroll
   for (int j = 0; j < kTanhKeys; ++j) {
     const bool exists = tiles.open[warp * kTanhKeys + j] && a < in.size;
-    keys[j] = exists ? to_float(row_of<T>(in.keys, b, own + j)[a]) : 0.0f;
+    keys[j] = exists ? to_float(row_of<T>(in.keys, b, first + j)[a]) : 0.0f;
   }
-  if (part * kTanhPositions < limit) {  // else attention_query_kernel does not read this part
-    TanhWay way = TanhWay::kDirect;
-    if constexpr (sizeof(T) == 4) way = tanh_way<T>(in, b, a, keys, tiles);
-    if (way == TanhWay::kDirect) grad_weight = tanh_gradients<T, DirectTanh<T>>(p, b, part, a, keys, grad_keys, tiles);
+  if (part * kTanhPositions < limit) {  // attention_query_kernel reads no other part
+    TanhForm form = TanhForm::kDirect;
+    if constexpr (sizeof(T) == 4) form = choose_block_tanh<T>(in, b, a, keys, tiles);
+    if (form == TanhForm::kDirect)
+      grad_weight = tanh_gradients<T, DirectTanh<T>>(p, b, part, a, keys, grad_keys, tiles);
     if constexpr (sizeof(T) == 4) {
-      if (way == TanhWay::kAddition)
+      if (form == TanhForm::kAddition)
         grad_weight = tanh_gradients<T, AdditionTanh>(p, b, part, a, keys, grad_keys, tiles);
-      if (way == TanhWay::kExponential)
+      if (form == TanhForm::kExponential)
         grad_weight = tanh_gradients<T, ExponentialTanh>(p, b, part, a, keys, grad_keys, tiles);
     }
   }
@@ -302,8 +304,8 @@ __global__ void __launch_bounds__(kTanhThreads, 2) attention_tanh_kernel(Attenti
   const float weight = to_float(static_cast<const T*>(in.weight)[a]);
 #pragma unroll
   for (int j = 0; j < kTanhKeys; ++j) {
-    if (own + j >= in.positions) break;
-    from_float(weight * grad_keys[j], static_cast<T*>(p.grad_keys) + (b * in.positions + own + j) * in.size + a);
+    if (first + j >= in.positions) break;
+    from_float(weight * grad_keys[j], static_cast<T*>(p.grad_keys) + (b * in.positions + first + j) * in.size + a);
   }
   if (warp != 0) return;
   float sum = 0;
@@ -311,7 +313,7 @@ __global__ void __launch_bounds__(kTanhThreads, 2) attention_tanh_kernel(Attenti
   p.weight_parts[(b * parts + part) * in.size + a] = sum;
 }
 
-// Adds up x over the warps of a block, for each lane; the sum is valid in warp 0. Called by all threads.
+// Sums x over the warps of a block, lane by lane; the sum is valid in warp 0. All threads must call it.
 FASTSEQ_DEVICE float sum_warps(float x) {
   FASTSEQ_SHARED(float, partial, kTanhThreads);
   partial[threadIdx.x] = x;
@@ -321,7 +323,7 @@ FASTSEQ_DEVICE float sum_warps(float x) {
   return sum;
 }
 
-// grad_query = weight * the sum of its parts, and bias_parts, its sum over kSumSteps steps. One block per 32 columns.
+// grad_query = weight * sum of query_parts; bias_parts: its sums over kSumSteps steps. One block per 32 columns.
 template <class T>
 __global__ void __launch_bounds__(kTanhThreads) attention_query_kernel(AttentionBackwardParams p) {
   const AttentionInputParams& in = p.in;
@@ -343,7 +345,7 @@ __global__ void __launch_bounds__(kTanhThreads) attention_query_kernel(Attention
   if (threadIdx.x < 32 && inside) p.bias_parts[blockIdx.x * in.size + a] = bias;
 }
 
-// Sums the parts of grad_weight (blockIdx.y = 0) or grad_bias (1). One block per 32 columns.
+// Sums the parts of grad_weight (blockIdx.y = 0) or of grad_bias (1). One block per 32 columns.
 template <class T>
 __global__ void __launch_bounds__(kTanhThreads) attention_sum_kernel(AttentionBackwardParams p) {
   const AttentionInputParams& in = p.in;

@@ -21,8 +21,8 @@ std::string one_step(const AttentionForwardParams& p, Stream stream) {
   return launch(combine, attention_combine_kernel<T>, p, chunks);
 }
 
-// Columns of the context that one block sums up: all if they fit shared memory; else the scores are recomputed for
-// every block of columns.
+// Context columns of one block: all if their sums fit shared memory. Otherwise several blocks of columns recompute the
+// same scores.
 template <class Tiles>
 int forward_columns(int64_t width) {
   const size_t left = device_limits().shared_memory - sizeof(Tiles);
@@ -46,12 +46,12 @@ std::string many_steps(const AttentionForwardParams& p, Stream stream) {
 
 }  // namespace
 
-// Aims at two blocks per multiprocessor where there are few sentences. Not measured yet.
+// Splits until there are two blocks per multiprocessor. Not measured on a GPU yet.
 int64_t attention_splits(const AttentionInputParams& in) {
   if (in.steps != 1 || in.positions == 0) return 1;
   const int64_t blocks = in.batch * divide_up(in.width, kStepColumns);
-  const int64_t most = divide_up(in.positions, kStepKeys), wanted = 2 * device_limits().multiprocessors;
-  const int64_t splits = blocks > 0 && wanted > blocks ? wanted / blocks : 1;
+  const int64_t most = divide_up(in.positions, kStepKeys), target = 2 * device_limits().multiprocessors;
+  const int64_t splits = blocks > 0 && target > blocks ? target / blocks : 1;
   return splits < most ? splits : most;
 }
 

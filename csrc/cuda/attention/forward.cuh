@@ -1,5 +1,5 @@
-// Attention forward for many steps: scores, an online softmax and the context in one pass over the keys and values. 32
-// steps a block share keys and values through shared memory. One step: forward_step.cuh.
+// Attention forward for T > 1: scores, online softmax and context in one pass over keys and values. The 32 steps of a
+// block share keys and values through shared memory. T = 1: forward_step.cuh. Drawing: docs/kernels/attention.md
 #pragma once
 
 #include "cuda/attention/softmax.cuh"
@@ -8,8 +8,8 @@
 
 namespace fastseq::cuda {
 
-// Shared memory of attention_forward_kernel, followed by its sums. E: float, or a 16-bit type where no float tile is
-// needed.
+// Shared memory of attention_forward_kernel; its context sums follow. E: type of the tiles, float for the additive
+// score.
 template <class E>
 struct ForwardTiles {
   float scores[kTileRows * kTileStride<float>];
@@ -24,7 +24,7 @@ struct ForwardTiles {
 template <class T, bool kAdditive>
 using ForwardTilesOf = ForwardTiles<std::conditional_t<kAdditive, float, T>>;
 
-// Returns the largest absolute value of this warp's part of a float tile.
+// Returns the largest absolute value in this warp's part of a float tile.
 template <int kRows>
 FASTSEQ_DEVICE float largest_of(const float* tile) {
   float largest = 0;
@@ -37,7 +37,7 @@ FASTSEQ_DEVICE float largest_of(const float* tile) {
   return warp_max(largest);
 }
 
-// Prepares a float tile in place; each thread the elements that it has read in largest_of().
+// Applies Tanh::prepare to a float tile, in place. Each thread has the same elements as in largest_of().
 template <class Tanh, int kRows>
 FASTSEQ_DEVICE void prepare_tile(float* tile) {
   for_tile<kRows * 16>([&](int i) {
@@ -49,7 +49,7 @@ FASTSEQ_DEVICE void prepare_tile(float* tile) {
   });
 }
 
-// Uses one tanh formulation for all valid columns of the tile.
+// Adds the tanh scores of a tile in one formulation for all its elements.
 template <class Tanh>
 FASTSEQ_DEVICE void add_tanh(float (&sum)[4][4], ForwardTiles<float>& tiles, int rows, int depth) {
   prepare_tile<Tanh, kTileRows>(tiles.x);
@@ -75,14 +75,14 @@ FASTSEQ_DEVICE void add_tanh_scores(float (&sum)[4][4], ForwardTiles<float>& til
       largest[0] = fmaxf(largest[0], tiles.largest[0][i]);
       largest[1] = fmaxf(largest[1], tiles.largest[1][i]);
     }
-    const TanhWay way = best_way(largest[0], largest[1]);
-    if (way == TanhWay::kAddition) return add_tanh<AdditionTanh>(sum, tiles, rows, depth);
-    if (way == TanhWay::kExponential) return add_tanh<ExponentialTanh>(sum, tiles, rows, depth);
+    const TanhForm form = choose_tanh(largest[0], largest[1]);
+    if (form == TanhForm::kAddition) return add_tanh<AdditionTanh>(sum, tiles, rows, depth);
+    if (form == TanhForm::kExponential) return add_tanh<ExponentialTanh>(sum, tiles, rows, depth);
     RowProduct<float>::add<WeightedTanh<DirectTanh<float>>>(sum, tiles.x, tiles.y, rows, depth, tiles.weight);
   }
 }
 
-// Adds the bias to the rows of queries, and loads the weight of these columns.
+// Adds the bias to the tile of queries and loads the weights of its columns.
 template <class T>
 FASTSEQ_DEVICE void add_bias(const AttentionInputParams& in, int64_t a, int columns, ForwardTiles<float>& tiles) {
   const T* bias = static_cast<const T*>(in.bias);
@@ -97,7 +97,7 @@ FASTSEQ_DEVICE void add_bias(const AttentionInputParams& in, int64_t a, int colu
   }
 }
 
-// Computes sum[step][position] of 32 steps and 64 positions, not scaled. tiles.open is set. Ends with a barrier.
+// Adds the unscaled scores of 32 steps and 64 positions to `sum`. Reads tiles.open. Ends with __syncthreads.
 template <class T, int N, bool kAdditive>
 FASTSEQ_DEVICE void add_scores(float (&sum)[4][4],
                                const AttentionInputParams& in,
@@ -123,7 +123,8 @@ FASTSEQ_DEVICE void add_scores(float (&sum)[4][4],
   }
 }
 
-// Computes the softmax over one tile: four threads a row, 16 scores each. Writes the exponentials to `x`.
+// Advances the online softmax by one tile: four threads a row, 16 scores each. Writes the exponentials to `x`. Returns
+// the factor of earlier sums.
 template <class T>
 FASTSEQ_DEVICE float softmax_tile(SoftmaxState& state, const float* scores, T* x) {
   const int row = threadIdx.x / 4, part = threadIdx.x % 4;
@@ -147,7 +148,7 @@ FASTSEQ_DEVICE float softmax_tile(SoftmaxState& state, const float* scores, T* x
   return factor;
 }
 
-// Work of a block of attention_forward_kernel: steps from `step` on, columns of the context from `column` on.
+// Work of a block of attention_forward_kernel: `rows` steps from `step` on, context columns from `column` on.
 struct ForwardBlock {
   int64_t b, step, column;
   int rows, chunks;  // of 64 columns
@@ -180,7 +181,8 @@ FASTSEQ_DEVICE void keep_scores(const float (&sum)[4][4],
   }
 }
 
-// sums = factor * sums + x * values, `count` positions from `first` on. sums: (chunks, 16, threads), a thread its own.
+// sums = factor * sums + x * values, over `count` positions from `first` on. sums: (chunks, 16, threads); each thread
+// accesses only its column.
 template <class T, int N, class Tiles>
 FASTSEQ_DEVICE void add_context(
     const ForwardBlock& block, const AttentionInputParams& in, int64_t first, int count, Tiles& tiles, float* sums) {
@@ -221,7 +223,7 @@ FASTSEQ_DEVICE void store_context(const ForwardBlock& block,
   }
 }
 
-// One block per 32 steps and `columns` (whole tiles) columns of the context.
+// One block per 32 steps and `columns` context columns, a multiple of 64.
 template <class T, int N, bool kAdditive>
 __global__ void __launch_bounds__(kTileThreads, 4) attention_forward_kernel(AttentionForwardParams p, int columns) {
   FASTSEQ_DYNAMIC_SHARED(memory);
@@ -258,8 +260,8 @@ __global__ void __launch_bounds__(kTileThreads, 4) attention_forward_kernel(Atte
   }
   __syncthreads();
   for (int m = threadIdx.x / 32; weights && m < block.rows; m += kTileThreads / 32) {
-    float* own = weights + m * in.positions;
-    finish_weights(own, in.positions, limit, tiles.base[m], tiles.factor[m], lane_id(), 32);
+    float* row_weights = weights + m * in.positions;
+    finish_weights(row_weights, in.positions, limit, tiles.base[m], tiles.factor[m], lane_id(), 32);
   }
   store_context<T, N>(block, p, tiles.factor, sums);
 }

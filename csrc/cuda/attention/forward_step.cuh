@@ -1,5 +1,5 @@
-// Attention forward for one step (T = 1), which is bound by memory: a warp reads one key at a time, from global memory
-// into registers. Where there are few sentences, the positions are split among blocks.
+// Attention forward for T = 1 (decoding), memory-bound: each warp reads its keys from global memory into registers. For
+// small batches, blocks split the positions; attention_combine_kernel merges them. Drawing: docs/kernels/attention.md
 #pragma once
 
 #include "cuda/attention/softmax.cuh"
@@ -10,9 +10,9 @@ namespace fastseq::cuda {
 
 constexpr int kStepThreads = 256;
 constexpr int kStepWarps = kStepThreads / 32;
-constexpr int kWarpKeys = kStepKeys / kStepWarps;  // keys of a warp whose loads are in flight together
+constexpr int kWarpKeys = kStepKeys / kStepWarps;  // keys of a warp; their loads are in flight together
 
-// Computes the scores of a warp's keys, not scaled. keys[j]: row j.
+// Computes the unscaled scores of a warp's keys. keys[j]: row j.
 template <class T, int N, bool kAdditive>
 FASTSEQ_DEVICE void step_scores(const AttentionInputParams& in,
                                 const T* query,                     // (A,)
@@ -46,24 +46,24 @@ FASTSEQ_DEVICE void step_scores(const AttentionInputParams& in,
 template <class T, int N, bool kAdditive>
 FASTSEQ_DEVICE void step_tile(const AttentionInputParams& in, int64_t b, int64_t first, int64_t end, float* scores) {
   const T* query = row_of<T>(in.query, b, 0);
-  const int own = static_cast<int>(threadIdx.x) / 32 * kWarpKeys;
+  const int warp_key = static_cast<int>(threadIdx.x) / 32 * kWarpKeys;
   const T* keys[kWarpKeys];
   float score[kWarpKeys];
   unsigned open = 0;
 #pragma unroll
   for (int j = 0; j < kWarpKeys; ++j) {
-    const bool attended = attends(in, b, first + own + j, end);
+    const bool attended = attends(in, b, first + warp_key + j, end);
     open |= static_cast<unsigned>(attended) << j;
-    keys[j] = attended ? row_of<T>(in.keys, b, first + own + j) : query;  // masked keys are not read
+    keys[j] = attended ? row_of<T>(in.keys, b, first + warp_key + j) : query;  // masked keys are not read
   }
   if (open) step_scores<T, N, kAdditive>(in, query, keys, score);
 #pragma unroll
   for (int j = 0; j < kWarpKeys; ++j) {
-    if (lane_id() == j) scores[own + j] = open >> j & 1 ? in.scale * score[j] : -INFINITY;
+    if (lane_id() == j) scores[warp_key + j] = open >> j & 1 ? in.scale * score[j] : -INFINITY;
   }
 }
 
-// Turns scores (kStepKeys,) into exponentials. Every warp computes the same state. Returns the factor of earlier sums.
+// Replaces scores (kStepKeys,) by exponentials. Every warp computes the same state. Returns the factor of earlier sums.
 FASTSEQ_DEVICE float step_softmax(SoftmaxState& state, const float* scores, float* probabilities) {
   const float upper = scores[lane_id()], lower = scores[lane_id() + 32];
   const float factor = state.raise(warp_max(fmaxf(upper, lower)));
@@ -76,13 +76,13 @@ FASTSEQ_DEVICE float step_softmax(SoftmaxState& state, const float* scores, floa
   return factor;
 }
 
-// sums (groups, columns) = factor * sums + probabilities (kStepKeys,) * values. Group g has keys g, g + groups, ...; an
-// item has N columns.
+// sums (groups, columns) = factor * sums + probabilities (kStepKeys,) * values. Group g adds keys g, g + groups, ...;
+// one item is N columns of a group.
 template <class T, int N>
 FASTSEQ_DEVICE void step_context(const AttentionInputParams& in,
                                  int64_t b,
                                  int64_t first,               // position
-                                 const float* probabilities,  // (kStepKeys,); 0: masked, the value is not read
+                                 const float* probabilities,  // (kStepKeys,); values of probability 0 are not read
                                  float factor,                // of earlier sums
                                  int64_t column,              // the first one
                                  int columns,
@@ -107,7 +107,7 @@ FASTSEQ_DEVICE void step_context(const AttentionInputParams& in,
   }
 }
 
-// Writes the context, or the partial sums of one split of the positions, from sums (groups, columns).
+// Writes the context, or the partial sums of one split, from sums (groups, columns).
 template <class T>
 FASTSEQ_DEVICE void finish_step(const AttentionForwardParams& p,
                                 int64_t b,
@@ -132,7 +132,7 @@ FASTSEQ_DEVICE void finish_step(const AttentionForwardParams& p,
   p.states[(b * p.splits + split) * 2 + 1] = state.total;
 }
 
-// T = 1. One block per split of the positions of a sentence and per kStepColumns columns of the context.
+// T = 1. One block per sentence, split of its positions, and kStepColumns context columns.
 template <class T, int N, bool kAdditive>
 __global__ void __launch_bounds__(kStepThreads, 2) attention_step_kernel(AttentionForwardParams p) {
   FASTSEQ_SHARED(float, sums, kStepColumns);

@@ -1,4 +1,4 @@
-// Chooses the instantiation of the attention kernels for a call: dtype, width of vector loads, score.
+// Chooses the instantiation of the attention kernels: dtype, width of vector loads, score.
 #pragma once
 
 #include "cuda/attention/params.h"
@@ -12,10 +12,10 @@ bool rows_aligned(const Rows& x) {
   return aligned({x.data}) && x.batch % kWidth<T> == 0 && x.row % kWidth<T> == 0;
 }
 
-// Returns run(T{}, width of vector loads, score is additive), the last two as std::integral_constant.
+// Returns run(T{}, elements of a vector load, additive score); the last two are std::integral_constant.
 template <class Run>
 std::string with_attention(const AttentionInputParams& in,
-                           std::initializer_list<const void*> pointers,  // also read or written in vectors
+                           std::initializer_list<const void*> pointers,  // other tensors that kernels access as vectors
                            std::initializer_list<Rows> rows,
                            Type type,
                            const Run& run) {

@@ -1,5 +1,5 @@
-// Attention operators on CUDA: checks, outputs, workspace, launch. Keys are not prepared here: one step is bound by
-// their bytes, and prepared keys would have as many bytes, or twice as many.
+// Attention operators on CUDA: checks, outputs, workspace, launch. attention_prepare returns nothing here: one step is
+// bound by the bytes of its keys, and prepared keys would have at least as many.
 #include <tuple>
 
 #include "attention_arguments.h"
@@ -18,7 +18,7 @@ Tensor with_whole_rows(const Tensor& t) {
 Rows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
 
 struct Arguments : AttentionArguments {
-  // True if there is no query or no position.
+  // True if B, T or S is 0.
   bool empty() const { return batch() * steps() * positions() == 0; }
 
   void check(const char* op) const;

@@ -1,4 +1,4 @@
-// Shared by the attention kernels: the positions a step attends to, tiles of rows in shared memory and their products.
+// Shared by the attention kernels: attended positions, tiles of rows in shared memory, products of tiles.
 #pragma once
 
 #include "cuda/attention/params.h"
@@ -9,26 +9,25 @@ namespace fastseq::cuda {
 constexpr int kTileThreads = 128;
 constexpr int kTileRows = 32;
 constexpr int kTileColumns = 64;
-constexpr int kTileDepth = 64;  // of the dimension summed over
+constexpr int kTileDepth = 64;  // of the reduced dimension
 
-// Elements from one row of a tile of 64 columns to the next: 16 bytes of padding, so that rows begin in different
-// banks.
+// Row stride of a tile of 64 columns, in elements. 16 bytes of padding: rows begin in different banks.
 template <class E>
 constexpr int kTileStride = 64 + 16 / static_cast<int>(sizeof(E));
 
-// Number of positions of sentence b that a step may attend to.
+// Returns the number of positions of sentence b that steps may attend to.
 FASTSEQ_DEVICE int64_t position_limit(const AttentionInputParams& in, int64_t b) {
   if (!in.lengths) return in.positions;
   const int64_t length = in.lengths[b];
   return length < 0 ? 0 : length < in.positions ? length : in.positions;
 }
 
-// True if every step (or the only one) attends to position s. limit: position_limit().
+// True if all steps attend to position s; requires one mask for all steps, or T = 1. limit: position_limit().
 FASTSEQ_DEVICE bool attends(const AttentionInputParams& in, int64_t b, int64_t s, int64_t limit) {
   return s < limit && (!in.mask || in.mask[b * in.mask_batch + s * in.mask_column]);
 }
 
-// Returns bits: bit i is set if step first + i attends to position s.
+// Returns a bit mask: bit i is set if step first + i attends to position s.
 FASTSEQ_DEVICE unsigned attending_steps(
     const AttentionInputParams& in, int64_t b, int64_t first, int64_t s, int64_t limit) {
   const int steps = in.steps - first < 32 ? static_cast<int>(in.steps - first) : 32;
@@ -66,14 +65,14 @@ FASTSEQ_DEVICE void clear_vector(E* to) {
     store_vector(to, zeros);
 }
 
-// Calls body(i) for i < kCount, over the threads of a block; kCount is a multiple of kTileThreads.
+// Calls body(i) for all i < kCount, split over the threads of a block. kCount is a multiple of kTileThreads.
 template <int kCount, class Body>
 FASTSEQ_DEVICE void for_tile(Body body) {
 #pragma unroll 8
   for (int k = 0; k < kCount / kTileThreads; ++k) body(k * kTileThreads + static_cast<int>(threadIdx.x));
 }
 
-// Loads 64 columns of up to kRows rows into a tile; zero where absent. present(r): row r exists.
+// Loads 64 columns of kRows rows into a tile; zero past `columns` and in rows r for which present(r) is false.
 template <int N, int kRows, class E, class T, class Present>
 FASTSEQ_DEVICE void load_tile(E* tile, const T* rows, int64_t row_stride, int64_t columns, Present present) {
   constexpr int kVectors = 64 / N;
@@ -93,19 +92,19 @@ FASTSEQ_DEVICE void clear(float (&sum)[4][4]) {
   for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] = 0;
 }
 
-// A tile (32, 64) of a product; each thread has 16 of its elements, element (i, j) at row(i, j), column(i, j).
-// Rows from `rows` on and the summed dimension from `depth` on are zeros and may be skipped.
+// A tile (32, 64) of a product. Each thread has 16 elements; element (i, j) is at row(i, j), column(i, j). Operands are
+// zero past `rows` and past `depth` of the reduced dimension, so that products may skip them.
 //
 //   RowProduct:     sum[m][n] += sum_k x[m][k] y[n][k]
 //   ColumnProduct:  sum[m][n] += sum_k x[m][k] y[k][n]
 //
-// float uses multiply-adds, 16-bit types tensor cores.
+// float uses FMA, 16-bit types tensor cores.
 template <class E>
 struct RowProduct;
 template <class E>
 struct ColumnProduct;
 
-// Summand of two rows. For the additive score: WeightedTanh in tanh.cuh.
+// Adds one summand of the dot score. Additive score: WeightedTanh in tanh.cuh.
 struct Multiply {
   static FASTSEQ_DEVICE float add(float sum, float, float x, float y) { return sum + x * y; }
 };
@@ -115,7 +114,7 @@ struct RowProduct<float> {
   static FASTSEQ_DEVICE int row(int i, int) { return static_cast<int>(threadIdx.x) / 16 + 8 * i; }
   static FASTSEQ_DEVICE int column(int, int j) { return static_cast<int>(threadIdx.x) % 16 + 16 * j; }
 
-  // weight: (depth) of Form, or null.
+  // weight: (depth,) for Form, or null.
   template <class Form = Multiply>
   static FASTSEQ_DEVICE void add(
       float (&sum)[4][4], const float* x, const float* y, int rows, int depth, const float* weight = nullptr) {
@@ -132,7 +131,7 @@ struct RowProduct<float> {
         load_wide(left, x + row(i, 0) * kStride + k);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          float four = 0;  // an accumulation chunk of 4 halves the rounding error
+          float four = 0;  // accumulation chunk of 4: halves the rounding error
 #pragma unroll
           for (int e = 0; e < 4; ++e) four = Form::add(four, w[e], left[e], right[j][e]);
           sum[i][j] += four;
@@ -168,7 +167,7 @@ struct ColumnProduct<float> {
   }
 };
 
-// Packs two 16-bit numbers as one operand word of a matrix instruction.
+// Packs two 16-bit elements into one operand word of a matrix instruction.
 template <class T>
 FASTSEQ_DEVICE uint32_t word_of(Vector<T, 2> pair) {
   uint32_t bits;
@@ -181,7 +180,7 @@ FASTSEQ_DEVICE uint32_t load_word(const T* p) {
   return word_of(*reinterpret_cast<const Vector<T, 2>*>(p));
 }
 
-// 2 x 2 warps of 16 rows and 32 columns: 4 adjacent results of a matrix instruction each.
+// 2 x 2 warps, each 16 rows by 32 columns: four matrix instructions side by side.
 template <class T>
 struct MmaProduct {
   static FASTSEQ_DEVICE int first_row() { return static_cast<int>(threadIdx.x) / 64 * 16; }
@@ -189,7 +188,7 @@ struct MmaProduct {
   static FASTSEQ_DEVICE int row(int, int j) { return first_row() + lane_id() / 4 + j / 2 * 8; }
   static FASTSEQ_DEVICE int column(int i, int j) { return first_column() + 8 * i + lane_id() % 4 * 2 + j % 2; }
 
-  // right(n, k): the word of two elements of y, column n, from k on.
+  // right(n, k): the word of elements k and k + 1 of y in column n.
   template <class Right>
   static FASTSEQ_DEVICE void add_words(float (&sum)[4][4], const T* x, int rows, int depth, Right right) {
     constexpr int kStride = kTileStride<T>;

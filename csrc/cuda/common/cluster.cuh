@@ -1,4 +1,4 @@
-// Thread block clusters (sm_90 and up): blocks that access each other's shared memory. Part of device.cuh.
+// Thread block clusters (sm_90 and newer): blocks that access each other's shared memory. Part of device.cuh.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -40,9 +40,9 @@ FASTSEQ_DEVICE unsigned cluster_index() {
 #endif
 }
 
-// Barrier of all threads of all blocks of the cluster. Shared memory written before it is visible after it. Needed
-// before the first access to another block's shared memory (that block must run), and after the last (it must not have
-// ended).
+// Barrier of all threads of all blocks of the cluster. Shared memory written before it is visible after it. Required
+// before the first access to another block's shared memory, so that the block has started, and after the last access,
+// so that it has not ended.
 FASTSEQ_DEVICE void cluster_barrier() {
 #ifdef FASTSEQ_HOST_DEVICE
   host::cluster_barrier();
@@ -53,24 +53,24 @@ FASTSEQ_DEVICE void cluster_barrier() {
 #endif
 }
 
-// Maps `p`, in this block's shared memory, to the same place in block `rank` of the cluster: a number, for
-// store_async8.
-FASTSEQ_DEVICE uint64_t peer_address(const void* p, unsigned rank) {
+// Maps `p`, in this block's shared memory, to the same offset in block `rank` of the cluster (mapa). The result is an
+// operand of store_async8.
+FASTSEQ_DEVICE uint64_t cluster_address(const void* p, unsigned rank) {
 #ifdef FASTSEQ_HOST_DEVICE
-  return reinterpret_cast<uint64_t>(host::peer_address(p, rank));
+  return reinterpret_cast<uint64_t>(host::cluster_address(p, rank));
 #elif FASTSEQ_HAS_CLUSTERS
-  const unsigned own = static_cast<unsigned>(__cvta_generic_to_shared(p));
-  unsigned peer;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(own), "r"(rank));
-  return peer;
+  const unsigned local = static_cast<unsigned>(__cvta_generic_to_shared(p));
+  unsigned mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(local), "r"(rank));
+  return mapped;
 #else
   refuse_cluster();
   return 0;
 #endif
 }
 
-// Initialises an mbarrier in shared memory: a phase ends after `arrivals` arrivals and all expected bytes. Called by
-// one thread, followed by cluster_barrier().
+// Initialises an mbarrier in shared memory: a phase ends after `arrivals` arrivals and all expected bytes. One thread
+// calls it; cluster_barrier() must follow.
 FASTSEQ_DEVICE void mbarrier_init(uint64_t* mbarrier, unsigned arrivals) {
 #ifdef FASTSEQ_HOST_DEVICE
   host::mbarrier_init(mbarrier, arrivals);
@@ -83,7 +83,7 @@ FASTSEQ_DEVICE void mbarrier_init(uint64_t* mbarrier, unsigned arrivals) {
 #endif
 }
 
-// Arrives once at this block's own mbarrier and adds `bytes` to the bytes that the phase expects.
+// Arrives once at an mbarrier of this block and adds `bytes` to the bytes that its phase expects.
 FASTSEQ_DEVICE void mbarrier_arrive_expect(uint64_t* mbarrier, unsigned bytes) {
 #ifdef FASTSEQ_HOST_DEVICE
   host::mbarrier_arrive_expect(mbarrier, bytes);
@@ -95,7 +95,7 @@ FASTSEQ_DEVICE void mbarrier_arrive_expect(uint64_t* mbarrier, unsigned bytes) {
 #endif
 }
 
-// Waits for the end of the phase of this parity (first 0, then 1, 0, ...).
+// Waits until the phase of this parity has ended. Phases have parity 0, 1, 0, ...
 FASTSEQ_DEVICE void mbarrier_wait(uint64_t* mbarrier, unsigned parity) {
 #ifdef FASTSEQ_HOST_DEVICE
   SpinTimeout timeout;
@@ -120,8 +120,8 @@ FASTSEQ_DEVICE void mbarrier_wait(uint64_t* mbarrier, unsigned parity) {
 #endif
 }
 
-// Sends 8 bytes to `address` in another block's shared memory and reports them to that block's mbarrier (both addresses
-// by peer_address). They have arrived when the phase has ended.
+// Sends 8 bytes to `address` in another block's shared memory and counts them at that block's mbarrier (st.async). Both
+// addresses come from cluster_address. The bytes are visible once the phase has ended.
 FASTSEQ_DEVICE void store_async8(uint64_t address, uint64_t mbarrier, uint64_t value) {
 #ifdef FASTSEQ_HOST_DEVICE
   host::store_async(reinterpret_cast<void*>(address), reinterpret_cast<uint64_t*>(mbarrier), value, 8);

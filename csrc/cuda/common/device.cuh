@@ -1,6 +1,5 @@
-// Every non-portable instruction of the CUDA kernels, each with a host fallback for the host-side device of the tests
-// (FASTSEQ_HOST_DEVICE: the same kernels, compiled for the CPU; tests/cuda/emulator). Kernels contain no #if and no
-// asm.
+// Every non-portable instruction of the CUDA kernels, each with a host fallback. With FASTSEQ_HOST_DEVICE the same
+// kernels compile for the CPU and run in tests/cuda/emulator. Kernels contain no #if and no asm.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +19,8 @@
 
 #include "lstm_math.h"
 
-// Shared memory: a static array of the block, and the dynamic bytes of the launch (aligned to 16, once a kernel).
+// Shared memory: a static array of the block (16-byte aligned); the dynamic bytes of the launch, declared once a
+// kernel.
 #ifdef FASTSEQ_HOST_DEVICE
 #define FASTSEQ_SHARED(T, name, count)          \
   T* name = static_cast<T*>(host::shared_array( \
@@ -41,7 +41,7 @@ namespace fastseq::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Element types. All are computed in float, double in double.
+// Element types. Arithmetic on double is in double, on all others in float.
 #ifdef FASTSEQ_HOST_DEVICE
 using bf16 = BFloat16;
 using half = Half;
@@ -73,7 +73,7 @@ struct AccumulateOf<double> {
 template <class T>
 using Acc = typename AccumulateOf<T>::type;
 
-// N adjacent elements, moved by one instruction where they make 4, 8 or 16 bytes.
+// N adjacent elements: one load or store instruction if they make 4, 8 or 16 bytes.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T element[N];
@@ -99,7 +99,7 @@ FASTSEQ_DEVICE void store_vector(T* p, const Acc<T> (&x)[N]) {
   *reinterpret_cast<Vector<T, N>*>(p) = v;
 }
 
-// Loads N numbers stored in the type they are computed in. N may exceed one instruction.
+// Loads N numbers of the accumulation type, in as many 16-byte loads as needed.
 template <int N, class A>
 FASTSEQ_DEVICE void load_wide(A (&out)[N], const A* p) {
   constexpr int kPart = N < kWidth<A> ? N : kWidth<A>;
@@ -134,7 +134,7 @@ FASTSEQ_DEVICE uint32_t pack_pair(float low, float high) {
   return bits;
 }
 
-// 2^x, to 2 ulp (ex2.approx.ftz).
+// 2^x with an error of 2 ulp (ex2.approx.ftz).
 FASTSEQ_DEVICE float exp2_fast(float x) {
 #ifdef FASTSEQ_HOST_DEVICE
   return exp2f(x);
@@ -159,8 +159,8 @@ FASTSEQ_DEVICE float reciprocal_fast(float x) {
 #endif
 }
 
-// Sigmoid and tanh of results stored in T: accurate to a few ulp for float and double, by the special-function unit for
-// 16-bit types, whose rounding exceeds its error. No overflow: 2^inf gives 1 / inf = 0.
+// Sigmoid and tanh for results stored in T. float and double: accurate to a few ulp. 16-bit types: special-function
+// instructions, whose error is below the rounding to T. No overflow: 1 / 2^inf = 0.
 template <class T>
 FASTSEQ_DEVICE Acc<T> sigmoid_for(Acc<T> x) {
   if constexpr (sizeof(T) == 2)
@@ -177,8 +177,8 @@ FASTSEQ_DEVICE Acc<T> tanh_for(Acc<T> x) {
     return tanh(x);
 }
 
-// tanh with a relative error of 2^-11 (tanh.approx), for results stored in bfloat16. The host fallback has that error,
-// too.
+// tanh with a relative error of 2^-11 (tanh.approx), for results stored in bfloat16. The host fallback has the same
+// error.
 FASTSEQ_DEVICE float tanh_fast(float x) {
 #ifdef FASTSEQ_HOST_DEVICE
   return float_from_bits((float_bits(tanh(x)) + 0x1000u) & ~0x1fffu);
@@ -189,7 +189,7 @@ FASTSEQ_DEVICE float tanh_fast(float x) {
 #endif
 }
 
-// lstm_cell_forward of results stored in T: replaces pre-activations by activations, c by c'. Returns h.
+// The LSTM cell for results stored in T. Replaces the pre-activations by activations and c_{t-1} by c_t. Returns h_t.
 template <class T>
 FASTSEQ_DEVICE Acc<T> lstm_cell_for(Acc<T>& i, Acc<T>& f, Acc<T>& g, Acc<T>& o, Acc<T>& c) {
   i = sigmoid_for<T>(i);
@@ -202,8 +202,8 @@ FASTSEQ_DEVICE Acc<T> lstm_cell_for(Acc<T>& i, Acc<T>& f, Acc<T>& g, Acc<T>& o, 
 
 FASTSEQ_DEVICE int lane_id() { return threadIdx.x & 31; }
 
-// Reads threadIdx.x again. In a long loop short of registers, values derived from it are recomputed at their use
-// instead of being kept.
+// Reads threadIdx.x anew (volatile). In a loop with high register pressure the compiler then recomputes the values
+// derived from it at each use instead of keeping them in registers.
 FASTSEQ_DEVICE int thread_now() {
 #ifdef FASTSEQ_HOST_DEVICE
   return threadIdx.x;
@@ -216,31 +216,31 @@ FASTSEQ_DEVICE int thread_now() {
 
 FASTSEQ_DEVICE float warp_sum(float x) {
 #pragma unroll
-  for (int with = 16; with; with >>= 1) x += __shfl_xor_sync(kAllLanes, x, with);
+  for (int offset = 16; offset; offset >>= 1) x += __shfl_xor_sync(kAllLanes, x, offset);
   return x;
 }
 
-// N sums at once, N a power of 2 up to 32: lane k gets the sum over the lanes of x[k / (32 / N)]. Overwrites x.
-template <int N, int With = 16, class A, int Size>
+// N warp sums at once, N a power of 2 up to 32: lane k returns the sum over all lanes of x[k / (32 / N)]. Overwrites x.
+template <int N, int Offset = 16, class A, int Size>
 FASTSEQ_DEVICE A warp_sums(A (&x)[Size]) {
   if constexpr (N > 1) {
-    const bool upper = lane_id() & With;
+    const bool upper = lane_id() & Offset;
 #pragma unroll
     for (int k = 0; k < N / 2; ++k) {
-      const A kept = upper ? x[k + N / 2] : x[k], given = upper ? x[k] : x[k + N / 2];
-      x[k] = kept + __shfl_xor_sync(kAllLanes, given, With);
+      const A kept = upper ? x[k + N / 2] : x[k], sent = upper ? x[k] : x[k + N / 2];
+      x[k] = kept + __shfl_xor_sync(kAllLanes, sent, Offset);
     }
-    return warp_sums<N / 2, With / 2>(x);
+    return warp_sums<N / 2, Offset / 2>(x);
   } else {
 #pragma unroll
-    for (int with = With; with; with /= 2) x[0] += __shfl_xor_sync(kAllLanes, x[0], with);
+    for (int offset = Offset; offset; offset /= 2) x[0] += __shfl_xor_sync(kAllLanes, x[0], offset);
     return x[0];
   }
 }
 
 FASTSEQ_DEVICE float warp_max(float x) {
 #pragma unroll
-  for (int with = 16; with; with >>= 1) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, with));
+  for (int offset = 16; offset; offset >>= 1) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, offset));
   return x;
 }
 
@@ -255,7 +255,7 @@ FASTSEQ_DEVICE T load_l2(const T* p) {
 #endif
 }
 
-// Loads N elements that are read once. Where they make 16 bytes they bypass L1, which stays free for other data.
+// Loads N elements that no thread reads again. A 16-byte load bypasses L1 and so evicts nothing from it.
 template <int N, class T>
 FASTSEQ_DEVICE void load_vector_l2(Acc<T> (&out)[N], const T* p) {
   if constexpr (sizeof(T) * N == 16) {
@@ -278,8 +278,8 @@ FASTSEQ_DEVICE void store_l2(T* p, T x) {
 #endif
 }
 
-// Flags between blocks of one grid. Writes of a thread (after __syncthreads: of its block) before the release are
-// visible to a thread that acquires the value.
+// Flags between blocks of one grid. A thread that acquires the value sees every write that the releasing thread made
+// before the release; after __syncthreads, every write of its block.
 FASTSEQ_DEVICE void add_release(unsigned* flag, unsigned x) {
 #ifdef FASTSEQ_HOST_DEVICE
   __atomic_fetch_add(flag, x, __ATOMIC_RELEASE);
@@ -309,9 +309,9 @@ FASTSEQ_DEVICE unsigned load_acquire(const unsigned* flag) {
 #endif
 }
 
-// Words that carry their own sequence tag: reading the new value of a word orders no other word. Of one word, a thread
-// never reads an older value after a newer one. load_relaxed leaves `words` unchanged where `wanted` is false
-// (predicated: a branch around it would cost a second set of registers); p is aligned to 16 bytes.
+// Words that carry their own sequence tag. Reading the new value of one word says nothing about any other word. A
+// thread never reads an older value of a word after a newer one. load_relaxed leaves `words` unchanged if `wanted` is
+// false (a predicated load: a branch would cost a second set of registers). p is 16-byte aligned.
 FASTSEQ_DEVICE void load_relaxed(uint32_t (&words)[4], const uint32_t* p, bool wanted) {
 #ifdef FASTSEQ_HOST_DEVICE
   if (!wanted) return;
@@ -347,8 +347,8 @@ FASTSEQ_DEVICE void abort_kernel(const char* message) {
 #endif
 }
 
-// Spin timeout: bounds a wait loop; call count() once per poll. It expires after minutes on any GPU, since another
-// stream may hold the multiprocessors for a while. A longer wait is for a block that never runs.
+// Spin timeout of a wait loop; call count() once per poll. It expires after minutes on any GPU, because another stream
+// may occupy the multiprocessors for seconds. Past that, the awaited block is not resident and never will be.
 struct SpinTimeout {
   unsigned polls = 0;
   FASTSEQ_DEVICE void count() {
@@ -356,13 +356,13 @@ struct SpinTimeout {
   }
 };
 
-// Waits until *flag, which only grows from 0, reaches `goal` (modulo 2^32).
+// Waits until *flag reaches `goal`. The flag starts at 0 and only grows; the comparison is modulo 2^32.
 FASTSEQ_DEVICE void wait_for_flag(const unsigned* flag, unsigned goal) {
   SpinTimeout timeout;
   while (static_cast<int>(load_acquire(flag) - goal) < 0) timeout.count();
 }
 
-// Barrier of all threads of the `blocks` blocks of a cooperative grid. counter: 0 at the start. round: 1, 2, ...
+// Barrier of all threads of `blocks` blocks of a cooperative grid. counter: 0 before the first round. round: 1, 2, ...
 FASTSEQ_DEVICE void grid_barrier(unsigned* counter, unsigned round, unsigned blocks) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -372,7 +372,7 @@ FASTSEQ_DEVICE void grid_barrier(unsigned* counter, unsigned round, unsigned blo
   __syncthreads();
 }
 
-// Asynchronous copies of 16 bytes to shared memory, in groups. The host fallback copies at the wait, not before.
+// Asynchronous 16-byte copies to shared memory, in groups. The host fallback copies as late as the wait.
 FASTSEQ_DEVICE void copy_async16(void* shared, const void* global) {
 #ifdef FASTSEQ_HOST_DEVICE
   host::copy_async(shared, global, 16);
@@ -390,7 +390,7 @@ FASTSEQ_DEVICE void commit_copies() {
 #endif
 }
 
-// Waits until all but the last `Pending` committed groups of this thread have arrived.
+// Waits until at most the last `Pending` committed groups of this thread are in flight.
 template <int Pending>
 FASTSEQ_DEVICE void wait_copies() {
 #ifdef FASTSEQ_HOST_DEVICE

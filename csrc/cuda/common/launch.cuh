@@ -1,4 +1,4 @@
-// Kernel launches and the limits of the device. Errors are returned as text; an empty text means success.
+// Kernel launches and device limits. Functions return errors as text; the empty string means success.
 #pragma once
 
 #include <initializer_list>
@@ -16,13 +16,13 @@ struct Launch {
   dim3 grid, block;
   size_t shared_memory = 0;  // dynamic, bytes
   Stream stream = nullptr;
-  bool cooperative = false;  // all blocks are resident at once, else the launch fails
+  bool cooperative = false;  // all blocks must be resident at once, else the launch fails
   unsigned cluster = 1;      // blocks of a cluster, along x
 };
 
 struct DeviceLimits {
   int multiprocessors;
-  size_t shared_memory;  // of one block at most, bytes
+  size_t shared_memory;  // largest of one block, bytes
   int capability;        // 10 * major + minor
 };
 
@@ -41,14 +41,14 @@ std::string launch(const Launch& l, void (*kernel)(Parameters...), Arguments... 
   return error.empty() ? error : "host-side device: " + error;
 }
 
-// Clusters resident at once; 0 if the device has no such clusters.
+// Clusters resident at once; 0 if the device cannot run them.
 template <class Kernel>
 int resident_clusters(const Launch& l, Kernel*) {
   return host::options().capability >= 90 ? host::options().multiprocessors / static_cast<int>(l.cluster) : 0;
 }
 
 template <class Kernel>
-std::string why_not_here(Kernel*) {
+std::string kernel_problem(Kernel*) {
   return "";
 }
 
@@ -66,13 +66,13 @@ inline DeviceLimits device_limits() {
 
 inline std::string error_text(cudaError_t error) {
   if (error == cudaSuccess) return "";
-  cudaGetLastError();  // clears it: the next call would return it again
+  cudaGetLastError();  // clears the error, else the next call returns it again
   return cudaGetErrorString(error);
 }
 
-// Returns why the current device cannot run the kernel; empty if it can. Loads the kernel, or compiles its PTX.
+// Returns why the current device cannot run the kernel, or "". Loads the kernel or compiles its PTX.
 template <class Kernel>
-std::string why_not_here(Kernel* kernel) {
+std::string kernel_problem(Kernel* kernel) {
   cudaFuncAttributes attributes{};
   return error_text(cudaFuncGetAttributes(&attributes, kernel));
 }
@@ -85,13 +85,13 @@ cudaError_t allow_shared_memory(const Launch& l, Kernel* kernel) {
     if (error != cudaSuccess) return error;
   }
   if (l.shared_memory <= kAlwaysAllowed) return cudaSuccess;
-  // Always the device's maximum: the attribute belongs to the function, not to the launch, and another thread may
-  // launch the function with more. Kernels that need so much have no static shared memory.
+  // Sets the device's maximum, not l.shared_memory: the attribute belongs to the function, and another thread may
+  // launch the function with more. These kernels have no static shared memory.
   const int most = static_cast<int>(device_limits().shared_memory);
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
-// The configuration points at `attributes`, which must outlive it.
+// The result points to `attributes`, which must outlive it.
 inline cudaLaunchConfig_t configuration(const Launch& l, cudaLaunchAttribute (&attributes)[2]) {
   cudaLaunchConfig_t config{};
   config.gridDim = l.grid;
@@ -119,28 +119,28 @@ std::string launch(const Launch& l, void (*kernel)(Parameters...), Arguments... 
   return error_text(error);
 }
 
-// Clusters resident at once, cached per kernel, device and block size: a recurrence tries several at every call.
+// Clusters resident at once, cached per kernel, device, cluster and block size: each LSTM call tries several plans.
 template <class Kernel>
 int resident_clusters(const Launch& l, Kernel* kernel) {
   using Key = std::tuple<const void*, int, unsigned, unsigned, size_t>;
   static std::mutex mutex;
-  static std::map<Key, int> known;
+  static std::map<Key, int> cache;
   int device = 0;
   cudaGetDevice(&device);
   const Key key(reinterpret_cast<const void*>(kernel), device, l.cluster, l.block.x, l.shared_memory);
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto entry = known.find(key);
-  if (entry != known.end()) return entry->second;
+  const auto entry = cache.find(key);
+  if (entry != cache.end()) return entry->second;
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configuration(l, attributes);
   int count = 0;
   cudaFuncAttributes compiled{};
   cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
-  if (error == cudaSuccess && compiled.ptxVersion < 90) return 0;  // compiled for an older device, without clusters
+  if (error == cudaSuccess && compiled.ptxVersion < 90) return 0;  // PTX older than sm_90: no clusters
   if (error == cudaSuccess) error = allow_shared_memory(l, kernel);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
   if (!error_text(error).empty()) return 0;
-  return known[key] = count;
+  return cache[key] = count;
 }
 
 #endif
@@ -152,7 +152,7 @@ inline bool aligned(std::initializer_list<const void*> pointers) {
   return bits % 16 == 0;
 }
 
-// Returns run(T{}), T the element type; for kernels without double.
+// Returns run(T{}) for the element type T. For kernels without a double instantiation.
 template <class Run>
 auto with_float_type(Type type, const Run& run) {
   switch (type) {
@@ -165,7 +165,7 @@ auto with_float_type(Type type, const Run& run) {
   }
 }
 
-// Returns run(T{}), T the element type, double included.
+// Returns run(T{}) for the element type T, double included.
 template <class Run>
 auto with_type(Type type, const Run& run) {
   return type == Type::kDouble ? run(double{}) : with_float_type(type, run);

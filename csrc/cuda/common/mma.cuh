@@ -20,12 +20,12 @@ struct Fragments {
   uint32_t a[4], b[2];
 };
 
-// element(word, k): number k of a lane's word. Every lane computes its own four numbers of D.
+// Host fallback: each lane computes its four elements of D. element(word, k): element k of a word.
 template <int K, class Element>
 void multiply_on_host(
     float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* name, Element element) {
-  const Fragments own{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  const auto all = host::exchange(kAllLanes, own, name);
+  const Fragments operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  const auto all = host::exchange(kAllLanes, operands, name);
   const int r = lane_id() / 4, q = lane_id() % 4, per_word = K / 8;
   for (int i = 0; i < 4; ++i) {
     const int upper = i / 2, column = 2 * q + i % 2;
@@ -40,7 +40,7 @@ void multiply_on_host(
 }
 #endif
 
-// A and B in T (bf16 or half).
+// A and B of type T (bf16 or half).
 template <class T>
 FASTSEQ_DEVICE void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef FASTSEQ_HOST_DEVICE
@@ -63,7 +63,7 @@ FASTSEQ_DEVICE void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], cons
 #endif
 }
 
-// Rounds to TF32: float with 10 bits of mantissa, to nearest, ties away from zero.
+// Rounds to TF32 (float with 10 bits of mantissa), to nearest, ties away from zero.
 FASTSEQ_DEVICE uint32_t to_tf32(float x) {
   uint32_t bits;
 #ifdef FASTSEQ_HOST_DEVICE
@@ -75,13 +75,13 @@ FASTSEQ_DEVICE uint32_t to_tf32(float x) {
   return bits;
 }
 
-// A and B from to_tf32().
+// A and B rounded by to_tf32().
 FASTSEQ_DEVICE void multiply_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef FASTSEQ_HOST_DEVICE
   multiply_on_host<8>(d, a, b, "multiply_16x8x8_tf32", [](uint32_t word, int) {
     float x;
     memcpy(&x, &word, sizeof x);
-    if (x == x && word & 0x1fffu) host::fail("multiply_16x8x8_tf32: an operand that did not go through to_tf32");
+    if (x == x && word & 0x1fffu) host::fail("multiply_16x8x8_tf32: an operand was not rounded by to_tf32");
     return x;
   });
 #else

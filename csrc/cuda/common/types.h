@@ -1,4 +1,4 @@
-// Shared by operators, launchers and kernels: the element type of tensors, the stream, a division.
+// Shared by operators, launchers and kernels: element type, stream, divide_up.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace fastseq::cuda {
 
 enum class Type { kFloat, kDouble, kBFloat16, kHalf };
 
-// A cudaStream_t; nullptr on the host-side device.
+// cudaStream_t; nullptr on the host-side device.
 using Stream = void*;
 
 // count / size, rounded up.

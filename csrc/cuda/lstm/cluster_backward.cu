@@ -1,4 +1,4 @@
-// Planner and launcher of the backward recurrence in clusters: size of the cluster, tile of the batch.
+// Planner and launcher of the backward cluster recurrence: cluster size, tile of the batch.
 #include <limits>
 
 #include "cuda/common/launch.cuh"
@@ -16,7 +16,7 @@ struct ClusterBackwardPlan {
   int unit_tiles = 0, row_tiles = 0;  // M, N
 };
 
-// Returns run(kernel), the kernel with these template arguments; null where there is none.
+// Returns run(kernel) for the plan's instantiation; run(nullptr) if there is none.
 template <class Run>
 auto with_kernel(const ClusterBackwardPlan& plan, Type type, const Run& run) {
   return with_float_type(type, [&](auto zero) {
@@ -28,7 +28,7 @@ auto with_kernel(const ClusterBackwardPlan& plan, Type type, const Run& run) {
     if (M == 1 && N == 2) kernel = lstm_cluster_backward_kernel<T, 1, 2>;
     if (M == 2 && N == 1) kernel = lstm_cluster_backward_kernel<T, 2, 1>;
     if (M == 2 && N == 2) kernel = lstm_cluster_backward_kernel<T, 2, 2>;
-    if constexpr (sizeof(T) == 2) {  // float weights would take 256 registers
+    if constexpr (sizeof(T) == 2) {  // float weights would need 256 registers
       if (M == 4 && N == 1) kernel = lstm_cluster_backward_kernel<T, 4, 1>;
       if (M == 4 && N == 2) kernel = lstm_cluster_backward_kernel<T, 4, 2>;
     }
@@ -36,7 +36,8 @@ auto with_kernel(const ClusterBackwardPlan& plan, Type type, const Run& run) {
   });
 }
 
-// Plan with clusters of `blocks` blocks and tiles of 8 * row_tiles sequences; none if that exceeds the device.
+// Returns the plan with clusters of `blocks` blocks and tiles of 8 * row_tiles sequences, or nullopt if it does not
+// fit.
 std::optional<ClusterBackwardPlan> plan_of(const LstmShape& s, Type type, int blocks, int row_tiles) {
   ClusterBackwardPlan plan;
   const int units = static_cast<int>(divide_up(divide_up(s.hidden, blocks), 8) * 8);
@@ -44,7 +45,7 @@ std::optional<ClusterBackwardPlan> plan_of(const LstmShape& s, Type type, int bl
   if (units > kUnits || clusters * blocks > std::numeric_limits<int32_t>::max()) return {};
   const int steps = type == Type::kFloat ? kGateSteps<float> : kGateSteps<bf16>;
   plan.tile = {blocks, units, static_cast<int>(tiles)};
-  plan.unit_tiles = std::max(1, blocks / 4);  // 2 tiles of 16 units a block, 8 warps
+  plan.unit_tiles = std::max(1, blocks / 4);  // layer: 2 tiles of 16 units a block; 8 warps share them
   plan.launch = {.grid = dim3(static_cast<unsigned>(clusters * blocks)),
                  .block = dim3(kThreads),
                  .shared_memory = BackwardMemory(plan.tile, steps, row_tiles).bytes,
@@ -58,7 +59,7 @@ int resident(const ClusterBackwardPlan& plan, Type type) {
   return with_kernel(plan, type, [&](auto* kernel) { return kernel ? resident_clusters(plan.launch, kernel) : 0; });
 }
 
-// Chooses the smallest cluster that fits, and the best tiles of the batch for it.
+// Chooses the smallest cluster that holds H units, then the tiles of the batch by best_tiles.
 std::optional<ClusterBackwardPlan> choose(const LstmShape& s, Type type) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (device_limits().capability < 90 || (type == Type::kFloat && !s.tf32)) return {};

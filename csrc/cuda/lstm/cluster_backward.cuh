@@ -1,25 +1,22 @@
-// The backward recurrence of one LSTM layer by thread block clusters (sm_90 and up): one cluster per tile of the batch
-// and direction, one of its blocks per U <= 32 hidden units.
+// Backward recurrence of one LSTM layer in thread block clusters (sm_90 and newer): one cluster per tile of the batch
+// and direction, one of its blocks per U <= 32 hidden units. Drawings and proof: docs/kernels/cuda-cluster.md.
 //
-// A block has the gradients of its own units' gates and multiplies them with the 4 U rows of W_hh it owns. That gives
-// its part of dh of ALL units. It sends each part, in float, to the block of the unit; each block adds up the parts of
-// all blocks in the order of their ranks. This takes half the bytes of sending the gradients of the gates themselves,
-// and the product depends on no other block: one exchange a step, no cluster barrier inside the loop.
+// A block multiplies the gate gradients of its U units by their 4 U rows of W_hh: a partial dh of ALL units. It sends
+// each part, in float, to the block of that unit, which adds the parts in the order of ranks. One exchange a step, no
+// cluster barrier in the loop.
 //
-// Cell: lane u of warp w has unit u of the block and sequences w, w + 8, ...: 64 adjacent bytes. Product: A is W_hh
-// transposed, a row a hidden unit j, K = (own unit, gate), gates i f g o adjacent. So a piece, 8 bytes of K of one
-// sequence, is all gates of a unit (16-bit) or half of them (TF32), and one thread of the cell writes it whole:
+// Cell: lane u of warp w computes unit u of the block, sequences w, w + 8, .... Product: A is W_hh transposed (rows:
+// hidden units j), K = (unit of the block, gate). A piece is 8 bytes of K of one sequence: all gates of a unit (16-bit)
+// or half of them (TF32).
 //
-//     gradients[buffer][step of K][tile of 8 sequences][q][sequence ^ (step % 8)]: pieces; lane 4 r + q of the product
-//     reads column r, piece q. The exclusive or spreads the stores of the cell's 32 lanes over the banks.
-//     parts[buffer][block that sent][pair of sequences][unit]: two floats; lane 4 r + q sends units r and r + 8 of its
+//     gradients[buffer][step of K][tile of 8 sequences][q][sequence ^ (step % 8)]: pieces. Lane 4 r + q of the product
+//     reads column r, piece q. The XOR spreads the stores of the cell's 32 lanes over the banks.
+//     parts[buffer][sending block][pair of sequences][unit]: two floats. Lane 4 r + q sends units r and r + 8 of its
 //     tile of 16, sequences 2 q and 2 q + 1: 64 adjacent bytes for each q.
 //
-// Why no block overwrites words that a slow block still reads. `parts` of step s + 2 come from a block Q that has all
-// parts of step s + 1, the parts from P included. P sent these after its __syncthreads of step s, which every thread of
-// P reaches after it has read the parts of step s: the buffer is free. The gradients of the gates have two buffers as
-// well: a thread that writes those of step s + 2 has passed the __syncthreads of step s + 1, which every warp reaches
-// after its product of step s.
+// Both have two buffers. Invariant: a block sends the parts of step s + 1 after a __syncthreads that follows its reads
+// of the parts of step s; it needs the parts of all blocks before it continues. So no buffer is overwritten while it is
+// read.
 #pragma once
 
 #include "cuda/lstm/cluster_pieces.cuh"
@@ -35,25 +32,27 @@ constexpr int kGateSteps = 4 * kUnits / kStep<T>;
 
 // Tiling of a launch.
 struct BackwardTile {
-  int blocks, units, tiles;  // of a cluster; of a block, a multiple of 8; of the batch
+  int blocks;  // of a cluster
+  int units;   // of a block, a multiple of 8
+  int tiles;   // of the batch
 };
 
-// Shared memory: byte offset of each part, and the total.
+// Shared memory: byte offset of each part, total bytes.
 struct BackwardMemory {
   size_t gradients, parts, bytes;
   __host__ __device__ BackwardMemory(const BackwardTile& tile, int steps, int row_tiles) {
     gradients = 128;
     parts = gradients + 2 * static_cast<size_t>(steps) * row_tiles * 256;
     const size_t all_parts = 2 * static_cast<size_t>(tile.blocks) * tile.units * row_tiles * 32;
-    const size_t scratch = static_cast<size_t>(kThreads) * steps * 16;  // of load_columns, before there are parts
+    const size_t scratch = static_cast<size_t>(kThreads) * steps * 16;  // of load_columns, before `parts` are used
     bytes = parts + (all_parts > scratch ? all_parts : scratch);
   }
 };
 
-// Position of a thread: its unit and sequences.
+// Unit and sequences of a thread.
 struct BackwardPlace {
-  int direction, unit, row;  // unit of the layer (H: none), first sequence; the next ones are 8 apart
-  int local, warp, r, q;     // local: unit of the block
+  int direction, unit, row;  // unit in the layer (H: none); first sequence (the others follow 8 apart)
+  int local, warp, r, q;     // local: unit in the block
   bool backwards;
 };
 
@@ -72,7 +71,7 @@ FASTSEQ_DEVICE BackwardPlace backward_place(const LstmShape& s, const BackwardTi
   return at;
 }
 
-// Loads two words of A: row `unit`, K from `piece` * P on. weight: (4H, H).
+// Loads two words of A: row `unit`, K from piece * P on. weight: (4H, H).
 template <class T>
 FASTSEQ_DEVICE uint2
 load_column_piece(const T* weight, int64_t hidden, const BackwardTile& tile, int64_t unit, int piece) {
@@ -80,15 +79,15 @@ load_column_piece(const T* weight, int64_t hidden, const BackwardTile& tile, int
 #pragma unroll
   for (int k = 0; k < kPiece<T>; ++k) {
     const int local = (piece * kPiece<T> + k) / 4, gate = (piece * kPiece<T> + k) % 4;
-    const int64_t own = static_cast<int64_t>(cluster_rank()) * tile.units + local;
-    const bool inside = local < tile.units && own < hidden && unit < hidden;
-    x[k] = inside ? to_float(weight[(gate * hidden + own) * hidden + unit]) : 0.0f;
+    const int64_t source = static_cast<int64_t>(cluster_rank()) * tile.units + local;
+    const bool inside = local < tile.units && source < hidden && unit < hidden;
+    x[k] = inside ? to_float(weight[(gate * hidden + source) * hidden + unit]) : 0.0f;
   }
   return piece_of<T>(x);
 }
 
-// Loads M tiles of 16 hidden units of the layer, all of K, through `scratch` (warp, step, lane), where a lane reads
-// back what it wrote. The first loop is not unrolled: the addresses of all loads would exceed the registers.
+// Loads M tiles of 16 hidden units of the layer, all of K, through `scratch` (warp, step, lane). A lane reads only
+// words that it wrote. The first inner loop is not unrolled: the addresses of all its loads would exceed the registers.
 template <class T, int M>
 FASTSEQ_DEVICE void load_columns(uint32_t (&a)[M][kGateSteps<T>][4],
                                  uint4* scratch,
@@ -96,7 +95,7 @@ FASTSEQ_DEVICE void load_columns(uint32_t (&a)[M][kGateSteps<T>][4],
                                  int64_t hidden,
                                  const BackwardTile& tile,
                                  const BackwardPlace& at) {
-  uint4* own = scratch + at.warp * kGateSteps<T> * 32 + lane_id();
+  uint4* words = scratch + at.warp * kGateSteps<T> * 32 + lane_id();
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     const int64_t unit = (at.warp * M + m) * 16 + at.r;
@@ -104,27 +103,27 @@ FASTSEQ_DEVICE void load_columns(uint32_t (&a)[M][kGateSteps<T>][4],
     for (int s = 0; s < kGateSteps<T>; ++s) {
       const uint2 upper = load_column_piece(weight, hidden, tile, unit, 4 * s + at.q);
       const uint2 lower = load_column_piece(weight, hidden, tile, unit + 8, 4 * s + at.q);
-      own[s * 32] = uint4{upper.x, lower.x, upper.y, lower.y};
+      words[s * 32] = uint4{upper.x, lower.x, upper.y, lower.y};
     }
 #pragma unroll
     for (int s = 0; s < kGateSteps<T>; ++s) {
-      const uint4 words = own[s * 32];
-      a[m][s][0] = words.x;
-      a[m][s][1] = words.y;
-      a[m][s][2] = words.z;
-      a[m][s][3] = words.w;
+      const uint4 fragment = words[s * 32];
+      a[m][s][0] = fragment.x;
+      a[m][s][1] = fragment.y;
+      a[m][s][2] = fragment.z;
+      a[m][s][3] = fragment.w;
     }
   }
 }
 
-// Inputs of one step of one sequence and unit, in storage type.
+// Inputs of one step of one sequence and unit, not converted yet.
 template <class T>
 struct BackwardInputs {
   T gates[4], grad_output, grad_cell;
   float c, c_before;
 };
 
-// Loads the inputs of step t; zero where t is not a step of the sequence.
+// Loads the inputs of step t; zero if t is outside the sequence.
 template <class T>
 FASTSEQ_DEVICE void fetch_inputs(
     BackwardInputs<T>& in, const LstmBackwardParams& p, const BackwardPlace& at, int row, int length, int t) {
@@ -151,7 +150,7 @@ FASTSEQ_DEVICE void fetch_inputs(
   }
 }
 
-// Adds up the parts of dh that all blocks have sent for this unit and sequence warp + 8 n.
+// Adds the parts of dh from all blocks, for this thread's unit and sequence warp + 8 n.
 FASTSEQ_DEVICE float add_parts(const float2* parts, const BackwardTile& tile, const BackwardPlace& at, int n, int N) {
   float sum = 0;
   if (at.local >= tile.units) return sum;
@@ -162,9 +161,9 @@ FASTSEQ_DEVICE float add_parts(const float2* parts, const BackwardTile& tile, co
   return sum;
 }
 
-// Writes the gradients of a unit's gates, rounded to T, into the buffer of the product.
+// Writes the gate gradients of a unit, rounded to T, to shared memory for the product.
 template <class T>
-FASTSEQ_DEVICE void show_gradients(uint2* gradients, const float (&x)[4], const BackwardPlace& at, int n, int N) {
+FASTSEQ_DEVICE void stage_gradients(uint2* gradients, const float (&x)[4], const BackwardPlace& at, int n, int N) {
   constexpr int kPieces = 4 / kPiece<T>;  // of a unit
 #pragma unroll
   for (int k = 0; k < kPieces; ++k) {
@@ -176,9 +175,9 @@ FASTSEQ_DEVICE void show_gradients(uint2* gradients, const float (&x)[4], const 
   }
 }
 
-// One step of one sequence and unit. dh, dc: on entry the gradients of h_t and c_t; on return those of h_{t-1} and
-// c_{t-1}, dh without the product, which is added later. Stores the gradients of the gates and shows them to the
-// product.
+// Computes one step of one sequence and unit: stores its gate gradients and stages them for the product. dh, dc: on
+// entry dL/dh_t and dL/dc_t; on return dL/dh_{t-1} without the product, and dL/dc_{t-1}. `alive`: t is within the
+// length.
 template <class T>
 FASTSEQ_DEVICE void step_back(const LstmBackwardParams& p,
                               const BackwardPlace& at,
@@ -204,7 +203,7 @@ FASTSEQ_DEVICE void step_back(const LstmBackwardParams& p,
     dc = grad.c;
     dh = 0;
   }
-  show_gradients<T>(gradients, x, at, n, N);
+  stage_gradients<T>(gradients, x, at, n, N);
   if (row >= s.batch || at.unit >= H) return;
 #pragma unroll
   for (int gate = 0; gate < 4; ++gate) {
@@ -212,7 +211,7 @@ FASTSEQ_DEVICE void step_back(const LstmBackwardParams& p,
   }
 }
 
-// Computes this block's part of dh of all units and sends each to `parts` of the unit's block.
+// Computes this block's parts of dh of all units and sends each to `parts` in the block of the unit.
 template <class T, int M, int N>
 FASTSEQ_DEVICE void send_parts(const uint32_t (&weights)[M][kGateSteps<T>][4],
                                const uint2* gradients,
@@ -231,15 +230,15 @@ FASTSEQ_DEVICE void send_parts(const uint32_t (&weights)[M][kGateSteps<T>][4],
       for (int m = 0; m < M; ++m) multiply<T>(sums[m][n], weights[m][s], b);
     }
   }
-  const float2* own = parts + static_cast<int>(cluster_rank()) * N * 4 * tile.units;
+  const float2* slots = parts + static_cast<int>(cluster_rank()) * N * 4 * tile.units;
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int unit = (at.warp * M + m) * 16 + 8 * half + at.r, rank = unit / tile.units;
       if (rank >= tile.blocks) continue;
-      const uint64_t address = peer_address(own + at.q * tile.units + unit % tile.units, rank);
-      const uint64_t mbarrier = peer_address(arrived, rank);
+      const uint64_t address = cluster_address(slots + at.q * tile.units + unit % tile.units, rank);
+      const uint64_t mbarrier = cluster_address(arrived, rank);
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         const float2 pair{sums[m][n][2 * half], sums[m][n][2 * half + 1]};
@@ -251,7 +250,7 @@ FASTSEQ_DEVICE void send_parts(const uint32_t (&weights)[M][kGateSteps<T>][4],
   }
 }
 
-// Loads this unit's sequences. from: (D, B, H) of T, or null.
+// Loads this thread's unit and sequences. from: (D, B, H) of T, or null for zero.
 template <class T, int N>
 FASTSEQ_DEVICE void load_gradients(float (&x)[N], const void* from, const LstmShape& s, const BackwardPlace& at) {
 #pragma unroll
@@ -287,7 +286,7 @@ FASTSEQ_DEVICE void clear_grad_gates(const LstmBackwardParams& p, const Backward
   }
 }
 
-// M tiles of 16 units a warp, N tiles of 8 sequences.
+// M: tiles of 16 units a warp. N: tiles of 8 sequences.
 template <class T, int M, int N>
 __global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(LstmBackwardParams p, BackwardTile tile) {
   FASTSEQ_DYNAMIC_SHARED(memory);
@@ -325,7 +324,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(Lstm
   BackwardInputs<T> in[N];
 #pragma unroll
   for (int n = 0; n < N; ++n) fetch_inputs(in[n], p, at, at.row + 8 * n, lengths[n], at.backwards ? 0 : steps - 1);
-  for (int s = 0; s <= steps; ++s) {  // the last round only completes dh
+  for (int s = 0; s <= steps; ++s) {  // round `steps` only completes dh
     const int t = at.backwards ? s : steps - 1 - s;
     if (s) {
       mbarrier_wait(arrived + s % 2, (s - 1) / 2 % 2);

@@ -1,4 +1,4 @@
-// Planner and launcher of the forward recurrence in clusters: size of the cluster, tile of the batch.
+// Planner and launcher of the forward cluster recurrence: cluster size, tile of the batch.
 #include <limits>
 
 #include "cuda/common/launch.cuh"
@@ -16,7 +16,7 @@ struct ClusterForwardPlan {
   int registers = 0, row_tiles = 0;  // R, N
 };
 
-// Returns run(kernel), the kernel with these template arguments; null where there is none.
+// Returns run(kernel) for the plan's instantiation; run(nullptr) if there is none.
 template <class Run>
 auto with_kernel(const ClusterForwardPlan& plan, Type type, const Run& run) {
   return with_float_type(type, [&](auto zero) {
@@ -24,7 +24,7 @@ auto with_kernel(const ClusterForwardPlan& plan, Type type, const Run& run) {
     using Kernel = void (*)(LstmForwardParams, ForwardTile);
     const int R = plan.registers, N = plan.row_tiles;
     Kernel kernel = nullptr;
-    if (plan.launch.block.x > 256) {  // 128 registers a thread: enough for one tile
+    if (plan.launch.block.x > 256) {  // 128 registers a thread suffice for N = 1 only
       if (R == 8 && N == 1) kernel = lstm_cluster_forward_kernel<T, 512, 8, 1>;
     } else {
       if (R == 4 && N == 1) kernel = lstm_cluster_forward_kernel<T, 256, 4, 1>;
@@ -35,7 +35,7 @@ auto with_kernel(const ClusterForwardPlan& plan, Type type, const Run& run) {
       if (R == 8 && N == 4) kernel = lstm_cluster_forward_kernel<T, 256, 8, 4>;
       if (R == 16 && N == 1) kernel = lstm_cluster_forward_kernel<T, 256, 16, 1>;
       if (R == 16 && N == 2) kernel = lstm_cluster_forward_kernel<T, 256, 16, 2>;
-      if constexpr (sizeof(T) == 2) {  // with float it spills on sm_100
+      if constexpr (sizeof(T) == 2) {  // spills with float on sm_100
         if (R == 16 && N == 4) kernel = lstm_cluster_forward_kernel<T, 256, 16, 4>;
       }
     }
@@ -43,12 +43,13 @@ auto with_kernel(const ClusterForwardPlan& plan, Type type, const Run& run) {
   });
 }
 
-// Plan with clusters of `blocks` blocks and tiles of 8 * row_tiles sequences; none if that exceeds the device.
+// Returns the plan with clusters of `blocks` blocks and tiles of 8 * row_tiles sequences, or nullopt if it does not
+// fit.
 std::optional<ClusterForwardPlan> plan_of(const LstmShape& s, Type type, int blocks, int row_tiles) {
   ClusterForwardPlan plan;
   const int step = type == Type::kFloat ? kStep<float> : kStep<bf16>;
   const int units = static_cast<int>(divide_up(divide_up(s.hidden, blocks), 8) * 8);
-  const int threads = 8 * units;  // two warps for 8 units
+  const int threads = 8 * units;  // two warps per 8 units
   const int steps = static_cast<int>(divide_up(static_cast<int64_t>(blocks) * units, 2 * step));
   const int64_t tiles = divide_up(s.batch, 8 * row_tiles), clusters = tiles * s.directions;
   if (threads > 512 || clusters * blocks > std::numeric_limits<int32_t>::max()) return {};
@@ -67,12 +68,12 @@ int resident(const ClusterForwardPlan& plan, Type type) {
   return with_kernel(plan, type, [&](auto* kernel) { return kernel ? resident_clusters(plan.launch, kernel) : 0; });
 }
 
-// Chooses the smallest cluster whose blocks have at most 32 units (256 threads, so the most registers), else the
-// smallest with at most 64; then the best tiles of the batch for it.
+// Chooses the smallest cluster with at most 32 units a block (256 threads, 255 registers each), else the smallest with
+// at most 64. Then chooses the tiles of the batch by best_tiles.
 std::optional<ClusterForwardPlan> choose(const LstmShape& s, Type type) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (device_limits().capability < 90 || (type == Type::kFloat && !s.tf32)) return {};
-  constexpr int64_t kMostHidden = 512;  // beyond it, reading shared memory takes longer than h through L2
+  constexpr int64_t kMostHidden = 512;  // above, reading W_hh from shared memory costs more than exchanging h by L2
   if (s.hidden > kMostHidden || s.steps > kMost || s.batch > kMost - 32) return {};
   for (const int most_units : {32, 64}) {
     for (const int blocks : {2, 4, 8, 16}) {

@@ -1,31 +1,27 @@
-// The forward recurrence of one LSTM layer by thread block clusters (sm_90 and up): one cluster per tile of the batch
-// and direction, one of its blocks per U hidden units. h is exchanged through distributed shared memory, without a
-// cluster barrier inside the loop.
+// Forward recurrence of one LSTM layer in thread block clusters (sm_90 and newer): one cluster per tile of the batch
+// and direction, one of its blocks per U hidden units. Blocks exchange h through distributed shared memory, with one
+// mbarrier phase a step and no cluster barrier in the loop. Drawings and proof: docs/kernels/cuda-cluster.md.
 //
-// Weights are the A operand (gate rows), h the B operand (units, sequences). A warp has 8 units: rows r and r + 8 of
-// its first tile are gates i and f of unit r, of its second g and o, so one lane has all gates of a unit:
+// W is the A operand (gate rows), h the B operand (units, sequences). Two warps share 8 units; each multiplies every
+// other step of K, then sends the partner its sums of one column, through shared memory. Warp `half` finishes column 2
+// q + half, which is sequence 4 half + q.
 //
-//     lane 4 r + q        column 2 q    column 2 q + 1      Two warps share the 8 units, each multiplies every other
-//     tile 0, row r       i of unit r   i of unit r         step of K. Warp `half` then finishes column 2 q + half:
-//     tile 0, row r + 8   f of unit r   f of unit r         each gives the other its sums of the other column, through
-//     tile 1, row r       g of unit r   g of unit r         shared memory. Column 2 q + half is sequence 4 half + q.
+//     lane 4 r + q        column 2 q    column 2 q + 1
+//     tile 0, row r       i of unit r   i of unit r
+//     tile 0, row r + 8   f of unit r   f of unit r
+//     tile 1, row r       g of unit r   g of unit r
 //     tile 1, row r + 8   o of unit r   o of unit r
 //
 // A piece is 8 bytes: P = 4 (16-bit) or 2 (TF32) adjacent units of one sequence. In a step of K (4 P units) lane 4 r +
-// q multiplies units q P .. q P + P - 1 of its gate rows and of its column: one piece is its whole B fragment, two
-// pieces (i and f, or g and o) are an A fragment. Any order of K is right, as both sides share it. h in shared memory,
-// twice (h of step s in buffer s & 1):
+// q multiplies units q P .. q P + P - 1: one piece is its B fragment, the pieces of two gates are an A fragment. Two
+// buffers of h; step s reads buffer s & 1:
 //
-//     h[step of K][tile of 8 sequences][q][sequence]: pieces. A lane reads piece (q, 4 (r & 1) + r / 2): 256 bytes
-//     a warp, no bank conflict. A warp sends 4 sequences of a q: 32 adjacent bytes.
+//     h[step of K][tile of 8 sequences][q][sequence]: pieces. A lane reads piece (q, 4 (r & 1) + r / 2), a warp 256
+//     bytes. A warp sends 4 sequences of a q: 32 adjacent bytes.
 //
-// Why no block overwrites h that a slow block still reads. Buffer s & 1 of block P gets h of step s + 2 from a warp of
-// block Q only after all of h of step s + 1 has arrived at that warp, so after every warp of P (each owns some units)
-// has sent its part. A warp of P sends its part of step s + 1, which is computed from h of step s, after it has read h
-// of step s. The same chain orders phases: a warp sends only after its own wait, so no phase of an mbarrier can end
-// before every warp has passed the wait for the phase before. It also orders the sums, which are written again after a
-// wait. A warp reads all columns of its weights but sends only its own units. A warp without units would break the
-// chain, so padded units are computed and sent as well (weights, gates and states 0: h = 0).
+// Invariant: every warp waits for all of h of step s, reads it, and only then sends h of step s + 1. A buffer is
+// overwritten only after all warps of the cluster have sent, so after all have read. Hence every warp must send: padded
+// units are computed and sent too (weights, gates and states are 0, so h = 0).
 #pragma once
 
 #include "cuda/lstm/cluster_pieces.cuh"
@@ -36,12 +32,11 @@ namespace fastseq::cuda::cluster {
 struct ForwardTile {
   int blocks;  // of a cluster
   int units;   // of a block, a multiple of 8
-  int steps;   // of K that a warp multiplies; weights beyond its registers are in shared memory
+  int steps;   // steps of K of a warp; weights that exceed its registers are in shared memory
   int tiles;   // of the batch
 };
 
-// Shared memory: byte offset of each part, and the total. registers: steps of K whose weights a warp keeps in
-// registers.
+// Shared memory: byte offset of each part, total bytes. registers: steps of K whose weights are in registers.
 struct ForwardMemory {
   size_t h, sums, weights, bytes;
   __host__ __device__ ForwardMemory(const ForwardTile& tile, int registers, int row_tiles) {
@@ -53,9 +48,9 @@ struct ForwardMemory {
   }
 };
 
-// Position of a thread: its unit and sequences.
+// Unit and sequences of a thread.
 struct ForwardPlace {
-  int direction, unit, row;  // unit of the layer, first sequence; the next ones are 8 apart
+  int direction, unit, row;  // unit in the layer; first sequence (the others follow 8 apart)
   int warp, half, r, q;      // half: of K, and of the columns
   bool backwards;
 };
@@ -74,7 +69,7 @@ FASTSEQ_DEVICE ForwardPlace forward_place(const LstmShape& s, const ForwardTile&
   return at;
 }
 
-// Loads columns [column, column + P) of a row (columns,), zero past its end; a null row is zero.
+// Loads columns [column, column + P) of a row (columns,); zero past its end. A null row is zero.
 template <class T>
 FASTSEQ_DEVICE uint2 load_piece(const T* row, int64_t column, int64_t columns) {
   float x[kPiece<T>] = {};
@@ -87,7 +82,7 @@ FASTSEQ_DEVICE uint2 load_piece(const T* row, int64_t column, int64_t columns) {
   return piece_of<T>(x);
 }
 
-// Loads the fragments of one step of K: [tile][word]. weight: (4H, H).
+// Loads the A fragments of one step of K: [tile][word]. weight: (4H, H).
 template <class T>
 FASTSEQ_DEVICE void load_weights(
     uint32_t (&a)[2][4], const T* weight, int64_t hidden, const ForwardPlace& at, int64_t step) {
@@ -101,7 +96,8 @@ FASTSEQ_DEVICE void load_weights(
   }
 }
 
-// Loads this warp's half of K: R steps into registers, the others into shared memory. A lane reads back what it wrote.
+// Loads this warp's half of K: R steps into registers, the rest into shared memory. A lane reads only words that it
+// wrote.
 template <class T, int R>
 FASTSEQ_DEVICE void load_all_weights(uint32_t (&weights)[R][2][4],
                                      uint4* more_weights,
@@ -119,7 +115,7 @@ FASTSEQ_DEVICE void load_all_weights(uint32_t (&weights)[R][2][4],
   }
 }
 
-// Fills both buffers of h: h0 (B, H) in the first; pieces that are never sent stay zero in both.
+// Initialises both buffers of h: h0 (B, H) and zero. Pieces that no warp sends stay zero in both.
 template <class T, int N>
 FASTSEQ_DEVICE void fill_states(uint2* h, const T* h0, const LstmShape& s, const ForwardTile& tile, int64_t first_row) {
   const int pieces = 2 * tile.steps * N * 32;
@@ -131,9 +127,9 @@ FASTSEQ_DEVICE void fill_states(uint2* h, const T* h0, const LstmShape& s, const
   }
 }
 
-// sums[chain][tile of sequences][tile of gates] += weights * h, over this warp's half of K. h: the buffer.
-template <class T, int R, int N, int Chains>
-FASTSEQ_DEVICE void multiply_states(float (&sums)[Chains][N][2][4],
+// sums[accumulator][tile of sequences][tile of gates] += W h over this warp's half of K. h: the buffer of the step.
+template <class T, int R, int N, int Accumulators>
+FASTSEQ_DEVICE void multiply_states(float (&sums)[Accumulators][N][2][4],
                                     const uint32_t (&weights)[R][2][4],
                                     const uint4* more_weights,
                                     const uint2* h,
@@ -146,8 +142,8 @@ FASTSEQ_DEVICE void multiply_states(float (&sums)[Chains][N][2][4],
     for (int n = 0; n < N; ++n) {
       const uint2 piece = h[((2 * s + at.half) * N + n) * 32 + place];
       const uint32_t b[2] = {piece.x, piece.y};
-      multiply<T>(sums[s % Chains][n][0], weights[s][0], b);
-      multiply<T>(sums[s % Chains][n][1], weights[s][1], b);
+      multiply<T>(sums[s % Accumulators][n][0], weights[s][0], b);
+      multiply<T>(sums[s % Accumulators][n][1], weights[s][1], b);
     }
   }
   for (int s = R; s < steps; ++s) {
@@ -163,44 +159,47 @@ FASTSEQ_DEVICE void multiply_states(float (&sums)[Chains][N][2][4],
   }
 }
 
-// Splits this warp's sums (gates i f g o): `own` gets the column that it finishes, `shown` the other warp's column.
-template <int N, int Chains>
-FASTSEQ_DEVICE void share_sums(float (&own)[N][4],
-                               const float (&sums)[Chains][N][2][4],
-                               float4* shown,
+// Splits this warp's sums (gates i f g o): `kept` gets the column that it finishes, `shared_sums` the partner's column.
+template <int N, int Accumulators>
+FASTSEQ_DEVICE void share_sums(float (&kept)[N][4],
+                               const float (&sums)[Accumulators][N][2][4],
+                               float4* shared_sums,
                                const ForwardPlace& at) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    float given[4];
+    float sent[4];
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) {
       float first = 0, second = 0;
 #pragma unroll
-      for (int chain = 0; chain < Chains; ++chain) {
-        first += sums[chain][n][gate / 2][gate % 2 * 2];
-        second += sums[chain][n][gate / 2][gate % 2 * 2 + 1];
+      for (int k = 0; k < Accumulators; ++k) {
+        first += sums[k][n][gate / 2][gate % 2 * 2];
+        second += sums[k][n][gate / 2][gate % 2 * 2 + 1];
       }
-      own[n][gate] = at.half ? second : first;
-      given[gate] = at.half ? first : second;
+      kept[n][gate] = at.half ? second : first;
+      sent[gate] = at.half ? first : second;
     }
-    shown[(at.warp * N + n) * 32 + lane_id()] = float4{given[0], given[1], given[2], given[3]};
+    shared_sums[(at.warp * N + n) * 32 + lane_id()] = float4{sent[0], sent[1], sent[2], sent[3]};
   }
 }
 
-// Completes the pre-activations: own sums + the other warp's sums + `gates`, the input product.
+// Completes the pre-activations: kept + the partner's sums + `gates`, the input product.
 template <class T, int N>
-FASTSEQ_DEVICE void add_sums(float (&own)[N][4], const T (&gates)[N][4], const float4* shown, const ForwardPlace& at) {
+FASTSEQ_DEVICE void add_sums(float (&kept)[N][4],
+                             const T (&gates)[N][4],
+                             const float4* shared_sums,
+                             const ForwardPlace& at) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    const float4 other = shown[((at.warp ^ 1) * N + n) * 32 + lane_id()];
-    own[n][0] = to_float(gates[n][0]) + (own[n][0] + other.x);
-    own[n][1] = to_float(gates[n][1]) + (own[n][1] + other.y);
-    own[n][2] = to_float(gates[n][2]) + (own[n][2] + other.z);
-    own[n][3] = to_float(gates[n][3]) + (own[n][3] + other.w);
+    const float4 other = shared_sums[((at.warp ^ 1) * N + n) * 32 + lane_id()];
+    kept[n][0] = to_float(gates[n][0]) + (kept[n][0] + other.x);
+    kept[n][1] = to_float(gates[n][1]) + (kept[n][1] + other.y);
+    kept[n][2] = to_float(gates[n][2]) + (kept[n][2] + other.z);
+    kept[n][3] = to_float(gates[n][3]) + (kept[n][3] + other.w);
   }
 }
 
-// Loads the input product of step t in storage type; zero outside of the tensor.
+// Loads the input product of step t, not converted yet; zero outside the tensor.
 template <class T, int N>
 FASTSEQ_DEVICE void fetch_gates(T (&gates)[N][4], const LstmForwardParams& p, const ForwardPlace& at, int64_t t) {
   const LstmShape& s = p.shape;
@@ -217,23 +216,23 @@ FASTSEQ_DEVICE void fetch_gates(T (&gates)[N][4], const LstmForwardParams& p, co
   }
 }
 
-// Returns the piece that contains this lane's unit: P units of one sequence, in all P lanes that hold them.
+// Returns the piece (P units of one sequence) that contains this lane's unit. All P lanes of the piece get it.
 template <class T>
 FASTSEQ_DEVICE uint64_t gather_piece(T h, int r) {
   if constexpr (sizeof(T) == 4) {
-    const uint32_t own = to_tf32(h), other = __shfl_xor_sync(kAllLanes, own, 4);
-    return r & 1 ? other | static_cast<uint64_t>(own) << 32 : own | static_cast<uint64_t>(other) << 32;
+    const uint32_t word = to_tf32(h), other = __shfl_xor_sync(kAllLanes, word, 4);
+    return r & 1 ? other | static_cast<uint64_t>(word) << 32 : word | static_cast<uint64_t>(other) << 32;
   } else {
     uint16_t bits;
     memcpy(&bits, &h, sizeof bits);
-    const uint32_t own = bits, other = __shfl_xor_sync(kAllLanes, own, 4);
-    const uint32_t pair = r & 1 ? other | own << 16 : own | other << 16;
+    const uint32_t unit = bits, other = __shfl_xor_sync(kAllLanes, unit, 4);
+    const uint32_t pair = r & 1 ? other | unit << 16 : unit | other << 16;
     const uint32_t others = __shfl_xor_sync(kAllLanes, pair, 8);
     return r & 2 ? others | static_cast<uint64_t>(pair) << 32 : pair | static_cast<uint64_t>(others) << 32;
   }
 }
 
-// Sends h of the own units into buffer `to` of every block of the cluster; the P lanes of a piece divide the blocks.
+// Sends h of this warp's units to buffer `to` of every block of the cluster. The P lanes of a piece split the blocks.
 template <class T, int N>
 FASTSEQ_DEVICE void send_states(
     const T (&h)[N], const uint2* to, const uint64_t* arrived, const ForwardTile& tile, const ForwardPlace& at) {
@@ -243,13 +242,14 @@ FASTSEQ_DEVICE void send_states(
 #pragma unroll
   for (int n = 0; n < N; ++n) pieces[n] = gather_piece(h[n], at.r);
   for (int rank = at.r % kPiece<T>; rank < tile.blocks; rank += kPiece<T>) {
-    const uint64_t address = peer_address(to + step * N * 32 + place, rank), mbarrier = peer_address(arrived, rank);
+    const uint64_t address = cluster_address(to + step * N * 32 + place, rank);
+    const uint64_t mbarrier = cluster_address(arrived, rank);
 #pragma unroll
     for (int n = 0; n < N; ++n) store_async8(address + n * 32 * sizeof(uint2), mbarrier, pieces[n]);
   }
 }
 
-// Computes one sequence's cell and stores its results. h and c change only where t is before the sequence's end.
+// Computes and stores the cell of one sequence at step t. `alive`: t is within its length; else h and c stay unchanged.
 template <class T>
 FASTSEQ_DEVICE void finish_unit(const LstmForwardParams& p,
                                 const ForwardPlace& at,
@@ -279,7 +279,7 @@ FASTSEQ_DEVICE void finish_unit(const LstmForwardParams& p,
   for (int gate = 0; gate < 4; ++gate) from_float(gates[gate], to + gate * s.hidden);
 }
 
-// Loads h0, c0 (D, B, H) of the own units, and lengths, into registers.
+// Loads this thread's h0, c0 (D, B, H) and lengths into registers.
 template <class T, int N>
 FASTSEQ_DEVICE void load_states(
     T (&h)[N], float (&c)[N], int (&lengths)[N], const LstmForwardParams& p, const ForwardPlace& at) {
@@ -324,14 +324,14 @@ FASTSEQ_DEVICE void store_states(const T (&h)[N],
   }
 }
 
-// R steps of K in registers, N tiles of 8 sequences.
+// R: steps of K in registers. N: tiles of 8 sequences.
 template <class T, int Threads, int R, int N>
 __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmForwardParams p, ForwardTile tile) {
   FASTSEQ_DYNAMIC_SHARED(memory);
   const ForwardMemory parts(tile, R, N);
   uint64_t* arrived = reinterpret_cast<uint64_t*>(memory);  // by buffer
   uint2* h_pieces = reinterpret_cast<uint2*>(memory + parts.h);
-  float4* shown = reinterpret_cast<float4*>(memory + parts.sums);
+  float4* shared_sums = reinterpret_cast<float4*>(memory + parts.sums);
   const ForwardPlace at = forward_place(p.shape, tile, N);
   uint4* more_weights = reinterpret_cast<uint4*>(memory + parts.weights) + at.warp * (tile.steps - R) * 64;
   const int64_t H = p.shape.hidden;
@@ -362,12 +362,12 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
     const int t = at.backwards ? last - s : s;
     if (s) mbarrier_wait(arrived + s % 2, (s - 1) / 2 % 2);
     if (s && threadIdx.x == 0) mbarrier_arrive_expect(arrived + s % 2, bytes);  // step s + 2
-    constexpr int kChains = N == 1 ? 2 : 1;                                     // independent accumulators
-    float sums[kChains][N][2][4] = {}, pre[N][4];
+    constexpr int kAccumulators = N == 1 ? 2 : 1;                               // 2: halve the dependency chain
+    float sums[kAccumulators][N][2][4] = {}, pre[N][4];
     multiply_states<T>(sums, weights, more_weights, h_pieces + s % 2 * buffer, at, tile.steps);
-    share_sums(pre, sums, shown, at);
+    share_sums(pre, sums, shared_sums, at);
     __syncthreads();
-    add_sums(pre, gates, shown, at);
+    add_sums(pre, gates, shared_sums, at);
     if (s < last) fetch_gates(gates, p, at, at.backwards ? t - 1 : t + 1);
 #pragma unroll
     for (int n = 0; n < N; ++n) finish_unit(p, at, n, t, t < lengths[n], pre[n], c[n], h[n]);

@@ -1,4 +1,4 @@
-// Shared by the recurrences in clusters: pieces of 8 bytes, the unit of the exchange and of B fragments.
+// Shared by the cluster recurrences: pieces of 8 bytes, the unit of the exchange and of B fragments.
 #pragma once
 
 #include <initializer_list>
@@ -8,14 +8,14 @@
 
 namespace fastseq::cuda::cluster {
 
-// Numbers of a piece.
+// P: numbers in a piece.
 template <class T>
 constexpr int kPiece = 8 / static_cast<int>(sizeof(T));
-// Units of a step of K.
+// Units in a step of K.
 template <class T>
 constexpr int kStep = 4 * kPiece<T>;
 
-// Packs P numbers into two words of fragments.
+// Packs P numbers into two fragment words.
 template <class T>
 FASTSEQ_DEVICE uint2 piece_of(const float (&x)[kPiece<T>]) {
   if constexpr (sizeof(T) == 2)
@@ -32,7 +32,7 @@ FASTSEQ_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32
     multiply_16x8x8_tf32(d, a, b);
 }
 
-// Length of the longest sequence of a tile, the same in all threads of the cluster.
+// Largest length in a tile of N * 8 sequences; the same in all threads of the cluster.
 template <int N>
 FASTSEQ_DEVICE int longest_of(const LstmShape& s, int64_t first_row) {
   static_assert(N * 8 <= 32, "a lane for each sequence");
@@ -40,21 +40,21 @@ FASTSEQ_DEVICE int longest_of(const LstmShape& s, int64_t first_row) {
   const int64_t row = first_row + lane_id() % (N * 8);
   int longest = row < s.batch ? max(static_cast<int>(s.lengths[row]), 0) : 0;
 #pragma unroll
-  for (int with = 16; with; with /= 2) longest = max(longest, __shfl_xor_sync(kAllLanes, longest, with));
+  for (int offset = 16; offset; offset /= 2) longest = max(longest, __shfl_xor_sync(kAllLanes, longest, offset));
   return min(longest, static_cast<int>(s.steps));
 }
 
-// Returns the plan with the smallest tiles of the batch whose clusters are all resident at once, else with the largest
-// tiles of which any cluster is; or nothing. plan_of(row_tiles): optional plan of a tile size. resident(plan): clusters
-// resident at once.
+// Returns the plan with the smallest tiles of the batch whose clusters are all resident at once. If there is none, the
+// plan with the largest tiles of which at least one cluster is resident; else nullopt. plan_of(row_tiles): optional
+// plan. resident(plan): number of clusters resident at once.
 template <class PlanOf, class Resident>
 auto best_tiles(std::initializer_list<int> sizes, int64_t directions, const PlanOf& plan_of, const Resident& resident) {
   decltype(plan_of(1)) best;
   for (const int row_tiles : sizes) {
     const auto plan = plan_of(row_tiles);
-    const int together = plan ? resident(*plan) : 0;
-    if (together) best = plan;
-    if (together && static_cast<int64_t>(plan->tile.tiles) * directions <= together) break;
+    const int clusters = plan ? resident(*plan) : 0;
+    if (clusters) best = plan;
+    if (clusters && static_cast<int64_t>(plan->tile.tiles) * directions <= clusters) break;
   }
   return best;
 }

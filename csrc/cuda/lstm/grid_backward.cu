@@ -1,4 +1,4 @@
-// Planner and launcher of the backward recurrence on a grid that spans the device.
+// Planner and launcher of the backward grid recurrence.
 #include "cuda/lstm/grid_backward.cuh"
 
 #include <algorithm>
@@ -10,14 +10,14 @@ namespace {
 
 using namespace grid_backward;
 
-// Fills in pass_tiles and shared_memory, which holds everything but the sums, and the sums of one pass. Returns false
-// if that exceeds `limit` bytes.
+// Sets pass_tiles and shared_memory: weights, carry, lengths and the sums of one pass. Returns false if the bytes
+// exceed `limit`.
 template <class Product, int R>
 bool add_shared_memory(Plan& plan, size_t limit) {
   using Block = grid_backward::Block<Product, R>;
   const size_t in_shared = std::max(0, plan.warp_chunks - Block::kHeld);
   const size_t fixed = plan.warps * in_shared * R * Product::kParts * 32 * sizeof(uint4) +
-                       plan.group_tiles * kTileRows * (Block::kOwnUnits * sizeof(float2) + sizeof(int));
+                       plan.group_tiles * kTileRows * (Block::kBlockUnits * sizeof(float2) + sizeof(int));
   const size_t of_tile = plan.warps * kTileRows * Block::kStride * sizeof(float);
   constexpr int kMostTiles = 4;
   plan.pass_tiles = std::min(plan.group_tiles, kMostTiles);
@@ -26,7 +26,8 @@ bool add_shared_memory(Plan& plan, size_t limit) {
   return plan.shared_memory <= limit;
 }
 
-// One block a multiprocessor, as many as possible: slices of the units, times groups of rows.
+// Returns the plan with R tiles of units a block, or nullopt. One block per multiprocessor: slices of units times
+// groups of rows.
 template <class Product, int R>
 std::optional<Plan> plan_with(const LstmShape& s, const DeviceLimits& device) {
   Plan plan{};
@@ -52,7 +53,7 @@ std::optional<Plan> plan_of(const LstmShape& s) {
   return plan ? plan : plan_with<Product, 2>(s, device);
 }
 
-// Returns run(Product{}), Product the arithmetic of the call.
+// Returns run(Product{}) for the arithmetic trait of the call.
 template <class Run>
 auto with_product(const LstmShape& s, Type type, const Run& run) {
   switch (type) {
@@ -75,7 +76,7 @@ std::string launch_plan(const LstmBackwardParams& p, const Plan& plan, Stream st
   return launch(l, lstm_grid_backward_kernel<Product, R>, p, plan);
 }
 
-// Bytes: flags, then both buffers of the exchange.
+// Bytes of the workspace: flags, then both buffers of the exchange.
 template <class Product>
 size_t workspace_of(const LstmShape& s, const Plan& plan) {
   const size_t flags = s.directions * plan.groups * plan.slices * kFlagStride * sizeof(unsigned);

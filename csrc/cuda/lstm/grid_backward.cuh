@@ -1,25 +1,22 @@
-// The backward recurrence of one LSTM layer on a grid that spans the device: blocks exchange the gradients of the gates
-// (dgates) through L2, with one synchronisation a step.
+// Backward grid recurrence of one LSTM layer: all T steps in one cooperative launch over the whole device. Blocks
+// exchange the gradients of the gates (dgates) through L2, with one flag per block and step.
 //
-// Block (slice, group, direction) owns 16 R hidden units and some rows of the batch. A step, from the last of the
-// direction to its first: dh = W_hh^T dgates of the step before (all units of the direction, own rows) + grad_output,
-// then the cell, then the dgates of the own units go to the exchange. Groups of rows are independent of each other.
+// Block (slice, group, direction) owns 16 R hidden units and a group of rows. Steps run from the direction's last time
+// step to its first: dh = W_hh^T dgates (previous step, all units of the direction) + grad_output; cell; dgates of the
+// block's units to the exchange. Groups of rows are independent. Drawings, proof and cost: docs/kernels/cuda-grid.md.
 //
 //   grid_backward_arithmetic.cuh  fragments and products of 16-bit, TF32 and exact float
-//   grid_backward_layout.cuh      plan, what a block owns
+//   grid_backward_layout.cuh      plan, units and rows of a block, workspace, shared memory
 //   grid_backward_product.cuh     W_hh^T dgates
-//   grid_backward_cell.cuh        the cell
-//   this file                     the exchange, the kernel
+//   grid_backward_cell.cuh        cell
+//   this file                     exchange, kernel
 //
-// Exchange, T [2][D][tile of 8 rows][chunk][8 rows][U units][4 gates]: the four dgates of a unit are adjacent, one
-// store. Rows past the batch are neither written nor read. Units past H are never written: the workspace is zero there,
-// and so are their weights.
+// Exchange: T [2][D][tile of 8 rows][chunk][8 rows][U units][4 gates]; one store writes the four dgates of a unit. Rows
+// past the batch are neither written nor read. Units past H stay zero from the zeroed workspace; so are their weights.
 //
-// Why two buffers suffice. Step s reads buffer (s + 1) & 1 (dgates of step s - 1; zero before the first) and writes
-// buffer s & 1, which was read by the products of step s - 1. Before a block writes, its warps together have waited
-// until the flags of all blocks of the group reach s, and have met in __syncthreads. A block sets its flag to s when
-// its products of step s - 1 are done: they end in a __syncthreads before the cell, and the flag follows the cell. So
-// no block that still reads the buffer can have let another block write it.
+// Step s reads buffer (s + 1) & 1 and writes buffer s & 1. Two buffers suffice because a block raises its flag to s + 1
+// only after a __syncthreads that follows its reads of step s, and every block waits for all flags >= s before it
+// writes in step s.
 #pragma once
 
 #include "cuda/lstm/grid_backward_cell.cuh"
@@ -27,43 +24,43 @@
 
 namespace fastseq::cuda::grid_backward {
 
-// Waits for the blocks whose units this warp multiplies.
+// Waits until the blocks whose units this warp multiplies have finished step - 1.
 template <class Product, int R>
 FASTSEQ_DEVICE void wait(const Block<Product, R>& block, int step) {
-  constexpr int kOwnUnits = Block<Product, R>::kOwnUnits;
-  const int first = block.first_chunk * Product::kUnits / kOwnUnits;
-  const int last = ((block.first_chunk + block.chunks) * Product::kUnits - 1) / kOwnUnits;
+  constexpr int kBlockUnits = Block<Product, R>::kBlockUnits;
+  const int first = block.first_chunk * Product::kUnits / kBlockUnits;
+  const int last = ((block.first_chunk + block.chunks) * Product::kUnits - 1) / kBlockUnits;
   for (int slice = first + lane_id(); slice <= last; slice += 32) {
     wait_for_flag(block.flags + slice * kFlagStride, static_cast<unsigned>(step));
   }
   __syncwarp();
 }
 
-// Step `steps` is the product alone, which gives grad_h0. The inputs of a thread's first cell are loaded before the
-// wait, and its dgates are written after the flag: both are off the critical path from block to block.
+// Step `steps` is only the product, which gives grad_h0. To shorten the critical path between blocks, the inputs of a
+// thread's first cell are loaded before the wait, and its dgates are written to grad_gates after the flag.
 template <class Product, int R>
 FASTSEQ_DEVICE void run_step(const typename Block<Product, R>::Weights (&held)[Block<Product, R>::kHeld],
                              const Block<Product, R>& block,
                              int step) {
-  constexpr int kOwnUnits = Block<Product, R>::kOwnUnits;
-  const int own_row = threadIdx.x / kOwnUnits, own_unit = threadIdx.x % kOwnUnits;
+  constexpr int kBlockUnits = Block<Product, R>::kBlockUnits;
+  const int first_row = threadIdx.x / kBlockUnits, first_unit = threadIdx.x % kBlockUnits;
   const bool last = step == block.p.shape.steps;
-  const CellInputs own = read_cell(block, own_row, own_unit, step);
-  Vector<typename Product::Element, 4> own_dgates{};
+  const CellInputs prefetched = read_cell(block, first_row, first_unit, step);
+  Vector<typename Product::Element, 4> deferred{};
   wait(block, step);
   for (int tile = 0; tile < block.tiles; tile += block.plan.pass_tiles) {
     const int count = min(block.plan.pass_tiles, block.tiles - tile);
     multiply(held, block, step, tile, count);
     __syncthreads();
-    for (int item = threadIdx.x; item < count * kTileRows * kOwnUnits; item += blockDim.x) {
-      const int row = tile * kTileRows + item / kOwnUnits, unit = item % kOwnUnits;
+    for (int item = threadIdx.x; item < count * kTileRows * kBlockUnits; item += blockDim.x) {
+      const int row = tile * kTileRows + item / kBlockUnits, unit = item % kBlockUnits;
       if (!block.exists(row, unit)) continue;
-      const float dh = sum_of_warps(block, item / kOwnUnits, unit);
-      const bool is_own = row == own_row && unit == own_unit;
+      const float dh = sum_of_warps(block, item / kBlockUnits, unit);
+      const bool is_first = row == first_row && unit == first_unit;
       if (last) {
         write_states(block, row, unit, dh);
-      } else if (is_own) {
-        own_dgates = step_cell(block, row, unit, step, own, dh);
+      } else if (is_first) {
+        deferred = step_cell(block, row, unit, step, prefetched, dh);
       } else {
         const CellInputs x = read_cell(block, row, unit, step);
         write_dgates(block, row, unit, step, step_cell(block, row, unit, step, x, dh));
@@ -73,8 +70,10 @@ FASTSEQ_DEVICE void run_step(const typename Block<Product, R>::Weights (&held)[B
   }
   if (last) return;
   if (threadIdx.x == 0) store_release(block.flags + blockIdx.x * kFlagStride, static_cast<unsigned>(step) + 1);
-  const int own_rows = min(block.plan.pass_tiles, block.tiles) * kTileRows;  // first pass; later ones are written above
-  if (own_row < own_rows && block.exists(own_row, own_unit)) write_dgates(block, own_row, own_unit, step, own_dgates);
+  const int pass_rows = min(block.plan.pass_tiles, block.tiles) * kTileRows;  // of the first pass
+  if (first_row < pass_rows && block.exists(first_row, first_unit)) {
+    write_dgates(block, first_row, first_unit, step, deferred);
+  }
 }
 
 template <class Product, int R>

@@ -1,14 +1,14 @@
-// Arithmetic of the product W_hh^T dgates in the backward recurrence on a grid, in three traits: MmaHalf (tensor cores,
-// 16-bit), MmaTf32 (tensor cores, float rounded to TF32) and FmaFloat (exact float).
+// Arithmetic of W_hh^T dgates in the backward grid recurrence, as three traits: MmaHalf (tensor cores, 16-bit), MmaTf32
+// (tensor cores, float rounded to TF32) and FmaFloat (exact float).
 //
-// The product is (16 units, k) times (k, 8 rows): units are the M of the matrix instruction, rows its N, so that one
-// row costs eight, not sixteen. k = 4 unit + gate (i, f, g, o) is cut into chunks of 4 U. A lane of a matrix
-// instruction finds its numbers of B, for two instructions, in one load of 16 bytes from the exchange:
+// The product is (16 units, k) times (k, 8 rows): units are M of the matrix instruction, rows N, so that one sequence
+// costs 8 rows and not 16. k = 4 unit + gate (i, f, g, o), cut into chunks of 4 U. One 16-byte load from the exchange
+// gives a lane its B operands for two instructions:
 //
 //   16-bit, U = 8, m16n8k16: lane 4 r + q loads units 2 q and 2 q + 1 of row r = (i f)(g o) | (i f)(g o)
 //                            = b[0], b[1] of instruction 0 | of instruction 1
 //   TF32,   U = 4, m16n8k8:  lane 4 r + q loads unit q of row r = i, f | g, o
-//   exact,  U = 8, FMA:      lane 8 n + u loads unit u of every row: four lanes the same one, for four own units each
+//   exact,  U = 8, FMA:      lane 8 n + u loads unit u of every row and multiplies it into output units 4 n .. 4 n + 3
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -18,11 +18,11 @@ namespace fastseq::cuda::grid_backward {
 constexpr int kTileRows = 8;    // rows of the batch in a tile
 constexpr int kTileUnits = 16;  // hidden units in a tile
 
-// Sums of a warp's lanes over 16 own units and 8 rows: D of m16n8 instructions, in two independent accumulators.
+// Sums of a warp, 16 output units by 8 rows: D of m16n8 instructions, in two independent accumulators.
 struct MmaSums {
   float d[2][4];
 
-  // -> to[row * stride + own unit]
+  // Writes to[row * stride + output unit].
   FASTSEQ_DEVICE void store(float* to, int stride) const {
     const int r = lane_id() / 4, q = lane_id() % 4;
 #pragma unroll
@@ -30,11 +30,11 @@ struct MmaSums {
   }
 };
 
-// Sums without tensor cores: each lane has 4 own units and an eighth of k.
+// FMA sums of a lane: 4 output units, 8 rows, an eighth of k.
 struct FmaSums {
   float d[kTileRows][4];
 
-  // Adds pairs of lanes: one lane keeps the first `Rows` of its rows, the other lane the rest.
+  // Adds pairs of lanes: one lane keeps the sums of the first `Rows` rows, the other the rest.
   template <int Rows>
   FASTSEQ_DEVICE void share() {
     const bool upper = lane_id() & Rows;
@@ -48,7 +48,7 @@ struct FmaSums {
     }
   }
 
-  // Adds up the eight lanes that share their own units; lane u ends with row u.
+  // Sums over the eight lanes of the same output units; lane u stores row u.
   FASTSEQ_DEVICE void store(float* to, int stride) {
     share<4>();
     share<2>();
@@ -57,7 +57,7 @@ struct FmaSums {
   }
 };
 
-// Loads a chunk as B of two instructions. Rows from `rows` on are zero, not read: one sequence costs one row of
+// Loads a chunk as B of two instructions. Rows past `rows` are zero and not read, so one sequence costs one row of
 // traffic.
 FASTSEQ_DEVICE uint4 load_rows(const void* chunk, int rows) {
   return lane_id() / 4 < rows ? load_l2(static_cast<const uint4*>(chunk) + lane_id()) : uint4{0, 0, 0, 0};
@@ -71,18 +71,18 @@ struct MmaHalf {
   using Fragment = uint4;
   static constexpr int kUnits = 8;       // of a chunk
   static constexpr int kParts = 2;       // 16-byte parts of a lane's weights of a chunk
-  static constexpr int kHeldParts = 32;  // in registers
+  static constexpr int kHeldParts = 32;  // parts in registers
   static constexpr int kPrefetch = 8;    // chunks loaded before the first product
   using Sums = MmaSums;
 
-  // weight(unit of the chunk, gate, own unit)
+  // weight(unit of the chunk, gate, output unit of the tile)
   template <class Weight>
   static FASTSEQ_DEVICE void pack(Vector<Word, 4> (&w)[kParts], const Weight& weight) {
     const int r = lane_id() / 4, q = lane_id() % 4;
 #pragma unroll
     for (int k = 0; k < 4 * kParts; ++k) {
-      const int unit = 2 * q + k / 4, gate = k / 2 % 2 * 2, own = r + k % 2 * 8;
-      w[k / 4].element[k % 4] = pack_pair<T>(weight(unit, gate, own), weight(unit, gate + 1, own));
+      const int unit = 2 * q + k / 4, gate = k / 2 % 2 * 2, out = r + k % 2 * 8;
+      w[k / 4].element[k % 4] = pack_pair<T>(weight(unit, gate, out), weight(unit, gate + 1, out));
     }
   }
 
@@ -93,7 +93,7 @@ struct MmaHalf {
     multiply_16x8x16<T>(sums.d[1], w[1].element, {f.z, f.w});
   }
 
-  // A dgate as the exchange holds it.
+  // Rounds a dgate to the format of the exchange.
   static FASTSEQ_DEVICE T exchanged(T x) { return x; }
 };
 
@@ -126,7 +126,7 @@ struct MmaTf32 {
   }
 };
 
-// Exact float. Lane 8 n + u has own units 4 n ... 4 n + 3 and unit u of each chunk.
+// Exact float. Lane 8 n + u has output units 4 n .. 4 n + 3 and unit u of each chunk.
 struct FmaFloat {
   using Element = float;
   using Word = float;

@@ -1,4 +1,4 @@
-// The cell of the backward recurrence on a grid: what one unit of one row reads and writes in a step.
+// The cell of the backward grid recurrence: reads and writes of one unit of one row in a step.
 #pragma once
 
 #include "cuda/lstm/grid_backward_layout.cuh"
@@ -7,7 +7,7 @@ namespace fastseq::cuda::grid_backward {
 
 // Inputs of the cell's backward for one unit of one row.
 struct CellInputs {
-  bool valid;  // the step is within the row's length
+  bool valid;  // the step exists and is within the row's length
   float i, f, g, o, c_prev, c, dh, dc;
 };
 
@@ -15,14 +15,14 @@ struct CellInputs {
 template <class Product, int R>
 FASTSEQ_DEVICE void load_states(const Block<Product, R>& block) {
   using T = typename Product::Element;
-  constexpr int kOwnUnits = Block<Product, R>::kOwnUnits;
+  constexpr int kBlockUnits = Block<Product, R>::kBlockUnits;
   const LstmBackwardParams& p = block.p;
   for (int row = threadIdx.x; row < block.rows; row += blockDim.x) {
     const int64_t* all = p.shape.lengths;
     block.lengths[row] = static_cast<int>(all ? min(all[block.first_row + row], p.shape.steps) : p.shape.steps);
   }
-  for (int item = threadIdx.x; item < block.tiles * kTileRows * kOwnUnits; item += blockDim.x) {
-    const int row = item / kOwnUnits, unit = item % kOwnUnits;
+  for (int item = threadIdx.x; item < block.tiles * kTileRows * kBlockUnits; item += blockDim.x) {
+    const int row = item / kBlockUnits, unit = item % kBlockUnits;
     if (!block.exists(row, unit)) continue;
     const T* grad_h_n = static_cast<const T*>(p.grad_h_n);
     const T* grad_c_n = static_cast<const T*>(p.grad_c_n);
@@ -55,13 +55,13 @@ FASTSEQ_DEVICE CellInputs read_cell(const Block<Product, R>& block, int row, int
   return x;
 }
 
-// Computes the dgates of one unit of one row and stores them into the exchange, for the next step.
-// dh: dL/dh of later steps, from the product.
+// Computes the dgates of one unit of one row and stores them in the exchange for the next step. dh: the product,
+// dL/dh_t through later steps.
 template <class Product, int R>
 FASTSEQ_DEVICE Vector<typename Product::Element, 4> step_cell(
     const Block<Product, R>& block, int row, int unit, int step, const CellInputs& x, float dh) {
   using T = typename Product::Element;
-  float2& kept = block.carry[row * Block<Product, R>::kOwnUnits + unit];
+  float2& kept = block.carry[row * Block<Product, R>::kBlockUnits + unit];
   CellGradient<float> grad{};
   dh += kept.x;
   if (x.valid) grad = lstm_cell_backward(x.i, x.f, x.g, x.o, x.c_prev, x.c, dh + x.dh, kept.y + x.dc);
@@ -95,11 +95,11 @@ FASTSEQ_DEVICE void write_dgates(
   for (int k = 0; k < 4; ++k) to[k * H] = dgates.element[k];
 }
 
-// Writes grad_h0 and grad_c0. dh: from the product of the last step.
+// Writes grad_h0 and grad_c0. dh: the product after the last step.
 template <class Product, int R>
 FASTSEQ_DEVICE void write_states(const Block<Product, R>& block, int row, int unit, float dh) {
   using T = typename Product::Element;
-  const float2 kept = block.carry[row * Block<Product, R>::kOwnUnits + unit];
+  const float2 kept = block.carry[row * Block<Product, R>::kBlockUnits + unit];
   from_float(kept.x + dh, static_cast<T*>(block.p.grad_h0) + block.state_at(row, unit));
   from_float(kept.y, static_cast<T*>(block.p.grad_c0) + block.state_at(row, unit));
 }

@@ -1,5 +1,4 @@
-// How one LSTM layer lies on the device, for the backward recurrence on a grid: the plan of a launch, and what a block
-// owns of the batch, of the workspace and of shared memory.
+// Layout of the backward grid recurrence: plan of a launch; rows, units, workspace and shared memory of a block.
 #pragma once
 
 #include "cuda/lstm/grid_backward_arithmetic.cuh"
@@ -7,23 +6,23 @@
 
 namespace fastseq::cuda::grid_backward {
 
-constexpr int kMaxWarps = 8;     // of a block: each thread may have 255 registers
-constexpr int kFlagStride = 32;  // words: a cache line for each flag, since dozens of warps poll it
+constexpr int kMaxWarps = 8;     // of a block, so that a thread may use 255 registers
+constexpr int kFlagStride = 32;  // words: one cache line per flag, because dozens of warps poll it
 
 struct Plan {
   int unit_tiles;   // R: tiles of 16 units of a block
-  int slices;       // blocks that share the units of a direction
-  int groups;       // of rows
-  int tiles;        // of 8 rows, in the batch
-  int group_tiles;  // in a group
-  int chunks;       // of k
+  int slices;       // blocks that split the units of a direction
+  int groups;       // groups of rows
+  int tiles;        // tiles of 8 rows in the batch
+  int group_tiles;  // tiles in a group
+  int chunks;       // chunks of k
   int warps;        // of a block
-  int warp_chunks;  // of a warp, at most
+  int warp_chunks;  // chunks of a warp, at most
   int pass_tiles;   // tiles whose sums are in shared memory at once
   size_t shared_memory;
 };
 
-// Block (slice, group, direction): 16 R hidden units and some rows of the batch.
+// Block (slice, group, direction): 16 R hidden units and a group of rows.
 template <class Product, int R>
 struct Block {
   using T = typename Product::Element;
@@ -31,22 +30,22 @@ struct Block {
   using Weights = Part[R][Product::kParts];  // of a lane, of one chunk
 
   static constexpr int kHeld = Product::kHeldParts / Product::kParts / R;  // chunks of a warp in registers
-  static constexpr int kOwnUnits = kTileUnits * R;
-  static constexpr int kStride = kOwnUnits + 4;  // of the rows of sums: stores of a warp fall on 32 banks
+  static constexpr int kBlockUnits = kTileUnits * R;
+  static constexpr int kStride = kBlockUnits + 4;  // between rows of sums: a warp's stores fall on 32 banks
   static constexpr int kChunk = kTileRows * Product::kUnits * 4;  // numbers of a chunk in the exchange
 
   const LstmBackwardParams& p;
   const Plan& plan;
   bool backwards;  // the direction is reversed
   int64_t direction, first_row, first_unit;
-  int rows, tiles;          // of the group; rows: within the batch
+  int rows, tiles;          // of the group; rows excludes those past the batch
   int first_chunk, chunks;  // of this warp
-  unsigned* flags;          // (slices,): steps done, kFlagStride apart
+  unsigned* flags;          // (slices,) finished steps, kFlagStride apart
   T* exchange;              // of this direction and group, buffer 0
   int64_t buffer;           // numbers between the two buffers
   uint4* weights;           // (warps, warp_chunks - kHeld, R * parts, 32)
   float* sums;              // (warps, pass_tiles, 8 rows, kStride)
-  float2* carry;            // (group's rows, own units): dh kept for rows beyond their length, and dc
+  float2* carry;            // (group's rows, block's units): dh carried past the lengths, and dc
   int* lengths;             // (group's rows,)
 
   FASTSEQ_DEVICE Block(const LstmBackwardParams& p, const Plan& plan, unsigned char* shared) : p(p), plan(plan) {
@@ -54,7 +53,7 @@ struct Block {
     direction = blockIdx.z;
     backwards = p.shape.directions == 2 ? direction == 1 : p.shape.reverse;
     first_row = static_cast<int64_t>(group) * plan.group_tiles * kTileRows;
-    first_unit = static_cast<int64_t>(blockIdx.x) * kOwnUnits;
+    first_unit = static_cast<int64_t>(blockIdx.x) * kBlockUnits;
     tiles = min(plan.group_tiles, plan.tiles - group * plan.group_tiles);
     rows = static_cast<int>(min(static_cast<int64_t>(tiles) * kTileRows, p.shape.batch - first_row));
     first_chunk = min(warp * plan.warp_chunks, plan.chunks);
@@ -70,7 +69,7 @@ struct Block {
     weights = reinterpret_cast<uint4*>(shared);
     sums = reinterpret_cast<float*>(weights + plan.warps * max(0, plan.warp_chunks - kHeld) * R * Product::kParts * 32);
     carry = reinterpret_cast<float2*>(sums + plan.warps * plan.pass_tiles * kTileRows * kStride);
-    lengths = reinterpret_cast<int*>(carry + plan.group_tiles * kTileRows * kOwnUnits);
+    lengths = reinterpret_cast<int*>(carry + plan.group_tiles * kTileRows * kBlockUnits);
   }
 
   FASTSEQ_DEVICE bool exists(int row, int unit) const { return row < rows && first_unit + unit < p.shape.hidden; }
@@ -86,7 +85,7 @@ struct Block {
     return line * p.shape.hidden + first_unit + unit;
   }
 
-  // The time step that step `step` of the gradient works on.
+  // Time step of gradient step `step`.
   FASTSEQ_DEVICE int time_of(int step) const { return backwards ? step : static_cast<int>(p.shape.steps) - 1 - step; }
 };
 

@@ -1,6 +1,6 @@
-// The product W_hh^T dgates of the backward recurrence on a grid: each warp has some chunks of k and keeps their
-// weights for the whole sequence, in registers and, where those are too few, in shared memory. The sums of the warps
-// meet in shared memory.
+// The product W_hh^T dgates of the backward grid recurrence. Each warp multiplies some chunks of k and keeps their
+// weights for the whole sequence: kHeld chunks in registers, the rest in shared memory. Shared memory also collects the
+// sums of all warps.
 #pragma once
 
 #include "cuda/lstm/grid_backward_layout.cuh"
@@ -15,15 +15,15 @@ FASTSEQ_DEVICE void read_weights(typename Block<Product, R>::Weights& w, const B
   const T* weight_hh = static_cast<const T*>(block.p.weight_hh) + block.direction * 4 * H * H;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    Product::pack(w[r], [&](int unit, int gate, int own) {
+    Product::pack(w[r], [&](int unit, int gate, int out) {
       const int64_t k = static_cast<int64_t>(chunk) * Product::kUnits + unit;
-      const int64_t n = block.first_unit + r * kTileUnits + own;
+      const int64_t n = block.first_unit + r * kTileUnits + out;
       return k < H && n < H ? to_float(weight_hh[(gate * H + k) * H + n]) : 0.0f;
     });
   }
 }
 
-// Address in shared memory of a lane's weights of this chunk of the warp. Its parts follow 32 lanes apart.
+// Address in shared memory of a lane's weights of a chunk of the warp. Consecutive parts are 32 uint4 apart.
 template <class Product, int R>
 FASTSEQ_DEVICE typename Block<Product, R>::Part* shared_weights(const Block<Product, R>& block, int chunk) {
   constexpr int kHeld = Block<Product, R>::kHeld;
@@ -31,7 +31,7 @@ FASTSEQ_DEVICE typename Block<Product, R>::Part* shared_weights(const Block<Prod
   return reinterpret_cast<typename Block<Product, R>::Part*>(block.weights + at * R * Product::kParts * 32 + lane_id());
 }
 
-// Loads all weights of the warp: the first kHeld chunks into registers, the others into shared memory.
+// Loads the weights of the warp: the first kHeld chunks into registers, the others into shared memory.
 template <class Product, int R>
 FASTSEQ_DEVICE void load_weights(typename Block<Product, R>::Weights (&held)[Block<Product, R>::kHeld],
                                  const Block<Product, R>& block) {
@@ -49,7 +49,7 @@ FASTSEQ_DEVICE void load_weights(typename Block<Product, R>::Weights (&held)[Blo
   }
 }
 
-// Multiplies `Count` chunks of this warp from `first` on. All loads precede the first product.
+// Multiplies `Count` chunks of this warp from `first` on. All loads are issued before the first product.
 template <int Count, class Product, int R, class WeightsOf>
 FASTSEQ_DEVICE void multiply_chunks(typename Product::Sums (&d)[R],
                                     const Block<Product, R>& block,
@@ -72,7 +72,7 @@ FASTSEQ_DEVICE void multiply_chunks(typename Product::Sums (&d)[R],
   }
 }
 
-// Writes the warp's share of one tile's product to shared memory, `to` (8 rows, kStride).
+// Writes the warp's partial product of one tile to shared memory: to (8 rows, kStride).
 template <class Product, int R>
 FASTSEQ_DEVICE void multiply_tile(const typename Block<Product, R>::Weights (&held)[Block<Product, R>::kHeld],
                                   const Block<Product, R>& block,
@@ -83,7 +83,8 @@ FASTSEQ_DEVICE void multiply_tile(const typename Block<Product, R>::Weights (&he
   constexpr int kHeld = Block<Product, R>::kHeld;
   constexpr int kPrefetch = Product::kPrefetch < kHeld ? Product::kPrefetch : kHeld;
   static_assert(kHeld % kPrefetch == 0);
-  constexpr int kFewer = kPrefetch < R ? kPrefetch : R;  // fewer prefetched chunks: weights in flight take registers
+  constexpr int kFewer =
+      kPrefetch < R ? kPrefetch : R;  // weights from shared memory also take registers, so prefetch fewer chunks
   typename Product::Sums d[R]{};
 #pragma unroll
   for (int k = 0; k < kHeld; k += kPrefetch) {
@@ -103,7 +104,7 @@ FASTSEQ_DEVICE void multiply_tile(const typename Block<Product, R>::Weights (&he
   for (int r = 0; r < R; ++r) d[r].store(to + r * kTileUnits, Block<Product, R>::kStride);
 }
 
-// Multiplies the dgates of the step before by W_hh^T: own units, tiles first ... first + count - 1.
+// Multiplies the dgates of the previous step by W_hh^T: the block's units, tiles first .. first + count - 1.
 template <class Product, int R>
 FASTSEQ_DEVICE void multiply(const typename Block<Product, R>::Weights (&held)[Block<Product, R>::kHeld],
                              const Block<Product, R>& block,
@@ -121,7 +122,7 @@ FASTSEQ_DEVICE void multiply(const typename Block<Product, R>::Weights (&held)[B
   }
 }
 
-// Adds up the sums of all warps, in the order of warps, for row `row` of the pass.
+// Adds the partial sums of all warps, in fixed order. row: index in the pass.
 template <class Product, int R>
 FASTSEQ_DEVICE float sum_of_warps(const Block<Product, R>& block, int row, int unit) {
   float sum = 0;

@@ -1,4 +1,4 @@
-// Planner and launcher of the forward recurrence on a grid that spans the device.
+// Planner and launcher of the forward grid recurrence.
 #include "cuda/lstm/grid_forward.cuh"
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace {
 
 using namespace grid_forward;
 
-// Returns run(M{}), M the arithmetic of the call.
+// Returns run(M{}) for the arithmetic trait M of the call.
 template <class Run>
 auto with_arithmetic(const LstmShape& s, Type type, const Run& run) {
   switch (type) {
@@ -24,13 +24,14 @@ auto with_arithmetic(const LstmShape& s, Type type, const Run& run) {
   }
 }
 
-// Groups computed in one pass.
+// Groups per pass (G).
 template <class M>
 int groups_at_once(int groups) {
   return groups == 1 || std::is_same_v<M, FmaFloat> ? 1 : 2;
 }
 
-// Plan with blocks of `groups` groups; the multiprocessors left over split the batch. None if it exceeds the device.
+// Returns the plan with `groups` groups a block, or nullopt if it exceeds the device. Spare multiprocessors become
+// teams that split the batch.
 template <class M>
 std::optional<Plan> plan_of(const LstmShape& s, const DeviceLimits& device, int64_t groups) {
   Plan plan{};
@@ -53,8 +54,8 @@ std::optional<Plan> plan_of(const LstmShape& s, const DeviceLimits& device, int6
   return plan;
 }
 
-// Modelled clock cycles of a step, to rank plans. With all multiprocessors loading, L2 gives each 35 bytes a cycle;
-// shared memory gives 128; tensor cores reach 60 % of their peak through mma.sync.
+// Modelled clock cycles of a step, to rank plans; not measured on a GPU yet. Assumes 35 bytes a cycle and
+// multiprocessor from L2 when all load at once, 128 from shared memory, and 60 % of tensor-core peak through mma.sync.
 template <class M>
 double cycles_of(const LstmShape& s, const Plan& plan) {
   const int at_once = groups_at_once<M>(plan.groups);

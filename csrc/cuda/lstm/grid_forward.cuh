@@ -1,30 +1,28 @@
-// The forward recurrence of one LSTM layer, whole sequence, on a grid that spans the device.
+// Forward grid recurrence of one LSTM layer: all T steps in one cooperative launch over the whole device.
 //
-// A team of blocks computes some rows of the batch in one direction; rows are independent, so teams never communicate.
-// A block has groups of 8 hidden units, their 4 gates and all of K = H of their weights. Its 8 warps divide K in chunks
-// of 64 bytes (32 units of 16 bits, 16 floats). Every weight stays in place for the whole sequence: a lane's slice (one
-// group, one chunk: 64 bytes) in registers, the slices that do not fit there in shared memory. The warps add up their
-// sums through shared memory.
+// A team of blocks computes some rows of the batch in one direction. Rows are independent, so teams never communicate.
+// A block computes groups of 8 hidden units: 4 gate rows of W_hh each, all K = H columns. Its 8 warps split K. W_hh
+// stays in registers and shared memory for the whole sequence. Drawings, proof and cost: docs/kernels/cuda-grid.md.
 //
 //   grid_forward_layout.cuh      plan, rows and units of a block, shared memory
 //   grid_forward_arithmetic.cuh  fragments and products of 16-bit, TF32 and exact float
-//   grid_forward_exchange.cuh    h between blocks: sequence tags, and why no fence is needed
+//   grid_forward_exchange.cuh    h between blocks: sequence tags
 //   grid_forward_product.cuh     W h
-//   this file                    the cell, the kernel
+//   this file                    cell, kernel
 #pragma once
 
 #include "cuda/lstm/grid_forward_product.cuh"
 
 namespace fastseq::cuda::grid_forward {
 
-// The cell of one thread: one unit of one row. Threads beyond the units of a pass or the rows of a pair have none.
-// Cheap to construct again: while a thread waits for h, it keeps only `gates` (i, f, g, o).
+// The cell of a thread: one unit of one row. Threads past the units of a pass or the rows of a pair have none. It is
+// constructed twice per pass, before and after the wait for h, so that only `gates` occupies registers during the wait.
 template <class M, int G>
 struct Cell {
   using T = typename M::T;
-  int row;                  // of the team
-  int unit;                 // of the direction
-  int pass_row, pass_unit;  // of this pair of tiles and this pass
+  int row;                  // index in the team
+  int unit;                 // index in the direction
+  int pass_row, pass_unit;  // index in the pair of tiles, in the pass
   int length;               // of the row
   bool owned, exists, active;
   float* c;
@@ -34,24 +32,24 @@ struct Cell {
     const int thread = thread_now();
     pass_row = thread / (G * kUnits);
     pass_unit = thread % (G * kUnits);
-    const int own_unit = pass * G * kUnits + pass_unit;
+    const int block_unit = pass * G * kUnits + pass_unit;
     row = pair * kPair + pass_row;
-    unit = task.group * kUnits + own_unit;
-    owned = pass_row < kPair && row < task.rows && own_unit < task.groups * kUnits;
+    unit = task.group * kUnits + block_unit;
+    owned = pass_row < kPair && row < task.rows && block_unit < task.groups * kUnits;
     exists = owned && unit < hidden;
     length = exists ? shared.lengths[row] : 0;
     active = step < length;
-    c = shared.cells + row * plan.groups * kUnits + own_unit;
+    c = shared.cells + row * plan.groups * kUnits + block_unit;
   }
 
-  // Index in (T, B, D) of this step; past the length, of the row's zero output at t = step.
+  // Index in (T, B, D) of this step. Past the length t = step, where the output is zero.
   FASTSEQ_DEVICE int64_t place(const LstmShape& s, const BlockTask& task, int step) const {
     const bool backwards = s.directions == 2 ? task.direction : s.reverse;
     const int64_t t = active && backwards ? length - 1 - step : step;
     return (t * s.batch + task.first_row + row) * s.directions + task.direction;
   }
 
-  // Reads the pre-activations of the input product, which depend on no other block.
+  // Loads the input product x W_ih^T + b. It depends on no other block, so the load precedes the wait for h.
   FASTSEQ_DEVICE void load(float (&gates)[4], const LstmForwardParams& p, const BlockTask& task, int step) const {
     if (!active) return;
     const T* from = static_cast<const T*>(p.gates) + place(p.shape, task, step) * 4 * p.shape.hidden + unit;
@@ -70,7 +68,7 @@ struct Cell {
     }
   }
 
-  // Replaces gates by activations and c by its next state. Returns h; 0 past the length.
+  // Replaces gates by activations and c_{t-1} by c_t. Returns h_t; 0 past the length.
   FASTSEQ_DEVICE float update(float (&gates)[4]) const {
     if (!active) return 0.0f;
     return lstm_cell_for<T>(gates[0], gates[1], gates[2], gates[3], *c);
@@ -101,7 +99,7 @@ struct Cell {
   }
 };
 
-// Loads lengths and cell states into shared memory. Rows of length 0 get their final states here.
+// Loads lengths and cell states into shared memory. Writes the final states of rows of length 0.
 template <class M, int G>
 FASTSEQ_DEVICE void begin(const LstmForwardParams& p,
                           const BlockTask& task,
@@ -136,7 +134,7 @@ FASTSEQ_DEVICE void begin(const LstmForwardParams& p,
   __syncthreads();
 }
 
-// A cooperative grid: (directions * splits * blocks) blocks. Workspace: (teams, Plan::team_words()).
+// Cooperative grid of directions * splits * blocks. Workspace: (teams, Plan::team_words()) zeroed words.
 template <class M, int G>
 __global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const LstmForwardParams p, const Plan plan) {
   FASTSEQ_DYNAMIC_SHARED(memory);
@@ -166,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const Ls
       for (int pass = 0; pass < passes_of<G>(task); ++pass) {
         float gates[4] = {};
         Cell<M, G>(task, plan, shared, hidden_size, step, pair, pass).load(gates, p, task, step);
-        // Double buffer: warps past the barrier read one half while slower warps still write the other.
+        // Double buffer: a fast warp writes the sums of the next round while slower warps still read this round's.
         float* partial = shared.partial + round % 2 * kWarps * Shared<G>::kPartial;
         if (step < longest) {
           multiply_pair(partial, weights, shared, plan, h, pair, pass);

@@ -1,14 +1,14 @@
-// Arithmetic of the product W h in the forward recurrence on a grid, in three traits: MmaHalf (tensor cores, 16-bit),
-// MmaTf32 (tensor cores, float rounded to TF32) and FmaFloat (exact float). A trait gives the operand format, the
-// encoding of h in the exchange and the multiplication of a slice of weights by a vector of h.
+// Arithmetic of W h in the forward grid recurrence, as three traits: MmaHalf (tensor cores, 16-bit), MmaTf32 (tensor
+// cores, float rounded to TF32) and FmaFloat (exact float). A trait defines the operand format, the encoding of h in
+// the exchange, and the product of a slice of weights and a vector of h.
 //
-// Fragments. Lane 4 r + q holds vector q of a chunk (16 bytes: kVector units). Of the weights these are the rows of
-// gates i, f, g, o of unit r of the group; of h, row r of a tile of 8 rows. The matrix instruction expects other
-// columns of K in a lane, but any order of K is right if both operands share it: step s of a chunk multiplies words
-// 2 s and 2 s + 1.
+// Fragments (docs/kernels/cuda-grid.md): lane 4 r + q holds vector q of a chunk (16 bytes, kVector units): of W, gate
+// rows i, f, g, o of unit r of the group; of h, row r of a tile of 8 rows. This permutes K against the order of the
+// matrix instruction. The permutation is the same for W and h, so the product is unchanged. Step s multiplies words 2 s
+// and 2 s + 1.
 //   tile 0: rows r and r + 8 are gates i and f of unit r          word   0    1    2    3   of a lane
 //   tile 1: rows r and r + 8 are gates g and o of unit r          step  |-- 0 --||-- 1 --|
-// So the sums of a lane are i, f, g, o of unit r for two rows of the batch.
+// The sums of a lane are i, f, g, o of unit r for two rows of the batch.
 #pragma once
 
 #include "cuda/lstm/grid_forward_layout.cuh"
@@ -36,7 +36,7 @@ struct Slice {
   static FASTSEQ_DEVICE int at(int gate, int k) { return (2 * (gate / 2) + k / 2) * 4 + 2 * (k % 2) + gate % 2; }
 };
 
-// Sums of a lane for one group and one tile on tensor cores: d[tile][2 k + e] is gate 2 tile + k, row 2 q + e.
+// Tensor-core sums of a lane for one group and one tile of rows: d[tile][2 k + e] is gate 2 tile + k of row 2 q + e.
 struct MmaSum {
   float d[2][4] = {};
 
@@ -66,11 +66,11 @@ struct MmaHalf {
   using Sum = MmaSum;
   static constexpr int kVector = 8, kWord = 2;  // numbers in 16 bytes and in 4
   static constexpr int kStage = 4;              // chunks whose loads are in flight at once
-  static constexpr int kKeptSlices = 8;         // in registers
-  static constexpr uint32_t kTag = 1u << 30;    // the sequence tag's bit of a word
+  static constexpr int kKeptSlices = 8;         // slices in registers
+  static constexpr uint32_t kTag = 1u << 30;    // bit of the sequence tag in a word
 
   static FASTSEQ_DEVICE uint32_t operand(uint32_t word) { return word; }
-  // h of units u and u + 1, with tag 0
+  // Packs h of units u and u + 1 with tag 0. A NaN in the high half moves to the low half: its exponent covers kTag.
   static FASTSEQ_DEVICE uint32_t encode(float h, float next) {
     const bool bad = next != next;
     return pack_pair<T>(bad ? next : h, bad ? 0.0f : next);
@@ -97,11 +97,11 @@ struct MmaTf32 {
   }
 };
 
-// Sums of a lane without tensor cores: unit r over the lane's quarter of K, for all 8 rows of the tile.
+// FMA sums of a lane: unit r over a quarter of K, for all 8 rows of the tile.
 struct FmaSum {
   float d[8][4] = {};
 
-  // Adds up the 4 lanes of a unit: each sends half of its rows to one neighbour, then half of the rest to the other.
+  // Sums over the 4 lanes of a unit: exchanges half of the rows with lane ^ 2, then half of the rest with lane ^ 1.
   FASTSEQ_DEVICE void finish(float (&gates)[2][4]) const {
     const bool upper = lane_id() & 2, odd = lane_id() & 1;
 #pragma unroll
@@ -128,7 +128,7 @@ struct FmaFloat {
   static constexpr int kStage = 2;
   static constexpr int kKeptSlices = 2;
   static constexpr uint32_t kTag = 1u << 30;
-  static constexpr uint32_t kNaN = kTag - 1;  // 1.9999999, sent for NaN
+  static constexpr uint32_t kNaN = kTag - 1;  // bits of 1.9999999: encodes NaN, whose exponent covers kTag
 
   static FASTSEQ_DEVICE uint32_t operand(uint32_t word) { return word; }
   static FASTSEQ_DEVICE uint32_t encode(float h, float) { return h == h ? as_bits(h) : kNaN; }
@@ -147,7 +147,7 @@ struct FmaFloat {
   }
 };
 
-// kVector numbers of `row` (hidden,) from `unit` on, as operands; zero from `hidden` on.
+// Loads kVector operands from `row` (hidden,), beginning at `unit`; zero past the end.
 template <class M>
 FASTSEQ_DEVICE void load_operand(uint32_t (&out)[4], const typename M::T* row, int unit, int hidden) {
   using T = typename M::T;

@@ -1,33 +1,25 @@
-// Exchange of h between the blocks of a team, in the forward recurrence on a grid.
+// Exchange of h between the blocks of a team, in the forward grid recurrence.
 //
-// Two buffers of (tile, chunk, row, 64 bytes): a lane's vector is one load, a warp's load one line of 512 bytes. No
-// flags, no fences: each word carries its own sequence tag. |h| <= 1, so bit 30 of a word (the upper number's highest
-// exponent bit) is never set; in a word of TF32 the lowest bit is free. The tag of step t is (t + 1) / 2 mod 2: it
-// alternates from one use of a buffer to the next, and zeroed memory carries the tag before the first use. A lane
-// polls its vectors until all four words have the tag. Compared with flags, that saves a fence and a round trip a step.
+// Two buffers (tile, chunk, row, 64 bytes). A lane reads one 16-byte vector, a warp one line of 512 bytes. No flags, no
+// fences: each word carries its own sequence tag, in bit 30 (MmaHalf, FmaFloat: never set, as |h| <= 1) or bit 0
+// (MmaTf32: unused). The tag of step t is (t + 1) / 2 mod 2, so it flips from one use of a buffer to the next. A lane
+// polls its vectors until all four words have the tag.
 //
-// Why a word with the tag of step t is h of step t, and not of t - 4: the same thread reads the word in every use of
-// the buffer. Once it has read h of t - 2 there, it can read nothing older (coherence of one word; loads are relaxed,
-// not weak).
-//
-// Why no block overwrites h of step t before it is read: a block stores h of t + 2 (same buffer, same rows) only after
-// it has all of h of t + 1 of these rows. Each of those words was stored by a block whose warps had met at a barrier
-// after their last poll of h of t, a poll whose value decides that they reach the barrier. A store is not made before
-// its dependences are resolved, so the chain from poll to overwriting store needs no fence. A block that computes its
-// groups in several passes reads h of t in each pass; so no pass may be empty, or its polls would be in no chain.
-//
-// NaN has no such free bit: a NaN in the upper half of a word of two is sent as a NaN in the lower half, which makes
-// the same sums NaN.
+// Invariants, proven in docs/kernels/cuda-grid.md:
+//   1. A thread that reads a word does so in every use of the buffer: so it cannot take h of t - 4 for h of t.
+//   2. A warp's poll of h(t) precedes the __syncthreads before the store of h(t + 1): so no block overwrites h(t)
+//   early.
+//   3. A block reads h(t) once per pass, so no pass may be empty.
 #pragma once
 
 #include "cuda/lstm/grid_forward_arithmetic.cuh"
 
 namespace fastseq::cuda::grid_forward {
 
-// Index of the buffer that holds h before `step`: 0 is h0, then 1 and 2 for odd and even steps.
+// Index of the buffer that `step` reads: 0 holds h0; 1 and 2 serve odd and even steps.
 FASTSEQ_DEVICE int buffer_of(int step) { return step == 0 ? 0 : 2 - step % 2; }
 
-// h of one step as a lane reads it: vectors of its own chunks and rows.
+// Reads h of one step: the vectors of this lane's chunks and rows.
 template <class M>
 struct Hidden {
   const uint32_t* buffer;  // (tiles, chunks, 8 rows, 16 words)
@@ -35,7 +27,7 @@ struct Hidden {
   int rows;    // of the team
   int hidden;  // H
 
-  // End of the chunks in which this lane has a vector: the warp's chunks, cut at the end of K.
+  // Returns the end of the chunks in which this lane has a vector: the end of the warp's chunks or of K.
   static FASTSEQ_DEVICE int end(const Plan& plan, int hidden) {
     constexpr int kChunk = 4 * M::kVector;
     const int thread = thread_now(), before = thread % 4 * M::kVector;
@@ -70,7 +62,7 @@ struct Hidden {
         for (int k = 0; k < 4; ++k) wrong |= h[c][tile][k] ^= tag;
       }
     }
-    return step == 0 || !(wrong & M::kTag);  // h0 carries no tag
+    return step == 0 || !(wrong & M::kTag);  // h0 has no tag: a grid barrier precedes step 0
   }
 
   FASTSEQ_DEVICE void read(uint32_t (&h)[M::kStage][2][4], const Plan& plan, int pair, int first) const {
@@ -89,7 +81,7 @@ struct Hidden {
   }
 };
 
-// Stores h0 of this block's units without tags. h0: (B, H) of the direction, from the team's first row on.
+// Stores h0 of this block's units, without tags. h0: (B, H) of the direction, from the team's first row on.
 template <class M>
 FASTSEQ_DEVICE void send_initial(
     uint32_t* buffer, const typename M::T* h0, int hidden, const BlockTask& task, const Plan& plan) {
@@ -106,8 +98,8 @@ FASTSEQ_DEVICE void send_initial(
   }
 }
 
-// Stores h of one unit of one row into `buffer`, the next step's. Warp-collective: for 16-bit types adjacent lanes pack
-// two values into one word. `present`: the lane has a unit.
+// Stores h of one unit of one row into `buffer`, the next step's. Warp-collective: for 16-bit types two adjacent lanes
+// share a word. `present`: the lane has a unit.
 template <class M>
 FASTSEQ_DEVICE void send_hidden(
     uint32_t* buffer, uint32_t tag, const Plan& plan, bool present, int row, int unit, float h) {

@@ -1,5 +1,4 @@
-// How one LSTM layer lies on the device, for the forward recurrence on a grid: the plan of a launch, the rows and units
-// of a block, the shared memory of a block.
+// Layout of the forward grid recurrence: plan of a launch, rows and units of a block, shared memory of a block.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -10,33 +9,33 @@ namespace fastseq::cuda::grid_forward {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kUnits = 8;                      // hidden units of a group
 constexpr int kTile = 8;                       // rows of the batch in a tile
-constexpr int kPair = 2 * kTile;               // rows computed at once
+constexpr int kPair = 2 * kTile;               // rows of a pair of tiles, computed together
 constexpr int kChunkWords = 16;                // 32-bit words of one row of a chunk of K
 constexpr size_t kSliceBytes = 64 * kThreads;  // one slice (64 bytes) of every lane of a block
 
-// Chosen by the launcher. A team is the set of blocks that share some rows of one direction.
+// Chosen by the launcher. A team is the set of blocks that compute the same rows of one direction.
 struct Plan {
   int blocks;           // of a team
   int groups;           // of a block; the last block may have fewer
-  int splits;           // teams of a direction: parts of the batch
+  int splits;           // teams of a direction, one per part of the batch
   int tiles;            // of a team; the last team may have fewer
   int chunks;           // of K
   int warp_chunks;      // of a warp; the last warps may have fewer, or none
-  int warps;            // warps that have at least one chunk
-  int shared_slices;    // slices of a lane in shared memory; the others are in registers
+  int warps;            // with at least one chunk
+  int shared_slices;    // slices of a lane in shared memory; the rest are in registers
   size_t buffer_words;  // words of one buffer of h: (tiles, chunks, 8 rows, 16)
   size_t shared_memory;
 
   FASTSEQ_INLINE int pairs() const { return (tiles + 1) / 2; }
-  // Workspace of a team: a line for the barrier's counter, then buffers for h0, odd steps and even steps.
+  // Workspace of a team: a 64-byte line for the barrier's counter, then buffers of h for h0, odd steps and even steps.
   FASTSEQ_INLINE size_t team_words() const { return kChunkWords + 3 * buffer_words; }
 };
 
-// The work of one block: rows shared by its team, and groups of units that no other block of the team has.
+// Work of one block: the rows of its team, and groups of units that no other block of the team computes.
 struct BlockTask {
   int direction;
   int first_row, rows;  // of the batch
-  int group, groups;    // first group of this block, and how many
+  int group, groups;    // first group of this block, number of groups
 };
 
 FASTSEQ_DEVICE BlockTask task_of(const LstmShape& s, const Plan& plan) {
@@ -52,7 +51,7 @@ FASTSEQ_DEVICE BlockTask task_of(const LstmShape& s, const Plan& plan) {
   return t;
 }
 
-// Passes over the groups of a block, G groups at once. No pass is empty: see grid_forward_exchange.cuh.
+// Passes over the groups of a block, G groups at once. A pass must not be empty: see grid_forward_exchange.cuh.
 template <int G>
 FASTSEQ_DEVICE int passes_of(const BlockTask& task) {
   return (task.groups + G - 1) / G;
@@ -61,11 +60,11 @@ FASTSEQ_DEVICE int passes_of(const BlockTask& task) {
 // Shared memory of a block.
 template <int G>
 struct Shared {
-  uint32_t* weights;  // (shared_slices, 4 operands, threads, 4): a thread reads what it wrote
+  uint32_t* weights;  // (shared_slices, 4 operands, threads, 4); a thread reads only words that it wrote
   float* partial;     // (2, warps, G groups, 16 rows, 8 units, 4 gates), units permuted by at()
-  float* cells;       // (rows, 8 * groups) cell states, each accessed by one thread only
+  float* cells;       // (rows, 8 * groups) cell states c; each belongs to one thread
   int* lengths;       // (rows,)
-  int* longest;       // (pairs,) the longest sequence of each pair of tiles
+  int* longest;       // (pairs,) largest length of each pair of tiles
 
   static constexpr size_t kPartial = static_cast<size_t>(G) * kPair * kUnits * 4;  // of a warp
   static size_t bytes(const Plan& plan) {
@@ -81,8 +80,8 @@ struct Shared {
     lengths = reinterpret_cast<int*>(cells + rows * plan.groups * kUnits);
     longest = lengths + rows;
   }
-  // Offset in `partial` of one unit of one row of a pair. The permutation spreads 8 lanes over 8 banks, both where they
-  // differ in rows and where they differ in units.
+  // Offset in `partial` of one unit of one row of a pair. The XOR avoids bank conflicts of 8 lanes that differ in rows
+  // (put_sums) and of 8 lanes that differ in units (Cell::add).
   static FASTSEQ_DEVICE size_t at(int warp, int group, int row, int unit) {
     return ((static_cast<size_t>(warp * G + group) * kPair + row) * kUnits + (unit ^ (row & 6))) * 4;
   }

@@ -1,12 +1,12 @@
-// The product W h of the forward recurrence on a grid: where the slices of weights of a lane lie, and the sums of a
-// warp over its chunks of K.
+// The product W h of the forward grid recurrence: storage of a lane's slices of weights, and a warp's sums over its
+// chunks of K.
 #pragma once
 
 #include "cuda/lstm/grid_forward_exchange.cuh"
 
 namespace fastseq::cuda::grid_forward {
 
-// Slices of this lane: the first chunks of the first pass in registers, all others in shared memory.
+// Slices of a lane: the first kKept chunks of the first pass in registers, all others in shared memory.
 template <class M, int G>
 struct Weights {
   using T = typename M::T;
@@ -14,7 +14,8 @@ struct Weights {
   static_assert(kKept % M::kStage == 0);
   Slice kept[kKept][G] = {};
 
-  // weight: (4H, H) of the direction. One loop, not unrolled: slices for registers pass through `partial`.
+  // weight: (4H, H) of the direction. The loop is not unrolled, to save registers: slices for registers pass through
+  // `partial`.
   FASTSEQ_DEVICE void load(
       const T* weight, int hidden, const BlockTask& task, const Plan& plan, const Shared<G>& shared) {
     const int first = static_cast<int>(threadIdx.x / 32) * plan.warp_chunks;
@@ -45,7 +46,7 @@ struct Weights {
     for (int k = 0; k < 4; ++k) load_wide(w.a[k], slice + (k * kThreads + thread_now()) * 4);
   }
 
-  // group: of the block
+  // group: index within the block
   static FASTSEQ_DEVICE void put_slice(
       uint32_t* slice, const T* weight, int hidden, const BlockTask& task, int group, int chunk) {
     const int unit = (task.group + group) * kUnits + lane_id() / 4;
@@ -76,7 +77,7 @@ FASTSEQ_DEVICE void put_sums(float* partial, const Sum& sum, int warp, int group
   }
 }
 
-// Multiplies slices kept in registers by the first kTiles tiles of a stage. count: chunks of the warp from `first` on.
+// Multiplies slices in registers by the first kTiles tiles of a stage. count: chunks of the warp from `first` on.
 template <int kTiles, class M, int G>
 FASTSEQ_DEVICE void multiply_kept(typename M::Sum (&sums)[G][2],
                                   const Weights<M, G>& weights,
@@ -94,7 +95,7 @@ FASTSEQ_DEVICE void multiply_kept(typename M::Sum (&sums)[G][2],
   }
 }
 
-// Writes this warp's part of W h of one pass and one pair of tiles to `partial`.
+// Writes this warp's partial sums of W h, for one pass and one pair of tiles, to `partial`.
 template <class M, int G>
 FASTSEQ_DEVICE void multiply_pair(float* partial,
                                   const Weights<M, G>& weights,

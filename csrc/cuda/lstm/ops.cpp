@@ -1,4 +1,4 @@
-// Operators lstm_recurrence_forward and lstm_recurrence_backward on CUDA: checks, outputs, choice of the kernel.
+// Operators lstm_recurrence_{forward,backward,fits} on CUDA: checks, outputs, choice of the kernel.
 #include "cuda/lstm/params.h"
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace fastseq::cuda {
 namespace {
 
-// FASTSEQ_LSTM_KERNEL=grid|cluster allows one of them, for measurements and tests; unset: the cluster where it fits.
+// FASTSEQ_LSTM_KERNEL=grid|cluster restricts the choice, for tests and measurements. Unset: both are allowed.
 bool allowed(std::string_view kernel) {
   const char* name = std::getenv("FASTSEQ_LSTM_KERNEL");
   return !name || !*name || kernel == name;
@@ -45,7 +45,7 @@ Tensor zeros(const Tensor& like, size_t bytes) {
   return torch::stable::zero_(t);
 }
 
-// A kernel that runs a recurrence forward or backward. P: its parameters.
+// A recurrence kernel in one direction of time. P: its parameters.
 template <class P>
 struct Kernel {
   const char* name;
@@ -57,7 +57,7 @@ constexpr Kernel<LstmForwardParams> kForward[] = {{"cluster", plan_lstm_cluster_
 constexpr Kernel<LstmBackwardParams> kBackward[] = {{"cluster", plan_lstm_cluster_backward},
                                                     {"grid", plan_lstm_grid_backward}};
 
-// Plan of the first kernel that is allowed and fits, or nothing.
+// Returns the plan of the first kernel that is allowed and fits, or nullopt.
 template <class P>
 std::optional<LstmPlan<P>> choose(const Kernel<P> (&kernels)[2], const LstmShape& s, Type type) {
   for (const Kernel<P>& kernel : kernels) {

@@ -11,12 +11,12 @@
 
 namespace fastseq::cuda {
 
-// A layer of D directions; with two, the second is reversed. All tensors are contiguous and 16-byte aligned.
+// One layer of D directions; if D = 2, the second is reversed. All tensors are contiguous and 16-byte aligned.
 struct LstmShape {
   int64_t steps, batch, directions, hidden;  // T, B, D, H
-  const int64_t* lengths;                    // (B,) on the device, or null: all T
-  bool reverse;                              // a single direction is reversed
-  bool tf32;                                 // products of floats may be rounded to TF32
+  const int64_t* lengths;                    // (B,) on the device, or null: every length is T
+  bool reverse;                              // D = 1: run from the last step to the first
+  bool tf32;                                 // float operands of products may be rounded to TF32
   int64_t output_columns() const { return directions * hidden; }
   bool backwards(int64_t direction) const { return directions == 2 ? direction == 1 : reverse; }
 };
@@ -30,9 +30,9 @@ struct LstmForwardParams {
   void* output;           // (T, B, D, H), zero past the lengths
   void* h_n;              // (D, B, H)
   void* c_n;              // (D, B, H)
-  void* activations;      // (T, B, D, 4H) or null; past the lengths: not written
-  float* cell_states;     // (T, B, D, H) or null; past the lengths: not written
-  void* workspace;        // LstmPlan::workspace bytes, zero
+  void* activations;      // (T, B, D, 4H) or null; not written past the lengths
+  float* cell_states;     // (T, B, D, H) or null; not written past the lengths
+  void* workspace;        // LstmPlan::workspace bytes, zeroed by the caller
 };
 
 struct LstmBackwardParams {
@@ -48,23 +48,24 @@ struct LstmBackwardParams {
   void* grad_gates;              // (T, B, D, 4H), zero past the lengths
   void* grad_h0;                 // (D, B, H)
   void* grad_c0;                 // (D, B, H)
-  void* workspace;               // LstmPlan::workspace bytes, zero
+  void* workspace;               // LstmPlan::workspace bytes, zeroed by the caller
 };
 
-// How one kernel runs a recurrence of some shape on the current device. P: LstmForwardParams or LstmBackwardParams.
+// A kernel's plan for one shape on the current device. P: LstmForwardParams or LstmBackwardParams.
 template <class P>
 struct LstmPlan {
   size_t workspace;                                     // bytes of P::workspace
-  std::function<std::string(const P&, Stream)> launch;  // returns the error, or an empty string
+  std::function<std::string(const P&, Stream)> launch;  // returns the error, or ""
 };
 
-// Each returns the plan of its kernel, or nothing where the kernel does not fit the device.
+// Each returns its kernel's plan, or nullopt if the kernel does not fit the device.
 //
-// Grid: it spans the device, a block for some hidden units, h exchanged through L2 (grid_*.cuh).
+// Grid: one cooperative grid over the device; blocks split the hidden units and exchange h through L2 (grid_*.cuh).
 std::optional<LstmPlan<LstmForwardParams>> plan_lstm_grid_forward(const LstmShape& s, Type type);
 std::optional<LstmPlan<LstmBackwardParams>> plan_lstm_grid_backward(const LstmShape& s, Type type);
 
-// Cluster: one for a tile of the batch, h exchanged through distributed shared memory (cluster_*.cuh). sm_90 and up.
+// Cluster (sm_90 and newer): one thread block cluster per tile of the batch; its blocks exchange h through distributed
+// shared memory (cluster_*.cuh).
 std::optional<LstmPlan<LstmForwardParams>> plan_lstm_cluster_forward(const LstmShape& s, Type type);
 std::optional<LstmPlan<LstmBackwardParams>> plan_lstm_cluster_backward(const LstmShape& s, Type type);
 

@@ -49,6 +49,6 @@ std::string launch_lstm_cell_backward(const CellBackwardParams& p, Type type, St
   });
 }
 
-std::string device_problem() { return why_not_here(lstm_cell_forward_kernel<float, 1>); }
+std::string device_problem() { return kernel_problem(lstm_cell_forward_kernel<float, 1>); }
 
 }  // namespace fastseq::cuda

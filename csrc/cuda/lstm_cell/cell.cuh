@@ -1,5 +1,5 @@
 // The pointwise LSTM cell, forward and backward: one thread per N adjacent hidden units of one sequence. Memory-bound:
-// forward moves (4 + 1 + 1 + 1) elements and 4 activations a unit, in 16-byte loads and stores.
+// forward moves 7 elements and 4 activations a unit, in 16-byte loads and stores.
 #pragma once
 
 #include "cuda/common/device.cuh"

@@ -8,7 +8,7 @@
 
 namespace fastseq::cuda {
 
-// acc: float, or double where the tensors are double.
+// acc: float; double if the tensors are double.
 struct CellForwardParams {
   int64_t batch, hidden;
   const void* gates;  // (B, 4H) pre-activations, order i f g o
@@ -29,11 +29,11 @@ struct CellBackwardParams {
   void* grad_c;             // (B, H)
 };
 
-// Each returns the error, or an empty string.
+// Each returns the error, or "".
 std::string launch_lstm_cell_forward(const CellForwardParams& p, Type type, Stream stream);
 std::string launch_lstm_cell_backward(const CellBackwardParams& p, Type type, Stream stream);
 
-// Returns why the current device can run none of the library's kernels, tested on the smallest one; empty if it can.
+// Returns why the current device cannot run the library's kernels, or "". Checks the smallest kernel.
 std::string device_problem();
 
 }  // namespace fastseq::cuda

@@ -1,9 +1,9 @@
-// One decoding step, both products and the cell: one block per hidden unit and Rows sequences.
+// One decoding step, both products and the cell: one block per hidden unit and Rows sequences. Bound by the bytes of
+// the weights.
 //
-// The unit's four gate rows of W_ih and of W_hh are read once, 16 bytes a lane, 512 bytes a warp, bypassing L1. Input
-// and h are read through L1, where the blocks of a multiprocessor share them. The chunks of 32 N columns, first of
-// W_ih, then of W_hh, go to the warps in turn; their sums meet in shared memory, in a fixed order. Bound by the bytes
-// of the weights.
+// A block reads the unit's four gate rows of W_ih and W_hh once: 16 bytes a lane, 512 bytes a warp, bypassing L1. Input
+// and h go through L1, where the blocks of a multiprocessor share them. Warps take chunks of 32 N columns in turn,
+// first of W_ih, then of W_hh, and add their sums through shared memory in a fixed order.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -26,7 +26,7 @@ struct StepPointers {
   T* c_n;              // (B, H)
 };
 
-// Loads N columns of a row that many blocks read; float beside narrow weights takes two loads.
+// Loads N columns of a row that many blocks read. float inputs with bfloat16 weights take two loads.
 template <int N, class T>
 FASTSEQ_DEVICE void load_shared_row(Acc<T> (&out)[N], const T* p) {
   if constexpr (sizeof(T) * N <= 16)
@@ -35,7 +35,7 @@ FASTSEQ_DEVICE void load_shared_row(Acc<T> (&out)[N], const T* p) {
     load_wide(out, p);
 }
 
-// Adds N columns from `column` on: sums[row][gate] += rows of x (B, depth) * gate rows of `weight` (4H, depth).
+// sums[row][gate] += x (B, depth) . gate rows of `weight` (4H, depth), over N columns from `column` on.
 template <int N, int Rows, class T, class W>
 FASTSEQ_DEVICE void add_products(Acc<T> (&sums)[Rows * 4],
                                  const T* __restrict__ x,
@@ -60,7 +60,7 @@ FASTSEQ_DEVICE void add_products(Acc<T> (&sums)[Rows * 4],
   }
 }
 
-// Adds the biases, computes the cell and stores its states. gates: the products of row `row` and unit `unit`.
+// Adds the biases to `gates`, the products of one row and unit, computes the cell and stores h and c.
 template <class T, class W>
 FASTSEQ_DEVICE void finish_step(const StepPointers<T, W>& p, int64_t row, int64_t unit, Acc<T> (&gates)[4]) {
 #pragma unroll
@@ -74,7 +74,7 @@ FASTSEQ_DEVICE void finish_step(const StepPointers<T, W>& p, int64_t row, int64_
   from_float(c, p.c_n + at);
 }
 
-// N divides input_size and hidden. Blocks of one unit are adjacent, so all but the first find the weights in L2.
+// N divides input_size and hidden. The blocks of a unit are adjacent: all but the first read its weights from L2.
 template <class T, class W, int N, int Rows>
 __global__ void __launch_bounds__(kStepWarps * 32) lstm_step_kernel(StepPointers<T, W> p) {
   using A = Acc<T>;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kStepWarps * 32) lstm_step_kernel(StepPointers
   const int warp = threadIdx.x / 32, lane = lane_id();
   int64_t rows[Rows];
 #pragma unroll
-  for (int r = 0; r < Rows; ++r) rows[r] = min(first + r, p.batch - 1);  // past the end: the last row again, unused
+  for (int r = 0; r < Rows; ++r) rows[r] = min(first + r, p.batch - 1);  // past the batch: the last row, not stored
 
   constexpr int64_t kChunk = 32 * N;
   const int64_t input_chunks = (p.input_size + kChunk - 1) / kChunk, chunks = (p.hidden + kChunk - 1) / kChunk;

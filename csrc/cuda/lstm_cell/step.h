@@ -1,4 +1,4 @@
-// Parameters of one decoding step on the GPU, both products and the cell. No CUDA header, no torch.
+// Parameters of one decoding step on the GPU: both products and the cell. No CUDA header, no torch.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@ namespace fastseq::cuda {
 
 struct StepParams {
   int64_t batch, input_size, hidden;  // B, I, H
-  bool narrow;                        // float tensors, weights in bfloat16
-  int64_t bias_stride;                // of bias_ih from row to row: 4H, or 0
+  bool narrow;                        // float tensors with bfloat16 weights
+  int64_t bias_stride;                // row stride of bias_ih: 4H, or 0 for (4H,)
   const void* input;                  // (B, I)
   const void* h;                      // (B, H)
   const void* c;                      // (B, H)
@@ -23,7 +23,7 @@ struct StepParams {
   void* c_n;                          // (B, H)
 };
 
-// Returns the error, or an empty string.
+// Returns the error, or "".
 std::string launch_lstm_step(const StepParams& p, Type type, Stream stream);
 
 }  // namespace fastseq::cuda

@@ -1,4 +1,4 @@
-"""The CUDA operators on a device made of CPU fibers: built from csrc/cuda by the C++ compiler, without CUDA.
+"""The host-side device: the CUDA operators of csrc/cuda, compiled by the C++ compiler, run by fibers on the CPU.
 
 operators = emulator.load()       # torch.ops.fastseq_sim, on CPU tensors
 with emulator.device(...):        # a smaller or older device
@@ -22,7 +22,7 @@ __all__ = ["as_native", "compiler", "device", "load", "run_program", "sanitized"
 
 @functools.cache
 def load():
-    """Compile what changed since the last time, load the library -> ``torch.ops.fastseq_sim``."""
+    """Compile changed sources, load the library and return ``torch.ops.fastseq_sim``."""
     path = str(library())
     torch.ops.load_library(path)
     load.handle = ctypes.CDLL(path)
@@ -31,7 +31,7 @@ def load():
 
 @contextlib.contextmanager
 def schedule(seed: int | None) -> Iterator[None]:
-    """Run threads in random order by this seed, some held back; None: in their own order."""
+    """Run threads in the random order of ``seed``, some held back; None: in the order of their indices."""
     load()
     load.handle.fastseq_host_schedule(int(seed is not None), ctypes.c_uint64(seed or 0))
     try:
@@ -42,7 +42,7 @@ def schedule(seed: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def device(multiprocessors: int = 132, capability: int = 90, shared_memory: int = 227 << 10) -> Iterator[None]:
-    """Make the host-side device smaller or older than the H100 that it is by default. shared_memory: bytes a block."""
+    """Change the limits of the host-side device (default: an H100). shared_memory: bytes per block."""
     load()
     load.handle.fastseq_host_device(multiprocessors, capability, ctypes.c_size_t(shared_memory))
     try:
@@ -53,11 +53,13 @@ def device(multiprocessors: int = 132, capability: int = 90, shared_memory: int 
 
 @contextlib.contextmanager
 def as_native() -> Iterator[None]:
-    """``backend="native"`` runs the CUDA operators on CPU tensors, through all of the Python that CUDA tensors take."""
+    """Let ``backend="native"`` run the CUDA operators on CPU tensors, along the Python path of CUDA tensors."""
     from fastseq import _native
     from fastseq.ops.common.triton import runtime
 
-    no_triton = None if runtime.interpreting() else "the host-side device runs no Triton kernels; use backend='native'."
+    no_triton = (
+        None if runtime.interpreting() else "the host-side device cannot run Triton kernels; use backend='native'."
+    )
     patches = [
         (torch.cuda, "current_device", lambda: 0),
         (runtime, "_unfit", lambda index: no_triton),

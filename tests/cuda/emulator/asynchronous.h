@@ -1,6 +1,6 @@
-// Copies and stores that arrive later: cp.async, clusters, mbarrier, st.async. Each takes effect as late as it may:
-// after a missing wait the old value is read. With shuffled threads half of the stores take effect at once: a store
-// that overwrites a word still to be read shows as well.
+// Asynchronous copies and stores: cp.async, clusters, mbarrier, st.async. Each takes effect as late as allowed, so a
+// kernel without the wait reads the old value. With Options::shuffle half of the stores take effect at once, which
+// exposes stores that overwrite a word before it is read.
 #pragma once
 
 #include "world.h"
@@ -19,7 +19,7 @@ HOST_RAW inline void copy_async(void* to, const void* from, int bytes) {
 
 HOST_RAW inline void commit_copies() { ++world().running->groups; }
 
-// Instrumented: the sanitizer sees the writes as the thread's own.
+// Not HOST_RAW: sanitizers check these writes as writes of the thread.
 inline void copy_bytes(void* to, const void* from, int bytes) {
   volatile char* d = static_cast<char*>(to);
   const volatile char* s = static_cast<const char*>(from);
@@ -46,38 +46,38 @@ HOST_RAW inline void cluster_barrier() {
   const Unseen unseen;
   World& w = world();
   need_cluster("cluster_barrier");
-  const Block& own = *w.running->block;
+  const unsigned cluster = w.running->block->cluster;
   int live = 0;
-  for (unsigned k = 0; k < w.cluster_size; ++k) live += w.blocks[own.cluster * w.cluster_size + k]->live;
-  arrive_and_wait(w.cluster_barriers[own.cluster], live, "cluster_barrier");
+  for (unsigned k = 0; k < w.cluster_size; ++k) live += w.blocks[cluster * w.cluster_size + k]->live;
+  arrive_and_wait(w.cluster_barriers[cluster], live, "cluster_barrier");
 }
 
-HOST_RAW inline void* peer_address(const void* p, unsigned rank) {
+HOST_RAW inline void* cluster_address(const void* p, unsigned rank) {
   const Unseen unseen;
   World& w = world();
-  need_cluster("peer_address");
-  if (rank >= w.cluster_size) fail("peer_address: rank " + std::to_string(rank) + " is not in the cluster");
-  const Block& own = *w.running->block;
-  Block& peer = *w.blocks[own.cluster * w.cluster_size + rank];
-  if (peer.live != peer.size) fail("peer_address: that block has ended");
-  const ptrdiff_t offset = static_cast<const char*>(p) - own.shared;
-  if (offset < 0 || static_cast<size_t>(offset) >= own.capacity) fail("peer_address: not in shared memory");
-  return peer.shared + offset;
+  need_cluster("cluster_address");
+  if (rank >= w.cluster_size) fail("cluster_address: rank " + std::to_string(rank) + " is not in the cluster");
+  const Block& block = *w.running->block;
+  Block& target = *w.blocks[block.cluster * w.cluster_size + rank];
+  if (target.live != target.size) fail("cluster_address: that block has ended");
+  const ptrdiff_t offset = static_cast<const char*>(p) - block.shared;
+  if (offset < 0 || static_cast<size_t>(offset) >= block.capacity) fail("cluster_address: not in shared memory");
+  return target.shared + offset;
 }
 
-// Layout of the 64 bits of an mbarrier on the host-side device.
+// The 64 bits of an mbarrier on the host-side device.
 struct Mbarrier {
-  uint16_t arrivals;    // of every phase
-  uint16_t missing;     // in this one
-  int32_t bytes : 31;   // still expected in this one; arrivals and bytes may come in any order
-  uint32_t parity : 1;  // of this one
+  uint16_t arrivals;    // per phase
+  uint16_t missing;     // arrivals still missing in the current phase
+  int32_t bytes : 31;   // still expected in the current phase; negative if bytes arrive before they are announced
+  uint32_t parity : 1;  // of the current phase
 };
 static_assert(sizeof(Mbarrier) == sizeof(uint64_t));
 
 HOST_RAW inline void mbarrier_init(uint64_t* mbarrier, unsigned arrivals) {
   if (reinterpret_cast<uintptr_t>(mbarrier) % 8) fail("mbarrier_init: not aligned to 8 bytes");
-  const Mbarrier fresh{static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0, 0};
-  std::memcpy(static_cast<void*>(mbarrier), &fresh, sizeof fresh);
+  const Mbarrier initial{static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0, 0};
+  std::memcpy(static_cast<void*>(mbarrier), &initial, sizeof initial);
   ++world().progress;
 }
 
@@ -106,7 +106,7 @@ HOST_RAW inline void deliver(const Delivery& d) {
 
 HOST_RAW inline void store_async(void* to, uint64_t* mbarrier, uint64_t value, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % bytes) fail("store_async: not aligned to " + std::to_string(bytes) + " bytes");
-  __tsan_write_range(to, bytes);  // from now on it may change
+  __tsan_write_range(to, bytes);  // the value may change from here on
   __tsan_release(mbarrier);
   const Unseen unseen;
   World& w = world();
@@ -117,15 +117,15 @@ HOST_RAW inline void store_async(void* to, uint64_t* mbarrier, uint64_t value, i
   ++w.progress;
 }
 
-// True if the phase of this parity has ended. Stores in flight to this mbarrier arrive first.
+// Delivers the stores in flight to this mbarrier. Returns true if the phase of this parity has ended.
 HOST_RAW inline bool mbarrier_phase_ended(uint64_t* mbarrier, unsigned parity) {
   poll();
   const Unseen unseen;
   std::vector<Delivery> others;
-  std::vector<Delivery> own;
-  for (const Delivery& d : world().deliveries) (d.mbarrier == mbarrier ? own : others).push_back(d);
+  std::vector<Delivery> arriving;
+  for (const Delivery& d : world().deliveries) (d.mbarrier == mbarrier ? arriving : others).push_back(d);
   world().deliveries.swap(others);
-  for (const Delivery& d : own) deliver(d);
+  for (const Delivery& d : arriving) deliver(d);
   if (reinterpret_cast<Mbarrier*>(mbarrier)->parity == parity) return false;
   __tsan_acquire(mbarrier);
   return true;

@@ -1,7 +1,7 @@
-"""Compiles csrc/cuda for the host-side device: one library for Python, and programs under sanitizers.
+"""Compile csrc/cuda for the host-side device: one library for Python, and programs under sanitizers.
 
-Objects are kept in build/emulator/<kind> by the hash of all they are made of: flags, torch's version, the source and
-the files that it includes. An edit compiles only the sources that include it.
+Objects lie in build/emulator/<kind>, named by a hash of flags, torch version, source and included files. An edit
+recompiles only the sources that include the edited file.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ FLAGS = [
 
 
 def compiler() -> str | None:
-    """The command of the C++ compiler, or None if there is none."""
+    """Return the command of the C++ compiler, or None."""
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
 def library() -> Path:
-    """The shared library with the operators ``torch.ops.fastseq_sim``."""
+    """Build the shared library of the operators ``torch.ops.fastseq_sim``."""
     sources = [*KERNELS, *OPERATORS, HERE / "library.cpp"]
     return link("sim", objects("sim", [*FLAGS, "-O1"], sources), shared=True)
 
 
 def link(name: str, parts: list[Path], flags: list[str] = (), shared: bool = False) -> Path:
-    """Link objects into build/emulator/<name>-<hash>, unless that exists."""
+    """Link objects into build/emulator/<name>-<hash> unless it exists."""
     digest = hashlib.sha256("".join(map(str, parts)).encode()).hexdigest()[:16]
     out = FOLDER / f"{name}-{digest}{'.so' if shared else ''}"
     libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"] if shared else []
@@ -55,7 +55,7 @@ def link(name: str, parts: list[Path], flags: list[str] = (), shared: bool = Fal
 
 
 def objects(kind: str, flags: list[str], sources: list[Path]) -> list[Path]:
-    """One object per source, in build/emulator/<kind>."""
+    """Compile each source to an object in build/emulator/<kind>."""
     common = hashlib.sha256(" ".join([compiler(), torch.__version__, *flags]).encode())
 
     def compiled(source: Path) -> Path:
@@ -76,7 +76,7 @@ def objects(kind: str, flags: list[str], sources: list[Path]) -> list[Path]:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """A lock: of several test processes, one builds ``name`` and the others wait."""
+    """Hold a file lock: one of several test processes builds ``name``, the others wait."""
     folder = FOLDER / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("w") as lock:
@@ -85,7 +85,7 @@ def locked(name: str) -> Iterator[None]:
 
 
 def run(arguments: list, out: Path) -> None:
-    """Compile into a temporary file, then rename it: an interrupted compiler leaves no partial object."""
+    """Compile into a temporary file and rename it, so that an interrupted compiler leaves no partial object."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(f".{os.getpid()}{out.suffix}")
     command = [*shlex.split(compiler()), *map(str, arguments), "-o", str(partial)]

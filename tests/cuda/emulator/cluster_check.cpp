@@ -1,6 +1,5 @@
-// Blocks of a cluster that send to each other every round, without a barrier between rounds. cluster_check BUFFERS SEED
-// prints "ok", "wrong" or the error of the launch. With one buffer a block overwrites words that a slow block still
-// reads.
+// Blocks of a cluster send to each other every round, without a barrier between rounds. With one buffer, a block
+// overwrites words that a slow block still reads. cluster_check BUFFERS SEED prints "ok", "wrong" or the launch error.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -27,13 +26,13 @@ static __global__ void exchange_kernel(float* out, int buffers) {
     uint64_t* box = mailbox + round % buffers * kBlocks;
     uint64_t* news = arrived + round % 2;
     if (threadIdx.x < kBlocks) {
-      store_async8(peer_address(box + cluster_rank(), threadIdx.x), peer_address(news, threadIdx.x),
+      store_async8(cluster_address(box + cluster_rank(), threadIdx.x), cluster_address(news, threadIdx.x),
                    100 * round + cluster_rank());
     }
     mbarrier_wait(news, round / 2 % 2);
     if (threadIdx.x == 0) mbarrier_arrive_expect(news, 8 * kBlocks);
     for (int k = 0; k < kBlocks; ++k) sum += static_cast<float>(box[k]);
-    __syncwarp();  // the next message implies that the whole block has read
+    __syncwarp();  // sending again implies that the whole block has read
   }
   out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
   cluster_barrier();

@@ -41,7 +41,7 @@ HOST_RAW inline void __syncthreads() {
 
 HOST_RAW inline void __syncwarp(unsigned mask = ~0u) {
   host::Warp* warp = host::world().running->warp;
-  if (mask != ~0u) host::fail("__syncwarp: the mask leaves lanes out, which is not modelled");
+  if (mask != ~0u) host::fail("__syncwarp: a mask without all lanes is not modelled");
   host::arrive_and_wait(warp->barrier, warp->live, "__syncwarp");
 }
 

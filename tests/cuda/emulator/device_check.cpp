@@ -1,5 +1,5 @@
-// Small kernels, right and wrong ones, for the tests of the host-side device. device_check SCENARIO [SEED] prints "ok",
-// "wrong", or the error of the launch. tests/cuda/test_emulator.py holds the expected output and the tools.
+// Small correct and faulty kernels to test the host-side device. device_check SCENARIO [SEED] prints "ok", "wrong", or
+// the launch error. tests/cuda/test_emulator.py has the expected output per scenario and sanitizer.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -11,7 +11,7 @@ using namespace fastseq::cuda;
 
 namespace {
 
-// The block's numbers in reverse order, through shared memory.
+// Reverses the block's numbers through shared memory.
 __global__ void reverse_kernel(const float* in, float* out, bool wait) {
   FASTSEQ_SHARED(float, tile, 64);
   const int i = threadIdx.x, at = blockIdx.x * 64;
@@ -20,7 +20,7 @@ __global__ void reverse_kernel(const float* in, float* out, bool wait) {
   out[at + i] = tile[63 - i];
 }
 
-// The same between two barriers that do not order these accesses.
+// Reverses them between two barriers, neither of which orders the accesses.
 __global__ void enclosed_kernel(const float* in, float* out, bool wait) {
   FASTSEQ_SHARED(float, tile, 64);
   const int i = threadIdx.x, at = blockIdx.x * 64;
@@ -43,7 +43,7 @@ std::string reverse(void (*kernel)(const float*, float*, bool), bool wait) {
   return "ok";
 }
 
-// Half of a block waits at a barrier, the others for a flag that is never set.
+// Half of the block waits at a barrier, the other half for a flag that is never set.
 __global__ void divergent_kernel(unsigned* flag) {
   if (threadIdx.x < 32)
     __syncthreads();
@@ -77,7 +77,7 @@ std::string copy(bool wait) {
   return "ok";
 }
 
-// Every block adds its neighbour's number of the previous round: wrong if a block runs ahead.
+// Every block adds its neighbour's number of the previous round. The result is wrong if a block runs ahead.
 __global__ void ring_kernel(float* values, unsigned* counter, int rounds, bool two_buffers, bool synchronised) {
   const unsigned own = blockIdx.x, next = (own + 1) % gridDim.x, count = gridDim.x;
   for (int r = 0; r < rounds; ++r) {
@@ -106,7 +106,7 @@ std::string ring(bool two_buffers, bool synchronised, int blocks = 5) {
   return "ok";
 }
 
-// Every block sends its rank to all blocks of its cluster, twice, and adds up the received ranks.
+// Every block sends its rank to all blocks of its cluster, twice, and sums the ranks it receives.
 __global__ void cluster_kernel(float* out, unsigned cluster, bool wait) {
   FASTSEQ_SHARED(uint64_t, mailbox, 8);
   FASTSEQ_SHARED(uint64_t, arrived, 1);
@@ -116,8 +116,8 @@ __global__ void cluster_kernel(float* out, unsigned cluster, bool wait) {
   for (unsigned round = 0; round < 2; ++round) {
     if (threadIdx.x == 0) mbarrier_arrive_expect(arrived, 8 * cluster);
     if (threadIdx.x < cluster) {
-      const unsigned peer = threadIdx.x;
-      store_async8(peer_address(mailbox + cluster_rank(), peer), peer_address(arrived, peer),
+      const unsigned rank = threadIdx.x;
+      store_async8(cluster_address(mailbox + cluster_rank(), rank), cluster_address(arrived, rank),
                    100 * round + cluster_rank());
     }
     if (wait) mbarrier_wait(arrived, round % 2);

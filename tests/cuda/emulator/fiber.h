@@ -1,6 +1,6 @@
-// A fiber, a separate call stack that runs until it switches back, represents one CUDA thread. Every switch is
-// announced to ThreadSanitizer without a happens-before edge. Only barriers, shuffles and release/acquire pairs create
-// edges, so it finds the races of a kernel like races of threads.
+// A fiber (a call stack that runs until it switches back) represents one CUDA thread. ThreadSanitizer is notified of
+// every switch, without a happens-before edge. Only barriers, shuffles and release/acquire pairs create edges, so it
+// reports races between CUDA threads as if they were CPU threads.
 #pragma once
 
 #include <sys/mman.h>
@@ -10,7 +10,7 @@
 
 #if defined(__SANITIZE_THREAD__)
 #define HOST_TSAN 1
-// Excludes the device itself from the race detector: HOST_RAW the lines of a function, Unseen the functions it calls.
+// Exclude the device's own code from the race detector: HOST_RAW the body of a function, Unseen the functions it calls.
 #define HOST_RAW __attribute__((no_sanitize_thread, noinline))
 extern "C" {
 void* __tsan_get_current_fiber();
@@ -58,12 +58,11 @@ struct Unseen {
     AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
   }
 #else
-  ~Unseen() {}  // silences the warning of an unused variable
+  ~Unseen() {}  // avoids the unused-variable warning
 #endif
 };
 
-// Saves the running stack's pointer in *from and goes on at `to`. What a function call must preserve lies on the
-// stacks.
+// Saves the stack pointer in *from and continues at `to`. Callee-saved registers are on the stacks.
 #if defined(__x86_64__)
 extern "C" void fastseq_host_switch(void** from, void* to);
 asm(R"(
@@ -97,15 +96,15 @@ constexpr size_t kStackBytes = 64 << 10;
 
 struct Stack {
   char* memory = nullptr;
-  void* pointer = nullptr;  // where it was left
+  void* pointer = nullptr;  // stack pointer at the last switch
   void* tsan = nullptr;
 
   HOST_RAW void start(void (*entry)());
   HOST_RAW void end(bool returned);
 };
 
-// Stacks for the next launch: mapping one costs more than a thread of a small kernel, and creating a fiber of
-// ThreadSanitizer far more. A fiber may be used again, since a launch is ordered after all launches before it.
+// Stacks to reuse in the next launch. Mapping a stack costs more than running a thread of a small kernel; creating a
+// ThreadSanitizer fiber costs far more. Reuse is safe, because every launch is ordered after the previous one.
 inline std::vector<Stack>& idle_stacks() {
   static std::vector<Stack> stacks;
   return stacks;
@@ -121,7 +120,7 @@ HOST_RAW inline void Stack::start(void (*entry)()) {
     __asan_unpoison_memory_region(memory, kStackBytes);
   }
   void** top = reinterpret_cast<void**>(memory + kStackBytes);
-  *--top = nullptr;  // entry() never returns
+  *--top = nullptr;  // return address; entry() never returns
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < kSavedRegisters; ++i) *--top = nullptr;
   pointer = top;
@@ -130,7 +129,8 @@ HOST_RAW inline void Stack::start(void (*entry)()) {
 #endif
 }
 
-// returned: the kernel has. Else ThreadSanitizer's fiber, which still holds the kernel's calls, is not used again.
+// returned: the kernel returned on this stack. Otherwise destroys ThreadSanitizer's fiber, whose call stack is not
+// empty.
 HOST_RAW inline void Stack::end(bool returned) {
 #if HOST_TSAN
   if (!returned) {
@@ -141,7 +141,7 @@ HOST_RAW inline void Stack::end(bool returned) {
   idle_stacks().push_back(*this);
 }
 
-// From the stack that runs to `to`.
+// Switches from the running stack to `to`.
 HOST_RAW inline void switch_stack(Stack& from, Stack& to) {
 #if HOST_TSAN
   constexpr unsigned kNoEdge = 1;

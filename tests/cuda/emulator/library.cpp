@@ -1,4 +1,4 @@
-// The CUDA operators on the host-side device: torch.ops.fastseq_sim, CPU tensors. Python sets the schedule of threads.
+// The CUDA operators on the host-side device: torch.ops.fastseq_sim, CPU tensors. Python sets schedule and limits.
 #include "cuda/common/operators.h"
 #include "schemas.h"
 #include "world.h"
@@ -10,7 +10,7 @@ extern "C" __attribute__((visibility("default"))) void fastseq_host_schedule(int
   host::options().seed = seed;
 }
 
-// capability: 10 * major + minor. shared_memory: bytes of a block at most.
+// capability: 10 * major + minor. shared_memory: largest of a block, bytes.
 extern "C" __attribute__((visibility("default"))) void fastseq_host_device(int multiprocessors,
                                                                            int capability,
                                                                            size_t shared_memory) {

@@ -1,4 +1,4 @@
-"""Programs of this folder that launch kernels on the host-side device by themselves, plain or under sanitizers."""
+"""Stand-alone programs of this folder that launch kernels on the host-side device, optionally under sanitizers."""
 
 import functools
 import os
@@ -9,7 +9,7 @@ import pytest
 
 from .build import FLAGS, HERE, ROOT, compiler, link, objects
 
-# program -> the kernels of csrc/cuda that it launches
+# program -> the sources of csrc/cuda that it launches
 PROGRAMS = {
     "cluster_check": (),
     "device_check": (),
@@ -23,8 +23,8 @@ STRICT = ("-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
 def run_program(name: str, *arguments, sanitizers: str = "") -> subprocess.CompletedProcess:
-    """Build the program ``name`` with ``-fsanitize=sanitizers`` and run it; it stops at the first finding."""
-    # Kept fibers count as threads: ThreadSanitizer would sleep a second for them at exit.
+    """Build the program ``name`` with ``-fsanitize=sanitizers`` and run it until the first finding."""
+    # Idle fibers count as threads, for which ThreadSanitizer sleeps a second at exit.
     tsan = "halt_on_error=1 atexit_sleep_ms=0"
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": tsan}
     command = [str(program(name, sanitizers)), *map(str, arguments)]
@@ -32,7 +32,7 @@ def run_program(name: str, *arguments, sanitizers: str = "") -> subprocess.Compl
 
 
 def sanitized(sanitizers: str, name: str) -> subprocess.CompletedProcess:
-    """Run a race program under sanitizers; skips the test where there is no compiler."""
+    """Run a race program under sanitizers; skip the test if there is no compiler."""
     if compiler() is None:
         pytest.skip("the host-side device needs a C++ compiler")
     return run_program(name, sanitizers=sanitizers)
@@ -40,7 +40,7 @@ def sanitized(sanitizers: str, name: str) -> subprocess.CompletedProcess:
 
 @functools.cache
 def program(name: str, sanitizers: str) -> Path:
-    """Link a program. Its kernels are shared: one object per kernel and sanitizer."""
+    """Link a program. Programs share one object per kernel source and sanitizer."""
     kind = sanitizers.replace(",", "-") or "plain"
     flags = [f"-fsanitize={sanitizers}", *STRICT] if sanitizers else []
     kernels = [ROOT / f"csrc/cuda/{kernel}.cu" for kernel in PROGRAMS[name]]

@@ -1,5 +1,5 @@
-// Attention alone on the host-side device, for the sanitizers. Exits with 0 if every launch succeeds. Every tensor is
-// an allocation of its exact size.
+// Attention kernels on the host-side device, as a program for the sanitizers. Exits with 0 if every launch succeeds.
+// Every tensor is an allocation of its exact size.
 #include <cmath>
 #include <cstdio>
 #include <deque>
@@ -31,7 +31,7 @@ struct Case {
   bool lengths, mask;
 };
 
-// Vectors of 16 bytes and single elements, whole and partial tiles.
+// Vector and element-wise loads, whole and partial tiles.
 constexpr Case kCases[] = {{Type::kFloat, 1, 8, 24, true, false},      {Type::kBFloat16, 1, 8, 24, true, false},
                            {Type::kBFloat16, 1, 5, 3, false, true},    {Type::kFloat, 34, 24, 72, true, false},
                            {Type::kBFloat16, 34, 24, 72, true, false}, {Type::kFloat, 34, 5, 3, false, true}};
@@ -104,7 +104,7 @@ bool all_cases(int64_t most_steps) {
 
 int main() {
   if (!all_cases(34)) return 1;
-  host::options().multiprocessors = 1;  // the positions of one step are not split
+  host::options().multiprocessors = 1;  // no split of the positions of a step
   host::options().shuffle = true;
   return all_cases(1) ? 0 : 1;
 }

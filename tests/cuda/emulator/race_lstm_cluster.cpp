@@ -1,4 +1,4 @@
-// The recurrence in clusters alone on the host-side device, for the sanitizers. Exits with 0 if every launch succeeds.
+// Cluster recurrence on the host-side device, as a program for the sanitizers. Exits with 0 if every launch succeeds.
 #include <algorithm>
 #include <cstdio>
 #include <vector>
@@ -58,7 +58,7 @@ int main() {
     host::options().seed = seed;
     fine = fine && both(4, 3, 21);
   }
-  host::options().multiprocessors = 2;  // a tile of 16 sequences
+  host::options().multiprocessors = 2;  // forces a tile of 16 sequences
   fine = fine && both(2, 9, 8);
   return fine ? 0 : 1;
 }

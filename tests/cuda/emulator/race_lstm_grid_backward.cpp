@@ -1,4 +1,4 @@
-// The backward recurrence on a grid alone on the host-side device, for the sanitizers. Exits with 0 if every launch
+// Backward grid recurrence on the host-side device, as a program for the sanitizers. Exits with 0 if every launch
 // succeeds and every schedule gives the same bits. Every tensor is an allocation of its exact size.
 #include <cstdio>
 #include <random>
@@ -20,7 +20,7 @@ std::vector<T> random_numbers(int64_t count) {
   return numbers;
 }
 
-// True if all launches succeed with the same grad_gates, grad_h0 and grad_c0 in every schedule.
+// Returns true if all launches succeed with the same grad_gates, grad_h0 and grad_c0 in every schedule.
 template <class T>
 bool run(Type type, int64_t T_, int64_t B, int64_t D, int64_t H, bool tf32) {
   std::vector<int64_t> lengths(B);
@@ -48,7 +48,7 @@ bool run(Type type, int64_t T_, int64_t B, int64_t D, int64_t H, bool tf32) {
     grad_gates.insert(grad_gates.end(), grad_c0.begin(), grad_c0.end());
     if (seed == 0) first = grad_gates;
     if (std::memcmp(first.data(), grad_gates.data(), first.size() * sizeof(T))) {
-      return std::printf("seed %d gives other bits\n", static_cast<int>(seed)), false;
+      return std::printf("seed %d changes the bits of a result\n", static_cast<int>(seed)), false;
     }
   }
   return true;
@@ -57,7 +57,8 @@ bool run(Type type, int64_t T_, int64_t B, int64_t D, int64_t H, bool tf32) {
 }  // namespace
 
 int main() {
-  host::options().multiprocessors = host::options().resident_blocks = 8;  // groups of rows, some of two passes
+  host::options().multiprocessors = host::options().resident_blocks =
+      8;  // several groups of rows, some with two passes
   const bool right = run<bf16>(Type::kBFloat16, 3, 9, 2, 20, false) && run<half>(Type::kHalf, 3, 5, 1, 36, false) &&
                      run<float>(Type::kFloat, 3, 9, 1, 33, true) && run<float>(Type::kFloat, 3, 5, 2, 33, false) &&
                      run<bf16>(Type::kBFloat16, 2, 72, 1, 40, false);

@@ -1,4 +1,4 @@
-// The forward recurrence on a grid alone on the host-side device, for the sanitizers. Exits with 0 if every launch
+// Forward grid recurrence on the host-side device, as a program for the sanitizers. Exits with 0 if every launch
 // succeeds and every schedule gives the same bits. Every tensor is an allocation of its exact size.
 #include <cmath>
 #include <cstdio>
@@ -40,7 +40,7 @@ Tensor waves(int64_t count, float phase) {
   return tensor;
 }
 
-// Returns all results, or nothing after printing the error.
+// Returns all results; prints the error and returns {} on failure.
 template <class T>
 std::vector<Tensor> run(const Case& c, Type type) {
   host::options().multiprocessors = host::options().resident_blocks = c.multiprocessors;
@@ -80,7 +80,7 @@ bool same_in_any_order(const Case& c, Type type) {
   host::options().shuffle = true;
   for (host::options().seed = 0; same && host::options().seed < 2; ++host::options().seed) {
     same = run<T>(c, type) == first;
-    if (!same) std::printf("seed %d: other bits\n", static_cast<int>(host::options().seed));
+    if (!same) std::printf("seed %d changes the bits of a result\n", static_cast<int>(host::options().seed));
   }
   return same;
 }

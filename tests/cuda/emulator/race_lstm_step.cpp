@@ -1,4 +1,4 @@
-// The decoding step alone on the host-side device, for the sanitizers. Exits with 0 if every launch succeeds.
+// Decoding step on the host-side device, as a program for the sanitizers. Exits with 0 if every launch succeeds.
 #include <cstdio>
 #include <vector>
 

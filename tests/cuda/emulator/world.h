@@ -1,10 +1,10 @@
-// The host-side device: blocks, warps, barriers, shared memory and a scheduler that run the source of a kernel on the
-// CPU and report its errors. One thread at a time runs; it yields at barriers, shuffles and polls.
+// The host-side device: blocks, warps, barriers, shared memory and a scheduler. It runs the source of a kernel on the
+// CPU, one thread at a time; threads yield at barriers, shuffles and polls. Overview: docs/kernels/proof.md
 //
-// Reported with block and thread: deadlock (a thread waits for a barrier that others never reach, or all threads poll),
-// a shuffle with lanes missing, more shared memory than requested, shared memory of a block that has ended. Reported by
-// the tools: out of bounds (AddressSanitizer: red zones between arrays), misaligned vectors (UBSan), races
-// (ThreadSanitizer). Shared memory begins as NaN.
+// Errors with block and thread: deadlock (a barrier that some threads never reach, or all threads poll), a shuffle with
+// missing lanes, too much shared memory, access to the shared memory of a block that has ended. Errors by sanitizers:
+// out of bounds (AddressSanitizer, red zones between arrays), misaligned vectors (UBSan), races (ThreadSanitizer).
+// Shared memory starts as NaN.
 #pragma once
 
 #include <algorithm>
@@ -37,27 +37,28 @@ constexpr size_t kRedZone = 128;
 struct Barrier {
   int arrived = 0;
   unsigned generation = 0;
-  // Happens-before edges of this generation and of the next: a late leaver is not ordered after a thread that returned.
+  // Happens-before edges of this generation and the next, so that a thread that leaves late is not ordered after one
+  // that has already arrived again.
   char edge[2] = {};
 };
 
 struct Warp {
   Barrier barrier;
   int size = 0, live = 0;
-  // Values that the lanes of a shuffle exchange; two, so that the next shuffle can begin.
+  // Values that lanes exchange in a shuffle. Two buffers, because a fast lane may begin the next shuffle.
   uint64_t slots[2][kWarpSize][8];
 };
 
 struct Block {
   dim3 index;
   int size = 0, live = 0;
-  unsigned cluster = 0, rank = 0;  // of a cluster launch
+  unsigned cluster = 0, rank = 0;  // cluster launches only
   Barrier barrier;
   std::vector<Warp> warps;
   std::unique_ptr<char[]> memory;
-  char* shared = nullptr;  // dynamic shared memory, then static arrays, red zones between
+  char* shared = nullptr;  // dynamic shared memory, then static arrays; red zones between them
   size_t used = 0, capacity = 0;
-  std::vector<std::pair<const void*, char*>> arrays;  // static ones, by their declaration
+  std::vector<std::pair<const void*, char*>> arrays;  // static arrays, by declaration
 
   ~Block() {
     if (memory) __asan_unpoison_memory_region(shared, capacity);
@@ -72,7 +73,7 @@ struct PendingCopy {
   int bytes, group;
 };
 
-// Bytes in flight to a block of the cluster; they arrive when a thread waits for their mbarrier.
+// A store in flight to a block of the cluster (st.async). It arrives when a thread waits for its mbarrier.
 struct Delivery {
   void* to;
   uint64_t value;
@@ -87,21 +88,21 @@ struct Thread {
   Block* block = nullptr;
   Warp* warp = nullptr;
   Barrier* waits_for = nullptr;
-  unsigned generation = 0;  // of that barrier when it began to wait
+  unsigned generation = 0;  // of waits_for when the wait began
   const char* waits_in = "";
   bool done = false;
-  std::vector<PendingCopy> copies;  // cp.async not yet waited for
-  int groups = 0;                   // committed
+  std::vector<PendingCopy> copies;  // cp.async in flight
+  int groups = 0;                   // committed groups
 };
 
 struct Options {
   uint64_t seed = 0;
-  bool shuffle = false;     // random order of threads, half of the warps held back for a while
-  long idle_passes = 2000;  // rounds of nothing but polls until a deadlock is reported
+  bool shuffle = false;     // random order of threads; half of the warps are held back at times
+  long idle_passes = 2000;  // rounds in which threads only poll, before a deadlock is reported
   int multiprocessors = 132;
-  int resident_blocks = 132;  // a cooperative launch of more fails
+  int resident_blocks = 132;  // limit of a cooperative launch
   int capability = 90;
-  size_t shared_memory = 227 << 10;  // of a block at most
+  size_t shared_memory = 227 << 10;  // largest of a block, bytes
   size_t static_shared = 16 << 10;
 };
 
@@ -111,13 +112,13 @@ struct World {
   Stack scheduler;
   Thread* running = nullptr;
   std::string error;
-  long progress = 0;                      // anything but polling
-  char start_edge = 0, end_edge = 0;      // happens-before of the launch and of its end
-  std::vector<Block*> blocks;             // of a cooperative or cluster launch, by linear index
+  long progress = 0;                      // counts all events except polls
+  char start_edge = 0, end_edge = 0;      // happens-before edges of the start and end of the launch
+  std::vector<Block*> blocks;             // resident blocks by linear index
   std::vector<Barrier> cluster_barriers;  // by cluster
   unsigned cluster_size = 1;
   std::vector<Delivery> deliveries;
-  std::mt19937_64 random;  // decides whether a delivery arrives at once
+  std::mt19937_64 random;  // decides if a store arrives at once
 };
 
 inline Options& options() {
@@ -138,7 +139,7 @@ HOST_RAW inline std::string describe(const Thread& t) {
          std::to_string(t.linear);
 }
 
-// Ends the launch with this message.
+// Ends the launch with an error.
 [[noreturn]] HOST_RAW inline void fail(const std::string& message) {
   World& w = world();
   if (w.error.empty()) w.error = message + " [" + describe(*w.running) + "]";
@@ -170,7 +171,7 @@ HOST_RAW inline void arrive_and_wait(Barrier& barrier, int live, const char* nam
 
 HOST_RAW inline void note_progress() { ++world().progress; }
 
-// Called between two polls of a flag.
+// Yields. Polling loops call it once per poll.
 HOST_RAW inline void poll() {
   world().running->waits_in = "a poll";
   give_way();
@@ -192,7 +193,7 @@ HOST_RAW inline void thread_main() {
   for (;;) give_way();
 }
 
-// Runs the threads of blocks that are all resident at once.
+// Runs the threads of a set of resident blocks.
 class Scheduler {
  public:
   HOST_RAW explicit Scheduler(std::vector<Block>& blocks)
@@ -227,7 +228,7 @@ class Scheduler {
   }
 
  private:
-  // Runs every thread that can continue once.
+  // Runs every runnable thread once, until it yields.
   HOST_RAW void pass() {
     World& w = world();
     const long before = w.progress;
@@ -253,7 +254,7 @@ class Scheduler {
     if (left_ && stuck && (!ran || idle_ > options().idle_passes)) w.error = deadlock();
   }
 
-  // Holds back half of the warps (or none). The others run as far as they can, so a missing wait shows.
+  // Holds back a random half of the warps, or none. The others run ahead until they block, which exposes missing waits.
   HOST_RAW void hold_back(bool half) {
     for (char& held : held_) held = half && (random_() & 1);
   }
@@ -269,7 +270,7 @@ class Scheduler {
   }
 
   std::vector<Thread> threads_;
-  size_t warps_;  // of a block
+  size_t warps_;  // per block
   std::vector<int> order_;
   std::vector<char> held_;  // by warp
   std::mt19937_64 random_{options().seed};
@@ -297,8 +298,8 @@ inline void prepare_block(Block& b, int id, size_t dynamic_shared) {
   __asan_poison_memory_region(b.shared + dynamic_shared, b.capacity - dynamic_shared);
 }
 
-// together: all blocks are resident at once (cooperative and cluster launches), else one after the other.
-// Returns the error, or an empty string.
+// Runs a launch; returns the error, or "". together: all blocks are resident at once (cooperative launch) or all blocks
+// of a cluster (cluster launch); else blocks run one after another.
 inline std::string launch(dim3 grid,
                           dim3 block,
                           size_t dynamic_shared,
@@ -307,11 +308,12 @@ inline std::string launch(dim3 grid,
                           const std::function<void()>& body) {
   World& w = world();
   const int count = static_cast<int>(grid.count());
-  if (block.count() > 1024) return "a block has at most 1024 threads, asked for " + std::to_string(block.count());
-  if (dynamic_shared > options().shared_memory) return "a block has no " + std::to_string(dynamic_shared) + " bytes";
-  if (grid.x % cluster_size) return "grid.x is no multiple of the cluster size";
+  if (block.count() > 1024) return "a block has at most 1024 threads, got " + std::to_string(block.count());
+  if (dynamic_shared > options().shared_memory)
+    return "a block has less shared memory than " + std::to_string(dynamic_shared) + " bytes";
+  if (grid.x % cluster_size) return "grid.x is not a multiple of the cluster size";
   if (together && cluster_size == 1 && count > options().resident_blocks) {
-    return "a cooperative launch of " + std::to_string(count) + " blocks, more than are resident at once";
+    return "a cooperative launch of " + std::to_string(count) + " blocks exceeds the resident blocks";
   }
   w.grid = grid;
   w.block = block;
@@ -323,7 +325,7 @@ inline std::string launch(dim3 grid,
   std::vector<int> ids(count);
   for (int i = 0; i < count; ++i) ids[i] = i;
   std::mt19937_64 random(options().seed + 1);
-  // Clusters stay together.
+  // Blocks of a cluster keep their order: they must be resident together.
   if (options().shuffle && cluster_size == 1) std::shuffle(ids.begin(), ids.end(), random);
   const size_t at_once = together ? (cluster_size > 1 ? cluster_size : count) : 1;
   for (size_t first = 0; first < ids.size() && w.error.empty(); first += at_once) {
@@ -339,14 +341,14 @@ inline std::string launch(dim3 grid,
   return w.error;
 }
 
-// Static shared memory: one array per declaration and block.
+// Returns the static shared array of a declaration in the running block.
 HOST_RAW inline void* shared_array(const void* declaration, size_t bytes) {
   const Unseen unseen;
   Block& b = *world().running->block;
   for (auto& [key, array] : b.arrays) {
     if (key == declaration) return array;
   }
-  if (b.used + bytes + kRedZone > b.capacity) fail("more static shared memory than options().static_shared");
+  if (b.used + bytes + kRedZone > b.capacity) fail("static shared memory exceeds options().static_shared");
   char* array = b.shared + b.used;
   __asan_unpoison_memory_region(array, bytes);
   b.used += (bytes + kRedZone - 1) / kRedZone * kRedZone + kRedZone;
@@ -354,7 +356,7 @@ HOST_RAW inline void* shared_array(const void* declaration, size_t bytes) {
   return array;
 }
 
-// Exchanges `value` between all lanes: the base of all shuffles, votes and matrix instructions.
+// Returns the values of all lanes. Shuffles, votes and matrix instructions are built on it.
 template <class T>
 HOST_RAW std::array<T, kWarpSize> exchange(unsigned mask, const T& value, const char* name) {
   static_assert(sizeof(T) <= sizeof(uint64_t[8]));
@@ -362,7 +364,7 @@ HOST_RAW std::array<T, kWarpSize> exchange(unsigned mask, const T& value, const 
   Warp& warp = *world().running->warp;
   const int lane = world().running->linear % kWarpSize;
   const unsigned all = warp.size == kWarpSize ? ~0u : (1u << warp.size) - 1;
-  if ((mask & all) != all) fail(std::string(name) + ": the mask leaves lanes out, which is not modelled");
+  if ((mask & all) != all) fail(std::string(name) + ": a mask without all lanes is not modelled");
   if (warp.live != warp.size) fail(std::string(name) + ": a lane of the mask has ended");
   auto& slots = warp.slots[warp.barrier.generation & 1];
   std::memcpy(slots[lane], &value, sizeof(T));

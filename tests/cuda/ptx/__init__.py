@@ -1,6 +1,6 @@
-"""A small PTX interpreter: executes kernels as nvcc compiled them, inline assembly included, without a GPU.
+"""A PTX interpreter: runs compiled kernels, inline assembly included, without a GPU.
 
-It implements the instructions that fastseq's kernels are compiled to; any other is an error that names it. It checks
+It implements the instructions that occur in fastseq's kernels; any other raises an error that names it. It checks
 bounds, alignment, barriers and the read-only cache. It does not model speed, weak memory order or bank conflicts.
 
     entry = find(parse(text), "lstm_cell_forward")

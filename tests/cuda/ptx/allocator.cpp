@@ -1,5 +1,5 @@
-// An allocator of CPU tensors that records the exact size of each, so that an access past the end is detected. New
-// memory holds 0xff: NaN.
+// An allocator of CPU tensors that records the exact size of each tensor, so that the interpreter detects accesses past
+// its end. Fills new memory with 0xff (NaN).
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
@@ -21,7 +21,7 @@ void release(void* p) {
 
 struct Watched final : c10::Allocator {
   c10::DataPtr allocate(size_t size) override {
-    const size_t room = (size + 255) / 128 * 128;  // reads of whole 16-byte words stay inside
+    const size_t room = (size + 255) / 128 * 128;  // whole 16-byte words stay inside
     void* p = std::aligned_alloc(128, room);
     TORCH_CHECK(p, "out of memory");
     std::memset(p, 0xff, room);
@@ -40,7 +40,7 @@ extern "C" __attribute__((visibility("default"))) void fastseq_ptx_watch(int on)
   c10::SetCPUAllocator(on ? &watched : before, /*priority=*/255);
 }
 
-// Writes addresses and sizes of up to `room` buffers; returns how many there are.
+// Writes addresses and sizes of up to `room` buffers. Returns the number of buffers.
 extern "C" __attribute__((visibility("default"))) size_t fastseq_ptx_buffers(size_t* pairs, size_t room) {
   size_t count = 0;
   for (const auto& [p, size] : buffers()) {

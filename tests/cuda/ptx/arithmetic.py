@@ -1,8 +1,8 @@
-"""Instructions from registers to registers: arithmetic, comparisons, conversions, bits.
+"""Register-to-register instructions: arithmetic, comparisons, conversions, bits.
 
-Rounded to the nearest, but for two things. fma goes through a wider format: one result in 2^29 may be off by a unit.
-And ``.approx`` functions are exact to the last bit where the hardware may be off by two units, save tanh.approx, which
-has the 11 bits that the PTX ISA promises and no more, so that a kernel that needs more is seen.
+Results are rounded to nearest, with two exceptions. fma computes in a wider format: one result in 2^29 may be off by
+one ulp. ``.approx`` functions are exact, although hardware may be off by two ulp. Only tanh.approx is limited to the
+11 bits of the PTX ISA, so that a kernel that needs more fails.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from .program import opcode
 
 
 def kind_of(instruction) -> str:
-    """The type that an instruction works on: its last modifier."""
+    """Return the type of an instruction: its last modifier."""
     return instruction.modifiers[-1]
 
 
 def pure(program, instruction, compute, kind: str | None = None, sources=None, result: str | None = None):
-    """A step that writes ``compute(*sources)``. ``sources``: their types, else all are ``kind``, the last modifier."""
+    """Return a step that writes ``compute(*sources)``. sources: their types; default: ``kind``, the last modifier."""
     kind = kind or kind_of(instruction)
     destination, *operands = instruction.operands
     read = [program.source(o, k) for o, k in zip(operands, sources or [kind] * len(operands), strict=True)]
@@ -48,7 +48,7 @@ def _flushing(compute):
 
 
 def wide(x: np.ndarray) -> np.ndarray:
-    """Numbers twice as wide, so that a product is exact; float64 gets the 64 bits of mantissa that the CPU has."""
+    """Widen numbers so that a product is exact. float64 becomes long double, 64 bits of mantissa."""
     if x.dtype.kind == "f":
         return x.astype(np.float64 if x.dtype.itemsize < 8 else np.longdouble)
     return x.astype(object) if x.dtype.itemsize == 8 else x.astype(f"{x.dtype.kind}{2 * x.dtype.itemsize}")
@@ -106,7 +106,7 @@ def rem(program, i):
 
 
 def _quotient(a, b):
-    """Towards zero."""
+    """Divide, rounding towards zero."""
     quotient = a // b
     return quotient + ((a % b != 0) & ((a < 0) != (b < 0)))
 
@@ -342,7 +342,7 @@ def cvt(program, i):
 
 
 def _to_integer(target: str, source: str, mode: str, saturate: bool):
-    """Floats out of range give the nearest limit and NaN gives 0; integers lose their high bits unless ``.sat``."""
+    """Convert to an integer: floats saturate, NaN gives 0; integers lose their high bits unless ``.sat``."""
     limits = np.iinfo(numpy_type(target))
 
     def from_float(x):

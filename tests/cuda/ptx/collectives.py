@@ -1,4 +1,4 @@
-"""Instructions of several threads: branches, barriers, shuffles, votes, matrix products."""
+"""Instructions that involve several threads: branches, barriers, shuffles, votes, matrix products."""
 
 import re
 
@@ -27,14 +27,14 @@ def ret(program, i):
 @opcode("trap")
 def trap(program, i):
     def step(warp, mask):
-        raise PtxError(f"trap: the kernel stopped itself; it had printed: {warp.block.launch.printed[-1:]}")
+        raise PtxError(f"trap: the kernel aborted; last output: {warp.block.launch.printed[-1:]}")
 
     return step
 
 
 @opcode("call", allow="uni")
 def call(program, i):
-    """printf, of the first lane that calls it; it lies before every trap."""
+    """vprintf, by the first lane that calls it. Kernels call it before every trap."""
     function = re.search(r"\), ?vprintf, ?\( ?(\w+) ?, ?(\w+) ?\)", i.text)
     if not function:
         raise PtxError("a call of a function")
@@ -49,7 +49,7 @@ def call(program, i):
 
 
 def _format(warp, form: str, at: int) -> str:
-    """The text of printf with arguments at ``at`` in local memory, each aligned to its size."""
+    """Format printf's text; its arguments are at ``at`` in local memory, each aligned to its size."""
 
     def argument(match):
         nonlocal at
@@ -87,7 +87,7 @@ def bar(program, i):
         lanes = np.ones(LANES, bool) if mask is None else mask
         which = np.unique(number(warp)[lanes])
         if len(which) > 1:
-            raise PtxError("the lanes of a warp name different barriers")
+            raise PtxError("lanes of a warp wait at different barriers")
         barrier = warp.block.barriers[int(which[0])]
         threads = int(expected(warp)[lanes][0]) if expected else warp.block.threads
         votes = int((vote(warp) & lanes & (warp.ticket < 0)).sum()) if vote else 0
@@ -121,9 +121,9 @@ def _cluster_barrier(action: str):
 
 
 def meeting(warp, mask, members: np.ndarray | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Lanes that wait for each other: those whose group is complete, as (members, the lanes). The others wait.
+    """Return the complete groups of lanes as (member mask, lanes); lanes of incomplete groups wait.
 
-    ``members``: the mask that each lane gives; None where all 32 must come.
+    members: the mask of each lane; None if all 32 lanes take part.
     """
     lanes = np.ones(LANES, bool) if mask is None else mask
     groups = []
@@ -131,9 +131,9 @@ def meeting(warp, mask, members: np.ndarray | None = None) -> list[tuple[np.ndar
         same = lanes if members is None else lanes & (members == bits)
         wanted = (int(bits) >> np.arange(LANES) & 1).astype(bool)
         if (wanted & ~warp.alive).any():
-            raise PtxError(f"lane {np.flatnonzero(wanted & ~warp.alive)[0]} is awaited, but has returned")
+            raise PtxError(f"lane {np.flatnonzero(wanted & ~warp.alive)[0]} is in the mask, but has returned")
         if (same & ~wanted).any():
-            raise PtxError(f"lane {np.flatnonzero(same & ~wanted)[0]} is not in its own mask {int(bits):#x}")
+            raise PtxError(f"lane {np.flatnonzero(same & ~wanted)[0]} is not in its mask {int(bits):#x}")
         if (same == wanted).all():
             groups.append((wanted, same))
     held = lanes.copy()
@@ -228,7 +228,7 @@ def activemask(program, i):
 
 @opcode("elect", allow="sync")
 def elect(program, i):
-    """The first lane of the mask."""
+    """elect: the first lane of the mask."""
     destination, mask_operand = i.operands
     leader, is_leader = program.sink(destination.first, "b32"), program.sink(destination.second, "pred")
     members = program.source(mask_operand, "u32")
@@ -243,7 +243,7 @@ def elect(program, i):
 
 
 def fragment(which: str, kind: str, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns (lanes, elements) of the elements that each lane holds of a matrix of mma.m16n8k<depth>.
+    """Return rows and columns (lanes, elements) of each lane's elements in a matrix of mma.m16n8k<depth>.
 
     PTX ISA, "Matrix fragments for mma.m16n8k16" and following; group = lane / 4, quad = lane % 4. A is (16, depth),
     B is (depth, 8), C and D are (16, 8).
@@ -269,7 +269,7 @@ _MMA |= {("m16n8k8", "tf32"), ("m16n8k4", "tf32")}
 
 @opcode("mma", allow="sync aligned m16n8k16 m16n8k8 m16n8k4 row col")
 def mma(program, i):
-    """D (16, 8) = A (16, k) B (k, 8) + C, added up in float64 and rounded to float32 once."""
+    """mma: D (16, 8) = A (16, k) B (k, 8) + C, summed in float64 and rounded to float32 once."""
     shape, kinds = i.modifiers[2], i.modifiers[-4:]
     kind, depth = kinds[1], int(i.modifiers[2].split("k")[1])
     if (shape, kind) not in _MMA or kinds != ("f32", kind, kind, "f32") or i.modifiers[3:5] != ("row", "col"):
@@ -300,7 +300,7 @@ def mma(program, i):
 
 @opcode("ldmatrix", allow="sync aligned m8n8 x1 x2 x4 trans shared shared::cta")
 def ldmatrix(program, i):
-    """Matrices of 8 x 8 16-bit elements: lane 8m + r gives the address of row r of matrix m."""
+    """ldmatrix: 8 x 8 matrices of 16-bit elements; lane 8m + r has the address of row r of matrix m."""
     destination, source = i.operands
     writes, at = [program.sink(r, "b32") for r in destination.elements], address(program, source)
     if f"x{len(writes)}" not in i.modifiers:

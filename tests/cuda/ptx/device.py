@@ -1,12 +1,12 @@
-"""The CUDA operators, launchers included, with PTX in place of a GPU: ``torch.ops.fastseq_ptx`` on CPU tensors.
+"""The CUDA operators on the PTX interpreter: ``torch.ops.fastseq_ptx`` on CPU tensors.
 
-nvcc compiled the launchers. They call our own CUDA runtime (runtime.cpp), which calls this file to run the kernel. An
-allocator (allocator.cpp) records addresses and sizes of tensors.
+The launchers that nvcc compiled call a substitute CUDA runtime (runtime.cpp), which calls this file to run the kernel.
+An allocator (allocator.cpp) records addresses and sizes of tensors.
 
     with running(capability=90) as log:
         x = tensor.clone()                  # allocated inside: accessible to the kernels
         torch.ops.fastseq_ptx.lstm_cell_forward(x, ...)
-    log                                     # the kernels that ran
+    log                                     # names of the launched kernels
 """
 
 import contextlib
@@ -40,14 +40,14 @@ _LAUNCHER = ctypes.CFUNCTYPE(
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Build and load the library -> its own functions; operators are in ``torch.ops.fastseq_ptx``."""
+    """Build and load the library; return its C functions. Operators are in ``torch.ops.fastseq_ptx``."""
     library = build()
     torch.ops.load_library(str(library))
     return ctypes.CDLL(str(library))
 
 
 def build() -> Path:
-    """Compile the operators, the runtime and the allocator, link them with nvcc's objects -> the library."""
+    """Compile operators, runtime and allocator, link them with nvcc's objects and return the library."""
     operators = sorted((cuda_build.ROOT / "csrc/cuda").glob("**/*.cpp"))
     sources = [*operators, HERE / "runtime.cpp", HERE / "allocator.cpp"]
     objects = cuda_build.objects()
@@ -77,7 +77,7 @@ def build() -> Path:
 
 @functools.cache
 def kernel(architecture: int, name: str, edit: Callable[[str], str] | None = None) -> Entry:
-    """The kernel of this mangled name. ``edit`` changes its PTX, to plant bugs."""
+    """Parse the kernel of a mangled name. edit: changes its PTX, to plant bugs."""
     text = next(text for text in cuda_build.ptx(architecture) if f".entry {name}(" in text)
     return parse(edit(text) if edit else text, only=name)[name]
 
@@ -89,9 +89,9 @@ def running(
     seed: int = 0,
     edit: Callable[[str], str] | None = None,
 ) -> Iterator[list[str]]:
-    """A device, and an allocator whose tensors it accesses -> the list of kernels run so far.
+    """Set up a device and an allocator of its memory; yield the list of launched kernels.
 
-    An error of a kernel is a RuntimeError of the operator, with the interpreter's message.
+    An error in a kernel becomes a RuntimeError of the operator, with the interpreter's message.
     """
     library, log = load(), []
     architecture = cuda_build.nearest_ptx(capability)
@@ -107,7 +107,7 @@ def running(
             )  # fmt: skip
             log.append(name.decode())
             return 0
-        except Exception as failure:  # a callback from C++ cannot raise: the operator does
+        except Exception as failure:  # a callback from C++ cannot raise; the operator raises
             what = str(failure) if isinstance(failure, PtxError) else repr(failure)
             ctypes.memmove(error, what.encode()[: ERROR_SIZE - 1] + b"\0", min(len(what.encode()) + 1, ERROR_SIZE))
             return 1
@@ -122,7 +122,7 @@ def running(
 
 
 def _tensors(library) -> Memory:
-    """Memory whose buffers are the allocated tensors."""
+    """Return a Memory whose buffers are the allocated tensors."""
     count = library.fastseq_ptx_buffers(None, 0)
     pairs = (ctypes.c_size_t * (2 * count))()
     library.fastseq_ptx_buffers(pairs, count)

@@ -1,7 +1,7 @@
-"""Number formats of PTX: the bits of a register <-> numpy arrays to compute with.
+"""Number formats of PTX: conversion between register bits and numpy arrays.
 
-A register of 32 lanes is an unsigned array of its own width. float16, bfloat16 and packed pairs are computed in float32
-and rounded once; pairs have shape (lanes, 2), the low half first.
+A register is an unsigned array of 32 lanes. float16, bfloat16 and packed pairs are computed in float32 and rounded
+once; pairs have shape (lanes, 2), the low half first.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ def is_signed(kind: str) -> bool:
 
 
 def to_bf16(x: np.ndarray, mode: str = "rn") -> np.ndarray:
-    """float32 -> the bits of bfloat16, to the nearest even (rn) or towards zero (rz)."""
+    """Convert float32 to the bits of bfloat16, to nearest even (rn) or towards zero (rz)."""
     bits = x.astype(np.float32).view(np.uint32)
     rounded = bits if mode == "rz" else bits + (0x7FFF + ((bits >> 16) & 1))
     return np.where(np.isnan(x), 0x7FFF, rounded >> 16).astype(np.uint16)
@@ -35,19 +35,19 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
 
 
 def to_tf32(x: np.ndarray, mode: str) -> np.ndarray:
-    """float32 -> the bits of TF32 (10 bits of mantissa): nearest, ties away from zero (rna) or to even (rn)."""
+    """Convert float32 to the bits of TF32 (10 bits of mantissa): nearest, ties away from zero (rna) or to even (rn)."""
     bits = x.astype(np.float32).view(np.uint32)
     rounded = bits + (0x1000 if mode == "rna" else 0xFFF + ((bits >> 13) & 1))
     return np.where(np.isfinite(x), rounded & 0xFFFFE000, bits).astype(np.uint32)
 
 
 def flush(x: np.ndarray) -> np.ndarray:
-    """.ftz: subnormal float32 numbers become zeros."""
+    """Replace subnormal float32 numbers by zeros (.ftz)."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
 def decode(bits: np.ndarray, kind: str) -> np.ndarray:
-    """The numbers in the low bytes of registers."""
+    """Return the numbers in the low bytes of registers."""
     if kind == "pred":
         return bits
     size = SIZES[kind]
@@ -64,12 +64,12 @@ def decode(bits: np.ndarray, kind: str) -> np.ndarray:
     if kind == "bf16x2":
         return from_bf16(bits.view(np.uint16).reshape(*bits.shape, 2))
     if kind == "tf32":
-        return (bits & np.uint32(0xFFFFE000)).view(np.float32)  # the tensor core does not read the rest
+        return (bits & np.uint32(0xFFFFE000)).view(np.float32)  # tensor cores ignore the other bits
     return bits.view(_NUMPY[kind])
 
 
 def encode(value: np.ndarray, kind: str) -> np.ndarray:
-    """The bits of a result, unsigned, in the size of ``kind``."""
+    """Return the bits of a result, unsigned, in the size of ``kind``."""
     if kind == "pred":
         return value
     if kind in ("f16", "f16x2"):
@@ -85,7 +85,7 @@ def encode(value: np.ndarray, kind: str) -> np.ndarray:
 
 
 def widen(bits: np.ndarray, kind: str, size: int) -> np.ndarray:
-    """Bits of ``kind`` in a register of ``size`` bytes: signed integers keep their sign, the rest is zeros."""
+    """Extend bits of ``kind`` to a register of ``size`` bytes: sign-extend signed integers, zero-extend the rest."""
     if bits.dtype.itemsize == size:
         return bits
     if bits.dtype.itemsize > size:

@@ -1,8 +1,8 @@
-"""Memory of the simulated device, every access checked.
+"""Memory of the simulated device; every access is checked.
 
-An address outside every buffer and an address that is no multiple of the access are errors. Shared memory starts as
-NaN. What was read through the read-only cache (ld.global.nc) must not change during a launch: that is an error too,
-and one that no run of the C++ source can show, since the compiler chooses that instruction.
+Errors: an address outside every buffer, a misaligned address, and a store to an element that the launch has read
+through the read-only cache (ld.global.nc). The compiler chooses that instruction, so running the C++ source cannot
+reveal the last error. Shared memory starts as NaN.
 """
 
 import bisect
@@ -13,21 +13,21 @@ from .formats import BITS
 from .parse import PtxError
 
 GLOBAL = 1 << 40  # address of the first buffer
-SHARED = 1 << 56  # generic address of shared memory; above it 24 bits of offset, then the rank + 1 of another block
-LOCAL = 1 << 57  # generic address of a thread's own memory
+SHARED = 1 << 56  # generic address of shared memory; 24 bits of offset, above them rank + 1 of another block
+LOCAL = 1 << 57  # generic address of thread-local memory
 RANK_SHIFT = 24
 GUARD = 1 << 16  # bytes between buffers
 _ONES = 0x0101010101010101
 
 
 class Buffer:
-    """Consecutive bytes that may be accessed."""
+    """A range of accessible bytes."""
 
     def __init__(self, start: int, data: np.ndarray, size: int, dtype=np.uint8, shape=None):
-        """``data``: uint8, a multiple of 16 bytes, of which the first ``size`` count."""
+        """data: uint8, a multiple of 16 bytes; only the first ``size`` are accessible."""
         self.start, self.end, self.data = start, start + size, data
         self.dtype, self.shape = np.dtype(dtype), (size,) if shape is None else shape
-        self.read_only = np.zeros(len(data), bool)  # was read through the read-only cache
+        self.read_only = np.zeros(len(data), bool)  # elements read through the read-only cache
         self.written = np.zeros(len(data), bool)
 
     def __str__(self) -> str:
@@ -38,11 +38,11 @@ class Space:
     """An address space."""
 
     def __init__(self, name: str, size: int | None = None):
-        """``size``: of one buffer of poison at address 0."""
+        """size: adds a buffer of NaN of this size at address 0."""
         self.name = name
-        self.buffers: list[Buffer] = []  # by address
-        self.changes = 0  # number of stores that changed something
-        self.owner = None  # the block, of shared memory
+        self.buffers: list[Buffer] = []  # sorted by address
+        self.changes = 0  # number of stores that changed a value
+        self.owner = None  # of shared memory: its block
         if size is not None:
             self.add(Buffer(0, np.full(-(-size // 16) * 16, 0xFF, np.uint8), size))
 
@@ -50,7 +50,7 @@ class Space:
         bisect.insort(self.buffers, buffer, key=lambda b: b.start)
 
     def put(self, array: np.ndarray) -> int:
-        """Copy an array into a buffer of its own; returns its address."""
+        """Copy an array into a new buffer; return its address."""
         array = np.ascontiguousarray(array)
         used = [b.end for b in self.buffers if GLOBAL <= b.start < SHARED]
         start = -(-(max(used, default=GLOBAL) + GUARD) // 256) * 256
@@ -60,12 +60,12 @@ class Space:
         return start
 
     def get(self, address: int) -> np.ndarray:
-        """A copy of the array that was put at an address."""
+        """Return a copy of the array at an address of put()."""
         buffer = next(b for b in self.buffers if b.start == address)
         return buffer.data[: buffer.end - buffer.start].view(buffer.dtype).reshape(buffer.shape).copy()
 
     def text(self, address: int) -> str:
-        """The C string at an address."""
+        """Return the C string at an address."""
         buffer, _, _ = self._places(np.array([address], np.uint64), 1, "load")[0]
         return buffer.data[address - buffer.start : buffer.end - buffer.start].tobytes().split(b"\0")[0].decode()
 
@@ -74,7 +74,7 @@ class Space:
             buffer.read_only[:] = buffer.written[:] = False
 
     def load(self, addresses: np.ndarray, size: int, count: int = 1, read_only: bool = False) -> list[np.ndarray]:
-        """``count`` consecutive elements of ``size`` bytes at each address."""
+        """Load ``count`` consecutive elements of ``size`` bytes at each address."""
         places, values = self._places(addresses, size * count, "load"), [[] for _ in range(count)]
         for buffer, _, first in places:
             elements = buffer.data.view(BITS[size])
@@ -106,7 +106,7 @@ class Space:
         buffer.read_only.view(BITS[size])[elements] = _ONES & (1 << 8 * size) - 1
 
     def _places(self, addresses: np.ndarray, size: int, what: str) -> list[tuple]:
-        """(buffer, which of the addresses, bytes from its start) for all addresses."""
+        """Return (buffer, indices of addresses, bytes from its start) for all addresses."""
         if (addresses % np.uint64(size)).any():
             bad = int(addresses[np.flatnonzero(addresses % np.uint64(size))[0]])
             raise PtxError(f"misaligned: {self.name} {what} of {size} bytes at {bad:#x}")
@@ -132,7 +132,7 @@ class Space:
 
 
 class Barrier:
-    """A barrier of threads with phases: a lane keeps the phase in which it arrived."""
+    """A thread barrier with phases; a lane remembers the phase in which it arrived."""
 
     def __init__(self):
         self.phase = self.arrived = self.votes = self.result = 0
@@ -149,15 +149,15 @@ class Barrier:
             self.phase, self.arrived, self.votes, self.result = self.phase + 1, 0, 0, self.votes
 
 
-# Of an mbarrier object: name -> (first bit, bits).
+# Fields of an mbarrier: name -> (first bit, bits).
 _FIELDS = {"pending": (0, 20), "expected": (20, 20), "bytes": (40, 21), "phase": (61, 1), "mark": (62, 2)}
 
 
 class MBarrier:
-    """An mbarrier object, kept in the 64 bits of shared memory where the kernel put it.
+    """An mbarrier, stored in its 64 bits of shared memory.
 
-    ``pending``: arrivals still to come; ``expected``: arrivals of the next phase; ``bytes``: announced by expect_tx and
-    not yet here, signed; ``phase``: its parity; ``mark``: 1, which neither zeros nor the poison of shared memory have.
+    pending: missing arrivals. expected: arrivals of the next phase. bytes: expected by expect_tx and missing, signed.
+    phase: parity. mark: 1, which distinguishes an initialised mbarrier from zeros and from NaN.
     """
 
     def __init__(self, space: Space, address: int):
@@ -186,7 +186,7 @@ class MBarrier:
         self.save()
 
     def transact(self, size: int) -> None:
-        """expect_tx: plus; complete_tx: minus."""
+        """Add to the expected bytes: expect_tx positive, complete_tx negative."""
         self.bytes += size
         if abs(self.bytes) >= 1 << 20:
             raise PtxError("an mbarrier counts fewer than 2^20 bytes")

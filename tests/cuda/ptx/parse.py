@@ -1,6 +1,6 @@
-"""PTX text -> kernels: registers, variables and instructions, with every name resolved to where it was declared.
+"""Parser of PTX: registers, variables and instructions of a kernel, with every name resolved to its declaration.
 
-Follows the grammar of the PTX ISA as far as nvcc and inline assembly use it; anything else is an error with its line.
+Supports the part of the PTX ISA grammar that nvcc and the inline assembly use; anything else is an error with its line.
 """
 
 import functools
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class PtxError(Exception):
-    """PTX that cannot be executed here, or a kernel that did something wrong."""
+    """Unsupported PTX, or an error in a kernel."""
 
 
 class Register(NamedTuple):
@@ -51,7 +51,7 @@ class Not(NamedTuple):
     predicate: Register
 
 
-SINK = Register("_")  # a result that is not used
+SINK = Register("_")  # an unused result
 
 
 @dataclass
@@ -67,9 +67,9 @@ class Instruction:
 @dataclass
 class Variable:
     name: str
-    space: str  # param, shared, global, const, or local, as are the parameters of a call
+    space: str  # param, shared, global, const or local; parameters of a call are local
     align: int
-    size: int  # bytes; 0 for an array that the launch sizes
+    size: int  # bytes; 0: the launch sets the size
     data: bytes | None = None
 
 
@@ -108,12 +108,12 @@ def _compiled(pattern: str) -> re.Pattern:
 
 
 def parse(text: str, only: str | None = None) -> dict[str, Entry]:
-    """The kernels of a module, by their (mangled) names. ``only``: of one, where a module is large."""
+    """Parse the kernels of a module, by mangled name. only: the name of one kernel, to save time."""
     return _Parser(text).module(only)
 
 
 def find(entries: dict[str, Entry], *parts: str) -> Entry:
-    """The one kernel whose mangled name contains every part."""
+    """Return the only kernel whose mangled name contains every part."""
     found = [name for name in entries if all(part in name for part in parts)]
     if len(found) != 1:
         raise PtxError(f"{len(found)} kernels have {' and '.join(parts)} in their names: {found or list(entries)}")
@@ -122,12 +122,12 @@ def find(entries: dict[str, Entry], *parts: str) -> Entry:
 
 class _Parser:
     def __init__(self, text: str):
-        # Comments become spaces, so that line numbers stay.
+        # Replaces comments by spaces, which keeps line numbers.
         keep_lines = lambda match: re.sub(r"[^\n]", " ", match[0])  # noqa: E731
         self.text = re.sub(r"//[^\n]*|/\*.*?\*/", keep_lines, text, flags=re.DOTALL)
         self.at = 0
         self.scopes = 0
-        self.counted = 0, 1  # up to where lines were counted, and the line there
+        self.counted = 0, 1  # cache of line(): position and its line
 
     def line(self) -> int:
         at, line = self.counted
@@ -162,7 +162,7 @@ class _Parser:
             elif statement := self.match(r"(?:\.\w+\s+)*\.(?:global|const|shared)\b[^;]*;"):
                 variable = self.variable(statement[0][:-1])
                 variables[variable.name] = variable
-            elif self.match(r"(?:\.\w+\s+)*\.func\b[^;{]*;"):  # a declaration; a call of it is refused where it stands
+            elif self.match(r"(?:\.\w+\s+)*\.func\b[^;{]*;"):  # declaration; the call itself is refused
                 continue
             else:
                 self.fail(f"not understood: {self.text[self.at : self.at + 60].splitlines()[0]!r}")
@@ -187,7 +187,7 @@ class _Parser:
             size *= int(count or 0)
         data = None
         if values:
-            numbers = [int(v, 0) for v in re.findall(r"-?\w+", values)]  # an address or a float here is an error
+            numbers = [int(v, 0) for v in re.findall(r"-?\w+", values)]  # addresses and floats are errors
             data = b"".join((n % (1 << 8 * SIZES[kind])).to_bytes(SIZES[kind], "little") for n in numbers)
             data = data.ljust(size, b"\0")
         elif space in ("global", "const"):
@@ -209,7 +209,7 @@ class _Parser:
         return entry
 
     def body(self, entry: Entry, scopes: list[dict[str, str]]) -> None:
-        """Statements until the closing brace. ``scopes``: declared name -> name that is unique in the kernel."""
+        """Parse statements up to the closing brace. scopes: declared name -> name that is unique in the kernel."""
         pending = []  # labels may be used before they are declared
         while not self.match(r"\}"):
             if self.at >= len(self.text):

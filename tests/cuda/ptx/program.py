@@ -1,8 +1,7 @@
-"""From instructions to steps: Python functions of a warp and the lanes that execute.
+"""Translation of instructions to steps, Python functions of a warp and its executing lanes.
 
-A step is ``step(warp, mask)``; mask None means all 32 lanes. Each file of instructions registers its own with
-``@opcode``: a builder that gets the program and one instruction, and returns its step. An opcode or modifier that no
-builder claims is an error at once, executed or not.
+A step is ``step(warp, mask)``; mask None means all 32 lanes. ``@opcode`` registers a builder: a function of the program
+and an instruction that returns a step. An opcode or modifier without a builder is an error, even if never executed.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ LANES = 32
 
 
 class Control(NamedTuple):
-    """A step that may branch or block lanes: after it the warp chooses again which lanes run next."""
+    """A step that may branch or block lanes. After it the warp selects the next lanes to run."""
 
     step: Callable
 
@@ -27,7 +26,7 @@ _OPCODES: dict[str, tuple[Callable, frozenset]] = {}
 
 
 def opcode(*names: str, allow: str = ""):
-    """Register a builder. ``allow``: the modifiers it understands, besides types; ``L1::*`` for all that begin so."""
+    """Register a builder. allow: supported modifiers, besides types; ``L1::*`` stands for every suffix."""
 
     def register(build):
         for name in names:
@@ -72,7 +71,7 @@ class Program:
     Args:
         entry: the parsed kernel.
         symbols: addresses of its variables and parameters.
-        local: bytes of a thread's own memory.
+        local: bytes of thread-local memory.
     """
 
     def __init__(self, entry: Entry, symbols: dict[str, int], local: int):
@@ -90,22 +89,22 @@ class Program:
         build, allowed = _OPCODES.get(instruction.name, (None, frozenset()))
         where = f"PTX line {instruction.line}: {instruction.text}"
         if build is None:
-            raise PtxError(f"{where}: the opcode {instruction.name!r} is not supported by tests/ptx")
+            raise PtxError(f"{where}: the opcode {instruction.name!r} is not supported by tests/cuda/ptx")
         for modifier in instruction.modifiers:
             prefix = modifier.split("::")[0] + "::*"
             if modifier not in SIZES and modifier not in allowed and prefix not in allowed:
-                raise PtxError(f"{where}: .{modifier} of {instruction.name!r} is not supported by tests/ptx")
+                raise PtxError(f"{where}: .{modifier} of {instruction.name!r} is not supported by tests/cuda/ptx")
         try:
             step = build(self, instruction)
         except (PtxError, IndexError, ValueError, TypeError, KeyError) as error:
-            raise PtxError(f"{where}: not supported by tests/ptx ({type(error).__name__}: {error})") from error
+            raise PtxError(f"{where}: not supported by tests/cuda/ptx ({type(error).__name__}: {error})") from error
         if instruction.guard is None:
             return step
         guard = self.source(instruction.guard, "pred")
         return Control(_guarded(step.step, guard)) if isinstance(step, Control) else _guarded(step, guard)
 
     def is_local(self, symbol) -> bool:
-        """True if it is a variable of which each thread has its own."""
+        """True if the symbol is a thread-local variable."""
         variable = self.entry.variables.get(symbol.name) if isinstance(symbol, Symbol) else None
         return variable is not None and variable.space == "local"
 
@@ -113,7 +112,7 @@ class Program:
         return self.entry.labels[operand.name]
 
     def source(self, operand, kind: str) -> Callable:
-        """A function of the warp that reads an operand as ``kind``."""
+        """Return a function of the warp that reads an operand as ``kind``."""
         if isinstance(operand, Not):
             inner = self.source(operand.predicate, kind)
             return lambda warp: ~inner(warp)
@@ -137,7 +136,7 @@ class Program:
         return lambda warp: decode(special(warp), kind)
 
     def _packed(self, vector: Vector, kind: str) -> Callable:
-        """``{a, b}`` as one number: a is the low part."""
+        """Return a reader of ``{a, b}`` as one number; a is the low part."""
         size = SIZES[kind] // len(vector.elements)
         parts = [self.source(element, f"b{8 * size}") for element in vector.elements]
         unsigned = BITS[SIZES[kind]]
@@ -151,13 +150,13 @@ class Program:
         return read
 
     def sink(self, operand, kind: str) -> Callable:
-        """A function of warp, value and mask that writes a result of ``kind``."""
+        """Return a function of warp, value and mask that writes a result of ``kind``."""
         if operand == SINK:
             return lambda warp, value, mask: None
         if isinstance(operand, Vector):
             return self._unpacked(operand, kind)
         if not isinstance(operand, Register) or operand.name not in self.registers:
-            raise PtxError(f"{operand} is no register to write to")
+            raise PtxError(f"{operand} is not a writable register")
         name, size = operand.name, self.registers[operand.name].dtype.itemsize
 
         def write(warp, value, mask):

@@ -1,8 +1,8 @@
-"""Runs a kernel: blocks, clusters and warps on one thread of Python.
+"""Execution of a kernel: blocks, clusters and warps in one Python thread.
 
-A warp keeps one position per lane. It executes the lanes that are furthest behind together until they branch, wait or
-spin; warps take turns in shuffled order, so that any order of arrival can be tried by its seed. When no thread can
-move, or all only spin, that is a deadlock, and an error that says where everybody is.
+A warp has one position per lane. It runs the lanes with the lowest position together until they branch, wait or spin.
+Warps take turns in an order that the seed shuffles. If no thread can move, or all of them spin, the launch fails with a
+deadlock error that lists the position of every thread.
 """
 
 import random
@@ -10,17 +10,17 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from . import collectives, transfers  # noqa: F401  (they register their opcodes)
+from . import collectives, transfers  # noqa: F401  registers the opcodes
 from .memory import Barrier, Space
 from .parse import Address, Entry, PtxError, Symbol, Vector
 from .program import LANES, Program
 
-SPIN_LIMIT = 300  # rounds in which threads only spin, until a deadlock is reported
-LIMIT = 20_000_000  # warp instructions of a launch
+SPIN_LIMIT = 300  # rounds in which threads only spin, before a deadlock is reported
+LIMIT = 20_000_000  # limit of warp instructions in a launch
 
 
 class Memory(Space):
-    """Global memory; lives longer than a launch."""
+    """Global memory; persists between launches."""
 
     def __init__(self):
         super().__init__("global")
@@ -37,13 +37,13 @@ class Warp:
         self.registers = dict(block.launch.program.registers)
         self.local = Space("local", LANES * block.launch.local)
         self.pc = np.zeros(LANES, np.int64)
-        self.current = 0  # the instruction that executes, and
-        self.active = self.alive  # the lanes that do
-        self.resting = np.zeros(LANES, bool)  # waits or gives way, until the next turn
-        self.ticket = np.full(LANES, -1)  # the phase of the barrier at which a lane waits
+        self.current = 0  # position of the running instruction
+        self.active = self.alive  # lanes that run it
+        self.resting = np.zeros(LANES, bool)  # lanes that wait or yield until the next turn
+        self.ticket = np.full(LANES, -1)  # phase of the barrier at which a lane waits
         self.cluster_ticket = np.full(LANES, -1)
-        self.open_copies: list[list] = [[] for _ in range(LANES)]  # cp.async that no commit has closed
-        self.copies: list[list] = [[] for _ in range(LANES)]  # groups of them, oldest first
+        self.open_copies: list[list] = [[] for _ in range(LANES)]  # cp.async of the open group
+        self.copies: list[list] = [[] for _ in range(LANES)]  # committed groups, oldest first
 
     def turn(self) -> None:
         """Execute until every lane waits, spins or has returned."""
@@ -57,7 +57,7 @@ class Warp:
             raise PtxError(f"{error}\n  {where}, {self.instruction(self.current)}") from None
 
     def _advance(self, ready: np.ndarray) -> None:
-        """Execute the lanes that are furthest behind up to the next branch, wait, or place where others stand."""
+        """Run the lanes with the lowest position up to the next branch, wait, or position of other lanes."""
         program = self.block.launch.program
         pc = start = int(self.pc[ready].min())
         self.active = active = self.alive & (self.pc == pc)
@@ -90,12 +90,12 @@ class Warp:
         self.pc[lanes] = np.where(self.alive[lanes], target, self.pc[lanes])
 
     def hold(self, lanes: np.ndarray) -> None:
-        """Lanes that stay where they are."""
+        """Keep lanes at their position until the next turn."""
         self.pc[lanes] = self.current
         self.resting[lanes] = True
 
     def pause(self, mask: np.ndarray | None) -> None:
-        """Lanes that go on, after others had their turn."""
+        """Let lanes continue in the next turn."""
         self.resting[slice(None) if mask is None else mask] = True
 
     def leave(self, mask: np.ndarray | None) -> None:
@@ -104,7 +104,7 @@ class Warp:
         self.block.cluster.left(self.block)
 
     def wait_at(self, barrier: Barrier, lanes: np.ndarray, threads: int, votes: int) -> np.ndarray:
-        """Arrive, if not done before; returns the lanes that may go on and holds the others."""
+        """Let new lanes arrive at a barrier; return the lanes that pass it and hold the others."""
         new = lanes & (self.ticket < 0)
         if new.any():
             self.ticket[new] = barrier.phase
@@ -121,7 +121,7 @@ class Warp:
             self.open_copies[lane] = []
 
     def finish_copies(self, mask: np.ndarray | None, keep: int, everything: bool) -> None:
-        """cp.async.wait_group ``keep``; ``everything``: also what no commit has closed."""
+        """Finish all but the last ``keep`` groups (cp.async.wait_group). everything: finish the open group too."""
         due = []
         for lane in range(LANES) if mask is None else np.flatnonzero(mask):
             while len(self.copies[lane]) > keep:
@@ -142,7 +142,7 @@ class Block:
         self.shared = Space("shared", launch.static_shared + launch.dynamic_shared)
         self.shared.owner = self
         self.barriers: defaultdict[int, Barrier] = defaultdict(Barrier)
-        self.incoming: list[tuple] = []  # st.async under way: mbarrier, address, size, values
+        self.incoming: list[tuple] = []  # st.async in flight: mbarrier, address, size, values
         self.warps = [Warp(self, i) for i in range(-(-self.threads // LANES))]
 
     def alive(self) -> int:
@@ -166,10 +166,10 @@ class Cluster:
         return block.shared
 
     def left(self, block: Block) -> None:
-        """After a thread returned: the cluster's barrier waits for those that are left."""
+        """Account for a returned thread: the cluster's barrier no longer waits for it."""
         self.barrier.complete(self.alive())
         if not block.alive() and block.incoming:
-            raise PtxError(f"block {block.index} returns while {len(block.incoming)} st.async to it are under way")
+            raise PtxError(f"block {block.index} returns while {len(block.incoming)} st.async to it are in flight")
 
 
 class Launch:
@@ -182,7 +182,7 @@ class Launch:
         if int(np.prod(self.block)) > entry.max_threads:
             raise PtxError(f"{entry.name} was compiled for at most {entry.max_threads} threads, not {self.block}")
         if any(g % c for g, c in zip(self.grid, self.cluster, strict=True)):
-            raise PtxError(f"a grid of {self.grid} cannot be shared among clusters of {self.cluster}")
+            raise PtxError(f"a grid of {self.grid} is not divisible into clusters of {self.cluster}")
         self.symbols: dict[str, int] = {}
         self.params = self._parameters(args)
         self.printed: list[str] = []
@@ -190,7 +190,7 @@ class Launch:
         self.program = Program(entry, self.symbols, self.local)
 
     def _parameters(self, args) -> Space:
-        """Numbers or bytes, one for each parameter; a structure comes as the bytes of it."""
+        """Store one argument per parameter: a number, or the bytes of a structure."""
         if len(args) != len(self.entry.params):
             raise PtxError(f"{self.entry.name} has {len(self.entry.params)} parameters, got {len(args)} arguments")
         data = b""
@@ -206,10 +206,10 @@ class Launch:
         return space
 
     def _place_variables(self) -> tuple[int, int]:
-        """Addresses of the variables in use; returns the bytes of static shared memory and of a thread's own."""
+        """Assign addresses to the variables; return the bytes of static shared and of thread-local memory."""
         offsets, used = {"shared": 0, "local": 0}, _symbols(i.operands for i in self.entry.instructions)
         variables = [v for name, v in self.entry.variables.items() if name in used]
-        for variable in sorted(variables, key=lambda v: v.size == 0):  # variables sized by the launch come last
+        for variable in sorted(variables, key=lambda v: v.size == 0):  # variables that the launch sizes come last
             if variable.space in offsets:
                 offset = -(-offsets[variable.space] // variable.align) * variable.align
                 self.symbols[variable.name] = offset
@@ -224,10 +224,10 @@ class Launch:
     def count(self, instructions: int) -> None:
         self.executed += instructions
         if self.executed > LIMIT:
-            raise PtxError(f"{self.entry.name} does not end: {LIMIT} instructions of warps")
+            raise PtxError(f"{self.entry.name} does not end within {LIMIT} warp instructions")
 
     def clusters(self) -> list[list[int]]:
-        """Numbers of the blocks of each cluster, by rank."""
+        """Return the block numbers of each cluster, ordered by rank."""
         (gx, gy, _), (cx, cy, cz) = self.grid, self.cluster
         groups = defaultdict(list)
         for number in range(int(np.prod(self.grid))):
@@ -275,18 +275,18 @@ def launch(
 
     Args:
         entry: from :func:`ptx.parse`.
-        memory: holds the arrays; ``memory.put(array)`` gives an address, ``memory.get(address)`` the array.
-        grid, block, cluster: sizes in blocks, threads, blocks; cluster: as compiled, else one block.
+        memory: global memory; ``memory.put(array)`` returns an address, ``memory.get(address)`` the array.
+        grid, block, cluster: sizes in blocks, threads, blocks. cluster: default as compiled, else one block.
         args: one for each parameter: an int, a float, or bytes.
         shared: bytes of dynamic shared memory.
-        cooperative: all blocks live at once; else one cluster after another.
-        seed: of the order in which warps take turns.
+        cooperative: run all blocks at once; else one cluster after another.
+        seed: shuffles the order in which warps take turns.
 
     Returns:
-        How many instructions warps executed.
+        Number of executed warp instructions.
 
     Raises:
-        PtxError: an instruction that is not known here, a bad access, a trap, a deadlock; says where.
+        PtxError: an unsupported instruction, a bad access, a trap or a deadlock; with the position.
     """
     run = Launch(entry, memory, grid, block, args, shared, cluster or entry.cluster or (1,))
     run.run(cooperative, seed)
@@ -316,7 +316,7 @@ def _symbols(operands) -> set[str]:
 
 
 def _positions(warps: list[Warp]) -> str:
-    """Where threads stand, one line for each instruction."""
+    """List the positions of threads, one line per instruction."""
     places: Counter = Counter()
     for warp in warps:
         for pc in np.unique(warp.pc[warp.alive]):

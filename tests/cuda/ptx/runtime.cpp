@@ -1,5 +1,5 @@
-// A CUDA runtime without a device, with the functions that launch.cuh uses. The launchers that nvcc compiled call it;
-// it passes every launch to Python, which runs the PTX. Also torch.ops.fastseq_ptx, the CUDA operators on CPU tensors.
+// A substitute CUDA runtime with the functions that launch.cuh calls. It passes every launch of the compiled launchers
+// to Python, which runs the PTX. Also registers torch.ops.fastseq_ptx, the CUDA operators on CPU tensors.
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY(fastseq_ptx, m) { fastseq::define_operators(m); }
 
 namespace {
 
-// kernel: its mangled name. sizes: of grid, block, cluster. Returns 0, or writes the error to `error`.
+// kernel: mangled name. sizes: grid, block, cluster. Returns 0, or writes the error to `error`.
 using Launcher =
     int (*)(const char* kernel, const unsigned* sizes, size_t shared, int cooperative, void** arguments, char* error);
 
@@ -22,7 +22,7 @@ constexpr size_t kErrorSize = 4096;
 struct Device {
   Launcher launcher = nullptr;
   int capability = 90, multiprocessors = 4;
-  std::map<const void*, std::string> kernels;  // by the address of the launcher's stub
+  std::map<const void*, std::string> kernels;  // mangled names by address of the launch stub
   char error[kErrorSize] = "";
 };
 
@@ -73,7 +73,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* st
   return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
-// A launch by <<< >>>, which launch.cuh does not have but nvcc makes a stub for.
+// Launch by <<< >>>: unused by launch.cuh, but the stubs of nvcc refer to it.
 cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorNotSupported; }
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
 unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, cudaStream_t) { return 1; }
@@ -82,7 +82,7 @@ cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cu
 const char* cudaGetErrorString(cudaError_t error) {
   static char text[64];
   if (error == cudaErrorLaunchFailure) return device().error;
-  std::snprintf(text, sizeof text, "CUDA error %d of the pretended runtime", error);
+  std::snprintf(text, sizeof text, "CUDA error %d of the substitute runtime", error);
   return text;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }

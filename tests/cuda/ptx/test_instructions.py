@@ -1,4 +1,4 @@
-"""Instructions of one thread against numpy, and code that the interpreter must refuse."""
+"""Single-thread instructions against numpy, and PTX that the interpreter must refuse."""
 
 from fractions import Fraction
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from . import PtxError, formats
-from .by_hand import apply, execute
+from .handwritten import apply, execute
 
 RNG = np.random.default_rng(7)
 F = RNG.standard_normal(32).astype(np.float32) * 3
@@ -29,12 +29,12 @@ def signed(x):
 
 
 def python(function, *arrays):
-    """Element by element in Python's integers, 32 bits of the result."""
+    """Apply a function to Python integers, element by element; keep 32 bits."""
     return np.array([function(*map(int, lane)) % 2**32 for lane in zip(*arrays, strict=True)], np.uint32)
 
 
 def fused(a, b, c):
-    """a * b + c, rounded once."""
+    """Compute a * b + c, rounded once."""
     return np.array([float(Fraction(x) * Fraction(y) + Fraction(c)) for x, y in zip(a, b, strict=True)])
 
 
@@ -141,7 +141,7 @@ def test_against_numpy(instruction, values):
         np.testing.assert_array_equal(apply(instruction, expected.dtype, *inputs), expected)
 
 
-def test_tanh_approx_is_as_coarse_as_promised():
+def test_tanh_approx_has_the_error_of_the_ptx_isa():
     exact = np.tanh(F.astype(float))
     error = np.abs(apply("tanh.approx.f32 $0, $1", np.float32, F) / exact - 1).max()
     assert 2**-13 < error <= 2**-11
@@ -166,7 +166,7 @@ def test_vectors_widths_and_order():
 def test_bytes_keep_their_sign_or_not():
     x = np.arange(-16, 16, dtype=np.int8)
     body = (
-        "ld.global.s8 %h0, [%own0]; ld.global.u8 %h1, [%own0]; mov.b32 %r10, {%h0, %h1}; st.global.b32 [%own1], %r10;"
+        "ld.global.s8 %h0, [%ptr0]; ld.global.u8 %h1, [%ptr0]; mov.b32 %r10, {%h0, %h1}; st.global.b32 [%ptr1], %r10;"
     )
     out = execute(body, x, np.zeros(32, np.uint32))[1]
     np.testing.assert_array_equal(out.astype(np.uint16).view(np.int16), x)
@@ -179,19 +179,19 @@ def test_predicates_guard_lanes_and_inner_scopes_have_their_own_names():
     @%p0 mov.u32 %r10, 2;
     { .reg .pred p; setp.lt.u32 p, %tid, 10; @!p bra DONE; add.u32 %r10, %r10, 10; DONE: }
     { .reg .pred p; setp.lt.u32 p, %tid, 5; @!p bra DONE; add.u32 %r10, %r10, 100; DONE: }
-    st.global.u32 [%own0], %r10;
+    st.global.u32 [%ptr0], %r10;
     """
     tid = np.arange(32)
     expected = np.where(tid < 20, 2, 1) + np.where(tid < 10, 10, 0) + np.where(tid < 5, 100, 0)
     np.testing.assert_array_equal(execute(body, np.zeros(32, np.uint32))[0], expected)
 
 
-def test_a_loop_of_its_own_length_for_each_lane():
+def test_a_loop_of_different_length_per_lane():
     body = """
     mov.u32 %r10, 0; mov.u32 %r11, 0;
     LOOP: setp.gt.u32 %p0, %r10, %tid; @%p0 bra DONE;
     add.u32 %r11, %r11, %r10; add.u32 %r10, %r10, 1; bra.uni LOOP;
-    DONE: st.global.u32 [%own0], %r11;
+    DONE: st.global.u32 [%ptr0], %r11;
     """
     tid = np.arange(32)
     np.testing.assert_array_equal(execute(body, np.zeros(32, np.uint32))[0], tid * (tid + 1) // 2)
@@ -199,7 +199,7 @@ def test_a_loop_of_its_own_length_for_each_lane():
 
 def test_parameters_by_value_and_arrays_of_the_module():
     module = ".const .align 4 .b8 table[8] = {1, 0, 0, 0, 255, 255};"
-    body = "mov.u64 %d0, table; ld.const.u32 %r10, [%d0+4]; st.global.u32 [%own0], %r10;"
+    body = "mov.u64 %d0, table; ld.const.u32 %r10, [%d0+4]; st.global.u32 [%ptr0], %r10;"
     assert execute(body, np.zeros(32, np.uint32), module=module)[0][0] == 65535
 
 
@@ -225,17 +225,17 @@ REFUSED = {
     "another function": ("call.uni (%r0), sinf, (%r1);", "a call of a function"),
     "past the end": ("ld.global.u32 %r10, [%a0+128];", r"out of bounds: global load .* byte 128 .*uint32\[32\]"),
     "before the start": ("st.global.u32 [%a0-4], %tid;", "out of bounds: global store"),
-    "nothing there": ("mov.u64 %d0, 0; ld.global.u32 %r10, [%d0];", "out of bounds"),
+    "no buffer": ("mov.u64 %d0, 0; ld.global.u32 %r10, [%d0];", "out of bounds"),
     "misaligned vector": ("ld.global.v4.u32 {%r10, %r11, %r12, %r13}, [%a0+4];", "misaligned: global load of 16 bytes"),
     "misaligned word": ("ld.global.u32 %r10, [%a0+2];", "misaligned"),
-    "shared memory that is not there": ("ld.shared.u32 %r10, [0];", "out of bounds: shared load"),
+    "shared memory past its end": ("ld.shared.u32 %r10, [0];", "out of bounds: shared load"),
     "an address of global memory as a shared one": ("ld.shared.u32 %r10, [%a0];", "shared"),
-    "written, then read-only": ("st.global.u32 [%own0], %tid; ld.global.nc.u32 %r10, [%own0];", "after it was written"),
-    "read-only, then written": ("ld.global.nc.u32 %r10, [%own0]; st.global.u32 [%own0], %tid;", "read-only cache"),
+    "written, then read-only": ("st.global.u32 [%ptr0], %tid; ld.global.nc.u32 %r10, [%ptr0];", "after it was written"),
+    "read-only, then written": ("ld.global.nc.u32 %r10, [%ptr0]; st.global.u32 [%ptr0], %tid;", "read-only cache"),
     "too narrow a register": ("ld.global.u32 %h0, [%a0];", "does not fit"),
     "an endless loop": ("LOOP: bra.uni LOOP;", "does not end"),
     "trap": ("setp.eq.u32 %p0, %tid, 3; @%p0 trap;", "trap.*"),
-    "no such register": ("mov.u32 %r10, %foo;", "the register %foo is not supported"),
+    "an unknown register": ("mov.u32 %r10, %foo;", "the register %foo is not supported"),
 }
 
 
@@ -249,6 +249,6 @@ def test_refused_with_a_sentence(what, monkeypatch):
         execute(body, np.zeros(32, np.uint32))
 
 
-def test_errors_say_where():
+def test_errors_name_block_thread_and_line():
     with pytest.raises(PtxError, match=r"block \(1, 0, 0\), thread 32 and its warp, PTX line \d+: ld.global"):
-        execute("ld.global.u32 %r10, [%own0];", np.zeros(96, np.uint32), grid=2, block=64)
+        execute("ld.global.u32 %r10, [%ptr0];", np.zeros(96, np.uint32), grid=2, block=64)

@@ -1,10 +1,10 @@
-"""Instructions of several threads: against numpy, in several orders, and with bugs planted that must be reported."""
+"""Multi-thread instructions against numpy, in several orders; planted bugs must be reported."""
 
 import numpy as np
 import pytest
 
 from . import PtxError, formats
-from .by_hand import execute
+from .handwritten import execute
 
 LANE = np.arange(32)
 ZEROS = np.zeros(32, np.uint32)
@@ -12,15 +12,15 @@ X = (np.arange(32) * 17 % 101).astype(np.uint32)
 SHARED = ".shared .align 16 .b8 s[512];"
 
 
-def own(body: str, *, out=ZEROS, x=X, **options) -> np.ndarray:
-    """``body`` makes %r11 of %r10, the thread's element of ``x``."""
-    whole = f"ld.global.u32 %r10, [%own0];\n{body}\nst.global.u32 [%own1], %r11;"
+def run(body: str, *, out=ZEROS, x=X, **options) -> np.ndarray:
+    """Run ``body``, which computes %r11 from %r10, the thread's element of ``x``."""
+    whole = f"ld.global.u32 %r10, [%ptr0];\n{body}\nst.global.u32 [%ptr1], %r11;"
     return execute(whole, x, out, **options)[1]
 
 
 def test_shuffles():
     def shuffled(mode, by, clamp=31, mask="0xffffffff"):
-        return own(f"shfl.sync.{mode}.b32 %r11|%p0, %r10, {by}, {clamp}, {mask};")
+        return run(f"shfl.sync.{mode}.b32 %r11|%p0, %r10, {by}, {clamp}, {mask};")
 
     np.testing.assert_array_equal(shuffled("bfly", 5), X[LANE ^ 5])
     np.testing.assert_array_equal(shuffled("down", 3), X[np.where(LANE + 3 < 32, LANE + 3, LANE)])
@@ -30,13 +30,13 @@ def test_shuffles():
     np.testing.assert_array_equal(shuffled("idx", 2, groups_of_8), X[LANE // 8 * 8 + 2])
 
 
-def test_shuffle_says_who_was_in_range():
-    out = own("shfl.sync.down.b32 %r12|%p0, %r10, 3, 31, 0xffffffff; selp.u32 %r11, 1, 0, %p0;")
+def test_shuffle_reports_lanes_in_range():
+    out = run("shfl.sync.down.b32 %r12|%p0, %r10, 3, 31, 0xffffffff; selp.u32 %r11, 1, 0, %p0;")
     np.testing.assert_array_equal(out, LANE + 3 < 32)
 
 
-def test_lanes_meet_wherever_they_come_from():
-    """Half of the warp takes another way to the same shuffle; each half shuffles on its own before."""
+def test_lanes_converge_from_different_branches():
+    """Each half of the warp takes a branch with a shuffle within it; then all lanes meet in one shuffle."""
     body = """
     setp.lt.u32 %p0, %tid, 16; @%p0 bra LOW;
     shfl.sync.bfly.b32 %r12, %r10, 1, 31, 0xffff0000; bra.uni JOIN;
@@ -44,25 +44,25 @@ def test_lanes_meet_wherever_they_come_from():
     JOIN: shfl.sync.bfly.b32 %r11, %r12, 16, 31, 0xffffffff;
     """
     halves = np.where(LANE < 16, X[LANE ^ 2], X[LANE ^ 1])
-    np.testing.assert_array_equal(own(body), halves[LANE ^ 16])
+    np.testing.assert_array_equal(run(body), halves[LANE ^ 16])
 
 
 def test_votes_and_reductions():
     odd = "and.b32 %r12, %r10, 1; setp.eq.u32 %p0, %r12, 1;"
     bits = int(sum(1 << i for i in LANE[X % 2 == 1]))
-    np.testing.assert_array_equal(own(f"{odd} vote.sync.ballot.b32 %r11, %p0, 0xffffffff;"), bits)
-    np.testing.assert_array_equal(own(f"{odd} vote.sync.any.pred %p1, %p0, -1; selp.u32 %r11, 1, 0, %p1;"), 1)
-    np.testing.assert_array_equal(own(f"{odd} vote.sync.all.pred %p1, %p0, -1; selp.u32 %r11, 1, 0, %p1;"), 0)
-    np.testing.assert_array_equal(own("redux.sync.add.u32 %r11, %r10, 0xffffffff;"), X.sum())
-    np.testing.assert_array_equal(own("activemask.b32 %r11;"), 2**32 - 1)
+    np.testing.assert_array_equal(run(f"{odd} vote.sync.ballot.b32 %r11, %p0, 0xffffffff;"), bits)
+    np.testing.assert_array_equal(run(f"{odd} vote.sync.any.pred %p1, %p0, -1; selp.u32 %r11, 1, 0, %p1;"), 1)
+    np.testing.assert_array_equal(run(f"{odd} vote.sync.all.pred %p1, %p0, -1; selp.u32 %r11, 1, 0, %p1;"), 0)
+    np.testing.assert_array_equal(run("redux.sync.add.u32 %r11, %r10, 0xffffffff;"), X.sum())
+    np.testing.assert_array_equal(run("activemask.b32 %r11;"), 2**32 - 1)
     body = (
         "mov.u32 %r11, 0; setp.lt.u32 %p9, %tid, 4; @%p9 bra E; elect.sync %r12|%p0, -16; selp.u32 %r11, 1, 0, %p0; E:"
     )
-    np.testing.assert_array_equal(own(body), LANE == 4)
+    np.testing.assert_array_equal(run(body), LANE == 4)
 
 
 def through_shared(barrier: str, seed: int) -> np.ndarray:
-    """128 threads hand their element to the thread of another warp."""
+    """128 threads pass their element to a thread of another warp."""
     x = np.arange(128, dtype=np.uint32)
     body = f"""
     {SHARED}
@@ -70,7 +70,7 @@ def through_shared(barrier: str, seed: int) -> np.ndarray:
     {barrier}
     xor.b32 %r22, %tid, 127; shl.b32 %r22, %r22, 2; add.u32 %r22, %r20, %r22; ld.shared.u32 %r11, [%r22];
     """
-    return own(body, x=x, out=x.copy(), block=128, seed=seed)
+    return run(body, x=x, out=x.copy(), block=128, seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -86,7 +86,7 @@ def test_a_missing_barrier_reads_poison():
 def test_barrier_with_a_vote():
     body = "setp.lt.u32 %p0, %tid, 70; bar.red.popc.u32 %r11, 0, %p0; bar.red.and.pred %p1, 0, %p0; @%p1 trap;"
     x = np.zeros(96, np.uint32)
-    np.testing.assert_array_equal(own(body, x=x, out=x.copy(), block=96), 70)
+    np.testing.assert_array_equal(run(body, x=x, out=x.copy(), block=96), 70)
 
 
 COPY = f"""
@@ -106,27 +106,27 @@ st.shared.u32 [%r21], 7; cp.async.cg.shared.global [%r21], [%d0], 16; cp.async.c
         ("cp.async.commit_group; cp.async.wait_group 1;", True),
     ],
 )
-def test_copies_arrive_at_the_wait_and_not_before(wait, arrived):
+def test_copies_arrive_only_at_the_wait(wait, arrived):
     x = np.arange(128, dtype=np.uint32) + 1000
-    out = execute(f"{COPY} {wait} ld.shared.u32 %r11, [%r21]; st.global.u32 [%own1], %r11;", x, ZEROS)[1]
+    out = execute(f"{COPY} {wait} ld.shared.u32 %r11, [%r21]; st.global.u32 [%ptr1], %r11;", x, ZEROS)[1]
     np.testing.assert_array_equal(out, x[::4] if arrived else 7)
 
 
 def test_a_copy_of_fewer_bytes_fills_with_zeros():
     x = np.arange(128, dtype=np.uint32) + 1000
     body = COPY.replace("], 16;", "], 16, 4;") + "cp.async.wait_all; ld.shared.v2.u32 {%r11, %r12}, [%r21];"
-    out = execute(body + "add.u32 %r11, %r11, %r12; st.global.u32 [%own1], %r11;", x, ZEROS)[1]
+    out = execute(body + "add.u32 %r11, %r11, %r12; st.global.u32 [%ptr1], %r11;", x, ZEROS)[1]
     np.testing.assert_array_equal(out, x[::4])
 
 
 def fragments(matrix, place):
-    """Elements of a matrix as lanes hold them: place(lane, element) -> index; 16-bit ones in pairs."""
+    """Distribute a matrix over lanes: place(lane, element) -> index; 16-bit elements in pairs."""
     count = 4 if place.__name__.startswith("c") else matrix.size // 32
     held = np.array([[matrix[place(lane, e)] for e in range(count)] for lane in range(32)], matrix.dtype)
     return held.view(np.uint32)
 
 
-# Written out from the tables of the PTX ISA, one row of a table after the other.
+# Transcribed from the tables of the PTX ISA, row by row.
 def a16(lane, e):
     group, quad = lane >> 2, lane % 4
     row = group if e in (0, 1, 4, 5) else group + 8
@@ -154,7 +154,7 @@ MMA = {"bf16": ("m16n8k16", a16, b16), "f16": ("m16n8k16", a16, b16), "tf32": ("
 
 
 def multiply(kind: str, swap: bool = False, **change) -> tuple[np.ndarray, np.ndarray]:
-    """mma of random matrices -> actual and expected result, (16, 8)."""
+    """Multiply random matrices by mma -> actual and expected result, (16, 8)."""
     rng, (shape, a_place, b_place) = np.random.default_rng(3), MMA[kind]
     depth = int(shape.split("k")[1])
     a, b, c = (rng.standard_normal(s).astype(np.float32) for s in ((16, depth), (depth, 8), (16, 8)))
@@ -215,7 +215,7 @@ def test_ldmatrix(count, trans):
 
 
 def test_blocks_one_after_another_or_together():
-    """A barrier of the grid: only a cooperative launch can pass it."""
+    """Only a cooperative launch can pass a barrier of the grid."""
     body = """
     bar.sync 0; setp.ne.u32 %p0, %tid, 0; @%p0 bra WAIT;
     red.release.gpu.global.add.u32 [%a0], 1;
@@ -230,7 +230,7 @@ def test_blocks_one_after_another_or_together():
 
 
 def cluster_ring(*changes: tuple[str, str], blocks: int = 2, **options) -> np.ndarray:
-    """Blocks in pairs: each sends its thread numbers to the other's shared memory, through an mbarrier."""
+    """Run pairs of blocks; each sends its thread numbers to the other's shared memory, with an mbarrier."""
     body = """
     .shared .align 8 .b8 bar[8]; .shared .align 16 .b8 data[256];
     mov.u32 %r20, bar; mov.u32 %r21, data; mov.u32 %r2, %cluster_ctarank; xor.b32 %r3, %r2, 1;
@@ -242,7 +242,7 @@ def cluster_ring(*changes: tuple[str, str], blocks: int = 2, **options) -> np.nd
     mapa.shared::cluster.u32 %r23, %r25, %r3; cvt.u64.u32 %d1, %index;
     SEND: st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%r23], %d1, [%r22];
     SPIN: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p1, [%r20], 0; @!%p1 bra SPIN;
-    READ: ld.shared.u64 %d2, [%r25]; st.global.u64 [%own0], %d2;
+    READ: ld.shared.u64 %d2, [%r25]; st.global.u64 [%ptr0], %d2;
     END: barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;
     """
     for old, new in changes:
@@ -259,20 +259,20 @@ def test_cluster(seed):
     np.testing.assert_array_equal(cluster_ring(blocks=4, seed=seed, cooperative=True), others)
 
 
-def test_what_was_sent_arrives_at_the_wait_and_not_before():
+def test_sent_words_arrive_only_at_the_wait():
     read = "ld.shared.u64 %d2, [%r25];"
     assert (cluster_ring((read, ""), ("SPIN:", f"{read} SPIN:")) == 2**64 - 1).all()
 
 
 PLANTED = {
-    "one byte too many is expected": ("[%r20], 256;", "[%r20], 264;", "deadlock"),
-    "the other parity is waited for": ("[%r20], 0;", "[%r20], 1;", "deadlock|under way"),
-    "no wait": ("SPIN:", "bra READ; SPIN:", "st.async to it are under way"),
-    "nobody initialises the mbarrier": ("mbarrier.init.shared.b64 [%r20], 1;", "", "no mbarrier was initialised"),
-    "the mbarrier of another block": ("%d1, [%r22]", "%d1, [%r20]", "another block than the data"),
+    "too many bytes are expected": ("[%r20], 256;", "[%r20], 264;", "deadlock"),
+    "the other parity is waited for": ("[%r20], 0;", "[%r20], 1;", "deadlock|in flight"),
+    "no wait": ("SPIN:", "bra READ; SPIN:", "st.async to it are in flight"),
+    "mbarrier without init": ("mbarrier.init.shared.b64 [%r20], 1;", "", "no mbarrier was initialised"),
+    "the mbarrier of another block": ("%d1, [%r22]", "%d1, [%r20]", "different blocks"),
     "arrives twice": ("arrive.expect_tx.shared.b64 _, [%r20], 256", "arrive.shared.b64 _, [%r20], 2", "2 arrivals at"),
-    "a rank that is not there": ("xor.b32 %r3, %r2, 1", "add.u32 %r3, %r2, 1", "rank 2 in a cluster of 2"),
-    "shared::cta for a peer": ("%d2, [%r25]", "%d2, [%r23]", "another block's shared memory"),
+    "a rank outside the cluster": ("xor.b32 %r3, %r2, 1", "add.u32 %r3, %r2, 1", "rank 2 in a cluster of 2"),
+    "shared::cta for another block": ("%d2, [%r25]", "%d2, [%r23]", "another block's shared memory"),
 }
 
 
@@ -283,7 +283,7 @@ def test_planted_in_a_cluster(what):
         cluster_ring(tuple(change))
 
 
-def test_a_peer_that_has_returned():
+def test_access_to_a_block_that_has_returned():
     body = """
     .shared .align 8 .b8 data[8];
     mov.u32 %r20, data; mov.u32 %r2, %cluster_ctarank; setp.eq.u32 %p0, %r2, 1; @%p0 ret;
@@ -301,7 +301,7 @@ def test_distributed_shared_memory():
     barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
     mov.u32 %r2, %cluster_ctarank; add.u32 %r2, %r2, 1; and.b32 %r2, %r2, 3;
     mapa.u64 %d4, %d3, %r2; ld.u32 %r10, [%d4]; getctarank.u64 %r11, %d4; mad.lo.u32 %r10, %r11, 1000, %r10;
-    st.global.u32 [%own0], %r10;
+    st.global.u32 [%ptr0], %r10;
     barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
     """
     out = execute(body, np.zeros(128, np.uint32), grid=4, cluster=(4,))[0]
@@ -310,7 +310,7 @@ def test_distributed_shared_memory():
 
 
 def test_mbarrier_phases():
-    """Parity 1 counts as ended before the first phase; 32 arrivals end a phase; the count starts anew."""
+    """Before the first phase, parity 1 counts as ended; 32 arrivals end a phase and reset the count."""
     body = """
     .shared .align 8 .b8 bar[8];
     mov.u32 %r20, bar; setp.eq.u32 %p0, %tid, 0; @%p0 mbarrier.init.shared.b64 [%r20], 32; bar.sync 0;
@@ -322,7 +322,7 @@ def test_mbarrier_phases():
     bar.sync 0; mbarrier.arrive.shared.b64 %d2, [%r20]; bar.sync 0;
     mbarrier.test_wait.parity.shared.b64 %p1, [%r20], 0; selp.u32 %r12, 16, 0, %p1; add.u32 %r11, %r11, %r12;
     """
-    np.testing.assert_array_equal(own(body), 1 + 4 + 8)
+    np.testing.assert_array_equal(run(body), 1 + 4 + 8)
 
 
 WRONG = {
@@ -330,9 +330,9 @@ WRONG = {
     "a barrier after some returned": ("setp.lt.u32 %p0, %tid, 16; @%p0 ret; bar.sync 0;", "deadlock"),
     "a shuffle after some returned": (
         "setp.lt.u32 %p0, %tid, 16; @%p0 ret; shfl.sync.bfly.b32 %r10, %tid, 1, 31, -1;",
-        "lane 0 is awaited, but has returned",
+        "lane 0 is in the mask, but has returned",
     ),
-    "a lane outside its mask": ("shfl.sync.bfly.b32 %r10, %tid, 1, 31, 0xff;", "lane 8 is not in its own mask"),
+    "a lane outside its mask": ("shfl.sync.bfly.b32 %r10, %tid, 1, 31, 0xff;", "lane 8 is not in its mask"),
     "a shuffle from outside the mask": (
         "setp.ge.u32 %p0, %tid, 16; @%p0 bra E; shfl.sync.bfly.b32 %r10, %tid, 16, 31, 0xffff; E:",
         "from a lane outside its mask",
@@ -340,14 +340,14 @@ WRONG = {
     "half a warp multiplies": (
         "setp.lt.u32 %p0, %tid, 16; @%p0 mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{%f0,%f1,%f2,%f3}, {%r1,%r2,%r3,%r4}, {%r5,%r6}, {%f0,%f1,%f2,%f3};",
-        "lane 16 is awaited, but has returned",
+        "lane 16 is in the mask, but has returned",
     ),
     "too many registers of a matrix": (
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{%f0,%f1,%f2,%f3}, {%r1,%r2,%r3,%r4}, {%r5,%r6,%r7}, {%f0,%f1,%f2,%f3};",
         "wrong number of registers",
     ),
-    "a flag that nobody raises": (
+    "a flag that is never raised": (
         "SPIN: ld.acquire.gpu.global.u32 %r10, [%a0]; setp.eq.u32 %p0, %r10, 0; @%p0 bra SPIN;",
         "deadlock",
     ),
@@ -366,13 +366,13 @@ def test_reported(what):
 def test_a_launch_that_does_not_fit_the_kernel():
     for options, sentence in (
         ({"block": 64, "header": ".maxntid 32, 1, 1\n"}, "at most 32 threads"),
-        ({"grid": 3, "cluster": (2,)}, "cannot be shared among clusters"),
+        ({"grid": 3, "cluster": (2,)}, "not divisible into clusters"),
     ):
         with pytest.raises(PtxError, match=sentence):
             execute("ret;", ZEROS, **options)
 
 
-def test_printf_comes_with_the_trap():
+def test_a_trap_reports_the_last_printf():
     module = ".extern .func (.param .b32 r) vprintf (.param .b64 a, .param .b64 b);\n"
     module += ".global .align 1 .b8 form[10] = {108, 97, 110, 101, 32, 37, 117, 33};"  # "lane %u!"
     body = """

@@ -1,8 +1,8 @@
-"""Instructions that touch memory: loads, stores, atomics, asynchronous copies, mbarriers, addresses of other blocks.
+"""Memory instructions: loads, stores, atomics, asynchronous copies, mbarriers, addresses of other blocks.
 
-Asynchronous is as late as it may be: cp.async copies at the wait for its group, st.async stores when someone asks the
-mbarrier, so that a forgotten wait reads what was there before. The order of weak accesses is not modelled: memory is
-sequentially consistent here.
+Asynchronous operations take effect as late as allowed, so that a kernel without the wait reads the old value: cp.async
+at the wait for its group, st.async when a thread tests the mbarrier. Memory is sequentially consistent; the order of
+weak accesses is not modelled.
 """
 
 import numpy as np
@@ -17,18 +17,18 @@ _SPACES = ("global", "shared", "shared::cta", "shared::cluster", "const", "local
 _ORDER = "weak relaxed acquire release acq_rel volatile cta cluster gpu sys"
 _CACHE = "nc ca cg cs cv lu wb wt L1::* L2::*"
 ALLOW = f"{' '.join(_SPACES)} {_ORDER} {_CACHE} v2 v4 v8"
-_SPIN = {"acquire", "relaxed", "volatile"}  # loads that a thread may repeat until another thread stores
+_SPIN = {"acquire", "relaxed", "volatile"}  # loads of polling loops
 
 
 def space_of(program, instruction, operand=None) -> str:
-    """The address space that the instruction names; the parameters of a call belong to the thread."""
+    """Return the instruction's address space; parameters of a call are local."""
     if isinstance(operand, Address) and program.is_local(operand.base):
         return "local"
     return next((m for m in instruction.modifiers if m in _SPACES), "generic")
 
 
 def address(program, operand, kind: str = "u64"):
-    """A function of the warp: addresses (lanes,) uint64 of ``[base + offset]``, or of a register without brackets."""
+    """Return a function of the warp: addresses (lanes,) uint64 of ``[base + offset]`` or of a plain register."""
     base, offset = (operand.base, operand.offset) if isinstance(operand, Address) else (operand, 0)
     if base is None:
         return lambda warp: np.full(LANES, offset, np.uint64)
@@ -40,7 +40,7 @@ def address(program, operand, kind: str = "u64"):
 
 
 def locate(warp, space: str, addresses: np.ndarray):
-    """Where addresses lie: a list of (memory, positions in ``addresses`` or None for all, local addresses)."""
+    """Sort addresses by memory: a list of (memory, positions in ``addresses`` or None for all, local addresses)."""
     launch, block = warp.block.launch, warp.block
     if space in ("global", "const"):
         return [(launch.memory, None, addresses)]
@@ -53,13 +53,13 @@ def locate(warp, space: str, addresses: np.ndarray):
         if not shared.any():
             return [(launch.memory, None, addresses)]
         if not shared.all():
-            raise PtxError("one instruction reaches global and shared memory: not supported by tests/ptx")
+            raise PtxError("one instruction accesses global and shared memory: not supported by tests/cuda/ptx")
         addresses = addresses - np.uint64(SHARED)
         space = "shared::cluster"
     ranks = (addresses >> np.uint64(RANK_SHIFT)).astype(np.int64) - 1  # -1: the block itself
     local = addresses & np.uint64((1 << RANK_SHIFT) - 1)
     if space != "shared::cluster" and not np.isin(ranks, (-1, block.rank)).all():
-        raise PtxError(f"{space} access with an address of another block's shared memory")
+        raise PtxError(f"{space} access to another block's shared memory")
     if (ranks == -1).all():
         return [(block.shared, None, local)]
     found = []
@@ -70,7 +70,7 @@ def locate(warp, space: str, addresses: np.ndarray):
 
 
 def load(warp, space: str, addresses: np.ndarray, size: int, count: int = 1, read_only: bool = False):
-    """``count`` arrays, an element of ``size`` bytes for each address."""
+    """Load ``count`` consecutive elements of ``size`` bytes per address; returns ``count`` arrays."""
     places = locate(warp, space, addresses)
     if places[0][1] is None:
         return places[0][0].load(places[0][2], size, count, read_only)
@@ -134,7 +134,7 @@ def st(program, i):
 
 
 def _elements(program, source, kind: str) -> list:
-    """Readers of a source that may be a vector; ``.b8`` and other narrow types take the low bytes of a register."""
+    """Return a reader per element of the source, scalar or vector; narrow types read the low bytes of a register."""
     return [program.source(s, kind) for s in (source.elements if isinstance(source, Vector) else (source,))]
 
 
@@ -154,7 +154,7 @@ _ATOMIC = {
 
 @opcode("atom", "red", allow=f"{ALLOW} noftz {' '.join(_ATOMIC)}")
 def atomic(program, i):
-    """Lanes one after another."""
+    """atom, red: lanes act one after another."""
     kind, space, size = kind_of(i), space_of(program, i), SIZES[kind_of(i)]
     change = _ATOMIC[next(m for m in i.modifiers if m in _ATOMIC)]
     operands = i.operands if i.name == "atom" else [None, *i.operands]
@@ -189,7 +189,7 @@ def cp_async(program, i):
     to, origin, size = address(program, target), address(program, source), int(size.text, 0)
     if size not in (4, 8, 16) or ("cg" in i.modifiers and size != 16):
         raise PtxError(f"cp.async of {size} bytes")
-    # The rest of the destination becomes zeros.
+    # Fills the rest of the destination with zeros.
     valid = program.source(rest[0], "u32") if rest else lambda warp: np.full(LANES, size, np.uint32)
 
     def step(warp, mask):
@@ -204,7 +204,7 @@ def cp_async(program, i):
 
 
 def copy_now(warp, copies: list[tuple[int, int, int, int]]) -> None:
-    """Asynchronous copies (shared address, global address, valid bytes, bytes) of a warp, in order."""
+    """Execute copies (shared address, global address, valid bytes, bytes) of a warp, in order."""
     for size in {copy[3] for copy in copies}:
         to, origin, valid = np.array([c[:3] for c in copies if c[3] == size], np.uint64).T
         words = np.zeros((len(to), size), np.uint8)
@@ -217,7 +217,7 @@ def copy_now(warp, copies: list[tuple[int, int, int, int]]) -> None:
 
 @opcode("cvta", allow="to global shared shared::cta shared::cluster const local param")
 def cvta(program, i):
-    """Global addresses are generic ones; shared memory lies at SHARED."""
+    """cvta: generic addresses of global memory are unchanged; shared memory begins at SHARED."""
     space = space_of(program, i)
     if space.startswith("param"):
         raise PtxError("the address of a parameter")
@@ -228,7 +228,7 @@ def cvta(program, i):
 
 @opcode("mapa", allow="shared::cluster")
 def mapa(program, i):
-    """The address of the same variable in the block of another rank."""
+    """mapa: the address of the same variable in the block of another rank."""
     kind = kind_of(i)
     generic = "shared::cluster" not in i.modifiers
     base = SHARED if generic else 0
@@ -264,7 +264,7 @@ def _st_async(program, i):
         lanes = np.arange(LANES) if mask is None else np.flatnonzero(mask)
         for (memory, lanes_at, local), (same, _, mbarriers) in zip(places, barriers, strict=True):
             if memory is not same:
-                raise PtxError("st.async: the mbarrier lies in another block than the data")
+                raise PtxError("st.async: mbarrier and data are in different blocks")
             for where in np.unique(mbarriers):
                 MBarrier(memory, int(where)).check()
             for n, lane in enumerate(lanes if lanes_at is None else lanes[lanes_at]):
@@ -275,7 +275,7 @@ def _st_async(program, i):
 
 
 def deliver(block, mbarrier: int) -> None:
-    """Let the st.async that announce themselves at an mbarrier arrive."""
+    """Deliver the st.async in flight to an mbarrier."""
     due = [store for store in block.incoming if store[0] == mbarrier]
     block.incoming = [store for store in block.incoming if store[0] != mbarrier]
     for _, local, size, values in due:
@@ -288,7 +288,7 @@ def deliver(block, mbarrier: int) -> None:
     allow=f"init inval arrive expect_tx complete_tx test_wait try_wait parity {_ORDER} {' '.join(_SPACES)}",
 )
 def mbarrier(program, i):
-    """The object lies in shared memory (memory.MBarrier); lanes one after another."""
+    """mbarrier.*: the object is in shared memory (memory.MBarrier); lanes act one after another."""
     action = i.modifiers[0]
     if action in ("test_wait", "try_wait"):
         return _mbarrier_wait(program, i)
@@ -324,7 +324,7 @@ def mbarrier(program, i):
 
 
 def _mbarrier_wait(program, i):
-    """True when the phase of the given parity, or of a token, is complete. A polling lane yields to others."""
+    """mbarrier.test_wait, try_wait: true if the phase of a parity or token is complete. A polling lane yields."""
     done, target, token = i.operands[:3]
     at, write = address(program, target), program.sink(done, "pred")
     read = program.source(token, "u32" if "parity" in i.modifiers else "u64")
@@ -346,7 +346,7 @@ def _mbarrier_wait(program, i):
 
 @opcode("fence", "membar", allow=f"{_ORDER} sc gl mbarrier_init proxy async async::* alias global shared shared::cta")
 def fence(program, i):
-    """Nothing to do: memory is sequentially consistent here."""
+    """fence, membar: no effect, because memory is sequentially consistent."""
     return lambda warp, mask: None
 
 
