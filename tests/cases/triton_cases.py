@@ -1,7 +1,7 @@
 """Helpers of the suites in Triton's interpreter. tests/triton/test_triton.py starts them with TRITON_INTERPRET=1.
 
-An operation is a function of named tensors that returns named results. It is run by the kernels under test, by the
-float64 oracle and by torch in the same dtype, each with gradients of a loss in which every element has its own factor.
+An operation is a function of named tensors that returns named results. The kernels under test, the float64 oracle and
+torch in the same dtype run it, with gradients of a loss in which every element has a different factor.
 """
 
 import os
@@ -12,7 +12,7 @@ import triton_interpreter  # noqa: F401  repairs bfloat16
 from fastseq.testing.numerics import assert_all_accurate
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run this file with TRITON_INTERPRET=1"
-torch.use_deterministic_algorithms(True)  # fills memory of torch.empty and its kin with NaN
+torch.use_deterministic_algorithms(True)  # fills memory of torch.empty, new_empty, ... with NaN
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,13 +35,13 @@ def run(operation, tensors, dtype):
 
 
 def check(kernels, oracle, tensors, dtype, baseline=None) -> None:
-    """Outputs within 2 times, gradients within 3 times torch's own error (fastseq/testing/numerics.py).
+    """Check outputs within 2 times and gradients within 3 times the error of torch (fastseq/testing/numerics.py).
 
-    ``tensors``: one draw of named tensors, or several where results are few and torch's own error varies by chance.
+    tensors: one draw of named tensors, or several if results are few, so that torch's error varies by chance.
     """
     draws = tensors if isinstance(tensors, list) else [tensors]
     sides = ((kernels, dtype), (oracle, torch.float64), (baseline or oracle, dtype))
-    found = [[run(operation, draw, width) for draw in draws] for operation, width in sides]
+    outcomes = [[run(operation, draw, width) for draw in draws] for operation, width in sides]
     for kind, factor in ((0, 2), (1, 3)):
-        stacked = [{name: torch.stack([r[kind][name] for r in side]) for name in side[0][kind]} for side in found]
+        stacked = [{name: torch.stack([r[kind][name] for r in side]) for name in side[0][kind]} for side in outcomes]
         assert_all_accurate(*stacked, factor=factor)

@@ -1,4 +1,4 @@
-"""Registers, memory and instructions of kernels, read from machine code for NVIDIA GPUs. Needs no GPU, no driver."""
+"""Read registers, memory and instruction counts of kernels from NVIDIA machine code, without GPU and driver."""
 
 import collections
 import re
@@ -22,7 +22,7 @@ _MNEMONIC = re.compile(r"^ +/\*[0-9a-f]+\*/ +(?:@\S+ +)?([A-Z][\w.]*)", re.MULTI
 
 
 def tool(name: str, *arguments) -> str:
-    """Run a tool that comes with Triton; return its output."""
+    """Run a tool that Triton bundles; return its output."""
     return subprocess.run([TOOLS / name, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
 
 
@@ -34,13 +34,13 @@ def kernels(path: Path | str, architecture: int | None = None) -> dict[str, dict
     """
     only = ["-arch", f"sm_{architecture}"] if architecture else []
     usage = tool("cuobjdump", "--dump-resource-usage", *only, path)
-    found = {}
+    facts = {}
     for name, *numbers in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage):
-        found[name] = dict(zip(("registers", "stack", "shared", "local"), map(int, numbers), strict=True))
+        facts[name] = dict(zip(("registers", "stack", "shared", "local"), map(int, numbers), strict=True))
     _, *listings = tool("cuobjdump", "-sass", *only, path).split("Function : ")
     for listing in listings:
         name, _, code = listing.partition("\n")
         counts = collections.Counter(_MNEMONIC.findall(code))
         for kind, pattern in INSTRUCTIONS.items():
-            found[name][kind] = sum(n for mnemonic, n in counts.items() if re.match(pattern, mnemonic))
-    return found
+            facts[name][kind] = sum(n for mnemonic, n in counts.items() if re.match(pattern, mnemonic))
+    return facts

@@ -1,4 +1,4 @@
-"""The triton backends: their suites in Triton's interpreter, refusals, selection by ``auto``, warm-up.
+"""The triton backends: suites in Triton's interpreter, refusals, selection by ``auto``, warm-up.
 
 Triton reads TRITON_INTERPRET when a kernel is defined, so each suite (triton_*.py) needs a process of its own. To run
 one directly: TRITON_INTERPRET=1 python -m pytest tests/triton/triton_lstm.py
@@ -89,7 +89,7 @@ def test_a_projection_is_refused(a_gpu):
 
 
 def test_auto_on_cuda_without_compiled_kernels(a_gpu, monkeypatch):
-    """Triton comes before the reference and after cuDNN: nothing has been measured yet."""
+    """Triton ranks below cuDNN and above the reference, until measured."""
     monkeypatch.setattr(_native, "why_not_cuda", lambda index=None: "they were not built.")
     lstm, attention = CALLS["lstm"], CALLS["attention"]
     assert select("lstm", "auto", lstm) == "torch"
@@ -102,7 +102,7 @@ def test_auto_on_cuda_without_compiled_kernels(a_gpu, monkeypatch):
     assert select("attention", "auto", attention._replace(compiling=True)) == "reference"
     assert select("attention", "auto", attention._replace(device="cpu")) != "triton"
     for op, call in CALLS.items():
-        assert dispatch.objection(op, "triton", call) is None  # `fastseq info` shows yes
+        assert dispatch.objection(op, "triton", call) is None  # `fastseq info` shows "yes"
 
 
 @needs_triton
@@ -112,7 +112,7 @@ def test_tensors_on_the_cpu_are_refused_by_name():
 
 
 @needs_triton
-def test_info_and_explain_touch_neither_triton_nor_a_driver():
+def test_info_and_explain_import_neither_triton_nor_its_driver():
     code = (
         "import sys, torch, fastseq; fastseq.info(); fastseq.explain(fastseq.LSTM(2, 3), torch.randn(2, 2, 2))\n"
         "assert 'triton' not in sys.modules\n"
@@ -124,7 +124,7 @@ def test_info_and_explain_touch_neither_triton_nor_a_driver():
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_gpu_of_amd_that_was_not_compiled_for_is_refused(index, a_gpu):
+def test_an_amd_gpu_other_than_cdna_is_refused(index, a_gpu):
     names = ["gfx942:sramecc+:xnack-", "gfx1100"]
     a_gpu.setattr(torch.version, "hip", "6.4")
     a_gpu.setattr(runtime, "_chip", lambda index: runtime.Chip(names[index].split(":")[0], 65536))

@@ -1,7 +1,7 @@
-"""Every Triton kernel, compiled ahead of time through its launcher for GPUs that this machine need not have.
+"""Every Triton kernel, compiled ahead of time through its launcher, without a GPU.
 
-triton_table.json holds registers, memory and instructions of the binaries. After an intended change, renew its rows of
-the installed Triton: python tests/triton/test_triton_binaries.py
+triton_table.json holds registers, memory and instruction counts of the binaries. After an intended change, renew the
+rows of the installed Triton: python tests/triton/test_triton_binaries.py
 """
 
 import json
@@ -79,7 +79,7 @@ NO_PRODUCT = ("lstm_cell_", "attention_additive_")  # kernels without tl.dot
 
 
 def build(case: str, target: str) -> dict[str, dict[str, int]]:
-    """Run the case for a chip -> facts about each kernel that it launched, by name."""
+    """Run a case for a chip; return the facts of each launched kernel, by name."""
     chip = CHIPS[target]
     with compiling_for(chip) as launches:
         CASES[case]()
@@ -90,52 +90,54 @@ def expected_of(case: str, target: str) -> dict[str, dict[str, int]] | None:
     return json.loads(TABLE.read_text()).get(triton.__version__, {}).get(f"{case} {target}")
 
 
-def check_limits(name: str, found: dict[str, int], chip, case: str) -> None:
-    assert found["spilled"] == 0, f"{name} spills registers: {found}"
-    assert found["shared"] <= chip.shared_memory, f"{name} needs more shared memory than {chip}: {found}"
+def check_limits(name: str, actual: dict[str, int], chip, case: str) -> None:
+    assert actual["spilled"] == 0, f"{name} spills registers: {actual}"
+    assert actual["shared"] <= chip.shared_memory, f"{name} needs more shared memory than {chip}: {actual}"
     if chip.is_nvidia:
-        assert found["registers"] * found["threads"] <= 65536, f"{name}: one program exceeds the register file: {found}"
+        assert actual["registers"] * actual["threads"] <= 65536, (
+            f"{name}: one program exceeds the register file: {actual}"
+        )
     else:
-        waves = -(-found["threads"] // 64 // 4)  # of one program on each of four SIMDs of 512 registers
-        assert found["registers"] * waves <= 512, f"{name}: one program exceeds the register file: {found}"
-    products = sum(found.get(kind, 0) for kind in ("mma", "wgmma", "tcgen05", "mfma"))
+        waves = -(-actual["threads"] // 64 // 4)  # per SIMD; four SIMDs of 512 registers
+        assert actual["registers"] * waves <= 512, f"{name}: one program exceeds the register file: {actual}"
+    products = sum(actual.get(kind, 0) for kind in ("mma", "wgmma", "tcgen05", "mfma"))
     additive_forward = name == "attention_forward_kernel" and "additive" in case
     if not name.startswith(NO_PRODUCT) and not additive_forward:
-        assert products > 0, f"{name} multiplies without tensor cores: {found}"
+        assert products > 0, f"{name} multiplies without tensor cores: {actual}"
     if not any(odd in case for odd in ("257", "lstm 16 ")):
-        assert found["wide_loads"] > 0, f"{name} has no 16-byte loads: {found}"
+        assert actual["wide_loads"] > 0, f"{name} has no 16-byte loads: {actual}"
 
 
-def check_growth(name: str, found: dict[str, int], expected: dict[str, int], case: str) -> None:
+def check_growth(name: str, actual: dict[str, int], expected: dict[str, int], case: str) -> None:
     for what in ("registers", "shared"):
-        assert found[what] <= 1.1 * expected[what], (
-            f"{name}, {case}: {what} grew from {expected[what]} to {found[what]}, more than 10 %; if that is intended, "
-            "write the table anew: python tests/triton/test_triton_binaries.py"
+        assert actual[what] <= 1.1 * expected[what], (
+            f"{name}, {case}: {what} grew from {expected[what]} to {actual[what]}, more than 10 %; if intended, "
+            "renew the table: python tests/triton/test_triton_binaries.py"
         )
     for what in ("mma", "wgmma", "tcgen05", "mfma", "wide_loads"):
-        assert bool(found.get(what)) == bool(expected.get(what)), f"{name}, {case}: {what} was {expected}, is {found}"
+        assert bool(actual.get(what)) == bool(expected.get(what)), f"{name}, {case}: {what} was {expected}, is {actual}"
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", CASES)
 def test_fits_the_chip_and_the_table(case, target):
-    found, expected = build(case, target), expected_of(case, target)
-    assert found
-    for name, kernel in found.items():
+    actual, expected = build(case, target), expected_of(case, target)
+    assert actual
+    for name, kernel in actual.items():
         check_limits(name, kernel, CHIPS[target], case)
     if expected is None:
         warnings.warn(
             f"tests/triton/triton_table.json has no row for Triton {triton.__version__}, {case}", stacklevel=1
         )
         return
-    assert found.keys() == expected.keys()
-    for name, kernel in found.items():
+    assert actual.keys() == expected.keys()
+    for name, kernel in actual.items():
         check_growth(name, kernel, expected[name], f"{case} on {target}")
 
 
 @pytest.mark.parametrize("case", ["lstm 1024 bfloat16", "lstm 1024 float32"])
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
-def test_large_products_take_the_widest_instruction_that_can_be_trusted(case, target):
+def test_large_products_take_the_widest_reliable_instruction(case, target):
     """wgmma on Hopper from Triton 3.7.1 on, else mma. See _wide_products_work."""
     trusted = target == "sm_90" and triton.__version__ != "3.6.0"
     for name, kernel in build(case, target).items():
@@ -146,7 +148,7 @@ def test_large_products_take_the_widest_instruction_that_can_be_trusted(case, ta
 
 @pytest.mark.parametrize("case", ["lstm 64 float32", "lstm 128 bfloat16"])
 def test_chips_with_little_shared_memory(case):
-    """99 KiB instead of 227: a launch that needs more raises OutOfResources, as on the GPU itself."""
+    """99 KiB instead of 227. A launch that needs more raises OutOfResources, as on the GPU."""
     for name, kernel in build(case, "sm_89").items():
         check_limits(name, kernel, CHIPS["sm_89"], case)
 
@@ -165,7 +167,7 @@ LENGTHS, BATCHES = range(1, 21), (1, 2, 3, 7, 16, 17, 32, 48, 64, 100)
 
 @pytest.mark.parametrize(("H", "dtype"), [(16, F32), (63, BF16), (512, F32), (512, BF16)], ids=str)
 def test_lengths_and_batch_sizes_compile_nothing(H, dtype):
-    """One compilation of each kernel serves all T, B and S."""
+    """Every T, B and S runs the same compiled kernels."""
     chip = CHIPS["sm_90"]
 
     def kernels():
@@ -188,7 +190,7 @@ def test_lengths_and_batch_sizes_compile_nothing(H, dtype):
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
-    """A Triton cache filled by ``fastseq warmup`` for H = 24, and the finished process."""
+    """Fill a Triton cache by ``fastseq warmup`` for H = 24; return it and the finished process."""
     folder = tmp_path_factory.mktemp("cache")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("FASTSEQ_", "PYTEST"))}
     command = [sys.executable, "-m", "fastseq", "warmup", "--hidden-size", "24", "--dtype", "bf16", "--chip", "sm_90"]

@@ -54,12 +54,12 @@ def test_lstm(H, dtype, reverse):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("H", [128, 512, 1024, 2048])
 def test_the_same_bits_every_time(H, dtype):
-    """Shows an asynchronous copy that is read before it has arrived."""
+    """Fails if an asynchronous copy is read before it arrives."""
     tensors, lengths = lstm(48, 130, H, dtype)
     expected = run("triton", tensors, lengths)
     for _ in range(20):
-        for found, first in zip(run("triton", tensors, lengths), expected, strict=True):
-            for name, result in found.items():
+        for repeated, first in zip(run("triton", tensors, lengths), expected, strict=True):
+            for name, result in repeated.items():
                 assert torch.equal(result, first[name]), name
 
 

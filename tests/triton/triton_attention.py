@@ -27,9 +27,9 @@ def tensors(score, dtype, B=3, T=4, S=5, A=6, D=7):
     return draw(dtype, query=(B, T, A + 1 if score == "general" else A), keys=(B, S, A), values=(B, S, D), **more)
 
 
-def check_attention(score, found, dtype, **options):
+def check_attention(score, inputs, dtype, **options):
     """Compare with torch op by op as the baseline."""
-    check(*(attention(b, score, **options) for b in ("triton", "reference")), found, dtype,
+    check(*(attention(b, score, **options) for b in ("triton", "reference")), inputs, dtype,
           baseline=attention("torch", score, **options))  # fmt: skip
 
 
@@ -52,12 +52,12 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("score", ["dot", "additive"])
 def test_shapes_and_dtypes(score, shape, dtype):
-    found = [tensors(score, dtype, **shape) for _ in range(3)]
-    B, S, A = found[0]["keys"].shape
+    inputs = [tensors(score, dtype, **shape) for _ in range(3)]
+    B, S, A = inputs[0]["keys"].shape
     if score == "dot":
-        for case in found:
+        for case in inputs:
             case["query"] *= A**-0.5  # scores of order 1
-    check_attention(score, found, dtype, lengths=torch.tensor([S, 0, S // 2][:B]))
+    check_attention(score, inputs, dtype, lengths=torch.tensor([S, 0, S // 2][:B]))
 
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
@@ -78,7 +78,7 @@ def test_padding_may_hold_anything(score):
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
 def test_a_nan_that_is_attended_to_reaches_its_sentence_and_no_other(score):
-    """Includes a NaN before blocks of positions without one."""
+    """Includes a NaN in a block of positions that precedes blocks without one."""
     given = tensors(score, torch.float32, S=70)
     given["keys"][1, 3] = float("nan")
     for result in attention("triton", score, lengths=torch.tensor([70, 70, 3]))(**given).values():
@@ -89,10 +89,10 @@ def test_a_nan_that_is_attended_to_reaches_its_sentence_and_no_other(score):
 @pytest.mark.parametrize("score", ["dot", "additive"])
 def test_large_scores(score):
     """Overflows exp unless the running maximum is subtracted."""
-    found = [tensors(score, torch.float32, S=40) for _ in range(5)]
-    for case in found:
+    inputs = [tensors(score, torch.float32, S=40) for _ in range(5)]
+    for case in inputs:
         case["query" if score == "dot" else "weight"] *= 100
-    check_attention(score, found, torch.float32)
+    check_attention(score, inputs, torch.float32)
 
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
@@ -101,19 +101,19 @@ def test_one_result_in_the_loss(score, wanted):
     def only(backend):
         return lambda **given: {wanted: attention(backend, score, lengths=torch.tensor([2, 0, 5]))(**given)[wanted]}
 
-    found = tensors(score, torch.float32)
+    inputs = tensors(score, torch.float32)
     if wanted == "weights":
-        del found["values"]  # the keys serve as values and get a gradient
-    check(only("triton"), only("reference"), found, torch.float32)
+        del inputs["values"]  # the keys serve as values and get a gradient
+    check(only("triton"), only("reference"), inputs, torch.float32)
 
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
-def test_gradients_that_nobody_needs_are_none(score):
-    found = tensors(score, torch.float32)
-    for name, leaf in found.items():
+def test_unneeded_gradients_are_none(score):
+    inputs = tensors(score, torch.float32)
+    for name, leaf in inputs.items():
         leaf.requires_grad_()
-        ops.attention(**found, score=score, backend="triton")[0].sum().backward()
-        assert [t.grad is not None for t in found.values()] == [n == name for n in found]
+        ops.attention(**inputs, score=score, backend="triton")[0].sum().backward()
+        assert [t.grad is not None for t in inputs.values()] == [n == name for n in inputs]
         leaf.grad = None
         leaf.requires_grad_(False)
 
@@ -123,12 +123,12 @@ def test_strided_inputs_and_gradients(score):
     def turned(query, keys, values, **more):
         query, keys, values = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, keys, values))
         mask = allowed_positions(make_padding("mask"), 3, 4, 5).transpose(1, 2).contiguous().transpose(1, 2)
-        found = attention("triton", score, mask=mask)(query=query, keys=keys, values=values, **more)
-        return {"context": found["context"].transpose(0, 1)}
+        inputs = attention("triton", score, mask=mask)(query=query, keys=keys, values=values, **more)
+        return {"context": inputs["context"].transpose(0, 1)}
 
     def oracle(**given):
-        found = attention("reference", score, **make_padding("mask"))(**given)
-        return {"context": found["context"].transpose(0, 1)}
+        inputs = attention("reference", score, **make_padding("mask"))(**given)
+        return {"context": inputs["context"].transpose(0, 1)}
 
     check(turned, oracle, tensors(score, torch.float32), torch.float32)
 
@@ -155,6 +155,6 @@ def test_keys_are_the_values_and_one_step(score):
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
 def test_nothing_to_do(score):
-    found = tensors(score, torch.float32, B=0)
-    context, weights = attention("triton", score)(**found).values()
+    inputs = tensors(score, torch.float32, B=0)
+    context, weights = attention("triton", score)(**inputs).values()
     assert (context.shape, weights.shape) == ((0, 4, 7), (0, 4, 5))

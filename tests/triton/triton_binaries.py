@@ -1,4 +1,4 @@
-"""Registers, memory and instructions of a compiled Triton kernel, read from its binary. Needs no GPU, no driver."""
+"""Read registers, memory and instruction counts of a compiled Triton kernel, without GPU and driver."""
 
 import re
 import tempfile
@@ -9,18 +9,18 @@ import nvidia_binaries
 def facts(kernel, chip) -> dict[str, int]:
     """Read a CompiledKernel: registers per thread, spilled (memory accesses or bytes), shared memory in bytes, threads,
     tensor-core instructions, loads of 16 bytes per thread."""
-    found = _nvidia(kernel.asm["cubin"]) if chip.is_nvidia else _amd(kernel.asm["amdgcn"])
-    return found | {"shared": kernel.metadata.shared, "threads": kernel.metadata.num_warps * chip.lanes}
+    counts = _nvidia(kernel.asm["cubin"]) if chip.is_nvidia else _amd(kernel.asm["amdgcn"])
+    return counts | {"shared": kernel.metadata.shared, "threads": kernel.metadata.num_warps * chip.lanes}
 
 
 def _nvidia(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        (found,) = nvidia_binaries.kernels(file.name).values()
-    spilled = sum(found[where] for where in ("stack", "local", "local_loads", "local_stores"))
+        (counts,) = nvidia_binaries.kernels(file.name).values()
+    spilled = sum(counts[where] for where in ("stack", "local", "local_loads", "local_stores"))
     kept = ("mma", "wgmma", "tcgen05", "wide_loads")
-    return {"registers": found["registers"], "spilled": spilled} | {what: found[what] for what in kept}
+    return {"registers": counts["registers"], "spilled": spilled} | {what: counts[what] for what in kept}
 
 
 def _amd(code: str) -> dict[str, int]:

@@ -1,7 +1,7 @@
-"""Repairs of Triton's interpreter (TRITON_INTERPRET=1), which keeps bfloat16 as uint16 and computes on the integers.
+"""Patches for Triton's interpreter (TRITON_INTERPRET=1), which stores bfloat16 as uint16 and computes on the integers.
 
-Casts and products get their right values; any other arithmetic on bfloat16 raises: the kernels load, cast to float32,
-compute and cast back. Import before a kernel runs. Made for Triton 3.6 and 3.7.
+Casts and products give correct values; any other arithmetic on bfloat16 raises, because kernels cast to float32 first.
+Import before a kernel runs. For Triton 3.6 and 3.7.
 """
 
 import numpy as np

@@ -33,22 +33,22 @@ def lstm(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, *, backend, cell
 
 def tensors(dtype, T, B, H, I=3, bias=True, rows=None):  # noqa: E741
     """Draw leaves, weights scaled as in nn.LSTM. rows: of packed input."""
-    found = draw(
+    leaves = draw(
         dtype, input=(T, B, I) if rows is None else (rows, I), h0=(B, H), c0=(B, H), weight_ih=(4 * H, I),
         weight_hh=(4 * H, H), bias_ih=(4 * H,) if bias else None, bias_hh=(4 * H,) if bias else None,
     )  # fmt: skip
     for name in ("weight_ih", "weight_hh"):
-        found[name] = (found[name].float() / H**0.5).to(dtype)
-    return found
+        leaves[name] = (leaves[name].float() / H**0.5).to(dtype)
+    return leaves
 
 
-def check_lstm(found, dtype, own="torch", **options):
+def check_lstm(leaves, dtype, baseline="torch", **options):
     """Compare with torch's own LSTM as the baseline, or with the reference where torch lacks a requested result."""
-    check(*(partial(lstm, backend=b, **options) for b in ("triton", "reference")), found, dtype,
-          baseline=partial(lstm, backend=own, **options))  # fmt: skip
+    check(*(partial(lstm, backend=b, **options) for b in ("triton", "reference")), leaves, dtype,
+          baseline=partial(lstm, backend=baseline, **options))  # fmt: skip
 
 
-# T, B, H, lengths, reverse. Small H: all steps in one launch. 63 float32 too; 128 float32 and 257: a launch a step.
+# T, B, H, lengths, reverse. All steps in one launch: H <= 63, 128 in 16 bits. One launch per step: 128 float32, 257.
 CASES = [
     (1, 1, 1, None, False),
     (3, 1, 16, None, True),
@@ -65,7 +65,7 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("T", "B", "H", "lengths", "reverse"), CASES)
-def test_parity(T, B, H, lengths, reverse, dtype):
+def test_accuracy(T, B, H, lengths, reverse, dtype):
     lengths = None if lengths is None else torch.tensor(lengths)
     check_lstm(tensors(dtype, T, B, H), dtype, lengths=lengths, reverse=reverse)
 
@@ -74,21 +74,21 @@ def test_parity(T, B, H, lengths, reverse, dtype):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_packed_with_cell_states(H, reverse):
     batch_sizes = torch.tensor([3, 2, 1, 1])
-    found = tensors(torch.float32, 4, 3, H, rows=7)
-    check_lstm(found, torch.float32, own="reference", batch_sizes=batch_sizes, reverse=reverse, cells=True)
+    leaves = tensors(torch.float32, 4, 3, H, rows=7)
+    check_lstm(leaves, torch.float32, baseline="reference", batch_sizes=batch_sizes, reverse=reverse, cells=True)
 
 
 @pytest.mark.parametrize("H", [5, 129])
 def test_cell_states_with_lengths_and_no_bias(H):
-    found = tensors(torch.float32, 3, 3, H, bias=False)
-    check_lstm(found, torch.float32, own="reference", lengths=torch.tensor([3, 0, 1]), cells=True)
+    leaves = tensors(torch.float32, 3, 3, H, bias=False)
+    check_lstm(leaves, torch.float32, baseline="reference", lengths=torch.tensor([3, 0, 1]), cells=True)
 
 
 @pytest.mark.parametrize("H", [4, 129])
 def test_saturated_gates(H):
-    found = tensors(torch.float32, 2, 3, H)
-    found["bias_ih"] = 100 * found["bias_ih"].sign()
-    check_lstm(found, torch.float32)
+    leaves = tensors(torch.float32, 2, 3, H)
+    leaves["bias_ih"] = 100 * leaves["bias_ih"].sign()
+    check_lstm(leaves, torch.float32)
 
 
 @pytest.mark.parametrize("H", [4, 129])
@@ -96,8 +96,8 @@ def test_saturated_gates(H):
 def test_one_result_in_the_loss(H, wanted):
     def only(backend):
         def operation(**given):
-            found = lstm(**given, backend=backend, lengths=torch.tensor([2, 0, 1]))
-            return {name: found[name] for name in wanted}
+            leaves = lstm(**given, backend=backend, lengths=torch.tensor([2, 0, 1]))
+            return {name: leaves[name] for name in wanted}
 
         return operation
 
@@ -124,17 +124,17 @@ def test_an_empty_batch(H):
 
 
 @pytest.mark.parametrize("H", [4, 129])
-def test_results_are_the_callers_own(H):
+def test_results_do_not_alias_saved_tensors(H):
     """Results changed in place change no gradient."""
-    found = {n: t.requires_grad_() for n, t in tensors(torch.float32, 3, 2, H).items()}
+    leaves = {n: t.requires_grad_() for n, t in tensors(torch.float32, 3, 2, H).items()}
     grads = []
     for spoil in (False, True):
-        results = lstm(**found, backend="triton", cells=True)
+        results = lstm(**leaves, backend="triton", cells=True)
         loss = sum(t.sum() for t in results.values())
         if spoil:
             for t in results.values():
                 t.detach().fill_(9.0)
-        grads.append(torch.autograd.grad(loss, list(found.values())))
+        grads.append(torch.autograd.grad(loss, list(leaves.values())))
     torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
@@ -148,7 +148,7 @@ def test_every_configuration_computes_the_same(name, H, dtype, monkeypatch):
     check_lstm(tensors(torch.float32, 2, 3, 20), torch.float32, lengths=torch.tensor([2, 0, 1]))
 
 
-def test_parity_in_the_blocks_of_a_gpu(monkeypatch):
+def test_accuracy_in_the_blocks_of_a_gpu(monkeypatch):
     monkeypatch.setattr(backend, "configure", configure)
     check_lstm(tensors(torch.float32, 2, 4, 257), torch.float32, lengths=torch.tensor([2, 0, 1, 2]))
 

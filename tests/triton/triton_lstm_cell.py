@@ -18,7 +18,7 @@ kernels, oracle = partial(cell, backend="triton"), partial(cell, backend="torch"
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 16), (5, 63), (3, 128), (300, 1), (2, 257), (0, 4), (2, 1025)], ids=str)
-def test_parity(shape, dtype):
+def test_accuracy(shape, dtype):
     N, H = shape
     check(kernels, oracle, draw(dtype, gates=(N, 4 * H), c=(N, H)), dtype)
 

@@ -1,7 +1,7 @@
 """The ``triton`` backend of ``attention``, for any GPU that Triton supports.
 
-Forward is one kernel: an online softmax (Milakov & Gimelshein 2018) over blocks of keys. It saves the scores,
-(B, T, S), for the weights and for backward; nothing of size (B, T, S, A) is ever stored.
+Forward is one kernel, an online softmax (Milakov & Gimelshein 2018) over blocks of keys. It saves the scores (B, T, S)
+for the weights and the backward. Nothing of size (B, T, S, A) is stored. docs/kernels/triton.md
 """
 
 import torch
@@ -12,12 +12,12 @@ from fastseq.ops.common.triton.runtime import chip_of, dot_precision, power_of_t
 
 
 def unsupported(call) -> str | None:
-    """None, or the sentence with the limit and the way out. call: ``AttentionCall``."""
+    """Return the refusal of an ``AttentionCall``, a sentence with the way out, or None."""
     return why_not("attention", call)
 
 
 def forward(inputs: Inputs, want: Want) -> Result:
-    """Saved: scores (B, T, S), their maxima and the sums of their exponentials (B, T), float32."""
+    """Run the kernel. Saved, float32: scores (B, T, S), their maxima (B, T), sums of their exponentials (B, T)."""
     from fastseq.ops.attention.triton_kernels import attention_forward_kernel
 
     query, lengths, mask = inputs.query, inputs.lengths, inputs.mask
@@ -52,20 +52,23 @@ def forward(inputs: Inputs, want: Want) -> Result:
 
 
 def backward(inputs: Inputs, saved: tuple[Tensor, ...], grads: Grads, needs: InputGrads) -> InputGrads:
-    """The gradient of the scores by one kernel; from it the inputs', by matmuls (dot) or two kernels (additive)."""
+    """Compute the gradient of the scores by a kernel, the others by matmul (dot) or two kernels (additive)."""
     p, grad_scores = _grad_scores(inputs, saved, grads)
     grad_values = p.mT @ grads.context if needs.values else None
     if inputs.weight is not None:
         return _additive_backward(inputs, grad_scores, needs)._replace(values=grad_values)
     keys = inputs.keys
-    if inputs.lengths is not None or inputs.mask is not None:  # 0 * NaN is NaN: zero the padding
+    if inputs.lengths is not None or inputs.mask is not None:  # 0 * NaN is NaN, so zero the padding
         keys = keys.masked_fill(_padding(saved[0]), 0)
     grad_query = grad_scores @ keys if needs.query else None
     return InputGrads(grad_query, grad_scores.mT @ inputs.query if needs.keys else None, grad_values, None, None)
 
 
 def _grad_scores(inputs: Inputs, saved: tuple[Tensor, ...], grads: Grads) -> tuple[Tensor, Tensor]:
-    """(B, T, S) softmax weights in the dtype of the values, and the gradient before ``scale`` (additive: float32)."""
+    """Return the weights and the gradient of the unscaled scores, (B, T, S).
+
+    Both have the dtype of the values; the gradient is float32 for the additive score.
+    """
     from fastseq.ops.attention.triton_kernels import attention_grad_scores_kernel
 
     values, (scores, peaks, totals) = inputs.values, saved
@@ -95,13 +98,13 @@ def _grad_scores(inputs: Inputs, saved: tuple[Tensor, ...], grads: Grads) -> tup
 
 
 def _additive_backward(inputs: Inputs, grad_scores: Tensor, needs: InputGrads) -> InputGrads:
-    """Gradients of query, keys, weight and bias; sums over rows in float32."""
+    """Compute the gradients of query, keys, weight and bias, with sums over rows in float32."""
     query, keys, _, weight, bias = map(ready, inputs.differentiable())
     grad_query = grad_keys = grad_weight = grad_bias = None
     with torch.cuda.device_of(query):
         if needs.query or needs.weight or needs.bias:
             wide = torch.empty_like(query, dtype=torch.float32)
-            weight_rows = torch.empty_like(wide)  # (B, T, A); always, so that warm-up compiles the only variant
+            weight_rows = torch.empty_like(wide)  # (B, T, A); always passed, so that only one variant is compiled
             _one_side(query, keys, (weight, bias), grad_scores, (wide, weight_rows))
             grad_query = wide.to(query.dtype) if needs.query else None
             grad_weight = weight_rows.sum((0, 1)).to(weight.dtype) if needs.weight else None
@@ -113,11 +116,11 @@ def _additive_backward(inputs: Inputs, grad_scores: Tensor, needs: InputGrads) -
 
 
 def _one_side(
-    side: Tensor,  # (B, R, A) query or keys, whichever the gradient is for
-    other: Tensor,  # (B, O, A) the other of the two
+    side: Tensor,  # (B, R, A) query or keys: the tensor that gets the gradient
+    other: Tensor,  # (B, O, A) keys or query
     parameters: tuple[Tensor, Tensor | None],  # weight (A,), bias (A,)
     grad_scores: Tensor,  # (B, R, O), or (B, O, R) if transposed
-    out: tuple[Tensor, Tensor | None],  # (B, R, A) gradient of the side; each row's share of the weight's gradient
+    out: tuple[Tensor, Tensor | None],  # (B, R, A) each: gradient of `side`; per-row gradient of the weight
     transposed: bool = False,
 ) -> None:
     from fastseq.ops.attention.triton_kernels import attention_additive_backward_kernel
@@ -141,12 +144,12 @@ def _one_side(
 
 
 def _padding(scores: Tensor) -> Tensor:
-    """(B, S, 1) bool: positions that no step attends to."""
+    """Return (B, S, 1) bool: positions that no step attends to."""
     return (scores == -torch.inf).all(1).unsqueeze(-1)
 
 
 def _blocks(inputs: Inputs) -> dict[str, int]:
-    """The blocks of the forward kernel; never by T or S. Chosen as in lstm/triton.py; not tuned on a GPU yet."""
+    """Return the block sizes of the forward kernel, independent of T and S. Not tuned on a GPU yet."""
     A, D = inputs.query.size(2), inputs.values.size(2)
     if inputs.weight is None:
         wide = inputs.query.dtype == torch.float32

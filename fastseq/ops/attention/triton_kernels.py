@@ -1,7 +1,7 @@
-"""Triton kernels of ``attention``: forward in one pass over the keys, and the two kernels of backward.
+"""Triton kernels of ``attention``: forward in one pass over the keys, and two kernels of the backward.
 
-Tensors are contiguous. A program computes BLOCK_T query steps of one sentence (one, for additive scores). No float
-atomics: each sum is computed by one program, so results repeat bit for bit.
+Tensors are contiguous. A program computes BLOCK_T query steps of one sentence (1 for additive scores). One program
+computes each sum, without atomics, so results repeat bit for bit.
 """
 
 import triton
@@ -17,7 +17,7 @@ def _load(pointer, at, mask):
 
 @triton.jit
 def _allowed(lengths, mask, b, step, s, T, S, MASK_PER_STEP: tl.constexpr):
-    """(BLOCK_T, BLOCK_S) bool: positions that step ``step`` of sentence b may attend to."""
+    """Return (BLOCK_T, BLOCK_S) bool: step ``step[i]`` of sentence b attends to position ``s[j]``."""
     inside = (step[:, None] < T) & (s[None, :] < S)
     if lengths is not None:
         inside &= s[None, :] < tl.load(lengths + b)
@@ -31,7 +31,7 @@ def _allowed(lengths, mask, b, step, s, T, S, MASK_PER_STEP: tl.constexpr):
 def _dot_scores(
     query, keys, rows, key_rows, in_rows, in_keys, A: tl.constexpr, BLOCK_A: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """(BLOCK_T, BLOCK_S) products of query rows (T) and key rows (S)."""
+    """Return (BLOCK_T, BLOCK_S) dot products of query rows and key rows."""
     scores = tl.zeros([rows.shape[0], key_rows.shape[0]], tl.float32)
     for start in range(0, A, BLOCK_A):
         a = start + tl.arange(0, BLOCK_A)
@@ -43,7 +43,7 @@ def _dot_scores(
 
 @triton.jit
 def _additive_scores(query, keys, weight, bias, row, key_rows, in_keys, A: tl.constexpr, BLOCK_A: tl.constexpr):
-    """(1, BLOCK_S) weight . tanh(q + k + bias) of one query row."""
+    """Return (1, BLOCK_S) weight . tanh(q + k + bias) for one query row."""
     scores = tl.zeros([key_rows.shape[0]], tl.float32)
     for start in range(0, A, BLOCK_A):
         a = start + tl.arange(0, BLOCK_A)
@@ -88,13 +88,13 @@ def attention_forward_kernel(
     step = first + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     rows = b * T + step
-    peak = tl.full([BLOCK_T], -3.0e38, tl.float32)  # finite: nothing minus itself is NaN
+    peak = tl.full([BLOCK_T], -3.0e38, tl.float32)  # finite, because -inf - -inf is NaN
     total = tl.zeros([BLOCK_T], tl.float32)
     sums = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for start in range(0, S, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         allowed = _allowed(lengths, mask, b, step, s, T, S, MASK_PER_STEP)
-        read = tl.max(allowed.to(tl.int32), axis=0) != 0  # other positions may be NaN
+        read = tl.max(allowed.to(tl.int32), axis=0) != 0  # masked positions may be NaN
         key_rows = b * S + s
         if weight is None:
             block = _dot_scores(query, keys, rows, key_rows, step < T, read, A, BLOCK_A, PRECISION)
@@ -140,13 +140,13 @@ def _weights_and_gradient(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(BLOCK_T, BLOCK_S) softmax weights, and the gradient that reaches them."""
+    """Return (BLOCK_T, BLOCK_S) softmax weights and the gradient dL/dweights."""
     at = rows[:, None] * S + s[None, :]
     inside = in_rows[:, None] & (s[None, :] < S)
     score = tl.load(scores + at, mask=inside, other=float("-inf"))
     peak = tl.load(peaks + rows, mask=in_rows, other=0.0)[:, None]
     p = tl.exp(score - peak) / tl.load(totals + rows, mask=in_rows, other=1.0)[:, None]
-    read = tl.max(score, axis=0) > float("-inf")  # other positions may be NaN
+    read = tl.max(score, axis=0) > float("-inf")  # masked positions may be NaN
     grad_p = tl.zeros(p.shape, tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -167,7 +167,7 @@ def attention_grad_scores_kernel(
     peaks,  # (B, T) float32
     totals,  # (B, T) float32
     weights,  # (B, T, S) out: softmax weights
-    grad_scores,  # (B, T, S) out: gradient before ``scale``
+    grad_scores,  # (B, T, S) out: gradient of the unscaled scores
     scale,
     T,
     S,
@@ -182,7 +182,7 @@ def attention_grad_scores_kernel(
     b = tl.program_id(0) // blocks
     step = (tl.program_id(0) % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     rows, in_rows = b * T + step, step < T
-    mean = tl.zeros([BLOCK_T], tl.float32)  # of the gradient, under the softmax weights
+    mean = tl.zeros([BLOCK_T], tl.float32)  # mean of dL/dweights under the weights
     for start in range(0, S, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         p, grad_p = _weights_and_gradient(
@@ -228,13 +228,13 @@ def attention_grad_scores_kernel(
 
 @triton.jit(do_not_specialize=["R", "O"])
 def attention_additive_backward_kernel(
-    side,  # (B, R, A): query or keys, whichever the gradient is for
-    other,  # (B, O, A): the other of the two
+    side,  # (B, R, A): query or keys, the tensor that gets the gradient
+    other,  # (B, O, A): keys or query
     weight,  # (A,)
     bias,  # (A,) or None
     grad_scores,  # (B, R, O) float32, or (B, O, R) if TRANSPOSED
     grad_side,  # (B, R, A) out
-    grad_weight,  # (B, R, A) float32 out: each row's share of the weight's gradient; or None
+    grad_weight,  # (B, R, A) float32 out: per-row gradient of the weight; or None
     R,
     O,  # noqa: E741
     A: tl.constexpr,

@@ -1,8 +1,8 @@
-"""The ``triton`` backend of ``lstm``, for any GPU that Triton serves.
+"""The ``triton`` backend of ``lstm``, for any GPU that Triton supports.
 
-torch multiplies by W_ih and makes the weight gradients, each in one product over all steps. The recurrence between is
-one launch where one program can keep W_hh, else one launch a step. With padded input nothing waits for the device, so
-that a call can be captured in a CUDA graph, which takes the launches of many steps off the CPU.
+torch computes x W_ih^T and the weight gradients, each as one product over all steps. The recurrence is one launch if a
+program can hold W_hh, else one launch per step. With padded input a call never synchronises with the device, so a CUDA
+graph can capture it and save the launch overhead. docs/kernels/triton.md
 """
 
 import functools
@@ -20,7 +20,7 @@ SINGLE_DIRECTION = True  # see directions.py
 
 
 def unsupported(call) -> str | None:
-    """Why this backend cannot serve the call (an ``LSTMCall``) and the way out, or None."""
+    """Return the refusal of an ``LSTMCall``, a sentence with the way out, or None."""
     if call.proj_size:
         return (
             f"lstm: the triton backend has no projection (proj_size={call.proj_size}); "
@@ -30,25 +30,25 @@ def unsupported(call) -> str | None:
 
 
 class Config(NamedTuple):
-    """How a kernel is cut into programs. Never depends on T or B: a new length compiles nothing."""
+    """Block sizes of a kernel. They do not depend on T and B, so a new length compiles nothing."""
 
-    block_b: int  # sequences of a program
-    block_h: int  # hidden units of a program
-    block_k: int  # of the recurrent product at a time; 0: W_hh is kept, all steps are one launch
+    block_b: int  # sequences per program
+    block_h: int  # hidden units per program
+    block_k: int  # columns of K per tl.dot; 0: the program holds W_hh and runs all steps in one launch
     warps: int
-    stages: int  # loads in flight
+    stages: int  # pipeline stages of loads
 
 
 def configure(hidden_size: int, dtype: torch.dtype, chip: Chip, backward: bool) -> Config:
-    """The configuration for a hidden size, a dtype and a chip.
+    """Return the configuration for a hidden size, dtype and chip.
 
-    Chosen by what the compiler makes of it (tests/triton_table.json): no spills, 16-byte loads, the widest tensor-core
+    Chosen from the compiled code (tests/triton/triton_table.json): no spills, 16-byte loads, the widest tensor-core
     instruction of the chip. Not tuned on a GPU yet.
     """
     resident = _resident(max(16, power_of_two(hidden_size)), dtype, chip)
     if resident is not None:
         return resident
-    # From here 64 rows, what one wgmma takes, leave enough programs to fill a GPU.
+    # From H = 768 on, blocks of 64 rows (one wgmma) still give enough programs to fill a GPU.
     wide = hidden_size >= 768 and _wide_products_work(chip)
     float32 = dtype == torch.float32
     if backward:
@@ -58,10 +58,10 @@ def configure(hidden_size: int, dtype: torch.dtype, chip: Chip, backward: bool) 
 
 @functools.cache
 def _wide_products_work(chip: Chip) -> bool:
-    """Whether products of 64 rows can be trusted where they become wgmma or tcgen05; fewer rows become neither.
+    """True if Triton compiles products of 64 rows correctly to wgmma or tcgen05. Fewer rows become neither.
 
-    On Hopper from Triton 3.7.1 on, which orders copies before wgmma reads what they copied (triton-lang/triton#10537).
-    Not yet on Blackwell, where a product of 64 x 16 stops at a misaligned address (triton-lang/triton#10309, open).
+    Hopper: from Triton 3.7.1 on, which orders copies before the wgmma that reads them (triton-lang/triton#10537).
+    Blackwell: not yet; a 64 x 16 product fails with a misaligned address (triton-lang/triton#10309, open).
     """
     if chip.name.startswith(("sm_10", "sm_11")):
         return False
@@ -73,18 +73,21 @@ def _wide_products_work(chip: Chip) -> bool:
 
 
 def _resident(padded: int, dtype: torch.dtype, chip: Chip) -> Config | None:
-    """One program for all steps of 16 sequences, if the chip can keep W_hh, padded to (4 padded, padded), that long."""
-    if not chip.is_nvidia:  # in registers, a warp for 16 units
+    """Return the configuration of one program for all steps of 16 sequences, or None if W_hh does not fit the chip.
+
+    padded: H rounded up to a power of two; W_hh takes (4 padded, padded).
+    """
+    if not chip.is_nvidia:  # W_hh in registers, one warp per 16 units
         return Config(16, padded, 0, warps=padded // 16, stages=1) if padded <= 128 else None
-    weights = 4 * padded * padded * (8 if dtype == torch.float32 else 2)  # bytes; tf32x3 keeps two parts of a float32
+    weights = 4 * padded * padded * (8 if dtype == torch.float32 else 2)  # bytes; tf32x3 splits a float32 in two
     if weights + 32 * 1024 > chip.shared_memory:
         return None
-    stages = 2 if weights + 80 * 1024 <= chip.shared_memory else 1  # 2: the next step's tiles are fetched meanwhile
+    stages = 2 if weights + 80 * 1024 <= chip.shared_memory else 1  # 2: prefetch the next step's tiles
     return Config(16, padded, 0, warps=min(8, padded // 8), stages=stages)
 
 
 def forward(layer: Layer, want: Want) -> Result:
-    """Saved: activations (T, B, 4H) and cell states (T, B, H) in float32."""
+    """Run the layer. Saved, float32: activations (T, B, 4H), cell states (T, B, H)."""
     input, lengths, weights = layer.input, layer.lengths, layer.weights[0]
     if layer.batch_sizes is not None:
         input, lengths = layout.pad(input, layer.batch_sizes)
@@ -103,7 +106,7 @@ def forward(layer: Layer, want: Want) -> Result:
         h_n, c_n = run(config, layer.reverse, _Operands(*operands), results)
     output, activations, cell_states = results
     saved = (activations, cell_states) if want.backward else ()
-    wanted = cell_states.to(output.dtype, copy=True) if want.cell_states else None  # backward reads the saved ones
+    wanted = cell_states.to(output.dtype, copy=True) if want.cell_states else None  # a copy: backward reads cell_states
     if layer.batch_sizes is not None:
         output = layout.pack(output, layer.batch_sizes)
         wanted = layout.pack(wanted, layer.batch_sizes) if want.cell_states else None
@@ -111,7 +114,7 @@ def forward(layer: Layer, want: Want) -> Result:
 
 
 class _Operands(NamedTuple):
-    """The inputs of the forward kernels, in their order."""
+    """Inputs of the forward kernels, in the order of their parameters."""
 
     gates: Tensor  # (T, B, 4H) x W_ih^T + b
     h0: Tensor  # (B, H)
@@ -121,7 +124,7 @@ class _Operands(NamedTuple):
 
 
 class _Results(NamedTuple):
-    """The per-step results of the forward kernels, allocated by the caller."""
+    """Per-step results of the forward kernels, allocated by the caller."""
 
     output: Tensor  # (T, B, H)
     activations: Tensor | None  # (T, B, 4H) float32
@@ -129,7 +132,7 @@ class _Results(NamedTuple):
 
 
 def _forward_sequence(config, reverse: bool, operands: _Operands, results: _Results) -> tuple[Tensor, Tensor]:
-    """All steps in one launch -> h_n, c_n (B, H)."""
+    """Run all steps in one launch -> h_n, c_n (B, H)."""
     from fastseq.ops.lstm.triton_kernels import lstm_sequence_forward_kernel
 
     output, activations, cell_states = results
@@ -142,7 +145,7 @@ def _forward_sequence(config, reverse: bool, operands: _Operands, results: _Resu
 
 
 def _forward_steps(config, reverse: bool, operands: _Operands, results: _Results) -> tuple[Tensor, Tensor]:
-    """A launch for each step -> h_n, c_n (B, H)."""
+    """Run one launch per step -> h_n, c_n (B, H)."""
     from fastseq.ops.lstm.triton_kernels import lstm_step_forward_kernel
 
     T, B, H = results.output.shape
@@ -159,9 +162,9 @@ def _forward_steps(config, reverse: bool, operands: _Operands, results: _Results
 
 
 def backward(layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: LayerGrads) -> LayerGrads:
-    """The gradient of all gates by the kernels, then a product over all steps for each other gradient."""
+    """Compute the gradients of all gates by kernels, then every other gradient as one product over all steps."""
     activations, cell_states = saved
-    input, lengths, weights, own = layer.input, layer.lengths, layer.weights[0], needs.weights[0]
+    input, lengths, weights, weight_needs = layer.input, layer.lengths, layer.weights[0], needs.weights[0]
     grad_output, grad_cell_states = grads.output, grads.cell_states
     if layer.batch_sizes is not None:
         input, lengths = layout.pad(input, layer.batch_sizes)
@@ -180,14 +183,14 @@ def backward(layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: Layer
     if needs.input and layer.batch_sizes is not None:
         grad_input = layout.pack(grad_input, layer.batch_sizes)
     before = None
-    if own.hh:
+    if weight_needs.hh:
         before = layout.hidden_before(activations, cell_states, layer.h0[0], lengths, layer.reverse)
-    grad_bias = rows.sum(0) if own.bias_ih or own.bias_hh else None
+    grad_bias = rows.sum(0) if weight_needs.bias_ih or weight_needs.bias_hh else None
     of_weights = Weights(
-        rows.T @ input.flatten(0, 1) if own.ih else None,
-        rows.T @ before.flatten(0, 1) if own.hh else None,
-        grad_bias if own.bias_ih else None,
-        grad_bias if own.bias_hh else None,
+        rows.T @ input.flatten(0, 1) if weight_needs.ih else None,
+        rows.T @ before.flatten(0, 1) if weight_needs.hh else None,
+        grad_bias if weight_needs.bias_ih else None,
+        grad_bias if weight_needs.bias_hh else None,
         None,
     )
     states = (grad_h0[None] if needs.h0 else None, grad_c0[None] if needs.c0 else None)
@@ -195,7 +198,7 @@ def backward(layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: Layer
 
 
 class _Saved(NamedTuple):
-    """The tensors that the backward kernels read besides the gradients, in their order."""
+    """Inputs of the backward kernels besides the gradients, in the order of their parameters."""
 
     activations: Tensor  # (T, B, 4H) float32
     cell_states: Tensor  # (T, B, H) float32
@@ -205,7 +208,7 @@ class _Saved(NamedTuple):
 
 
 def _backward_sequence(config, reverse: bool, grads: Grads, saved: _Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """All steps in one launch -> grad_gates (T, B, 4H), grad_h0, grad_c0 (B, H)."""
+    """Run all steps in one launch -> grad_gates (T, B, 4H), grad_h0, grad_c0 (B, H)."""
     from fastseq.ops.lstm.triton_kernels import lstm_sequence_backward_kernel
 
     (T, B, H), c0 = saved.cell_states.shape, saved.c0
@@ -219,7 +222,7 @@ def _backward_sequence(config, reverse: bool, grads: Grads, saved: _Saved) -> tu
 
 
 def _backward_steps(config, reverse: bool, grads: Grads, saved: _Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """A launch for each step -> grad_gates (T, B, 4H), grad_h0, grad_c0 (B, H)."""
+    """Run one launch per step -> grad_gates (T, B, 4H), grad_h0, grad_c0 (B, H)."""
     from fastseq.ops.lstm.triton_kernels import lstm_step_backward_kernel
 
     (T, B, H), c0, lengths = saved.cell_states.shape, saved.c0, saved.lengths
@@ -239,12 +242,12 @@ def _backward_steps(config, reverse: bool, grads: Grads, saved: _Saved) -> tuple
 
 
 def _copy_or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
-    """A float32 tensor of its own."""
+    """Return a new float32 tensor: a copy of ``grad``, or zeros."""
     return torch.zeros_like(like) if grad is None else grad.to(like.dtype, copy=True)
 
 
 def _options(config: Config, t: Tensor) -> dict:
-    """Keyword arguments that all kernels share."""
+    """Return the keyword arguments that all kernels share."""
     options = {
         "BLOCK_B": config.block_b,
         "BLOCK_H": config.block_h,

@@ -1,8 +1,8 @@
-"""Triton kernels of ``lstm``: the recurrence, without the products with W_ih and the weight gradients.
+"""Triton kernels of ``lstm``: the recurrence, without x W_ih^T and the weight gradients.
 
-Two of each direction: ``sequence_*`` run all steps in one launch and hold W_hh all the time (small H); ``step_*`` run
-one step, the recurrent product and the cell update in one. A program takes BLOCK_B sequences, and in ``step_*``
-BLOCK_H hidden units with all four gates of each. Tensors are contiguous; rows past a sequence's length give 0.
+``lstm_sequence_*`` run all steps in one launch and hold W_hh (small H). ``lstm_step_*`` run one step: recurrent product
+and cell. A program computes BLOCK_B sequences; in ``lstm_step_*`` also BLOCK_H hidden units, all four gates of each.
+Tensors are contiguous. Results past a sequence's length are 0.
 """
 
 import triton
@@ -18,7 +18,7 @@ def _load(pointer, at, mask):
 
 @triton.jit
 def _load_or_zero(pointer, at, mask):
-    """A tile of an optional tensor."""
+    """Load a tile of an optional tensor; zeros if it is None."""
     if pointer is None:
         return tl.zeros(mask.shape, tl.float32)
     else:
@@ -50,7 +50,7 @@ def _store_gates(pointer, at, i, f, g, o, mask, H: tl.constexpr):
 
 @triton.jit
 def _length(lengths, rows, T, B):
-    """Valid steps of each row; without lengths, all."""
+    """Return the length of each row: ``lengths``, or T if it is None."""
     if lengths is None:
         return tl.zeros(rows.shape, tl.int64) + T
     else:
@@ -59,7 +59,7 @@ def _length(lengths, rows, T, B):
 
 @triton.jit
 def _row(n, H: tl.constexpr):
-    """Rows of W_hh whose offsets fit: 4 H^2 passes 2^31 from H = 23171 on; below, 32 bits cost fewer registers."""
+    """Widen row indices of W_hh if needed: 4 H^2 exceeds 2^31 from H = 23171 on. 32-bit indices save registers."""
     if H > 23170:
         return n.to(tl.int64)
     else:
@@ -68,7 +68,7 @@ def _row(n, H: tl.constexpr):
 
 @triton.jit
 def _gate_weights(weight_hh, gate: tl.constexpr, outputs, inputs, H: tl.constexpr):
-    """W_hh of one gate: rows ``outputs`` (units of the gate), columns ``inputs`` (units of h)."""
+    """Load a tile of W_hh of one gate: rows ``outputs`` (units of the gate), columns ``inputs`` (units of h)."""
     at = (gate * H + _row(outputs, H)[:, None]) * H + inputs[None, :]
     return tl.load(weight_hh + at, mask=(outputs[:, None] < H) & (inputs[None, :] < H), other=0.0)
 
@@ -186,9 +186,9 @@ def _cell_of_step(
     grad_output, grad_cell_states, activations, cell_states, c0, dh, dc,
     t, length, rows, units, mask, B, H: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Backward of the cell at step t for a tile: dh and dc after the step -> di, df, dg, do and dc before it.
+    """Cell backward of a tile at step t: dh, dc after the step -> di, df, dg, do and dc before it.
 
-    Where ``mask`` is off, the four are 0: all activations are.
+    Where ``mask`` is false, activations load as 0, so di, df, dg, do are 0.
     """
     at = (t * B + rows) * H + units
     i, f, g, o = _load_gates(activations, (t * B + rows) * (4 * H) + units, mask, H)
@@ -210,8 +210,8 @@ def lstm_step_forward_kernel(
     gates,  # (T, B, 4H) x W_ih^T + b_ih + b_hh
     weight_hh,  # (4H, H)
     lengths,  # (B,) int64, or None
-    h,  # (2, B, H): all programs read one half and write the other
-    c,  # (B, H) float32: a program reads and writes its own tile
+    h,  # (2, B, H): programs read one half and write the other
+    c,  # (B, H) float32, updated in place; each program accesses only its tile
     output,  # (T, B, H) out
     activations,  # (T, B, 4H) float32 out, or None
     cell_states,  # (T, B, H) float32 out, or None
@@ -266,11 +266,11 @@ def lstm_step_backward_kernel(
     c0,  # (B, H)
     weight_hh,  # (4H, H)
     lengths,  # (B,) int64, or None
-    dh,  # (B, H) float32: a program reads and writes its own tile
-    dc,  # (B, H) float32: the same
-    grad_gates,  # (T, B, 4H) out, and what the step run before left there
+    dh,  # (B, H) float32, updated in place; each program accesses only its tile
+    dc,  # (B, H) float32, updated in place
+    grad_gates,  # (T, B, 4H) out; step `previous` is read
     t,
-    previous,  # the step run before this one, -1 for none
+    previous,  # time step of the previous launch, -1 for none
     T,
     B,
     H: tl.constexpr,
@@ -295,14 +295,14 @@ def lstm_step_backward_kernel(
             weight_hh + _row(k, H)[:, None] * H + units, mask=(k[:, None] < 4 * H) & (units < H), other=0.0
         )
         product = tl.dot(d, weight, product, input_precision=PRECISION)
-    own = rows * H + units
-    dh_t = tl.where((previous >= 0) & (previous < length), product, _load(dh, own, inside))
-    dc_t = _load(dc, own, inside)
+    state = rows * H + units
+    dh_t = tl.where((previous >= 0) & (previous < length), product, _load(dh, state, inside))
+    dc_t = _load(dc, state, inside)
     valid = t < length
     di, df, dg, do, dc_prev = _cell_of_step(
         grad_output, grad_cell_states, activations, cell_states, c0, dh_t, dc_t,
         t, length, rows, units, inside & valid, B, H, REVERSE,
     )  # fmt: skip
     _store_gates(grad_gates, (t * B + rows) * (4 * H) + units, di, df, dg, do, inside, H)
-    _store(dh, own, dh_t, inside)
-    _store(dc, own, dc_prev, inside & valid)
+    _store(dh, state, dh_t, inside)
+    _store(dc, state, dc_prev, inside & valid)

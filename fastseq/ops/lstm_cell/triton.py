@@ -1,4 +1,4 @@
-"""The ``triton`` backend of ``lstm_cell``: one pass over the gates, on any GPU that Triton serves."""
+"""The ``triton`` backend of ``lstm_cell``: one pass over the gates, on any GPU that Triton supports."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,12 @@ from fastseq.ops.lstm_cell.spec import Cell, Grads, Result
 
 
 def unsupported(call) -> str | None:
-    """Why this backend cannot serve the call (an ``LSTMCellCall``) and the way out, or None."""
+    """Return the refusal of an ``LSTMCellCall``, a sentence with the way out, or None."""
     return why_not("lstm_cell", call)
 
 
 def forward(cell: Cell, need_backward: bool) -> Result:
-    """Nothing is saved: see ``backward``."""
+    """Run the cell. Saves nothing; ``backward`` recomputes the activations."""
     from fastseq.ops.lstm_cell.triton_kernels import lstm_cell_forward_kernel
 
     c = ready(cell.c)
@@ -23,9 +23,9 @@ def forward(cell: Cell, need_backward: bool) -> Result:
 
 
 def backward(cell: Cell, saved: tuple[Tensor, ...], grads: Grads) -> tuple[Tensor, Tensor]:
-    """-> grad_gates (N, 4H), grad_c (N, H).
+    """Return grad_gates (N, 4H) and grad_c (N, H).
 
-    The activations are computed again: five exponentials an element cost less than writing and reading five floats.
+    Recomputes the activations: five exponentials per element cost less than writing and reading five floats.
     """
     from fastseq.ops.lstm_cell.triton_kernels import lstm_cell_backward_kernel
 
@@ -36,7 +36,7 @@ def backward(cell: Cell, saved: tuple[Tensor, ...], grads: Grads) -> tuple[Tenso
 
 
 def _launch(kernel, *tensors: Tensor | None) -> None:
-    """A tile fills 128 threads with one 16-byte access each."""
+    """Launch a kernel with tiles of 128 threads, one 16-byte access per thread and tensor."""
     c = tensors[1]
     N, H = c.shape
     elements = 128 * 16 // c.element_size()

@@ -1,4 +1,4 @@
-"""Triton kernels of ``lstm_cell``: a program takes ROWS sequences by COLUMNS hidden units. Tensors are contiguous."""
+"""Triton kernels of ``lstm_cell``: a program computes ROWS sequences by COLUMNS units. Tensors are contiguous."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from fastseq.ops.common.triton.math import cell_backward, cell_forward
 
 @triton.jit
 def _tile(N, H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """-> first gate of each element (element offsets into (N, 4H)), its offset into (N, H), and whether it exists."""
+    """Return, per element: offset of gate i in (N, 4H), offset in (N, H), and True if it exists."""
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     return rows * (4 * H) + columns, rows * H + columns, (rows < N) & (columns < H)

@@ -1,5 +1,6 @@
-"""Compile Triton kernels for a chip that need not be there: the launchers run as ever, with CPU tensors, and launch
-nothing. What is compiled is what a call on that chip would compile, and lies in Triton's cache for it."""
+"""Compile Triton kernels for a chip without having it: the launchers run on CPU tensors and launch nothing.
+
+The binaries in Triton's cache are those that a call on that chip would compile."""
 
 import contextlib
 import importlib
@@ -16,7 +17,7 @@ KERNELS = tuple(f"fastseq.ops.{op}.triton_kernels" for op in ("lstm_cell", "lstm
 
 
 class _NoDevice(DriverBase):
-    """Triton's view of a chip that only compiles."""
+    """Triton driver of a chip for which kernels are compiled and not run."""
 
     def __init__(self, chip: Chip):
         self.chip = chip
@@ -42,7 +43,7 @@ class _NoDevice(DriverBase):
         raise NotImplementedError("nothing runs")
 
     def get_current_device(self):
-        return self.chip.name  # any key will do: kernels are kept per device
+        return self.chip.name  # key of Triton's per-device cache of kernels
 
     def get_current_stream(self, device):
         return 0
@@ -51,7 +52,7 @@ class _NoDevice(DriverBase):
         return {"max_shared_mem": self.chip.shared_memory}
 
     def load_binary(self, name, binary, shared, device):
-        return None, None, 0, 0, 1024  # module, function, registers, spills (not known here), most threads
+        return None, None, 0, 0, 1024  # module, function, registers, spills (unknown), maximum threads
 
     def launcher_cls(self, src, metadata):
         return lambda *args: self.launches.append(metadata.hash)
@@ -59,10 +60,10 @@ class _NoDevice(DriverBase):
 
 @contextlib.contextmanager
 def compiling_for(chip: Chip) -> Iterator[list[str]]:
-    """Within this block triton backends take CPU tensors, compile for ``chip``, and leave results as they are.
+    """Let triton backends take CPU tensors and compile for ``chip``; results stay uninitialised.
 
-    Process-wide, like Triton's own driver. A kernel that needs more shared memory than the chip has raises Triton's
-    OutOfResources, as it would there. Yields the list of launches, a kernel's hash each.
+    Process-wide, because Triton's driver is. A kernel that exceeds the chip's shared memory raises Triton's
+    OutOfResources, as on the chip. Yields the list of launches: the hash of each kernel.
     """
     active = driver._active
     stub = _NoDevice(chip)
@@ -75,9 +76,11 @@ def compiling_for(chip: Chip) -> Iterator[list[str]]:
 
 
 def compiled(chip: Chip) -> list:
-    """All kernels compiled for ``chip`` in this process, as Triton's CompiledKernel."""
-    found = []
+    """Return all kernels that this process compiled for ``chip``, as Triton's CompiledKernel."""
+    kernels = []
     for name in KERNELS:
         functions = [f for f in vars(importlib.import_module(name)).values() if isinstance(f, JITFunction)]
-        found += [k for f in functions if chip.name in f.device_caches for k in f.device_caches[chip.name][0].values()]
-    return found
+        kernels += [
+            k for f in functions if chip.name in f.device_caches for k in f.device_caches[chip.name][0].values()
+        ]
+    return kernels

@@ -1,4 +1,4 @@
-"""The gate maths of one LSTM cell element, for Triton kernels. Arguments and results are float32 tiles."""
+"""LSTM gate maths for Triton kernels. Arguments and results are float32 tiles."""
 
 import re
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 def triton_version() -> tuple[int, ...]:
-    """Of the Triton that compiles the kernels: (3, 7, 1)."""
+    """Return the version of the installed Triton, for example (3, 7, 1)."""
     return tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:3])
 
 
@@ -18,8 +18,8 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    large = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(x)))  # 2 / inf is 0: nothing overflows into NaN
-    # Near 0 the difference cancels: there (tanh(x) - x) / x^3, a Chebyshev fit in x^2.
+    large = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(x)))  # no NaN on overflow: 2 / inf = 0
+    # Near 0 the difference cancels. There p fits (tanh(x) - x) / x^3: Chebyshev in x^2.
     z = x * x
     p = -0.0539365636 + z * (0.021618826 + z * (-0.00794089044 + z * 0.0019145154))
     small = x + x * (z * (-0.333333322 + z * (0.133331847 + z * p)))
@@ -28,7 +28,7 @@ def tanh(x):
 
 @triton.jit
 def cell_forward(i, f, g, o, c):
-    """Pre-activations and c -> activations, the new c, h."""
+    """Pre-activations and c_{t-1} -> activations i, f, g, o; c_t; h_t."""
     i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
     c = f * c + i * g
     return i, f, g, o, c, o * tanh(c)
@@ -36,7 +36,7 @@ def cell_forward(i, f, g, o, c):
 
 @triton.jit
 def cell_backward(i, f, g, o, c_prev, c, dh, dc):
-    """Activations, c before and after the step, gradients of h and c -> those of the pre-activations and of c_prev."""
+    """Activations, c_{t-1}, c_t, dL/dh_t, dL/dc_t -> gradients of the four pre-activations and of c_{t-1}."""
     tanh_c = tanh(c)
     dc += dh * o * (1.0 - tanh_c * tanh_c)
     di = dc * g * i * (1.0 - i)

@@ -1,4 +1,4 @@
-"""What the Triton backends share: whether they can run, on which chip, how precisely. Imports no triton by itself."""
+"""Shared by the Triton backends: refusals, chip, precision. Does not import triton."""
 
 import contextlib
 import functools
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ALIGNMENT = 16  # bytes; Triton compiles a kernel again for a pointer that is aligned to less
+ALIGNMENT = 16  # bytes; Triton recompiles a kernel for a pointer with less alignment
 
 
 class Chip(NamedTuple):
-    """What the kernels' configurations depend on."""
+    """The properties of a GPU that kernel configurations depend on."""
 
     name: str  # "sm_90", "gfx942"
-    shared_memory: int  # bytes that one program may use
+    shared_memory: int  # bytes per program
 
     @property
     def is_nvidia(self) -> bool:
@@ -28,7 +28,7 @@ class Chip(NamedTuple):
 
     @property
     def lanes(self) -> int:
-        """Threads of a warp."""
+        """Threads per warp."""
         return 32 if self.is_nvidia else 64
 
 
@@ -47,19 +47,19 @@ CHIPS = {
         Chip("gfx942", 64 * 1024),
     )
 }
-OLDEST = (8, 0)  # compute capability: what Triton itself supports
+OLDEST = (8, 0)  # oldest compute capability that Triton supports
 
 _compile_only: Chip | None = None
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run on the CPU, in its interpreter. Triton reads the variable when kernels are defined."""
+    """True if Triton kernels run in its CPU interpreter. Triton reads the variable when it defines a kernel."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @contextlib.contextmanager
 def compile_only(chip: Chip) -> Iterator[None]:
-    """Let the launchers take CPU tensors for tensors on ``chip``; triton_compile.py sees to it that nothing runs."""
+    """Let the launchers treat CPU tensors as tensors on ``chip``. compile.py prevents the launches."""
     global _compile_only
     previous, _compile_only = _compile_only, chip
     try:
@@ -69,7 +69,7 @@ def compile_only(chip: Chip) -> Iterator[None]:
 
 
 def why_not(op: str, call) -> str | None:
-    """Why Triton kernels cannot serve the call and the way out, or None."""
+    """Return the refusal of the call, a sentence with the way out, or None."""
     if call.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         return f"{op}: the triton backend computes in {names} (got {call.dtype}); use backend='reference'."
@@ -90,23 +90,23 @@ def why_not(op: str, call) -> str | None:
     if not _can_launch():
         return (
             f"{op}: triton compiles a small C module before its first launch; that needs gcc or clang, and Python.h of "
-            "python3-dev, which are not here; use backend='auto'."
+            "python3-dev, which are missing; use backend='auto'."
         )
     unfit = _unfit(torch.cuda.current_device() if call.device_index is None else call.device_index)
     return unfit and f"{op}: {unfit}"
 
 
 def chip_of(t: Tensor) -> Chip:
-    """The chip that the tensor lives on; where nothing runs on one, the one compiled for, or sm_90."""
+    """Return the chip of a tensor. For a CPU tensor: the chip of compile_only(), else sm_90."""
     if not t.is_cuda:
         return _compile_only or CHIPS["sm_90"]
     return _chip(t.get_device())
 
 
 def dot_precision(dtype: torch.dtype, chip: Chip) -> str:
-    """``input_precision`` of tl.dot: float32 products are as precise as torch's own matmul is set to be.
+    """Return ``input_precision`` of tl.dot. float32 follows torch.backends.cuda.matmul.fp32_precision.
 
-    tf32x3 gives float32 results on NVIDIA's tensor cores; AMD's matrix cores multiply float32 as it is.
+    tf32x3 gives float32 accuracy on NVIDIA tensor cores. AMD matrix cores multiply float32 directly.
     """
     if dtype != torch.float32 or not chip.is_nvidia:
         return "ieee"
@@ -114,7 +114,7 @@ def dot_precision(dtype: torch.dtype, chip: Chip) -> str:
 
 
 def ready(t: Tensor | None) -> Tensor | None:
-    """Contiguous, and aligned so that one compilation serves every call."""
+    """Make a tensor contiguous and 16-byte aligned, so that one compilation serves every call."""
     if t is None:
         return None
     t = t.contiguous()
@@ -122,7 +122,7 @@ def ready(t: Tensor | None) -> Tensor | None:
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
+    """Return the smallest power of two >= n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -133,8 +133,8 @@ def _installed() -> bool:
 
 @functools.cache
 def _can_launch() -> bool:
-    """Whether Triton finds what it builds its launchers with (triton/runtime/build.py)."""
-    import sysconfig  # which import of fastseq does not bring
+    """True if a C compiler and Python.h exist, from which Triton builds its launchers (triton/runtime/build.py)."""
+    import sysconfig  # here, to keep import of fastseq fast
 
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     headers = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
@@ -143,17 +143,17 @@ def _can_launch() -> bool:
 
 @functools.cache
 def _unfit(index: int) -> str | None:
-    name, ways_out = torch.cuda.get_device_name(index), "use backend='torch' or 'reference'."
+    name, alternative = torch.cuda.get_device_name(index), "use backend='torch' or 'reference'."
     if torch.version.hip:
         chip = _chip(index).name
         if chip.startswith("gfx9"):
             return None
-        return f"the triton backend needs a CDNA GPU (gfx90a, gfx942), {name} is {chip}; {ways_out}"
+        return f"the triton backend needs a CDNA GPU (gfx90a, gfx942), {name} is {chip}; {alternative}"
     capability = torch.cuda.get_device_capability(index)
     if capability >= OLDEST:
         return None
-    oldest, found = (".".join(map(str, c)) for c in (OLDEST, capability))
-    return f"the triton backend needs compute capability {oldest} or newer, {name} has {found}; {ways_out}"
+    oldest, actual = (".".join(map(str, c)) for c in (OLDEST, capability))
+    return f"the triton backend needs compute capability {oldest} or newer, {name} has {actual}; {alternative}"
 
 
 @functools.cache
