@@ -31,7 +31,7 @@ KINDS = ("mma", "wide_loads", "wide_stores", "async_copies")
 
 @functools.cache
 def compiled_facts(architecture: int) -> dict[str, dict[str, int]]:
-    """Return facts per kernel: those of nvidia_binaries, and ``threads``, ``spilled`` (bytes), ``prints``."""
+    """Return facts per kernel: nvidia_binaries.kernels plus ``threads``, ``spilled`` (bytes) and ``prints``."""
     from nvidia_binaries import kernels
 
     rows = {}

@@ -96,7 +96,7 @@ def test_saturated_gates(place, dtype, tf32):
 
 
 def test_no_steps(place):
-    """The gradients of the final states become those of the initial states."""
+    """With T = 0, grad_h0 = grad_h_n and grad_c0 = grad_c_n."""
     case = recurrence(0, 3, 8)
     nothing, grad_h, grad_c = torch.empty(0, 3, 32), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
     call = (None, grad_h, grad_c, None, nothing, torch.empty(0, 3, 8), case.c0, case.weight_hh, None)

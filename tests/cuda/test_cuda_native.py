@@ -132,10 +132,10 @@ def test_directions_run_one_after_the_other_if_the_weights_of_both_do_not_fit(as
 def test_fits_checks_the_gpu_of_the_tensors(as_native, monkeypatch):
     from fastseq.ops.lstm import native_cuda
 
-    asked = []
-    monkeypatch.setattr(torch.cuda, "device", lambda index: asked.append(index) or contextlib.nullcontext())
+    indices = []
+    monkeypatch.setattr(torch.cuda, "device", lambda index: indices.append(index) or contextlib.nullcontext())
     assert native_cuda.unsupported(LSTMCall("cuda", torch.bfloat16, 4, 8, batch=2, device_index=1)) is None
-    assert asked == [1]
+    assert indices == [1]
 
 
 def test_double_backward(as_native):

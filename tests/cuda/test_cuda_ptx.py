@@ -159,7 +159,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_reported(bug):
-    name, pattern, replacement, said = PLANTED[bug]
+    name, pattern, replacement, message = PLANTED[bug]
     assert any(re.search(pattern, text) for text in cuda_build.ptx(90))
-    with pytest.raises((AssertionError, RuntimeError), match=said):
+    with pytest.raises((AssertionError, RuntimeError), match=message):
         check(name, 90, edit=lambda text: re.sub(pattern, replacement, text))

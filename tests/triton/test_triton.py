@@ -1,6 +1,6 @@
 """The triton backends: suites in Triton's interpreter, refusals, selection by ``auto``, warm-up.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, so each suite (triton_*.py) needs a process of its own. To run
+Triton reads TRITON_INTERPRET when a kernel is defined, so each suite (triton_*.py) runs in a separate process. To run
 one directly: TRITON_INTERPRET=1 python -m pytest tests/triton/triton_lstm.py
 """
 

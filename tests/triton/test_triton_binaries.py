@@ -219,7 +219,7 @@ def test_warmup_leaves_nothing_to_compile(H, warm, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     chip, before = CHIPS["sm_90"], binaries(folder)
     warmup(H, BF16, chip=chip.name)
-    assert H != 24 or binaries(folder) == before, "the cache of the command serves this process"
+    assert H != 24 or binaries(folder) == before, "this process must use the cache of the command"
     before = {k.hash for k in compiled(chip)}
     encoder = fastseq.LSTM(H, H, bidirectional=True, dtype=BF16, backend="triton")
     decoder = fastseq.LSTM(H, H, dtype=BF16, backend="triton")

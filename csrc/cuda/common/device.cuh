@@ -309,7 +309,7 @@ FASTSEQ_DEVICE unsigned load_acquire(const unsigned* flag) {
 #endif
 }
 
-// Words that carry their own sequence tag. Reading the new value of one word says nothing about any other word. A
+// Words that carry their own sequence tag. Reading the new value of one word does not order any other word. A
 // thread never reads an older value of a word after a newer one. load_relaxed leaves `words` unchanged if `wanted` is
 // false (a predicated load: a branch would cost a second set of registers). p is 16-byte aligned.
 FASTSEQ_DEVICE void load_relaxed(uint32_t (&words)[4], const uint32_t* p, bool wanted) {

@@ -7,8 +7,7 @@
 //
 // Invariants, proven in docs/kernels/cuda-grid.md:
 //   1. A thread that reads a word does so in every use of the buffer: so it cannot take h of t - 4 for h of t.
-//   2. A warp's poll of h(t) precedes the __syncthreads before the store of h(t + 1): so no block overwrites h(t)
-//   early.
+//   2. A warp polls h(t) before the __syncthreads that precedes the store of h(t + 1): no block overwrites h(t) early.
 //   3. A block reads h(t) once per pass, so no pass may be empty.
 #pragma once
 

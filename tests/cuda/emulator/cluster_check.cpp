@@ -43,11 +43,11 @@ int main(int, char** arguments) {
   host::options().seed = std::strtoull(arguments[2], nullptr, 10);
   std::vector<float> out(kBlocks * 32);
   const Launch l{.grid = dim3(kBlocks), .block = dim3(32), .cluster = kBlocks};
-  std::string said = launch(l, exchange_kernel, out.data(), std::atoi(arguments[1]));
+  std::string result = launch(l, exchange_kernel, out.data(), std::atoi(arguments[1]));
   float want = 0;
   for (int round = 0; round < kRounds; ++round) want += 4 * 100 * round + 0 + 1 + 2 + 3;
   for (float x : out) {
-    if (said.empty() && x != want) said = "wrong";
+    if (result.empty() && x != want) result = "wrong";
   }
-  std::puts(said.empty() ? "ok" : said.c_str());
+  std::puts(result.empty() ? "ok" : result.c_str());
 }
