@@ -12,6 +12,7 @@ avx512_bf16; unset: all), for a short build on one machine. The library then run
 has, and its import fails where there is none. avx512_bf16 includes avx512, which has the kernels of all other types.
 """
 
+import hashlib
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -120,25 +122,51 @@ def generate_code(architectures: list[str]) -> list[str]:
     flags = []
     for name in architectures:
         number = name.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if name.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        codes = [f"sm_{number}", *([f"compute_{number}"] if name.endswith("+PTX") else [])]
+        flags.append(f"-gencode=arch=compute_{number},code=[{','.join(codes)}]")
     return flags
 
 
-def compile_cuda(folder: Path) -> list[str]:
-    """Compile every csrc/cuda/*.cu with nvcc -> the object files. They include no header of torch."""
-    folder.mkdir(parents=True, exist_ok=True)
-    headers = max(p.stat().st_mtime for p in (*ROOT.glob("csrc/**/*.*h"), ROOT / "setup.py"))
-    command = [str(find_cuda() / "bin/nvcc"), *NVCC_FLAGS, *generate_code(cuda_architectures())]
-    command += [f"-I{ROOT / 'csrc'}", *shlex.split(os.environ.get("FASTSEQ_NVCCFLAGS", ""))]
+def files_of(source: Path, folders: Iterable[Path]) -> set[Path]:
+    """Return ``source`` and the files that it includes, transitively.
 
-    def compile_one(source: Path) -> str:
-        out = folder / ("-".join(source.relative_to(ROOT / "csrc/cuda").with_suffix("").parts) + ".cuda.o")
-        if not out.exists() or out.stat().st_mtime < max(headers, source.stat().st_mtime):
-            print(shlex.join([*command, "-c", str(source), "-o", str(out)]), flush=True)
-            subprocess.run([*command, "-c", str(source), "-o", str(out)], check=True)
-        return str(out)
+    Resolves ``#include "name"`` beside the including file and below ``folders``, in both branches of an #if.
+    """
+    folders, known, new = tuple(folders), set(), [source.resolve()]
+    while new:
+        path = new.pop()
+        if path in known:
+            continue
+        known.add(path)
+        for name in re.findall(r'^\s*#include "(.*)"', path.read_text(), re.MULTILINE):
+            candidates = ((folder / name).resolve() for folder in (path.parent, *folders))
+            new += [p for p in candidates if p.exists()][:1]
+    return known
+
+
+def compile_cuda(architectures: list[str]) -> list[Path]:
+    """Compile every csrc/cuda/**/*.cu with nvcc -> the object files. They include no header of torch.
+
+    Objects are kept in build/cuda, named by the hash of all they are made of: the tests read the same ones.
+    """
+    folder, nvcc = ROOT / "build/cuda", str(find_cuda() / "bin/nvcc")
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [*NVCC_FLAGS, *generate_code(architectures), *shlex.split(os.environ.get("FASTSEQ_NVCCFLAGS", ""))]
+    version = subprocess.run([nvcc, "--version"], check=True, capture_output=True).stdout
+
+    def compile_one(source: Path) -> Path:
+        key = hashlib.sha256(" ".join(flags).encode() + version)
+        for path in sorted(files_of(source, [ROOT / "csrc"])):
+            key.update(path.read_bytes())
+        stem = "-".join(source.relative_to(ROOT / "csrc/cuda").with_suffix("").parts)
+        out = folder / f"{stem}-{key.hexdigest()[:16]}.o"
+        if not out.exists():
+            partial = out.with_suffix(f".{os.getpid()}.o")
+            command = [nvcc, *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(partial)]
+            print(shlex.join(command), flush=True)
+            subprocess.run(command, check=True)
+            partial.rename(out)
+        return out
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         return list(pool.map(compile_one, sorted(ROOT.glob("csrc/cuda/**/*.cu"))))
@@ -184,7 +212,7 @@ def native_build() -> dict:
         def build_extensions(self):
             try:
                 if cuda:
-                    self.extensions[0].extra_objects += compile_cuda(Path(self.build_temp, "cuda"))
+                    self.extensions[0].extra_objects += map(str, compile_cuda(cuda_architectures()))
                 super().build_extensions()
             except Exception as error:
                 raise SystemExit(

@@ -1,12 +1,12 @@
-"""Compile csrc/cuda with nvcc, without GPU and driver: one object per source; read PTX and kernel names from it.
+"""Read the objects that nvcc makes of csrc/cuda, without GPU and driver: machine code, PTX and kernel names.
 
-Objects lie in build/cuda_build, named by a hash of flags, compiler and sources. Triton brings the tools that read them.
+setup.py compiles and keeps them: after ``make test`` has built the library, nothing is compiled again. Triton brings
+the tools that read objects.
 """
 
 import contextlib
 import fcntl
 import functools
-import hashlib
 import os
 import re
 import runpy
@@ -16,18 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from includes import files_of
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "build/cuda_build"
-SOURCES = sorted((ROOT / "csrc/cuda").glob("**/*.cu"))
+FOLDER = ROOT / "build/cuda"
 INCLUDES = (ROOT / "csrc",)
 ARCHITECTURES = (80, 90, 100)  # machine code
 PTX_ARCHITECTURES = (80, 90)  # PTX
-FLAGS = [f"-I{ROOT / 'csrc'}", "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+REQUESTED = ["8.0+PTX", "9.0+PTX"]  # equals TORCH_CUDA_ARCH_LIST in the Makefile
 
-
-find_cuda = runpy.run_path(str(ROOT / "setup.py"))["find_cuda"]
+_setup = runpy.run_path(str(ROOT / "setup.py"))
+find_cuda, files_of = _setup["find_cuda"], _setup["files_of"]
 
 
 def require() -> None:
@@ -37,40 +35,35 @@ def require() -> None:
         pytest.skip("nvcc not found: install the CUDA toolkit, or set CUDA_HOME", allow_module_level=True)
 
 
-def generate_code() -> list[str]:
-    """Flags that compile machine code from the nearest PTX, as the driver does with the shipped PTX."""
-    flags = []
-    for ptx in PTX_ARCHITECTURES:
-        codes = [f"sm_{a}" for a in ARCHITECTURES if nearest_ptx(a) == ptx]
-        flags.append(f"-gencode=arch=compute_{ptx},code=[{','.join(codes)},compute_{ptx}]")
-    return flags
-
-
 def nearest_ptx(architecture: int) -> int:
     return max(ptx for ptx in PTX_ARCHITECTURES if ptx <= architecture)
 
 
 @functools.cache
 def objects() -> tuple[Path, ...]:
-    """Compile each csrc/cuda/**/*.cu to an object; the output of ptxas is beside it, as .log."""
-    nvcc, jobs = find_cuda() / "bin/nvcc", int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    common = hashlib.sha256(" ".join(FLAGS[1:] + generate_code()).encode() + run(nvcc, "--version").stdout.encode())
+    """Return one object per csrc/cuda/**/*.cu: with machine code and PTX of PTX_ARCHITECTURES."""
+    with building():
+        return tuple(_setup["compile_cuda"](REQUESTED))
 
-    def compiled(source: Path) -> Path:
-        key = common.copy()
-        for path in sorted(files_of(source, INCLUDES)):
-            key.update(path.read_bytes())
-        stem = "-".join(source.relative_to(ROOT / "csrc/cuda").with_suffix("").parts)
-        out = FOLDER / f"{stem}-{key.hexdigest()[:16]}.o"
-        if not out.exists():
-            partial = out.with_suffix(".partial.o")
-            done = run(nvcc, *FLAGS, *generate_code(), "--threads", jobs, "-c", source, "-o", partial)
-            out.with_suffix(".log").write_text(done.stderr)
-            partial.rename(out)
-        return out
 
-    with building(), ThreadPoolExecutor(jobs) as pool:
-        return tuple(pool.map(compiled, SOURCES))
+@functools.cache
+def binaries(architecture: int) -> tuple[Path, ...]:
+    """Return files with machine code for ``architecture``.
+
+    Without any in the objects, ptxas assembles the nearest PTX, as the driver does with the shipped PTX.
+    """
+    if architecture in PTX_ARCHITECTURES:
+        return objects()
+
+    def assemble(number: int, text: str) -> Path:
+        source, cubin = FOLDER / f"{number}.ptx", FOLDER / f"{number}-sm_{architecture}.cubin"
+        source.write_text(text)
+        run(find_cuda() / "bin/ptxas", "-O3", f"-arch=sm_{architecture}", source, "-o", cubin)
+        return cubin
+
+    texts = ptx(nearest_ptx(architecture))
+    with building(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        return tuple(pool.map(assemble, range(len(texts)), texts))
 
 
 @contextlib.contextmanager
@@ -84,7 +77,7 @@ def building() -> Iterator[None]:
 
 @functools.cache
 def ptx(architecture: int) -> tuple[str, ...]:
-    """Return the PTX of every object for ``architecture``."""
+    """Return the PTX of every object for ``architecture``, without the lines of -lineinfo."""
     from nvidia_binaries import tool
 
     texts = []
@@ -92,7 +85,8 @@ def ptx(architecture: int) -> tuple[str, ...]:
         for section in tool("cuobjdump", "-ptx", path).split("\nFatbin "):
             head, version, text = section.partition("\n.version")
             if version and f"arch = sm_{architecture}\n" in head:
-                texts.append(version + text)
+                code, *_ = (version + text).split("\n.section")  # .debug_str and the like stand at the end
+                texts.append(re.sub(r"^\s*\.(loc|file)\b.*$", "", code, flags=re.MULTILINE))
     return tuple(texts)
 
 

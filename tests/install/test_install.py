@@ -153,9 +153,8 @@ def test_the_toolkit_is_found_by_cuda_home_only_where_it_is_whole(tmp_path, monk
 def test_architectures(monkeypatch):
     setup = load_setup(monkeypatch)
     assert setup["generate_code"](setup["cuda_architectures"]()) == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90,code=sm_90",
-        "-gencode=arch=compute_90,code=compute_90",
+        "-gencode=arch=compute_80,code=[sm_80]",
+        "-gencode=arch=compute_90,code=[sm_90,compute_90]",
     ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a")
     assert setup["cuda_architectures"]() == ["8.6", "9.0a"]

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from includes import files_of
+from cuda_build import files_of
 from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).parent

@@ -21,7 +21,6 @@ from pathlib import Path
 import cuda_build
 import numpy as np
 import torch
-from includes import files_of
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from .memory import Buffer
@@ -52,7 +51,7 @@ def build() -> Path:
     sources = [*operators, HERE / "runtime.cpp", HERE / "allocator.cpp"]
     objects = cuda_build.objects()
     key = hashlib.sha256("".join([*map(str, objects), torch.__version__, *FLAGS, *STABLE]).encode())
-    for path in sorted({path for source in sources for path in files_of(source, cuda_build.INCLUDES)}):
+    for path in sorted({path for source in sources for path in cuda_build.files_of(source, cuda_build.INCLUDES)}):
         key.update(path.read_bytes())
     out = cuda_build.FOLDER / f"ptx-{key.hexdigest()[:16]}.so"
     folders = (*cuda_build.INCLUDES, *include_paths(), cuda_build.find_cuda() / "include")
