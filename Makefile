@@ -1,5 +1,6 @@
 # make demo   train and evaluate on real data      make test   run the tests
 # make lint   check the style                      make clean  remove what make built (not data/ and runs/)
+# make docs   build the documentation strictly, in build/site
 # make mutate   plant the bugs of tests/mutations, one by one, in copies of the tree, and see the tests fail
 # make sanitize   random calls of the compiled operators under AddressSanitizer and UBSan
 # make latencies   compile benchmarks/latencies.cu for a machine that has a GPU but no nvcc
@@ -22,11 +23,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LINT_READY := $(VENV)/.lint-ready
+DOCS_READY := $(VENV)/.docs-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/native/*.cpp tests/cuda/*/*.cpp tests/cuda/*/*.h benchmarks/*.cu)
 
-.PHONY: demo test lint mutate sanitize triton-versions latencies clean
+.PHONY: demo test lint docs mutate sanitize triton-versions latencies clean
 
 demo: $(READY)
 	$(BIN)/fastseq data cmudict $(DATA)
@@ -40,6 +42,10 @@ lint: $(LINT_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(TEST_SOURCES)
+
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "documentation: build/site/index.html"
 
 mutate: $(READY)
 	$(BIN)/python tests/mutations/run.py $(MUTATE_ARGS)
@@ -94,6 +100,10 @@ $(READY): setup.py pyproject.toml $(CXX_SOURCES)
 
 $(LINT_READY): $(READY)
 	$(PIP) "ruff>=0.9" "clang-format>=18"
+	touch $@
+
+$(DOCS_READY): $(READY)
+	$(PIP) "mkdocs-material>=9.6" "mkdocstrings[python]>=1.0" "mkdocs<2"
 	touch $@
 
 clean:
