@@ -1,0 +1,104 @@
+"""The pages fit together: links, navigation, and lists that must name everything that the sources have."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from pages import ROOT, anchors, links, pages
+
+import fastseq
+from fastseq import ops
+from fastseq.training.options import train_parser
+
+READ = re.compile(r"(?:getenv\(|environ(?:\.get\(|\[)|switch\(|setdefault\()\s*[\"']([A-Z_0-9]+)[\"']")
+SWITCH = re.compile(r"(?<!-D)\b(FASTSEQ_[A-Z0-9_]+)(?==)")  # FASTSEQ_X=1 of a recipe or a sentence
+SOURCES = ("fastseq/**/*.py", "csrc/**/*.cpp", "csrc/**/*.h", "csrc/**/*.cu*", "benchmarks/*.py", "setup.py")
+PAGE = ROOT / "docs/benchmarks.md"
+MODES = ("inference", "training")
+RECIPES = ("Makefile", ".ci/run", "README.md", "CONTRIBUTING.md", "docs/**/*.md")
+
+
+def read(places: tuple[str, ...]) -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for place in places for path in sorted(ROOT.glob(place)))
+
+
+def unresolved(page: Path) -> list[str]:
+    """Links of the page to no file, or to no heading of a page."""
+    bad = []
+    for link in links(page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        known = target.suffix != ".md" or not anchor
+        if not target.exists() or not (known or anchor in anchors(target.read_text(encoding="utf-8"))):
+            bad.append(link)
+    return bad
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    assert not unresolved(page)
+
+
+def test_a_wrong_link_is_found(tmp_path):
+    (tmp_path / "other.md").write_text("# One `thing`, two\n## Again\n## Again\n")
+    page = tmp_path / "page.md"
+    good = "[a](other.md) [b](other.md#one-thing-two) [c](other.md#again-1) [d](https://x.example) `[e](none)`\n"
+    page.write_text(
+        good + "[f](none.md) [g](other.md#two) ![h](none.png)\n\n```text\n[i](none.md)\n```\n# H\n[j](#h) [k](#i)\n"
+    )
+    assert unresolved(page) == ["none.md", "other.md#two", "none.png", "#i"]
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r"[\w/-]+\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")}
+
+
+def test_the_environment_page_lists_every_variable():
+    rows = set(re.findall(r"^\| `(\w+)", (ROOT / "docs/environment.md").read_text(), re.MULTILINE))
+    used = set(READ.findall(read(SOURCES))) | set(SWITCH.findall(read(SOURCES) + read(RECIPES)))
+    assert {"FASTSEQ_BACKEND", "FASTSEQ_CPU_ISA", "TORCH_CUDA_ARCH_LIST"} <= used  # the patterns still find them
+    assert used - rows == set()
+    assert {name for name in rows if name.startswith("FASTSEQ_")} <= used
+
+
+def test_the_api_pages_list_every_public_name():
+    text = read(("docs/api/*.md",))
+    listed = set(re.findall(r"^::: (.+)$", text, re.MULTILINE))
+    public = {f"fastseq.{name}" for name in fastseq.__all__ if name != "ops"}
+    public |= {f"fastseq.ops.{name}" for name in ops.__all__}
+    assert public <= listed
+
+
+def test_the_documentation_extra_is_what_the_makefile_installs():
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
+    recipe = re.search(r"^\$\(DOCS_READY\):.*\n\t(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert re.findall(r'"([^"]+)"', recipe) == wanted
+
+
+def test_the_guide_names_options_that_exist():
+    options = train_parser().get_defaults()
+    named = re.findall(r"`(?:--)?((?:data|model|optim|trainer)\.\w+)`", (ROOT / "docs/seq2seq.md").read_text())
+    assert len(named) > 10
+    assert [name for name in named if name not in options] == []
+
+
+def results(threads: str) -> dict[tuple[str, str], dict]:
+    rows = json.loads((ROOT / f"benchmarks/results/cpu-zen4-{threads}.json").read_text())["rows"]
+    return {(row["case"], row["mode"]): row for row in rows if row["candidate"] == "auto"}
+
+
+def test_the_figures_are_those_of_the_result_files():
+    one, two = results("1thread"), results("2threads")
+    table = re.findall(r"^\| (.+?) \| (\d.*?) \| (\d.*?) \| (.+?) \| (.+?) \|$", PAGE.read_text(), re.MULTILINE)
+    assert {row[0] for row in table} == {case for case, _ in one}
+    for case, *ratios, baseline, served in table:
+        measured = [f"{one[case, mode]['ratio']:.2f} / {two[case, mode]['ratio']:.2f}" for mode in MODES]
+        backends = [one[case, mode]["served_by"] for mode in MODES]
+        each = ", ".join(f"{name} ({mode})" for name, mode in zip(backends, MODES, strict=True))
+        assert (ratios, baseline) == (measured, one[case, MODES[0]]["baseline"]), case
+        assert served == (backends[0] if len(set(backends)) == 1 else each), case
