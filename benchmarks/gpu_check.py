@@ -1,7 +1,7 @@
 """Check and time fastseq's kernels on this machine's GPU, in one command and a fixed time.
 
 Builds or loads the library, checks every kernel against float64, runs NVIDIA's sanitizers, measures the latencies that
-decide the design, then times fastseq against cuDNN, SDPA and eager torch, the most informative cases first.
+bound a recurrent step, then times fastseq against cuDNN, SDPA and eager torch, most informative cases first.
 """
 
 import argparse
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from gpu_process import Lost, Worker, end_group
 from gpu_report import Report
-from gpu_worker import SIMULATED, WHO, bench_case_list, parity_case_list
+from gpu_worker import BACKEND_KEY, SIMULATED, bench_case_list, parity_case_list
 
 from fastseq.bench.cases import HIDDEN_SIZES
 from fastseq.console import Bar
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKER = [sys.executable, str(ROOT / "benchmarks" / "gpu_worker.py")]
 START_SECONDS = 300.0  # until a worker's first answer: imports, a CUDA context, compiling the host-side device
 BACKENDS = ["native", "triton"]
-TOO_OFTEN = 2  # hangs or crashes after which a backend gets no more tasks
+TOO_OFTEN = 2  # hangs or crashes after which a backend gets no further task
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FINDING = 9  # their exit code for a finding
 SMALLEST = (
@@ -49,7 +49,7 @@ SMALLEST = (
 NVCC_FLAGS = ["-O3", "-std=c++17", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a")),
               "-gencode=arch=compute_90,code=compute_90"]  # fmt: skip
 EPILOG = """\
-stages, each with its share of the time; unused time goes to the next:
+stages, each with its share of the time; time left over passes to the next stage:
   environment   versions, GPU, packages; builds the CUDA kernels if they are missing and nvcc is installed
   compile       starts compiling the Triton kernels ahead of time, in the background
   parity        the quick grid of `fastseq parity`: native and triton, float32, bfloat16, float16
@@ -58,9 +58,9 @@ stages, each with its share of the time; unused time goes to the next:
   latencies     grid and cluster barriers, flags, distributed shared memory, how many clusters fit (latencies.cu)
   bench         LSTMs, decoding steps, attention: inference, training, CUDA graphs
 
-output: report.json and report.md in --out, rewritten after every finding, so that a run that is cut keeps its
-findings; log.txt with the output of the tools. All work on the GPU runs in a child process: a kernel that hangs is
-killed and reported, and costs its own figures only.
+output: report.json and report.md in --out, rewritten after every finding, so an interrupted run keeps its findings;
+log.txt with the output of the tools. All work on the GPU runs in a child process. If a kernel hangs, that process is
+killed and the report says so; only the figures of that kernel are missing.
 
 examples:
   python benchmarks/gpu_check.py                            # everything, 9 minutes
@@ -87,7 +87,7 @@ class Check:
         """Seconds left to this stage."""
         return self.stage_end - time.monotonic()
 
-    def ask(self, task: dict) -> Iterator[dict]:
+    def request(self, task: dict) -> Iterator[dict]:
         """Yield the worker's rows for a task; start a worker if there is none. Raises Lost."""
         left = max(1.0, self.end - time.monotonic()) + 5.0
         start = 0.0
@@ -95,7 +95,7 @@ class Check:
             self._worker = Worker(WORKER, self.log, **({"TRITON_INTERPRET": "1"} if SIMULATED else {}))
             start = START_SECONDS
         try:
-            for message in self._worker.ask(task, min(self.args.silence, left), min(start, left)):
+            for message in self._worker.request(task, min(self.args.silence, left), min(start, left)):
                 if "row" in message:
                     yield message["row"]
         except Lost:
@@ -119,7 +119,7 @@ class Check:
             task["backends"] = [name for name in task["backends"] if self.lost[name] < TOO_OFTEN]
             bar.show(f"{task['task']} {task['case']}")
             try:
-                for row in self.ask(task) if task["backends"] else ():
+                for row in self.request(task) if task["backends"] else ():
                     self.report.add(section, row)
             except Lost as lost:
                 self._keep_loss(lost, task, section)
@@ -137,7 +137,7 @@ class Check:
     def _keep_loss(self, lost: Lost, task: dict, section: str) -> None:
         self.lost[lost.doing] += 1
         row = {key: task[key] for key in ("op", "case", "dtype", "mode") if key in task}
-        self.report.add(section, row | {WHO[section]: lost.doing, "verdict": "lost", "detail": lost.reason})
+        self.report.add(section, row | {BACKEND_KEY[section]: lost.doing, "verdict": "lost", "detail": lost.reason})
 
     def close(self) -> None:
         """Kill the running processes, and append the tools' outputs to log.txt."""
@@ -174,7 +174,7 @@ def check_environment(check: Check) -> str:
 
 
 def _facts(check: Check) -> dict:
-    (row,) = check.ask({"task": "environment"})
+    (row,) = check.request({"task": "environment"})
     check.report.data["environment"] = row
     return row
 
@@ -194,7 +194,7 @@ def build_library(check: Check, chip: str) -> str:
 
 
 def start_compiling(check: Check) -> str:
-    """Compile into Triton's cache in the background, so that first calls need not."""
+    """Compile into Triton's cache in the background, which spares the first calls the compilation."""
     chip = "sm_90" if SIMULATED else check.report.data["environment"].get("facts", {}).get("chip", "an unknown chip")
     if chip not in CHIPS or importlib.util.find_spec("triton") is None:
         return f"not done: for {chip}, with triton {'missing' if chip in CHIPS else 'installed or not'}"
@@ -221,7 +221,7 @@ def keep_compiled(check: Check) -> None:
 
 
 def parity_stage(grid: str) -> Callable[[Check], str]:
-    """A stage that checks a grid's cases in shuffled order, so that a stage that is cut has covered every op."""
+    """A stage that checks a grid's cases in shuffled order: even interrupted, it has covered every op."""
 
     def stage(check: Check) -> str:
         cases = list(enumerate(parity_case_list(grid)))
@@ -238,9 +238,9 @@ def parity_stage(grid: str) -> Callable[[Check], str]:
 
 
 def run_sanitizers(check: Check) -> str:
-    """Run each tool over the smallest cases; one that is missing, refuses or is too slow is reported, not a failure.
+    """Run each tool over the smallest cases; a missing, refusing or slow tool is reported and is no failure.
 
-    Each gets half of the remaining time, the last one all of it.
+    Each tool gets half of the remaining time, the last one all of it.
     """
     tool = shutil.which("compute-sanitizer")
     if SIMULATED or tool is None:
@@ -263,18 +263,18 @@ def sanitize(check: Check, tool: list[str], name: str, seconds: float) -> dict:
     """Run one tool over the compiled kernels -> its verdict: clean, FOUND, or the reason for none."""
     output = Path(check.outputs.name, f"sanitizer-{name}.txt")
     wrapper = [*tool, "--tool", name, "--error-exitcode", str(FINDING), "--log-file", str(output)]
-    if name == "memcheck":  # torch makes driver calls that may fail; those are no errors of a kernel
+    if name == "memcheck":  # torch makes driver calls that may fail, which are no errors of a kernel
         wrapper += ["--report-api-errors", "no"]
     worker = Worker([*wrapper, *WORKER], check.log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     end, refused = time.monotonic() + seconds, 0
-    # NaN in new memory would hide unwritten elements from initcheck
+    # no NaN fill for initcheck: it would hide unwritten elements
     common = {"task": "parity", "grid": "quick", "dtype": "float32", "backends": ["native"], "draws": 1}
     common["fill"] = name != "initcheck"
     try:
         for index, case in enumerate(parity_case_list("quick")):
             if f"{case.op} {case.name}" in SMALLEST:
                 task = common | {"index": index, "op": case.op, "case": case.name}
-                rows = [m["row"] for m in worker.ask(task, max(1.0, end - time.monotonic())) if "row" in m]
+                rows = [m["row"] for m in worker.request(task, max(1.0, end - time.monotonic())) if "row" in m]
                 refused += sum(row["verdict"] == "refused" for row in rows)
     except Lost as lost:
         worker.kill()
@@ -350,7 +350,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run_stage(check: Check, name: str) -> None:
-    """Run one stage in its share of the time. Its exception is reported; the next stage runs."""
+    """Run one stage in its share of the time. An exception is reported, and the next stage runs."""
     stage, share = STAGES[name]
     start, total = time.monotonic(), 60 * check.args.minutes
     check.stage_end = check.end if check.args.only == name else min(check.end, start + share * total)

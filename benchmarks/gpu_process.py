@@ -1,4 +1,4 @@
-"""A worker process: a task in, rows out, or an exception with the reason why the worker was lost."""
+"""A worker process: a task in, rows out; if the worker is lost, an exception with the reason."""
 
 import contextlib
 import json
@@ -47,7 +47,7 @@ class Worker:
             self._lines.put(line)
         self._lines.put(None)
 
-    def ask(self, task: dict, silence: float, start: float = 0.0) -> Iterator[dict]:
+    def request(self, task: dict, silence: float, start: float = 0.0) -> Iterator[dict]:
         """Send a task and yield the worker's messages until it reports the task done.
 
         Args:

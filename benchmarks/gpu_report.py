@@ -8,13 +8,13 @@ from fastseq.console import markdown_table
 
 WRONG = ("WRONG", "failed", "lost", "FOUND")  # verdicts that end in exit code 1
 LEGEND = """\
-Times are medians of the GPU's own events, in microseconds per time step (decoding and attention: per step of the
-query); the candidates took turns. ratio: how many times as fast as the baseline, the median over rounds. limit: a
-modelled lower bound of an H200 (benchmarks/hopper_model.py). "CUDA graph": inference, replayed."""
+Times are medians between CUDA events, in microseconds per time step (decoding and attention: per step of the query);
+the candidates took turns. ratio: speed-up over the baseline, the median over rounds. limit: a modelled lower bound of
+an H200 (benchmarks/hopper_model.py). "CUDA graph": inference, replayed."""
 
 
 class Report:
-    """All findings so far. Both files are always whole, also when a run is cut."""
+    """All findings so far. Both files are complete at every moment, also if the run is killed."""
 
     def __init__(self, folder: Path, command: str):
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ class Report:
         return [row for section in sections for row in self.data[section] if row.get("verdict") in WRONG]
 
     def write(self) -> None:
-        """Write both files, each beside its place first, then moved there."""
+        """Write both files, each as a .partial file that replaces the old one."""
         self.data["seconds"] = round(time.monotonic() - self._start, 1)
         for name, text in (("report.json", json.dumps(self.data, indent=1) + "\n"), ("report.md", self.markdown())):
             partial = self.folder / f"{name}.partial"
@@ -50,21 +50,23 @@ class Report:
     def markdown(self) -> str:
         """The report as tables."""
         data = self.data
-        state = "" if data["finished"] else " (not finished: the findings until then)"
+        state = "" if data["finished"] else " (not finished: findings up to here)"
         title = "GPU check" + (", simulated: its times mean nothing" if "simulation" in self._facts() else "")
         facts = "\n".join(f"- {key}: {value}" for key, value in self._facts().items())
         stages = [(s["stage"], f"{s['seconds']}", s["note"]) for s in data["stages"]]
         parts = [
             f"# {title}, {data['seconds']:.0f} s{state}",
             facts,
-            _section("Stages", ("stage", "s", "what happened"), stages),
+            _section("Stages", ("stage", "s", "note"), stages),
             _section("Wrong", ("where", "candidate", "verdict", "detail"), [_wrong_line(row) for row in self.wrong()]),
             _section("Parity", PARITY, parity_lines(data["parity"])),
             _section("Refusals", ("backend", "sentence"), refusals(data["parity"] + data["bench"])),
             _section(
                 "Sanitizer", ("tool", "verdict", "detail"), _columns(data["sanitizer"], "tool", "verdict", "detail")
             ),
-            _section("Latencies", ("what", "where", "value"), _columns(data["latencies"], "what", "where", "value")),
+            _section(
+                "Latencies", ("quantity", "where", "value"), _columns(data["latencies"], "quantity", "where", "value")
+            ),
             _section("Ahead-of-time compilation", ("H", "dtype", "s"), _columns(data["compile"], "H", "dtype", "s")),
             _section("Speed", BENCH, bench_lines(data["bench"])),
             LEGEND if data["bench"] else "",

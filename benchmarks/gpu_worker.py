@@ -1,4 +1,4 @@
-"""The part of gpu_check.py that uses the GPU, in its own process: if it hangs or dies, gpu_check.py continues.
+"""Process of gpu_check.py that uses the GPU: if it hangs or dies, gpu_check.py continues.
 
 Reads tasks from standard input, one JSON object per line, and answers each with lines of JSON: {"doing": step} before
 every step that may hang, {"row": finding} any number of times, {"done": true} at the end.
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts: the same bits in every run
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; gives the same bits in every run
 
 import torch
 
@@ -37,7 +37,7 @@ Send = Callable[[dict], None]
 
 
 def stand_in() -> contextlib.AbstractContextManager:
-    """The only place that replaces a GPU in a simulation: by the host-side device and Triton's interpreter."""
+    """Replace the GPU in a simulation by the host-side device and Triton's interpreter; nothing else does."""
     sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("cuda", "triton")]
     import emulator
     import triton_interpreter  # noqa: F401  repairs bfloat16
@@ -68,7 +68,7 @@ def parity_case_list(grid: str) -> list[ParityCase]:
 
 
 def report_environment(task: dict, send: Send) -> None:
-    """Send one row: the facts that figures depend on."""
+    """Send one row: the facts on which the figures depend."""
     facts = environment(["gpu_check.py"]) | gpu_facts()
     if SIMULATED:
         facts["simulation"] = "no GPU; native is csrc/cuda on the host-side device, triton its interpreter"
@@ -98,7 +98,7 @@ def check_parity(task: dict, send: Send) -> None:
 
 
 def bench(task: dict, send: Send) -> None:
-    """Time one case in one mode: the backends that pass the accuracy check, each checked alone, take turns."""
+    """Time one case in one mode: check each backend alone, then interleave the accurate ones."""
     case, mode = bench_case_list()[task["index"]], task["mode"]
     train, setup, entrants = mode == "training", Setup(case), []
     with float32_products(case.tf32):
@@ -106,13 +106,13 @@ def bench(task: dict, send: Send) -> None:
             send({"doing": backend})
             key = {"case": case.name, "group": case.group, "mode": mode, "candidate": backend}
             try:
-                (baseline, *own), remarks = candidates(setup, (backend,), train)
-                entrants += own
+                (baseline, *accurate), remarks = candidates(setup, (backend,), train)
+                entrants += accurate
                 if remarks:
                     send({"row": key | {"verdict": "refused", "detail": remarks[0]}})
             except AssertionError as error:
                 send({"row": key | {"verdict": "WRONG", "detail": str(error)}})
-            except Exception as error:  # Triton's are no RuntimeErrors; the other backends' rows must not be lost
+            except Exception as error:  # any type, as Triton raises; the other backends keep their rows
                 send({"row": key | {"verdict": "failed", "detail": f"{type(error).__name__}: {error}"}})
                 check_device()
         send({"doing": "timing"})
@@ -155,13 +155,13 @@ def captured(run: Callable[[], None]) -> Callable[[], None]:
 
 
 def check_device() -> None:
-    """Raise if a failure left the GPU's context unusable: this process ends, and the next task gets a new one."""
+    """Raise if a failure left the CUDA context unusable: this process ends, and the next task starts a new one."""
     if not SIMULATED:
         torch.cuda.synchronize()
 
 
 TASKS = {"environment": report_environment, "parity": check_parity, "bench": bench}
-WHO = {"parity": "backend", "bench": "candidate"}  # key of a row that names its backend, by task
+BACKEND_KEY = {"parity": "backend", "bench": "candidate"}  # task -> the key of its rows that names the backend
 
 
 def serve(task: dict, send: Send) -> None:
@@ -176,10 +176,11 @@ def serve(task: dict, send: Send) -> None:
     try:
         TASKS[task["task"]](task, note)
     except Exception as error:
-        if task["task"] not in WHO:
+        if task["task"] not in BACKEND_KEY:
             raise
         traceback.print_exc()
-        row = {key: task[key] for key in ("op", "case", "dtype", "mode") if key in task} | {WHO[task["task"]]: doing}
+        row = {key: task[key] for key in ("op", "case", "dtype", "mode") if key in task}
+        row[BACKEND_KEY[task["task"]]] = doing
         send({"row": row | {"verdict": "failed", "detail": f"{type(error).__name__}: {error}"}})
         check_device()
     send({"done": True})

@@ -1,4 +1,4 @@
-"""A model of a Hopper GPU, from published measurements: a lower bound on a case's time."""
+"""Model of a Hopper GPU from published measurements: a lower bound on the time of a case."""
 
 import math
 from collections import Counter
@@ -13,9 +13,9 @@ class GPU(NamedTuple):
     """The figures of a Hopper GPU that the model needs.
 
     Sources, measured on an H800: latency of other blocks' shared memory and of near and far L2, bandwidth of both, the
-    63 % that mma.sync reaches of the tensor cores: arXiv 2402.13499, tables IV, V, VII, VIII; what a multicast copy
-    adds: arXiv 2501.12084. Operations a cycle: the CUDA programming guide's table of arithmetic throughput. Clock,
-    memory and large products: an H200.
+    63 % that mma.sync reaches of the tensor cores: arXiv 2402.13499, tables IV, V, VII, VIII; extra latency of a
+    multicast copy: arXiv 2501.12084. Operations per cycle: the CUDA programming guide's table of arithmetic throughput.
+    Clock, memory and large products: an H200.
     """
 
     multiprocessors: int = 132

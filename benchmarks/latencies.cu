@@ -1,5 +1,5 @@
-// What the steps of a persistent LSTM kernel must wait for on this GPU, and how many clusters it holds: a line of JSON
-// for each figure. gpu_check.py compiles and runs it; by hand: make latencies && build/latencies
+// Latencies on the critical path of a persistent LSTM step, and the number of clusters that fit this GPU: one line of
+// JSON per figure. Run by gpu_check.py, or directly: make latencies && build/latencies
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int kThreads = 256;
-constexpr unsigned kSpins = 1u << 24;  // after some seconds a wait becomes an error, not a hang
+constexpr unsigned kSpins = 1u << 24;  // some seconds; then the wait becomes an error instead of a hang
 
 __device__ void spin(unsigned& spins) {
   if (++spins > kSpins) __trap();
@@ -34,7 +34,7 @@ __device__ void wait_for(const unsigned* p, unsigned value) {
   for (unsigned spins = 0; load_acquire(p) < value;) spin(spins);
 }
 
-// All blocks add to one counter, and wait until all have.
+// Every block increments one counter and waits until it reaches gridDim.x.
 __global__ void grid_barrier(unsigned* counter, int steps) {
   for (int i = 1; i <= steps; ++i) {
     __syncthreads();
@@ -46,7 +46,7 @@ __global__ void grid_barrier(unsigned* counter, int steps) {
   }
 }
 
-// Each block raises a flag of its own; a thread for each flag waits for it.
+// Every block sets its flag; thread i waits for the flag of block i.
 __global__ void flag_gather(unsigned* flags, int steps) {
   for (int i = 1; i <= steps; ++i) {
     __syncthreads();
@@ -56,10 +56,10 @@ __global__ void flag_gather(unsigned* flags, int steps) {
   }
 }
 
-// The first block and the last one answer each other; the others are gone.
+// The first and the last block take turns; the other blocks exit at once.
 __global__ void flag_round_trip(unsigned* flags, int steps) {
   if (threadIdx.x != 0) return;
-  unsigned *ping = flags, *pong = flags + 64;  // in lines of their own
+  unsigned *ping = flags, *pong = flags + 64;  // on separate cache lines
   for (int i = 1; i <= steps; ++i) {
     if (blockIdx.x == 0) {
       store_release(ping, i);
@@ -107,7 +107,7 @@ __device__ void init_barriers(uint64_t* barriers, int count) {
   cluster_sync();
 }
 
-// 16 bytes into the shared memory of block `rank`, counted by the barrier that lies there as `barrier` lies here.
+// Sends 16 bytes to block `rank`: to the address of `here`, completing on `barrier`, both in that block's shared memory.
 __device__ void send(const uint4* here, const uint64_t* barrier, uint32_t rank, uint32_t value) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %1, %1, %1}, [%2];" ::"r"(
                    address_in(shared_address(here), rank)),
@@ -147,11 +147,11 @@ __global__ void remote_round_trip(int steps) {
     if (rank == 1) send(&word, &barrier, 0, i);
   }
   __syncthreads();
-  cluster_sync();  // nobody's shared memory goes away while another still writes to it
+  cluster_sync();  // keeps each block's shared memory alive until all writes to it have arrived
 #endif
 }
 
-// Each block of a cluster of `blocks` sends `words` x 16 bytes to all, each step, into the other of two buffers.
+// Every step, each of the `blocks` of a cluster sends `words` x 16 bytes to all blocks, alternating between two buffers.
 __global__ void remote_gather(int steps, int blocks, int words) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ uint4 buffers[];  // (2, blocks, words)
@@ -176,13 +176,13 @@ void check(cudaError_t error, const char* what) {
   exit(1);
 }
 
-void tell(const char* what, const std::string& where, double value, const char* unit) {
-  printf("{\"what\": \"%s\", \"where\": \"%s\", \"number\": %.4g, \"value\": \"%.4g %s\"}\n", what, where.c_str(),
+void report(const char* what, const std::string& where, double value, const char* unit) {
+  printf("{\"quantity\": \"%s\", \"where\": \"%s\", \"number\": %.4g, \"value\": \"%.4g %s\"}\n", what, where.c_str(),
          value, value, unit);
   fflush(stdout);
 }
 
-// Microseconds a step, the launch taken off: the median of 9 long runs less that of 9 short ones.
+// Microseconds per step without the launch: median of 9 long runs minus median of 9 short ones, over the extra steps.
 double step_us(const char* what, const std::function<void(int)>& launch) {
   constexpr int kShort = 16, kLong = 2016;
   cudaEvent_t start, end;
@@ -215,7 +215,7 @@ void measure_grid(int multiprocessors) {
       {"flag round trip, first and last block", flag_round_trip}};
   for (const int blocks : {multiprocessors / 2, multiprocessors})
     for (const auto& [what, kernel] : kernels)
-      tell(what, std::to_string(blocks) + " blocks",
+      report(what, std::to_string(blocks) + " blocks",
            step_us(what,
                    [&, kernel = kernel](int steps) {
                      void* arguments[] = {&flags, &steps};
@@ -227,7 +227,7 @@ void measure_grid(int multiprocessors) {
   check(cudaFree(flags), "flags");
 }
 
-// Kernels that do nothing, one after the other in one CUDA graph: what a kernel a step pays at least.
+// Empty kernels in sequence in one CUDA graph: the minimum cost of one kernel per step.
 void measure_launches() {
   cudaStream_t stream;
   check(cudaStreamCreate(&stream), "stream");
@@ -241,7 +241,7 @@ void measure_launches() {
     return executable;
   };
   const cudaGraphExec_t few = graph_of(16), many = graph_of(2016);
-  tell("kernel boundary in a CUDA graph", "1 block",
+  report("kernel boundary in a CUDA graph", "1 block",
        step_us("CUDA graph", [&](int steps) { cudaGraphLaunch(steps == 16 ? few : many, nullptr); }), "µs");
 }
 
@@ -265,11 +265,11 @@ void measure_clusters(int largest_shared) {
       int count = 0;
       config.dynamicSmemBytes = kilobytes << 10;
       if (cudaOccupancyMaxActiveClusters(&count, remote_gather, &config) != cudaSuccess) cudaGetLastError();
-      tell("clusters that fit at once", where + ", " + std::to_string(kilobytes) + " KiB a block", count, "clusters");
+      report("clusters that fit at once", where + ", " + std::to_string(kilobytes) + " KiB a block", count, "clusters");
     }
     auto time = [&](const char* what, const std::string& detail, size_t shared, auto kernel, auto... more) {
       config.dynamicSmemBytes = shared;
-      tell(what, where + detail, step_us(what, [&](int steps) { cudaLaunchKernelEx(&config, kernel, steps, more...); }),
+      report(what, where + detail, step_us(what, [&](int steps) { cudaLaunchKernelEx(&config, kernel, steps, more...); }),
            "µs");
     };
     time("cluster barrier", "", 0, cluster_barrier);
@@ -285,8 +285,8 @@ void measure_clusters(int largest_shared) {
 int main() {
   cudaDeviceProp gpu;
   check(cudaGetDeviceProperties(&gpu, 0), "GPU");
-  tell("multiprocessors", gpu.name, gpu.multiProcessorCount, "");
-  tell("shared memory a block", gpu.name, gpu.sharedMemPerBlockOptin / 1024.0, "KiB");
+  report("multiprocessors", gpu.name, gpu.multiProcessorCount, "");
+  report("shared memory a block", gpu.name, gpu.sharedMemPerBlockOptin / 1024.0, "KiB");
   measure_launches();
   measure_grid(gpu.multiProcessorCount);
   if (gpu.major >= 9) measure_clusters(static_cast<int>(gpu.sharedMemPerBlockOptin) - 1024);

@@ -1,4 +1,4 @@
-"""``fastseq bench``: fastseq's backends against torch's modules, in turns in one process, after an accuracy check."""
+"""``fastseq bench``: time fastseq's backends against torch's modules, interleaved, after an accuracy check."""
 
 import argparse
 import json
@@ -23,10 +23,10 @@ EPILOG = """\
 how it measures:
   Every candidate first passes an accuracy check against float64 on the timed call. Then the candidates take turns in
   one process, in a new random order each round, for --seconds per case and mode, at least 5 rounds. "ratio" is the
-  median over rounds of baseline time / own time in the same round: above 1 is faster than the baseline. "roofline" is
-  the least time of the matrix products alone, at the peak and the cache bandwidth measured in the same run. A GPU is
-  timed by its own events; there cases named float32 multiply in full float32 on both sides, those named tf32 in TF32,
-  and there is no roofline.
+  median over rounds of baseline time / candidate time in the same round: above 1 is faster than the baseline.
+  "roofline" is a lower bound: the time of the matrix products alone, at the peak and the cache bandwidth measured in
+  the same run. On a GPU, CUDA events measure the time; cases named float32 multiply in full float32 on both sides,
+  cases named tf32 in TF32, and there is no roofline.
 
 examples:
   fastseq bench                                       # the small cases, about a minute
@@ -126,16 +126,16 @@ def _goal(row: dict) -> str:
 
 
 def noise(rows: list[dict]) -> list[str]:
-    """A remark if rows that run the baseline's own kernel for over 1 ms deviate from a ratio of 1.00.
+    """Remark on rows that run the baseline's kernel for over 1 ms and yet deviate from a ratio of 1.00.
 
-    Shorter calls may: there the choice of the backend takes a visible part of the time.
+    Shorter calls may deviate: the choice of the backend takes a visible part of their time.
     """
     ratios = [row["ratio"] for row in rows if row["served_by"] == BASELINE_BACKEND and row["median_ms"] > 1]
     off = [ratio for ratio in ratios if not 0.95 <= ratio <= 1.05]
     if not off:
         return []
     return [
-        f"noisy: {len(off)} rows run torch's own kernel and read {min(off):.2f} to {max(off):.2f}, not 1.00; "
+        f"noisy: {len(off)} rows run the baseline's kernel and show {min(off):.2f} to {max(off):.2f}, not 1.00; "
         "trust no ratio within that range, or measure again on a quiet machine"
     ]
 
@@ -226,7 +226,7 @@ def times(args: argparse.Namespace, cases: list[BenchCase], facts: dict) -> tupl
 
 
 def _unless_wrong(run: Callable[[], tuple[list, list[str]]]) -> tuple[list, list[str]]:
-    """Run, or give no figures and a remark, which leads to exit code 1, if the accuracy check fails."""
+    """Run; if the accuracy check fails, return no figures and a remark that leads to exit code 1."""
     try:
         return run()
     except AssertionError as error:
@@ -250,6 +250,6 @@ def memory(args: argparse.Namespace, cases: list[BenchCase], facts: dict) -> tup
     return _join(facts, [MEMORY, table], remarks), {"environment": facts, "memory": data, "remarks": remarks}
 
 
-def _memory_line(case: BenchCase, baseline: Saved, own: Saved) -> tuple[str, ...]:
-    sizes = (f"{baseline.bytes / 2**20:.3g}", f"{own.bytes / 2**20:.3g}", f"{own.ratio:.2f}")
-    return case.name, own.candidate, own.served_by, baseline.candidate, *sizes
+def _memory_line(case: BenchCase, baseline: Saved, saved: Saved) -> tuple[str, ...]:
+    sizes = (f"{baseline.bytes / 2**20:.3g}", f"{saved.bytes / 2**20:.3g}", f"{saved.ratio:.2f}")
+    return case.name, saved.candidate, saved.served_by, baseline.candidate, *sizes

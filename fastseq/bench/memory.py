@@ -12,7 +12,7 @@ from fastseq.bench.timing import Setup, candidates
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes that one candidate keeps, without inputs and parameters; ``ratio`` = the baseline's bytes / its own."""
+    """Bytes that one candidate keeps, without inputs and parameters; ``ratio``: bytes of baseline / candidate."""
 
     candidate: str
     served_by: str
@@ -25,7 +25,7 @@ def saved_bytes(call: Callable[[], object], given: Iterable[Tensor]) -> int:
 
     Saved outputs are counted, too: they stay alive with the graph.
     """
-    storages: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses from being used again
+    storages: dict[int, torch.UntypedStorage] = {}  # references, so that no address is reused
 
     def pack(t: Tensor) -> Tensor:
         storages[t.untyped_storage().data_ptr()] = t.untyped_storage()

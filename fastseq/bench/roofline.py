@@ -19,12 +19,12 @@ def has_roofline(case: BenchCase) -> bool:
 
 
 def roofline_ms(case: BenchCase, train: bool) -> float:
-    """Milliseconds on all torch threads together.
+    """Lower bound in milliseconds, on all torch threads together.
 
     Per layer and direction: the input part, max(flops / peak, bytes of W_ih / bandwidth), and one max(flops / peak,
     bytes of W_hh / bandwidth) per step over its valid rows. Training adds the backward's products: the gradients of
-    inputs and states cost the same again, those of the weights are one product over all steps. Element-wise work,
-    packing and the memory traffic of activations are not counted.
+    inputs and states cost the same again, the gradients of the weights are one product over all steps. Element-wise
+    work, packing and the memory traffic of activations are not counted.
     """
     lengths = case_lengths(case)
     rows = [int((lengths > t).sum()) for t in range(int(lengths.max()))]
@@ -64,7 +64,7 @@ def peak(dtype: torch.dtype) -> float:
 def bandwidth(size: int) -> float:
     """Bytes per second at which torch (sum or dot, whichever is faster) reads a buffer of ``size`` bytes.
 
-    The buffer stays in the smallest cache that holds it, as weights of that size would. Measured at powers of two.
+    The buffer stays in the smallest cache that holds it, as weights of that size do. Measured at powers of two.
     """
     return _bandwidth(max(16, (max(size, 1) - 1).bit_length()))
 

@@ -1,4 +1,4 @@
-"""The engine of ``fastseq bench``: an accuracy check, then timings of candidates that take turns in one process."""
+"""Engine of ``fastseq bench``: check the accuracy of all candidates, then time them interleaved in one process."""
 
 import random
 import statistics
@@ -16,8 +16,8 @@ from fastseq.dispatch import record
 from fastseq.testing.numerics import Results, compare, evaluate, float32_products, is_refusal
 from fastseq.testing.problems import Leaves, parameters_of
 
-ROUNDS = 5  # at least
-SAMPLE_MS = 3.0  # short calls are repeated for about this long between two readings of the clock
+ROUNDS = 5  # minimum
+SAMPLE_MS = 3.0  # time between two readings of the clock; shorter calls are repeated
 
 
 class Setup:
@@ -96,8 +96,8 @@ def check_accuracy(setup: Setup, call: Callable[..., object], train: bool) -> No
 class Timing:
     """One candidate of one case and mode; times in milliseconds per call.
 
-    ``ratio``: how many times as fast as the main baseline, the median over rounds of baseline / own. Both times of a
-    round are measured under the same load, so varying load cancels; in a quotient of two medians it does not.
+    ``ratio``: speed-up over the main baseline, the median over rounds of baseline / candidate. Both times of a round
+    are measured under the same load, so varying load cancels; in a quotient of two medians it does not.
     """
 
     candidate: str
@@ -118,7 +118,7 @@ def wall_ms(run: Callable[[], None], calls: int) -> float:
 
 
 def cuda_ms(run: Callable[[], None], calls: int) -> float:
-    """Milliseconds of ``calls`` calls on the GPU, by its own events, gaps between kernels included."""
+    """Milliseconds of ``calls`` calls between two CUDA events, gaps between kernels included."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
@@ -136,7 +136,7 @@ def time_interleaved(
 ) -> dict[str, list[float]]:
     """Milliseconds per call, the candidates taking turns; at least ``ROUNDS`` rounds.
 
-    Each round has its own random order, so that no candidate always finds the caches of the same predecessor.
+    Each round shuffles the order: otherwise every candidate would find the caches of the same predecessor.
     """
     repeats = {name: _calls_per_sample(run, clock) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -166,7 +166,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(setup: Setup, backends: tuple[str, ...], train: bool) -> tuple[list[Candidate], list[str]]:
-    """The main baseline, then every backend that serves the case in this mode; and the refusals of the others.
+    """List the main baseline, then every backend that serves the case in this mode; and the refusals of the others.
 
     Raises:
         AssertionError: a backend's result is wrong.
@@ -200,7 +200,7 @@ def measure(
         timings and remarks: refusals of backends, and baselines whose error exceeds the bound.
 
     Raises:
-        AssertionError: a backend's result is wrong; nothing of this case is timed then.
+        AssertionError: a backend's result is wrong; then the case has no timing.
     """
     with float32_products(setup.case.tf32):
         entrants, remarks = candidates(setup, backends, train)
@@ -222,7 +222,7 @@ def time_candidates(
     return [_timing(c.name, c.served_by, times[c.name], times[entrants[0].name]) for c in entrants]
 
 
-def _timing(name: str, served_by: str, own: list[float], baseline: list[float]) -> Timing:
-    p20, *_, p80 = statistics.quantiles(own, n=5)
-    ratio = statistics.median(theirs / ours for theirs, ours in zip(baseline, own, strict=True))
-    return Timing(name, served_by, statistics.median(own), p20, p80, ratio, len(own))
+def _timing(name: str, served_by: str, times: list[float], baseline: list[float]) -> Timing:
+    p20, *_, p80 = statistics.quantiles(times, n=5)
+    ratio = statistics.median(b / t for b, t in zip(baseline, times, strict=True))
+    return Timing(name, served_by, statistics.median(times), p20, p80, ratio, len(times))

@@ -84,21 +84,21 @@ def check(
 ) -> list[Row]:
     """Compare one case on each backend: outputs with and without gradients, and the gradient of every leaf.
 
-    float64 is always computed on the CPU; torch's own computation on ``device``, float32 without TF32.
+    float64 is always computed on the CPU; plain torch in ``dtype`` runs on ``device``, float32 without TF32.
 
     Args:
         draws: number of random draws of the leaves; default: enough to make torch's error representative.
-        fill: fill new memory with NaN, so that elements that a kernel does not write are seen; False for a tool that
-            looks for unwritten memory itself.
+        fill: fill new memory with NaN, which shows elements that a kernel leaves unwritten; False under a tool that
+            detects unwritten memory itself.
     """
     rounded = [(p, {name: t.to(dtype).double() for name, t in x.items()}) for p, x in _draws(case)[:draws]]
     modes = (False,) if dtype == torch.float64 and not _well_conditioned(case) else (False, True)
-    # torch's many small calls gain nothing from more threads, and are far slower on an oversubscribed machine
+    # many small calls: more threads gain nothing, and cost much on an oversubscribed machine
     with one_thread(), float32_products(tf32=False):
         try:
             oracle = {train: _run(rounded, None, torch.float64, case, train, "cpu") for train in modes}
             baseline = {train: _run(rounded, None, dtype, case, train, device) for train in modes}
-        except Exception as error:  # not a backend's failure: reported as torch's, and the next case runs
+        except Exception as error:  # a failure of plain torch: reported for every backend, and the next case runs
             failure = f"torch's own computation: {type(error).__name__}: {error}"
             key = (case.op, case.name, str(dtype).removeprefix("torch."))
             return [Row(*key, backend, failure=failure) for backend in backends]
@@ -129,7 +129,7 @@ def _row(
             comparisons += several if train else [c._replace(name=f"{c.name} (inference)") for c in several]
         if dtype == torch.float64:  # a rounding of a pre-activation of 100 is a hundred roundings of a gate
             comparisons = [c._replace(limit=c.limit * case.options.get("spread", 1.0)) for c in comparisons]
-    except Exception as error:  # an exception counts like a wrong number, in the table and in the exit code
+    except Exception as error:  # counts like a wrong number, in the table and in the exit code
         if is_refusal(error):
             return Row(*key, refusal=str(error))
         return Row(*key, failure=f"{type(error).__name__}: {error}")
@@ -145,7 +145,7 @@ def _well_conditioned(case: ParityCase) -> bool:
 
 
 def _draws(case: ParityCase) -> list[tuple[Problem, Leaves]]:
-    """Several draws in float64, to be compared together: in a few elements torch's rounding errors may cancel."""
+    """Several draws in float64, compared together: in results of few elements torch's rounding errors may cancel."""
 
     def drawn(seed: int) -> tuple[Problem, Leaves]:
         draw = partial(_normal, torch.Generator().manual_seed(seed))
@@ -154,9 +154,9 @@ def _draws(case: ParityCase) -> list[tuple[Problem, Leaves]]:
 
     first = drawn(0)
     elements = sum(t.numel() for t in first[1].values())
-    # Small gradients of a model are differences of large ones: with 8 draws torch's errors were seen to cancel.
+    # small gradients of a model are differences of large ones: torch's errors cancelled in 8 draws
     draws = 32 if elements < 100 or case.op == "Seq2Seq" else 8 if elements < 2000 else 3
-    if case.options.get("spread", 1.0) != 1.0:  # few draws have large errors, torch's as well as ours
+    if case.options.get("spread", 1.0) != 1.0:  # saturated: large errors are rare, torch's as well as fastseq's
         draws *= 8
     return [first, *(drawn(seed) for seed in range(1, draws))]
 

@@ -1,7 +1,7 @@
-"""The float64 rule, by which tests, benchmarks and ``fastseq parity`` judge a result.
+"""Accuracy rule of tests, benchmarks and ``fastseq parity``.
 
-A tolerance is derived, not chosen: the error against float64 may be at most ``factor`` times the error of torch's own
-computation in the same dtype, plus one rounding of the largest value.
+A tolerance is derived, not chosen: the error against float64 may be at most ``factor`` times the error of plain torch
+in the same dtype, plus one rounding of the largest value.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ def max_error(actual: Tensor, oracle: Tensor) -> float:
 def bound(oracle: Tensor, torch_error: float, dtype: torch.dtype, factor: float = 2.0) -> float:
     """``factor * torch_error + eps(dtype) * max|oracle|``: the largest allowed error of a kernel of this dtype.
 
-    A ``torch_error`` that is not finite counts as 0: where torch overflows, a kernel need not.
+    A ``torch_error`` that is not finite counts as 0: torch may overflow, a kernel may not.
 
-    In float64 the oracle is no wider than the result, so its roundings count, too: at least 64, for sums of a few
-    hundred terms through a few dozen operations.
+    In float64 the oracle is no wider than the result and rounds as well: the bound is at least 64 roundings, for sums
+    of a few hundred terms through a few dozen operations.
     """
     eps, largest = torch.finfo(dtype).eps, _largest(oracle)
     allowed = factor * _finite(torch_error) + eps * largest
@@ -54,8 +54,8 @@ class Results(NamedTuple):
 class Comparison(NamedTuple):
     """One result beside the float64 oracle.
 
-    ``error``, ``torch_error``: largest absolute errors of ours and of torch in the same dtype. ``limit``: the bound on
-    ``error``. ``problem``: a wrong shape or dtype as a sentence, else "".
+    ``error``, ``torch_error``: largest absolute errors of fastseq and of torch in the same dtype. ``limit``: the bound
+    on ``error``. ``problem``: a wrong shape or dtype as a sentence, else "".
     """
 
     name: str
@@ -80,8 +80,8 @@ class Comparison(NamedTuple):
 def evaluate(outputs: dict[str, Tensor], leaves: dict[str, Tensor], strided: bool = False) -> Results:
     """Outputs, and the gradients at ``leaves`` of a loss that weights every output element by its own factor.
 
-    The factors are bfloat16 numbers, so that they are the same in every dtype and on every device. ``strided``: they
-    are transposed in memory. A leaf without influence gets a gradient of zeros.
+    The factors are bfloat16 numbers, so they are exact in every dtype and on every device. ``strided``: they are
+    transposed in memory. A leaf without influence gets a gradient of zeros.
     """
     if not leaves:
         return Results(outputs, {})
@@ -143,12 +143,12 @@ def _compare(
 def assert_accurate(
     actual: Tensor, oracle: Tensor, baseline: Tensor, *, factor: float = 2.0, name: str = "result"
 ) -> None:
-    """Assert that ``actual`` is as accurate as torch's own kernel.
+    """Assert that ``actual`` is as accurate as torch's kernel.
 
     Args:
         actual: the result under test, any floating dtype.
         oracle: the same result computed in float64 from the same (already rounded) inputs.
-        baseline: torch's own result in the dtype of ``actual``.
+        baseline: torch's result in the dtype of ``actual``.
         factor: 2 for outputs, 3 for gradients.
         name: the result's name in the message.
 
@@ -177,9 +177,9 @@ def is_refusal(error: RuntimeError) -> bool:
 
 @contextlib.contextmanager
 def nan_filled_memory() -> Iterator[None]:
-    """Fill new memory with NaN in this block, so that elements that a kernel does not write are seen."""
+    """Fill new memory with NaN in this block, which shows elements that a kernel leaves unwritten."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # only for the filling; CUDA would refuse some ops
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors; warn_only: CUDA refuses some ops
     try:
         yield
     finally:
@@ -188,7 +188,7 @@ def nan_filled_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def float32_products(tf32: bool) -> Iterator[None]:
-    """On CUDA: float32 products of cuBLAS, cuDNN and fastseq in TF32, or in full. torch's default mixes both."""
+    """Set float32 products of cuBLAS, cuDNN and fastseq on CUDA to TF32 or full float32; torch's default mixes both."""
     flags = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [flag.allow_tf32 for flag in flags]
     for flag in flags:

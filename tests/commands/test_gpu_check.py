@@ -1,4 +1,4 @@
-"""``benchmarks/gpu_check.py``: the whole command without a GPU, and its behaviour at failures."""
+"""``benchmarks/gpu_check.py`` without a GPU: the whole command, and its behaviour on failures."""
 
 import importlib.util
 import json
@@ -35,8 +35,8 @@ def read(folder: Path) -> dict:
 @needs_triton
 def test_the_simulated_command_walks_everything(tmp_path):
     process = start("--out", tmp_path, "--minutes", 60, FASTSEQ_SIM="1", OMP_NUM_THREADS="1")
-    _, told = process.communicate()
-    assert process.returncode == 0, told + (tmp_path / "log.txt").read_text()
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors + (tmp_path / "log.txt").read_text()
     data, text = read(tmp_path), (tmp_path / "report.md").read_text()
     assert data["finished"]
     assert [stage["stage"] for stage in data["stages"]] == list(gpu_check.STAGES)
@@ -72,9 +72,9 @@ def test_a_cut_run_leaves_whole_files(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
     process = start("--out", tmp_path)
-    out, told = process.communicate()
+    out, errors = process.communicate()
     assert (process.returncode, out) == (2, "")
-    assert told == "gpu_check: torch finds no GPU here; FASTSEQ_SIM=1 runs the command without one.\n"
+    assert errors == "gpu_check: torch finds no GPU here; FASTSEQ_SIM=1 runs the command without one.\n"
 
 
 @pytest.mark.parametrize("name", ["gpu_check", "gpu_worker"])
@@ -103,22 +103,22 @@ def test_help_teaches():
 
 STUB = """
 import json, os, sys, time
-def tell(message):
+def send(message):
     print(json.dumps(message), flush=True)
 for line in sys.stdin:
     task = json.loads(line)
     if task["task"] == "environment":
-        tell({"row": {"facts": {"simulation": "a stub"}, "cuda_kernels": True}})
+        send({"row": {"facts": {"simulation": "a stub"}, "cuda_kernels": True}})
     else:
-        about = {k: task[k] for k in ("op", "case", "dtype", "mode") if k in task}
+        key = {k: task[k] for k in ("op", "case", "dtype", "mode") if k in task}
         for backend in task["backends"]:
-            tell({"doing": backend})
+            send({"doing": backend})
             if backend == "native":
                 FATE
-            who = {"backend": backend, "candidate": backend}
-            tell({"row": about | who | {"verdict": "ok", "of_bound": 0.5, "detail": ""}})
+            name = {"backend": backend, "candidate": backend}
+            send({"row": key | name | {"verdict": "ok", "of_bound": 0.5, "detail": ""}})
     print("not JSON: output of a tool that wraps the worker")
-    tell({"done": True})
+    send({"done": True})
 """
 
 
@@ -145,7 +145,7 @@ FATES = {"time.sleep(99)": "hung: nothing for 3 s while doing native; killed",
 @pytest.mark.parametrize("stage", ["parity", "bench"])
 def test_a_lost_worker_costs_its_own_task_only(stage, fate, stub, tmp_path, capsys):
     stub(fate)
-    silence = "3" if "sleep" in fate else "60"  # a working stub may be slow, too
+    silence = "3" if "sleep" in fate else "60"  # longer than a slow but working stub
     code = gpu_check.main(["--out", str(tmp_path), "--only", stage, "--silence", silence, "--minutes", "60"])
     assert code == 1
     rows = read(tmp_path)[stage]
@@ -160,24 +160,24 @@ def test_a_lost_worker_costs_its_own_task_only(stage, fate, stub, tmp_path, caps
 
 
 def test_an_exception_in_a_task_is_a_row_and_the_worker_goes_on(monkeypatch):
-    def broken(task, tell):
-        tell({"doing": "timing"})
+    def broken(task, send):
+        send({"doing": "timing"})
         raise RuntimeError("CUDA out of memory")
 
-    told = []
+    sent = []
     monkeypatch.setitem(gpu_worker.TASKS, "bench", broken)
     monkeypatch.setattr(gpu_worker, "SIMULATED", True)
-    gpu_worker.serve({"task": "bench", "case": "lstm", "mode": "training"}, told.append)
+    gpu_worker.serve({"task": "bench", "case": "lstm", "mode": "training"}, sent.append)
     row = {"case": "lstm", "mode": "training", "candidate": "timing", "verdict": "failed"}
     row |= {"detail": "RuntimeError: CUDA out of memory"}
-    assert told == [{"doing": "timing"}, {"row": row}, {"done": True}]
+    assert sent == [{"doing": "timing"}, {"row": row}, {"done": True}]
 
 
 def test_a_first_answer_may_take_longer_than_the_next(stub, tmp_path):
     stub("time.sleep(99)")
     worker = gpu_check.Worker(gpu_check.WORKER, tmp_path / "log.txt")
     with pytest.raises(gpu_check.Lost, match="nothing for 1 s while doing native"):
-        list(worker.ask({"task": "parity", "backends": ["native"]}, silence=1.0, start=20.0))
+        list(worker.request({"task": "parity", "backends": ["native"]}, silence=1.0, start=20.0))
 
 
 def test_a_worker_that_never_starts(stub, tmp_path, monkeypatch):
@@ -285,7 +285,7 @@ def test_latencies_become_rows(tmp_path, monkeypatch, stub):
     (tmp_path / "build").mkdir()
     (tmp_path / "benchmarks" / "latencies.cu").write_text("")
     program = tmp_path / "build" / "latencies"
-    row = {"what": "grid barrier", "where": "132 blocks", "number": 0.9, "value": "0.9 µs"}
+    row = {"quantity": "grid barrier", "where": "132 blocks", "number": 0.9, "value": "0.9 µs"}
     program.write_text(f"#!/bin/sh\necho '{json.dumps(row)}'\necho 'st.async: trapped' >&2\nexit 1\n")
     program.chmod(0o755)
     check = gpu_check.Check(gpu_check.parse(["--out", str(tmp_path / "out")]), "")

@@ -1,4 +1,4 @@
-"""Plant each bug of tests/mutations in a copy of the tree and check that the named tests fail: ``make mutate``.
+"""Plant each bug of tests/mutations in a copy of the tree and require that the named tests fail: ``make mutate``.
 
 A mutation is a unified diff in tests/mutations/<area>/<name>.patch below a header of ``key: text`` lines:
 
@@ -7,9 +7,9 @@ A mutation is a unified diff in tests/mutations/<area>/<name>.patch below a head
     --- a/fastseq/ops/lstm/reference.py
     ...
 
-``breaks`` says what is wrong. Each ``tests`` line holds pytest arguments, after NAME=VALUE pairs for the environment if
-need be; each must fail. ``ends: hang`` or ``ends: crash`` stands where the tests cannot report a failure. One line of
-context per hunk is enough; line numbers may drift, and hunk sizes are recounted.
+``breaks`` describes the bug. Each ``tests`` line holds pytest arguments, after optional NAME=VALUE pairs for the
+environment, and must fail. ``ends: hang`` or ``ends: crash`` is for bugs that end the process before it can report a
+failure. One line of context per hunk is enough; line numbers may drift, and hunk sizes are recounted.
 
 tests/mutations/test_patches.py checks in every run of the suite that all patches apply.
 
@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 from slot import LIMIT, Broken, Slot
 
-HANG = 60  # seconds after which a test run counts as hung, where the patch says ``ends: hang``
+HANG = 60  # seconds after which a test run counts as hung, for patches with ``ends: hang``
 
 
 class Mutation(NamedTuple):
@@ -75,9 +75,9 @@ class Runner:
         self.root, self.jobs = root, jobs
         self.files = tracked(root)
         self.hash = digest(root, self.files)
-        self.cache = root / "build/mutate/passed.json"  # pytest arguments: hash of the last tree they passed in
+        self.cache = root / "build/mutate/passed.json"  # pytest arguments -> hash of the last tree they passed in
         self.passed = json.loads(self.cache.read_text()) if self.cache.exists() else {}
-        self.reasons: dict[str, str] = {}  # pytest arguments: why they are no use, or ""
+        self.reasons: dict[str, str] = {}  # pytest arguments -> why they prove nothing, or ""
         self.locks: dict[str, threading.Lock] = {}
         self.printing = threading.Lock()
         self.plain: queue.SimpleQueue[Slot] = queue.SimpleQueue()
@@ -147,11 +147,11 @@ class Runner:
         if slot.compiled:
             slot.build()
         for selection in mutation.tests:
-            found = slot.test(selection, HANG if mutation.ends == "hang" else LIMIT)
-            if found == "pass":
+            ending = slot.test(selection, HANG if mutation.ends == "hang" else LIMIT)
+            if ending == "pass":
                 return "SURVIVED", f"pytest {selection} passes. Planted: {mutation.breaks}"
-            if found != mutation.ends:
-                raise Broken(f"pytest {selection} ends in a {found}, expected a {mutation.ends}")
+            if ending != mutation.ends:
+                raise Broken(f"pytest {selection} ends in a {ending}, expected a {mutation.ends}")
         return "killed", ""
 
     def check_baseline(self, selection: str, slot: Slot) -> None:
@@ -168,10 +168,10 @@ class Runner:
 
     def run_baseline(self, selection: str, slot: Slot) -> str:
         try:
-            found = slot.test(selection)
+            ending = slot.test(selection)
         except Broken as error:
             return f"without the bug: {error}"
-        return "" if found == "pass" else f"without the bug, pytest {selection} ends in a {found}, too"
+        return "" if ending == "pass" else f"without the bug, pytest {selection} ends in a {ending}, too"
 
 
 def tracked(root: Path) -> list[str]:

@@ -25,7 +25,7 @@ class Broken(Exception):
 
 
 class Slot:
-    """compiled: the copy has an operator library built from its own sources, else one copied from the tree."""
+    """One copy. ``compiled``: build its operator library from its sources; else copy the library of the tree."""
 
     def __init__(self, root: Path, name: str, compiled: bool = False):
         self.root, self.tree, self.compiled = root, root / "build/mutate" / name, compiled
@@ -49,7 +49,7 @@ class Slot:
             shutil.copytree(shared, self.tree / "build/emulator", copy_function=link, dirs_exist_ok=True)
 
     def restore(self, name: str) -> None:
-        """Copy one file from the tree, with the current time as its own: builds compare times."""
+        """Copy one file from the tree, with a new time stamp, so that an incremental build sees it."""
         (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.root / name, self.tree / name)
 

@@ -1,4 +1,4 @@
-"""Each computation once, for tests, ``fastseq bench`` and ``fastseq parity``: by fastseq and in plain torch.
+"""One description of each computation, in fastseq and in plain torch, for tests, ``fastseq bench`` and ``parity``.
 
 A function per op (ops.py) and per module (modules.py) draws a :class:`Problem`. Plain torch runs in any dtype: in
 float64 it is the oracle, in the dtype under test it is the baseline.
@@ -51,7 +51,7 @@ def parameters_of(call: Callable[..., object]) -> dict[str, nn.Parameter]:
 
 
 def uneven_lengths(steps: int, batch: int, with_zero: bool) -> Tensor:
-    """(B,) from T downwards, so that they can be packed; with a zero in front where there is more than one."""
+    """Lengths (B,): T, T - 1, ..., sorted for packing; ``with_zero``: the first one becomes 0 if B > 1."""
     lengths = torch.tensor([max(1, steps - b) for b in range(batch)])
     if with_zero and batch > 1:
         lengths = lengths.roll(1)

@@ -1,4 +1,4 @@
-"""The modules as problems: LSTM, LSTMCell, Attention and Seq2Seq, each beside plain torch on the same weights."""
+"""Problems of the modules: LSTM, LSTMCell, Attention and Seq2Seq, each beside plain torch with the same weights."""
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ def lstm_module_problem(
     """``fastseq.LSTM`` beside ``nn.LSTM``.
 
     ``shape``: T, B, I, H. ``form``: "full", "unbatched", "packed" or "lengths". ``lengths``: (B,); default: uneven
-    ones, unsorted, for "lengths" with a 0 if B > 1. ``options``: those of ``nn.LSTM``.
+    ones, unsorted, for "lengths" with a 0 if B > 1. ``options``: of ``nn.LSTM``.
     """
     steps, batch, input_size, hidden = shape
     like = nn.LSTM(input_size, hidden, device="meta", **options)
@@ -67,7 +67,7 @@ def lstm_module_problem(
 
 
 class PackAndPad(nn.LSTM):
-    """``nn.LSTM`` with the lines around it that lengths need; it refuses length 0."""
+    """``nn.LSTM`` between ``pack_padded_sequence`` and ``pad_packed_sequence``; raises for length 0."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor) -> tuple:
         packed = pack_padded_sequence(input, lengths.cpu(), self.batch_first, enforce_sorted=False)
@@ -129,7 +129,7 @@ def attention_module_problem(
 
 
 class _PlainAttention(Attention):
-    """The parameters of ``fastseq.Attention``, used as its table of scores says."""
+    """Parameters of ``fastseq.Attention``; the forward is its table of scores in plain torch."""
 
     def forward(self, query: Tensor, keys: Tensor, **padding) -> tuple[Tensor, Tensor | None]:
         memory, options = keys, {"scale": self.scale or 1.0}
@@ -142,7 +142,7 @@ class _PlainAttention(Attention):
 
 
 def seq2seq_problem(draw: Draw, **options) -> Problem:
-    """A whole model beside itself on the torch backend. The first source has length 0, unless it is all there is."""
+    """A whole model, beside the same model on the torch backend. Lengths of the sources: 0, 5, 3."""
     sizes = {"src_vocab_size": 11, "tgt_vocab_size": 13, "embedding_dim": 6, "hidden_size": 8}
     tokens = torch.Generator().manual_seed(1)
     source = torch.randint(4, 11, (3, 5), generator=tokens)

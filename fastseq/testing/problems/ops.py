@@ -1,4 +1,4 @@
-"""The ops as problems: lstm_cell, lstm and attention, each beside the same computation in plain torch."""
+"""Problems of the ops: lstm_cell, lstm and attention, each beside the same computation in plain torch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -86,7 +86,7 @@ def _plain_lstm(
     return_cell_states: bool,
     **weights: Tensor,
 ) -> tuple:
-    """torch's kernel with the arguments of ``ops.lstm``: on the whole batch, or on each sequence alone."""
+    """``torch._VF.lstm`` with the arguments of ``ops.lstm``: on the whole batch, or on each sequence alone."""
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
     flat = [weights[name].contiguous() for name in names if name in weights]
 
@@ -122,7 +122,7 @@ def one_by_one(
     batch_dim: int,
     state_dim: int,
 ) -> tuple:
-    """Run each sequence alone, cut to its length: the meaning of ``lengths``, without packing.
+    """Run each sequence alone, cut to its length: the definition of ``lengths``, without packing.
 
     A sequence of length 0 gives zeros and its initial states.
 
@@ -153,12 +153,12 @@ def attention_problem(
     spread: float = 1.0,
     one_step: bool = False,
 ) -> Problem:
-    """``ops.attention``, called with and without weights: "contexts" stacks both, for torch matrix products and SDPA.
+    """``ops.attention``, called with and without weights; "contexts" stacks both results.
 
     ``shape``: B, T, S, A. ``padding``: "none", "lengths", "mask" or "step_mask", each with a row without any key.
 
-    With a ``spread`` the factors of large dot scores are whole numbers, whose products and sums are exact: no two
-    orders of summation agree on the softmax of rounded scores of some hundreds.
+    With a ``spread``, queries and keys of dot scores are whole numbers, whose products and sums are exact. Scores of
+    some hundreds that depend on the order of summation would give different softmax results.
     """
     batch, steps, keys, size = shape
     inputs = _attention_inputs(draw, (batch,) if one_step else (batch, steps), keys, size, score, spread)
@@ -202,7 +202,7 @@ def _attention_inputs(draw: Draw, leading: tuple[int, ...], keys: int, size: int
 
 
 def context_problem(draw: Draw, shape: tuple[int, int, int, int], score: str) -> Problem:
-    """``ops.attention`` without weights and padding, as it is timed. ``shape``: B, T, S, A; values are of size A."""
+    """``ops.attention`` without weights and padding, for timing. ``shape``: B, T, S, A; values have size A."""
     batch, steps, keys, size = shape
     inputs = {"query": draw(batch, steps, size), "keys": draw(batch, keys, size), "values": draw(batch, keys, size)}
     factor = size**-0.5  # scores of order 1
@@ -248,7 +248,7 @@ def torch_attention(
 
 
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, scale: float, allowed: Tensor | None) -> Tensor:
-    """torch's own kernel for dot scores, where the weights need not be held; rows without any key give 0."""
+    """SDPA for dot scores without weights; rows without any key give 0."""
     heads = (t.unsqueeze(1) for t in (query, keys, values))  # one head: the fused kernels take 4 dimensions only
     if allowed is None:
         return F.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
