@@ -68,7 +68,7 @@ def test_the_environment_page_lists_every_variable():
 
 def test_the_api_pages_list_every_public_name():
     text = read(("docs/api/*.md",))
-    listed = set(re.findall(r"^::: (.+)$", text, re.MULTILINE))
+    listed = set(re.findall(r"^(?::::|  +heading:) (.+)$", text, re.MULTILINE))
     public = {f"fastseq.{name}" for name in fastseq.__all__ if name != "ops"}
     public |= {f"fastseq.ops.{name}" for name in ops.__all__}
     assert public <= listed
