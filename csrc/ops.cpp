@@ -27,12 +27,12 @@ PyObject* cuda_problem(PyObject*, PyObject*) {
 }
 
 PyMethodDef functions[] = {
-    {"cuda_problem", cuda_problem, METH_NOARGS, "Why the current CUDA device can run no kernel; empty where it can."},
+    {"cuda_problem", cuda_problem, METH_NOARGS, "Return why the current GPU can run no kernel; empty if it can."},
     {nullptr, nullptr, 0, nullptr},
 };
 
 PyModuleDef module_definition = {
-    PyModuleDef_HEAD_INIT, "_C", "The compiled operators.", -1, functions, nullptr, nullptr, nullptr, nullptr};
+    PyModuleDef_HEAD_INIT, "_C", "Compiled operators.", -1, functions, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

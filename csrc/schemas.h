@@ -48,7 +48,7 @@ void define_operators(Library& m) {
       "lstm_recurrence_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cell_states, "
       "Tensor activations, Tensor cell_states, Tensor c0, Tensor weight_hh, Tensor? lengths, bool reverse, bool tf32) "
       "-> (Tensor grad_gates, Tensor grad_h0, Tensor grad_c0)");
-  // True if the current device can run both of them. itemsize: bytes of the tensors' dtype, 4 or 2.
+  // Returns true if the current device can run both operators. itemsize: bytes of the tensors' dtype, 4 or 2.
   m.def("lstm_recurrence_fits(int batch, int directions, int hidden, int itemsize, bool tf32) -> bool");
   // query (B, T, A), keys (B, S, A), values (B, S, D); weight, bias (A,) of the additive score, neither for dot;
   // lengths (B,) int64 or mask (B, 1 or T, S) bool; prepared: attention_prepare(keys, ...). context (B, T, D); weights

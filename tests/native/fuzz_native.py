@@ -23,7 +23,7 @@ OPS = {"lstm": 6, "cell": 1, "step": 1, "additive": 2, "dot": 1}  # op: relative
 DTYPES = ("float32", "bfloat16", "float64", "float16")
 SIZES = (1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 64, 65, 70, 100, 128, 130, 200, 257)
 KEYS = (1, 2, 3, 15, 16, 17, 33, 64, 127, 128, 129, 200, 300)
-BUDGET = 40_000_000  # multiply-adds of one case: about a tenth of a second
+BUDGET = 40_000_000  # multiply-adds of one case, a tenth of a second
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def work(self) -> int:
-        """Multiply-adds, or about as much."""
+        """Approximate number of multiply-adds."""
         if self.attention:
             return self.T * self.B * self.S * (self.H + self.I) * 16
         return self.T * self.B * self.H * (self.I + self.H) * 4 * self.layers

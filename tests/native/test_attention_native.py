@@ -96,10 +96,10 @@ def assert_as_accurate_as_torch(shape, score, dtype, kind, **options):
     wide = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
     actual = attention(**tensors, score=score, **where, need_weights=True, backend="native")
     oracle, baseline = plain(**wide, allowed=allowed), plain(**tensors, allowed=allowed)
-    outputs = [dict(zip(("context", "weights"), found, strict=True)) for found in (actual, oracle, baseline)]
+    outputs = [dict(zip(("context", "weights"), results, strict=True)) for results in (actual, oracle, baseline)]
     assert_all_accurate(*outputs, factor=2)
-    found = ((actual, tensors), (oracle, wide), (baseline, tensors))
-    grads = [dict(zip(tensors, gradients(out, x), strict=True)) for out, x in found]
+    sides = ((actual, tensors), (oracle, wide), (baseline, tensors))
+    grads = [dict(zip(tensors, gradients(out, x), strict=True)) for out, x in sides]
     assert_all_accurate(*grads, factor=3)
 
 
@@ -131,7 +131,7 @@ def test_opposite_hundreds_cancel(steps):
 
 @pytest.mark.parametrize("where", ["query", "keys"])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_infinite_and_nan_inputs_mean_what_they_mean_to_torch(where, steps):
+def test_infinite_and_nan_inputs_give_what_torch_gives(where, steps):
     tensors = make_inputs((2, steps, 5, 6, 3), "additive", torch.float32)
     for value in (math.inf, -math.inf, math.nan):
         changed = {name: x.detach().clone() for name, x in tensors.items()}
@@ -225,7 +225,7 @@ def test_empty_batch_steps_or_positions(score, sizes):
     assert all((g == 0).all() and g.shape == x.shape for g, x in zip(grads, tensors.values(), strict=True))
 
 
-def test_what_is_not_needed_is_not_computed():
+def test_results_not_needed_are_not_computed():
     tensors = make_inputs((2, 3, 4, 5, 6), "additive", torch.float32)
     query, keys, values, weight, bias = (x.detach() for x in tensors.values())
     context, weights = ops.attention_forward(query, keys, values, weight, bias, None, None, None, 1.0, False)
@@ -278,7 +278,7 @@ def test_prepared_keys_change_no_result(dtype, kind, spread, strided):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_prepared_keys_are_what_is_read(steps):
+def test_prepared_keys_are_read(steps):
     tensors = make_inputs((2, steps, 7, 20, 4), "additive", torch.float32)
     prepared = prepare_keys(tensors["keys"], score="additive", backend="native")
     other = prepare_keys(tensors["keys"] + 1, score="additive", backend="native")

@@ -1,6 +1,6 @@
-"""The compiled CPU kernels on the narrower instruction sets of this machine, each in a process of its own.
+"""The compiled CPU kernels on the narrower instruction sets of this machine, each in its own process.
 
-The widest one is what all other tests run on.
+All other tests run on the widest one.
 """
 
 import json

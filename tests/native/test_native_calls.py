@@ -73,7 +73,7 @@ def forward_with(**changes):
     return ops.lstm_forward(*(arguments | changes).values(), False, True, True)
 
 
-def test_the_arguments_that_are_changed_below_are_fine():
+def test_unchanged_arguments_are_accepted():
     forward_with()
     forward_with(weights=weights(**BIASES))
 

@@ -21,11 +21,11 @@ SHAPES = {  # T, B, I, H, with bias
     "T3B2I5H257": (3, 2, 5, 257, True),
     "T2B67I3H5": (2, 67, 3, 5, False),
 }
-# One per choice that the kernels make by size; see the constants in csrc/cpu/*.
+# One shape per path that the kernels choose by size; see the constants in csrc/cpu.
 PATHS = {  # T, B, I, H
     "rows of W in place": (20, 2, 40, 130),
     "rows of W_hh in place, W_ih packed": (100, 3, 20, 70),
-    "panels of a few rows": (12, 6, 40, 130),
+    "panels of 6 rows": (12, 6, 40, 130),
     "several blocks of the batch": (4, 150, 9, 20),
     "several chunks of inputs and depths": (60, 9, 5, 17),
     "several chunks of wide gates": (30, 9, 4, 200),
@@ -111,15 +111,15 @@ def test_a_missing_gradient_counts_as_zero(direction, present):
     upstream = [torch.randn_like(t) if i == present else None for i, t in enumerate((output, h_n, c_n, cells))]
     zeros = [torch.zeros_like(t) for t in (output, h_n, c_n, cells)]
     zeros = [zero if given is None else given for given, zero in zip(upstream, zeros, strict=True)]
-    *found, weights = problem.backward(upstream, (activations, cells))
+    *actual, weights = problem.backward(upstream, (activations, cells))
     *expected, expected_weights = problem.backward(zeros, (activations, cells))
-    for a, b in zip([*found, *weights], [*expected, *expected_weights], strict=True):
+    for a, b in zip([*actual, *weights], [*expected, *expected_weights], strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("need", [(False, False), (True, False), (False, True)], ids=str)
-def test_what_is_not_needed_has_no_elements(need, direction):
+def test_results_not_needed_have_no_elements(need, direction):
     problem = Problem(4, 3, 5, 7, direction=direction)
     D = len(problem.backwards)
     *results, activations, cells = problem.forward(*need)
@@ -168,13 +168,13 @@ def test_strided_tensors_through_the_public_op():
     tensors = problem.x, problem.h0[0], problem.c0[0], *problem.weights
     strided = [torch.stack([t, t], -1)[..., 0].detach().requires_grad_() for t in tensors]
     plain = [t.detach().clone().requires_grad_() for t in tensors]
-    found = []
+    results = []
     for x, h0, c0, *weights in (strided, plain):
         output, (h_n, c_n) = lstm(x, (h0, c0), *weights, backend="native")
         grads = torch.autograd.grad((output, h_n, c_n), (x, h0, c0, *weights), (output.mT.mT.clone(), h_n, c_n))
-        found.append([output, h_n, c_n, *grads])
+        results.append([output, h_n, c_n, *grads])
     assert not strided[0].is_contiguous()
-    for a, b in zip(*found, strict=True):
+    for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
 

@@ -39,7 +39,7 @@ def test_python_threads_at_once():
     expected = [problem.both() for problem in problems]
 
     def caller(number):
-        with threads(2):  # for this thread, and for all that torch starts later
+        with threads(2):  # applies to this thread and to all that torch starts later
             for k in range(3 * len(problems)):
                 k = (k + number) % len(problems)
                 assert_same_bits(problems[k].both(), expected[k])
@@ -61,18 +61,18 @@ def test_calls_within_a_parallel_region():
     library = openmp()
     if library is None:
         pytest.skip("torch does not use libgomp, the library whose entry point this test calls")
-    problem = Problem(*PATHS["panels of a few rows"], "lengths", direction="both")
-    expected, found = problem.both(), []
+    problem = Problem(*PATHS["panels of 6 rows"], "lengths", direction="both")
+    expected, results = problem.both(), []
 
     @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     def region(_):
-        found.append(problem.both())
+        results.append(problem.both())
 
     with threads(3):
         library.GOMP_parallel(region, None, 2, 0)
-    assert len(found) == 2
-    for results in found:
-        assert_same_bits(results, expected)
+    assert len(results) == 2
+    for result in results:
+        assert_same_bits(result, expected)
 
 
 @pytest.mark.parametrize("flags", [(), ("-O1", "-fsanitize=thread")], ids=["plain", "ThreadSanitizer"])

@@ -35,7 +35,7 @@ Isa machine_isa();
 
 const char* isa_name(Isa isa);
 
-// Null, or the sentence that says why machine_isa() has no answer.
+// Null if machine_isa() can choose a set, else the reason as a sentence.
 const char* isa_problem();
 
 }  // namespace fastseq::cpu

@@ -1,4 +1,4 @@
-// Collects the kernels of one instruction set into its table. Included by avx2.cpp and its siblings; see region.h.
+// Collects the kernels of one instruction set into its table. Included by each isa/*.cpp of a set; see region.h.
 #pragma once
 
 #include "cpu/isa/kernel_table.h"

@@ -32,7 +32,7 @@ Kernels<S> choose() {
     if (isa >= Isa::kAvx2) return avx2::make_kernels<S>();
   }
   if constexpr (is_built(Isa::kBaseline)) return baseline::make_kernels<S>();
-  return {};  // not reached: machine_isa() is a built set, and avx512_bf16 is built with avx512
+  return {};  // unreachable: machine_isa() is a built set, and avx512_bf16 is built with avx512
 }
 
 }  // namespace

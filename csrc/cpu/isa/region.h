@@ -1,15 +1,15 @@
 // Opens and closes the part of a kernel file (*-inl.h) that is compiled for one instruction set.
 //
-// avx2.cpp and its siblings define the macros below and include kernel_table-inl.h. One instruction set is one
-// translation unit, so `#pragma once` gives it one copy of every kernel, in the namespace fastseq::cpu::FASTSEQ_ISA.
+// isa/avx2.cpp and the files of the other sets define the macros below and include kernel_table-inl.h. A set is one
+// translation unit: `#pragma once` gives it one copy of every kernel, in the namespace fastseq::cpu::FASTSEQ_ISA.
 //
 //   FASTSEQ_ISA           name of the namespace
 //   FASTSEQ_TARGET        features for the compiler, such as "avx2,fma"; undefined for the portable kernels
 //   FASTSEQ_VECTOR_BYTES  16, 32 or 64
 //   FASTSEQ_BF16_DOT      1 if bfloat16 products use the AVX-512 dot-product instruction
 //
-// Kernels are templates over vector types, so the whole body must be compiled for the instruction set. A function that
-// is only inlined into such a body has had its vectors split up before.
+// Kernels are templates over vector types, so the whole body must be compiled for the instruction set. The compiler
+// splits up the vectors of a function outside the region before it inlines the function into such a body.
 //
 // Every kernel file includes first and opens its region afterwards. An inline function of the standard library compiled
 // inside a region could be the copy that the linker keeps, and would then run on machines without the instructions.

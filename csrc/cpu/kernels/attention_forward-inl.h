@@ -1,4 +1,4 @@
-// Forward of attention, one sentence at a time: scores, softmax, weighted sum of the values. See attention_params.h.
+// Forward of attention, one sentence at a time: scores, softmax, weighted sum of the values (attention_params.h).
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@ void compute_scores(
             });
 }
 
-// Sets scores of masked positions to -infinity. Only positions that other steps attend to are among them.
+// Sets the scores of masked positions to -infinity. `where` leaves out positions that every step masks.
 template <class S>
 void hide_masked(const AttentionInputParams<S>& in, int64_t b, Positions where, Matrix<Acc<S>> scores) {
   if (!in.mask.data || in.mask.row == 0) return;

@@ -1,4 +1,4 @@
-// Parameters of the attention kernels. S: storage type, Acc<S>: the type computed in.
+// Parameters of the attention kernels. S: storage type; Acc<S>: type of the arithmetic. Sentence: one element of B.
 //
 //   score(t, s) = scale * sum_a weight[a] * tanh(query[t][a] + bias[a] + keys[s][a])     or  scale * query[t] . keys[s]
 //   weights = softmax of the scores over the positions that step t attends to            context = weights * values
@@ -66,13 +66,13 @@ constexpr int64_t whole_columns(int64_t columns) { return (columns + 15) / 16 * 
 // all cache sets.
 constexpr int64_t spread_columns(int64_t columns) { return whole_columns(columns) | 16; }
 
-// Columns of a prepared key: the function of k in whole vectors, then the number of the TanhMethod it belongs to.
+// Columns of a prepared key: the function of k in whole vectors, then the number of its TanhMethod.
 constexpr int64_t prepared_columns(int64_t size) { return whole_columns(size) + 16; }
 
 // Keys that are prepared and used in one block.
 constexpr int64_t kKeyBlock = 128;
 
-// Largest number of scratch bytes that one sentence takes. The caller aligns the memory to 64 bytes.
+// Scratch bytes that one sentence needs at most. The caller aligns the memory to 64 bytes.
 template <class S>
 int64_t attention_scratch_bytes(const AttentionInputParams<S>& in) {
   const int64_t a = spread_columns(in.size), d = spread_columns(in.width), s = spread_columns(in.positions);

@@ -27,7 +27,7 @@ FASTSEQ_INLINE void in_groups(int64_t count, const Body& body) {
   for (; i < count; ++i) body(Rows<1>{}, i);
 }
 
-// The form of the dot score: adds the products of one vector of columns. attention_tanh-inl.h has the additive forms.
+// Form of the dot score: adds the products of one vector of columns. attention_tanh-inl.h has the additive forms.
 template <class A>
 struct Product {
   static FASTSEQ_INLINE Vec<A> add(Vec<A> sum, Vec<A>, Vec<A> q, Vec<A> k) { return fma(q, k, sum); }

@@ -1,7 +1,7 @@
-// Operands of attention: matrices of the type computed in, over the positions that are attended to.
+// Operands of attention: matrices of Acc<S> over the positions that at least one step attends to.
 //
 // Rows are padded with zeros to whole vectors. A tensor whose rows already have that form is read in place; any other
-// is copied to scratch memory. Positions that no step attends to are left out, so their contents affect no result.
+// is copied to scratch memory. Positions that no step attends to are left out: their contents affect no result.
 #pragma once
 
 #include <cstdint>
@@ -53,7 +53,7 @@ FASTSEQ_INLINE int64_t padded_to_vectors(int64_t columns) {
   return (columns + kLanes<S> - 1) / kLanes<S> * kLanes<S>;
 }
 
-// Positions of sentence b, from its length or its mask, which takes memory.
+// Positions of sentence b, from its length or its mask. Indices of masked positions take arena memory.
 template <class S>
 Positions attended(const AttentionInputParams<S>& in, int64_t b, Arena& arena) {
   if (in.lengths) {
@@ -102,7 +102,7 @@ const Acc<S>* wide_vector(const S* x, int64_t columns, Arena& arena) {
   return row;
 }
 
-// Memory to compute rows of a result in: the result itself if whole vectors fit, else scratch memory.
+// Rows in which a result is computed: the result itself if its rows are whole vectors, else scratch memory.
 template <class S>
 Matrix<Acc<S>> result_rows(S* data, int64_t columns, Positions where, Arena& arena) {
   if constexpr (sizeof(S) == sizeof(Acc<S>)) {

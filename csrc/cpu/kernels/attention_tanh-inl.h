@@ -1,7 +1,7 @@
 // tanh(q + k) of the additive score, and the kernel that prepares keys for it.
 //
-// The additive score takes T * S * A values of tanh(q + k). Each is composed of one function of q and one of k, which
-// are computed (T + S) * A times only. Three methods keep all digits, each for a range of |q| and |k|:
+// The additive score needs tanh(q + k) for T * S * A pairs. Each value is composed of one function of q and one of k,
+// evaluated only (T + S) * A times. Three methods keep all digits, each for a range of |q| and |k|:
 //
 //     one <= kSmall, the other <= kNotLarge:   (tanh q + tanh k) / (1 + tanh q tanh k)
 //     both <= kModerate:                       (e - 1) / (e + 1),  e = e^2q e^2k
@@ -74,7 +74,7 @@ TanhMethod best_tanh_method(A largest_query, A largest_key) {
   return largest_query <= A(kModerate) && largest_key <= A(kModerate) ? TanhMethod::kExponential : TanhMethod::kDirect;
 }
 
-// Method that all prepared keys of a sentence were prepared for; kDirect if they differ. Its number follows each key.
+// Method of all prepared keys of a sentence; kDirect if they differ. The number of the method follows each key.
 template <class S>
 TanhMethod prepared_tanh_method(const AttentionInputParams<S>& in, int64_t b, Positions where) {
   const int64_t columns = prepared_columns(in.size);
@@ -156,7 +156,7 @@ void with_tanh(const AttentionInputParams<S>& in, int64_t b, Positions where, Ar
   }
 }
 
-// Prepares the keys of a sentence for prepared_tanh_method(). Keys that nothing attends to are marked kDirect.
+// Prepares the keys of a sentence for prepared_tanh_method(). Keys that no step attends to are marked kDirect.
 template <class S>
 void attention_prepare_sentence(const AttentionPrepareParams<S>& p, int64_t b, Arena arena) {
   using A = Acc<S>;

@@ -193,7 +193,7 @@ template <class S>
 int64_t fma_chain(int64_t steps) {
   Vec<Acc<S>> start[kTileRows][4] = {}, w{}, sum[kTileRows][4], total{};
   Operand<S> a[kPair<S>] = {};
-  asm volatile("" : "+m"(start), "+m"(w));  // unknown to the compiler
+  asm volatile("" : "+m"(start), "+m"(w));  // hides the values from the compiler
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4

@@ -1,4 +1,4 @@
-// Parameters of the kernels of one LSTM step. S: storage type, Acc<S>: the type computed in.
+// Parameters of the kernels of one LSTM step. S: storage type; Acc<S>: type of the arithmetic.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Parameters of the LSTM kernels, for one layer. S: storage type, Acc<S>: the type computed in.
+// Parameters of the LSTM kernels, for one layer. S: storage type; Acc<S>: type of the arithmetic.
 //
 // A layer has D = 1 or 2 directions over the same input. Per-step tensors of the layer hold both, side by side.
 #pragma once

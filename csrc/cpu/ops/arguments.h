@@ -8,7 +8,7 @@
 
 namespace fastseq::cpu {
 
-// Multiply-adds that are worth waking another thread for, about 10 microseconds of work.
+// Multiply-adds that pay for waking another thread: about 10 microseconds of work.
 constexpr int64_t kGrain = 1 << 17;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
