@@ -43,6 +43,8 @@ void AttentionArguments::check(const char* op, const Whole& whole, const Strided
   strided("query", query, {B, T, A}, dtype());
   strided("keys", keys, {B, S, A}, dtype());
   strided("values", values, {B, S, width()}, dtype());
+  check_extent(op, "context", Shape{B, T, width()});
+  check_extent(op, "weights", Shape{B, T, S});
   if (weight) whole("weight", *weight, {A}, dtype());
   if (bias) whole("bias", *bias, {A}, dtype());
   if (lengths) whole("lengths", *lengths, {B}, ScalarType::Long);
@@ -62,6 +64,18 @@ void AttentionArguments::check_backward(const Tensor& weights,
   whole("weights", weights, {B, T, S}, accumulate_type(dtype()));
   strided("grad_context", grad_context, {B, T, width()}, dtype());
   if (grad_weights) strided("grad_weights", *grad_weights, {B, T, S}, dtype());
+}
+
+// Checks the arguments of attention_prepare.
+template <class Whole, class Strided>
+void check_prepare(const char* op,
+                   const Tensor& keys,             // (B, S, A)
+                   const OptionalTensor& lengths,  // (B,)
+                   const Whole& whole,
+                   const Strided& strided) {
+  check_rank(op, "keys", keys, 3, "(B, S, A)");
+  strided("keys", keys, {keys.size(0), keys.size(1), keys.size(2)}, keys.scalar_type());
+  if (lengths) whole("lengths", *lengths, {keys.size(0)}, ScalarType::Long);
 }
 
 }  // namespace fastseq

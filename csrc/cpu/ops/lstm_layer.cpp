@@ -22,6 +22,8 @@ LayerArguments read_layer(const char* op,
   STD_TORCH_CHECK(count == 2 * D || count == 4 * D, op, ": weights must be weight_ih, weight_hh and optionally ",
                   "bias_ih, bias_hh for each of ", D, " directions, got ", count, " tensors");
   const LayerArguments layer{input, h0, c0, weights, count == 4 * D, reverse, I, H, B, D, dtype};
+  check_extent(op, "activations", Shape{table.seq.rows, D, 4 * H});
+  check_extent(op, "weight_hh", Shape{4 * H, H});
   check_cpu(op, "input", input, with_columns(table.rows, I), dtype);
   check_cpu(op, "h0", h0, {D, B, H}, dtype);
   check_cpu(op, "c0", c0, {D, B, H}, dtype);

@@ -7,9 +7,10 @@ namespace fastseq::cpu {
 namespace {
 
 void read_padded(const char* op, SequenceTable& table, const Tensor& input, const OptionalTensor& lengths) {
-  const int64_t T = input.size(0), B = table.seq.batch;
+  const int64_t T = input.size(0), B = table.seq.batch, steps = B > 0 ? T : 0;
   table.rows = {T, B};
-  for (int64_t t = 0; t < T; ++t) table.offset.push_back(t * B);
+  table.offset.reserve(steps);
+  for (int64_t t = 0; t < steps; ++t) table.offset.push_back(t * B);
   table.lengths.assign(B, T);
   if (!lengths) return;
   check_cpu(op, "lengths", *lengths, {B}, ScalarType::Long);
@@ -40,8 +41,10 @@ void read_packed(const char* op, SequenceTable& table, const Tensor& input, cons
     total += sizes[t];
     const int64_t ended = t + 1 < T ? sizes[t + 1] : 0;
     for (int64_t b = ended < 0 ? 0 : ended; b < sizes[t]; ++b) table.lengths[b] = t + 1;
+    if (total > N) break;
   }
-  STD_TORCH_CHECK(total == N, op, ": batch_sizes must sum to the ", N, " rows of the packed input, got ", total);
+  STD_TORCH_CHECK(total == N, op, ": batch_sizes must sum to the ", N, " rows of the packed input, got ",
+                  total > N ? "more" : std::to_string(total));
 }
 
 }  // namespace
@@ -54,6 +57,8 @@ SequenceTable read_sequences(const char* op,
   STD_TORCH_CHECK(!lengths || !batch_sizes, op, ": lengths and batch_sizes exclude each other, got both");
   check_rank(op, "c0", c0, 3, "(D, B, H)");
   check_rank(op, "input", input, batch_sizes ? 2 : 3, batch_sizes ? "(N, I)" : "(T, B, I)");
+  check_memory(op, "c0", c0);
+  check_memory(op, "input", input);
   SequenceTable table;
   Sequences& seq = table.seq;
   seq.batch = c0.size(1);

@@ -17,6 +17,19 @@ Tensor with_whole_rows(const Tensor& t) {
 
 Rows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
 
+// Checks that AttentionArguments leaves to the device: on the device of `like`, contiguous or at any strides.
+auto check_whole(const char* op, const Tensor& like) {
+  return [op, &like](const char* name, const Tensor& t, const Shape& shape, ScalarType type) {
+    check_like(op, name, t, shape, type, like);
+  };
+}
+
+auto check_strided(const char* op, const Tensor& like) {
+  return [op, &like](const char* name, const Tensor& t, const Shape& shape, ScalarType type) {
+    check_like_strided(op, name, t, shape, type, like);
+  };
+}
+
 struct Arguments : AttentionArguments {
   // True if B, T or S is 0.
   bool empty() const { return batch() * steps() * positions() == 0; }
@@ -26,14 +39,7 @@ struct Arguments : AttentionArguments {
 };
 
 void Arguments::check(const char* op) const {
-  AttentionArguments::check(
-      op,
-      [&](const char* name, const Tensor& t, const Shape& shape, ScalarType type) {
-        check_like(op, name, t, shape, type, query);
-      },
-      [&](const char* name, const Tensor& t, const Shape& shape, ScalarType type) {
-        check_like_strided(op, name, t, shape, type, query);
-      });
+  AttentionArguments::check(op, check_whole(op, query), check_strided(op, query));
   STD_TORCH_CHECK(weight || !bias, op, ": bias belongs to the additive score; pass weight");
   STD_TORCH_CHECK(!prepared || prepared->numel() == 0, op,
                   ": prepared must be what attention_prepare returned on this device: (0,), got ",
@@ -95,9 +101,10 @@ std::tuple<Tensor, Tensor> attention_forward_cuda(Tensor query,
 struct Workspace {
   Tensor grad_softmax, means, query_parts, weight_parts, bias_parts;
 
-  Workspace(const Arguments& x, bool need_scores) {
+  Workspace(const char* op, const Arguments& x, bool need_scores) {
     const int64_t rows = need_scores ? x.batch() * x.steps() : 0, sentences = need_scores && x.weight ? x.batch() : 0;
     const int64_t parts = sentences * divide_up(x.positions(), kTanhPositions);
+    check_extent(op, "the workspace", Shape{parts, x.steps(), x.size()});
     grad_softmax = workspace(x.query, rows * x.positions());
     means = workspace(x.query, rows * divide_up(x.positions(), kGradPositions));
     query_parts = workspace(x.query, parts * x.steps() * x.size());
@@ -142,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(Tenso
   }
   for (Tensor* t : {&arguments.query, &arguments.keys, &arguments.values, &grad_context}) *t = with_whole_rows(*t);
   if (grad_weights) grad_weights = with_whole_rows(*grad_weights);
-  const Workspace work(arguments, need_scores);
+  const Workspace work(op, arguments, need_scores);
   const AttentionBackwardParams p{.in = arguments.inputs(),
                                   .weights = static_cast<const float*>(read(weights)),
                                   .grad_context = rows_of(grad_context),
@@ -165,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(Tenso
 
 Tensor attention_prepare_cuda(Tensor keys, OptionalTensor lengths) {
   const char* op = "attention_prepare";
-  Arguments{{keys, keys, keys, {}, {}, lengths, {}, {}, 1.0}}.check(op);
+  check_prepare(op, keys, lengths, check_whole(op, keys), check_strided(op, keys));
   type_of(op, keys.scalar_type(), false);
   return empty(keys, {0}, ScalarType::Float);
 }
