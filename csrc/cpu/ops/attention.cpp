@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <memory>
 #include <tuple>
 
@@ -9,14 +10,13 @@
 #include "cpu/isa/kernel_table.h"
 #include "cpu/kernels/attention_params.h"
 #include "cpu/ops/arguments.h"
+#include "cpu/runtime/parallel.h"
 #include "cpu/runtime/pool.h"
 
 namespace fastseq::cpu {
 namespace {
 
-using torch::stable::parallel_for;
-
-// Tanh evaluations, or groups of 8 multiply-adds, that are worth another thread.
+// Tanh evaluations, or groups of 8 multiply-adds, that pay for another thread.
 constexpr int64_t kThreadGrain = 1 << 14;
 
 template <class S>
@@ -25,7 +25,7 @@ Strided<const S> strided(const OptionalTensor& t) {
   return {static_cast<const S*>(t->const_data_ptr()), t->stride(0), t->stride(1), t->stride(2)};
 }
 
-// The checks that AttentionArguments asks of a device: a CPU tensor, contiguous or at any strides.
+// Checks that AttentionArguments leaves to the device: a CPU tensor, contiguous or at any strides.
 auto check_whole(const char* op) {
   return [op](const char* name, const Tensor& t, const Shape& shape, ScalarType type) {
     check_cpu(op, name, t, shape, type);
@@ -66,14 +66,21 @@ AttentionInputParams<S> Arguments::inputs() const {
 }
 
 // Calls run(begin, end, scratch) for ranges of the batch. A sentence is never divided, so results do not depend on the
-// number of threads.
+// number of threads. work: tanh evaluations of one sentence, or groups of 8 multiply-adds.
 template <class S, class Run>
-void for_sentences(const Arguments& arguments, const AttentionInputParams<S>& in, const Run& run) {
-  const int64_t work = in.steps * in.positions * (in.weight ? in.size + in.width / 8 : (in.size + in.width) / 8);
-  parallel_for(0, arguments.batch(), kThreadGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+void for_sentences(int64_t batch, int64_t work, const AttentionInputParams<S>& in, const Run& run) {
+  parallel_for(batch, kThreadGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     const PooledScratch scratch(attention_scratch_bytes(in));
     run(begin, end, scratch.at(0));
   });
+}
+
+// At most kThreadGrain.
+template <class S>
+int64_t sentence_work(const AttentionInputParams<S>& in) {
+  const int64_t columns = in.weight ? in.size + in.width / 8 : (in.size + in.width) / 8;
+  const double work = static_cast<double>(in.steps) * in.positions * columns;  // may exceed 64 bits
+  return static_cast<int64_t>(std::min<double>(work, kThreadGrain));
 }
 
 std::tuple<Tensor, Tensor> attention_forward_cpu(Tensor query,
@@ -90,16 +97,16 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(Tensor query,
   const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}};
   arguments.check(op);
   const int64_t B = arguments.batch(), T = arguments.steps();
-  Tensor context = pooled_empty(query, {B, T, arguments.width()}, arguments.dtype());
-  Tensor weights = pooled_empty(query, need_weights ? Shape{B, T, arguments.positions()} : Shape{0},
-                                accumulate_type(arguments.dtype()));
+  Tensor context = result_empty({B, T, arguments.width()}, arguments.dtype());
+  Tensor weights =
+      result_empty(need_weights ? Shape{B, T, arguments.positions()} : Shape{0}, accumulate_type(arguments.dtype()));
   with_storage_type(op, arguments.dtype(), [&](auto zero) {
     using S = decltype(zero);
     AttentionForwardParams<S> p{};
     p.in = arguments.inputs<S>();
     p.context = write<S>(context);
     p.weights = write<Acc<S>>(weights);
-    for_sentences(arguments, p.in, [&](int64_t begin, int64_t end, void* scratch) {
+    for_sentences(B, sentence_work(p.in), p.in, [&](int64_t begin, int64_t end, void* scratch) {
       kernels<S>().attention_forward(p, begin, end, scratch);
     });
   });
@@ -130,7 +137,7 @@ struct AttentionGradients {
 
  private:
   static Tensor empty(const Arguments& x, bool needed, const Shape& shape) {
-    return pooled_empty(x.query, needed ? shape : Shape{0}, x.dtype());
+    return result_empty(needed ? shape : Shape{0}, x.dtype());
   }
 };
 
@@ -143,7 +150,7 @@ void backward(const Arguments& arguments, AttentionBackwardParams<S>& p, const A
   p.grad_values = write<S>(grads.values);
   p.grad_weight = rows.at<Acc<S>>(0);
   p.grad_bias = p.grad_weight + B * columns;
-  for_sentences(arguments, p.in, [&](int64_t begin, int64_t end, void* scratch) {
+  for_sentences(B, sentence_work(p.in), p.in, [&](int64_t begin, int64_t end, void* scratch) {
     kernels<S>().attention_backward(p, begin, end, scratch);
   });
   if (columns == 0) return;
@@ -186,15 +193,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(Tensor
 
 Tensor attention_prepare_cpu(Tensor keys, OptionalTensor lengths) {
   const char* op = "attention_prepare";
-  const Arguments arguments{{keys, keys, keys, {}, {}, lengths, {}, {}, 1.0}};
-  arguments.check(op);
-  Tensor prepared = pooled_empty(keys, {keys.size(0), keys.size(1), prepared_columns(keys.size(2))},
-                                 accumulate_type(keys.scalar_type()));
+  check_prepare(op, keys, lengths, check_whole(op), check_strided(op));
+  const int64_t B = keys.size(0), S = keys.size(1), A = keys.size(2);
+  Tensor prepared = result_empty({B, S, prepared_columns(A)}, accumulate_type(keys.scalar_type()));
   with_storage_type(op, keys.scalar_type(), [&](auto zero) {
-    using S = decltype(zero);
-    AttentionPrepareParams<S> p{arguments.inputs<S>(), write<Acc<S>>(prepared)};
-    for_sentences(arguments, p.in, [&](int64_t begin, int64_t end, void* scratch) {
-      kernels<S>().attention_prepare(p, begin, end, scratch);
+    using Element = decltype(zero);
+    AttentionPrepareParams<Element> p{};  // steps and width stay 0: the scratch memory is linear in S
+    p.in.positions = S, p.in.size = A;
+    p.in.keys = strided<Element>(keys);
+    p.in.lengths = read<int64_t>(lengths);
+    p.prepared = write<Acc<Element>>(prepared);
+    for_sentences(B, S * A, p.in, [&](int64_t begin, int64_t end, void* scratch) {
+      kernels<Element>().attention_prepare(p, begin, end, scratch);
     });
   });
   return prepared;
@@ -203,9 +213,9 @@ Tensor attention_prepare_cpu(Tensor keys, OptionalTensor lengths) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&attention_forward_cpu));
-  m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
-  m.impl("attention_prepare", TORCH_BOX(&attention_prepare_cpu));
+  m.impl("attention_forward", TORCH_BOX(&Retried<&attention_forward_cpu>::run));
+  m.impl("attention_backward", TORCH_BOX(&Retried<&attention_backward_cpu>::run));
+  m.impl("attention_prepare", TORCH_BOX(&Retried<&attention_prepare_cpu>::run));
 }
 
 }  // namespace fastseq::cpu

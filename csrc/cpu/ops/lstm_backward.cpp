@@ -149,7 +149,7 @@ std::vector<Tensor> empty_weight_gradients(const LayerArguments& layer) {
   for (int64_t d = 0; d < layer.directions; ++d) {
     for (const Shape& shape :
          {Shape{4 * layer.hidden, layer.input_size}, {4 * layer.hidden, layer.hidden}, {4 * layer.hidden}}) {
-      grads.push_back(pooled_empty(layer.input, shape, layer.dtype));
+      grads.push_back(result_empty(shape, layer.dtype));
     }
   }
   return grads;
@@ -180,8 +180,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward_cpu(Option
   check_per_step(op, table, D * H, accumulate_type(dtype), {{"cell_states", cell_states}});
   check_optional(op, "grad_h_n", grad_h_n, {D, B, H}, dtype);
   check_optional(op, "grad_c_n", grad_c_n, {D, B, H}, dtype);
-  Tensor grad_input = pooled_empty(input, need_input ? with_columns(table.rows, layer.input_size) : Shape{0}, dtype);
-  Tensor grad_h0 = pooled_empty(c0, {D, B, H}, dtype), grad_c0 = pooled_empty(c0, {D, B, H}, dtype);
+  Tensor grad_input = result_empty(need_input ? with_columns(table.rows, layer.input_size) : Shape{0}, dtype);
+  Tensor grad_h0 = result_empty({D, B, H}, dtype), grad_c0 = result_empty({D, B, H}, dtype);
   const std::vector<Tensor> grad_weights = need_weights ? empty_weight_gradients(layer) : std::vector<Tensor>{};
   with_storage_type(op, dtype, [&](auto zero) {
     using S = decltype(zero);
@@ -206,6 +206,6 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward_cpu(Option
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) { m.impl("lstm_backward", TORCH_BOX(&lstm_backward_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) { m.impl("lstm_backward", TORCH_BOX(&Retried<&lstm_backward_cpu>::run)); }
 
 }  // namespace fastseq::cpu

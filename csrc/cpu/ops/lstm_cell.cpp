@@ -7,14 +7,13 @@
 #include "cpu/isa/kernel_table.h"
 #include "cpu/kernels/lstm_cell_params.h"
 #include "cpu/ops/arguments.h"
+#include "cpu/runtime/parallel.h"
 #include "cpu/runtime/pool.h"
 
 namespace fastseq::cpu {
 namespace {
 
-using torch::stable::parallel_for;
-
-// Rows that are worth another thread, if one row costs about `work` multiply-adds.
+// Rows that pay for another thread, at about `work` multiply-adds a row.
 int64_t rows_per_task(int64_t work) { return kGrain / (work + 1) + 1; }
 
 std::tuple<Tensor, Tensor, Tensor> lstm_cell_forward_cpu(Tensor gates, Tensor c) {
@@ -24,8 +23,8 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_forward_cpu(Tensor gates, Tensor c)
   check_cpu(op, "c", c, {B, H}, c.scalar_type());
   check_cpu(op, "gates", gates, {B, 4 * H}, c.scalar_type());
 
-  Tensor h = pooled_empty(c, {B, H}, c.scalar_type()), c_n = pooled_empty(c, {B, H}, c.scalar_type());
-  Tensor activations = pooled_empty(c, {B, 4 * H}, accumulate_type(c.scalar_type()));
+  Tensor h = result_empty({B, H}, c.scalar_type()), c_n = result_empty({B, H}, c.scalar_type());
+  Tensor activations = pooled_empty({B, 4 * H}, accumulate_type(c.scalar_type()));
   with_storage_type(op, c.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     LstmCellForwardParams<S> p{};
@@ -35,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_forward_cpu(Tensor gates, Tensor c)
     p.h = write<S>(h);
     p.c_n = write<S>(c_n);
     p.activations = write<Acc<S>>(activations);
-    parallel_for(0, B, rows_per_task(64 * H),
+    parallel_for(B, rows_per_task(64 * H),
                  [&](int64_t begin, int64_t end) { kernels<S>().cell_forward(p, begin, end); });
   });
   return {h, c_n, activations};
@@ -53,7 +52,7 @@ std::tuple<Tensor, Tensor> lstm_cell_backward_cpu(
   check_optional(op, "grad_h", grad_h, {B, H}, dtype);
   check_optional(op, "grad_c_n", grad_c_n, {B, H}, dtype);
 
-  Tensor grad_gates = pooled_empty(c, {B, 4 * H}, dtype), grad_c = pooled_empty(c, {B, H}, dtype);
+  Tensor grad_gates = result_empty({B, 4 * H}, dtype), grad_c = result_empty({B, H}, dtype);
   with_storage_type(op, dtype, [&](auto zero) {
     using S = decltype(zero);
     LstmCellBackwardParams<S> p{};
@@ -65,7 +64,7 @@ std::tuple<Tensor, Tensor> lstm_cell_backward_cpu(
     p.grad_c_n = read<S>(grad_c_n);
     p.grad_gates = write<S>(grad_gates);
     p.grad_c = write<S>(grad_c);
-    parallel_for(0, B, rows_per_task(64 * H),
+    parallel_for(B, rows_per_task(64 * H),
                  [&](int64_t begin, int64_t end) { kernels<S>().cell_backward(p, begin, end); });
   });
   return {grad_gates, grad_c};
@@ -76,7 +75,7 @@ template <class S>
 void step(const LstmStepParams<S>& p) {
   const int64_t panels = (p.hidden + kernels<S>().gate_units - 1) / kernels<S>().gate_units;
   const int64_t columns = p.input_size + p.hidden, work = p.batch * 4 * kernels<S>().gate_units * columns;
-  parallel_for(0, panels, rows_per_task(work), [&](int64_t begin, int64_t end) {
+  parallel_for(panels, rows_per_task(work), [&](int64_t begin, int64_t end) {
     const int64_t operands = p.batch * (columns + 2) * sizeof(Acc<S>);
     const PooledScratch scratch(2 * p.batch * sizeof(void*) + operands);
     kernels<S>().cell_step(p, begin, end, scratch.at<const void*>(0), scratch.at(2 * p.batch * sizeof(void*)));
@@ -105,7 +104,7 @@ std::tuple<Tensor, Tensor> lstm_step_cpu(Tensor input,
   check_optional(op, "bias_ih", bias_ih, per_row ? Shape{B, 4 * H} : Shape{4 * H}, dtype);
   check_optional(op, "bias_hh", bias_hh, {4 * H}, dtype);
 
-  Tensor h_n = pooled_empty(c, {B, H}, dtype), c_n = pooled_empty(c, {B, H}, dtype);
+  Tensor h_n = result_empty({B, H}, dtype), c_n = result_empty({B, H}, dtype);
   with_storage_type(op, dtype, [&](auto zero) {
     using S = decltype(zero);
     LstmStepParams<S> p{};
@@ -131,9 +130,9 @@ std::tuple<Tensor, Tensor> lstm_step_cpu(Tensor input,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
-  m.impl("lstm_cell_forward", TORCH_BOX(&lstm_cell_forward_cpu));
-  m.impl("lstm_cell_backward", TORCH_BOX(&lstm_cell_backward_cpu));
-  m.impl("lstm_step", TORCH_BOX(&lstm_step_cpu));
+  m.impl("lstm_cell_forward", TORCH_BOX(&Retried<&lstm_cell_forward_cpu>::run));
+  m.impl("lstm_cell_backward", TORCH_BOX(&Retried<&lstm_cell_backward_cpu>::run));
+  m.impl("lstm_step", TORCH_BOX(&Retried<&lstm_step_cpu>::run));
 }
 
 }  // namespace fastseq::cpu

@@ -86,11 +86,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(Tensor input
   const int64_t B = layer.batch, H = layer.hidden, D = layer.directions;
   const ScalarType dtype = layer.dtype;
 
-  Tensor output = pooled_empty(input, with_columns(table.rows, D * H), dtype);
-  Tensor h_n = pooled_empty(c0, {D, B, H}, dtype), c_n = pooled_empty(c0, {D, B, H}, dtype);
-  Tensor activations = pooled_empty(input, need_activations ? with_columns(table.rows, D * 4 * H) : Shape{0}, dtype);
+  Tensor output = result_empty(with_columns(table.rows, D * H), dtype);
+  Tensor h_n = result_empty({D, B, H}, dtype), c_n = result_empty({D, B, H}, dtype);
+  Tensor activations = pooled_empty(need_activations ? with_columns(table.rows, D * 4 * H) : Shape{0}, dtype);
   Tensor cell_states =
-      pooled_empty(input, need_cell_states ? with_columns(table.rows, D * H) : Shape{0}, accumulate_type(dtype));
+      pooled_empty(need_cell_states ? with_columns(table.rows, D * H) : Shape{0}, accumulate_type(dtype));
   with_storage_type(op, dtype, [&](auto zero) {
     using S = decltype(zero);
     LstmForwardParams<S> p = layer_params<LstmForwardParams<S>, S>(layer, table);
@@ -108,6 +108,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(Tensor input
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) { m.impl("lstm_forward", TORCH_BOX(&lstm_forward_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) { m.impl("lstm_forward", TORCH_BOX(&Retried<&lstm_forward_cpu>::run)); }
 
 }  // namespace fastseq::cpu

@@ -9,6 +9,7 @@
 
 #include "cpu/isa/kernel_table.h"
 #include "cpu/ops/arguments.h"
+#include "cpu/runtime/parallel.h"
 #include "cpu/runtime/sequence_tables.h"
 #include "cpu/runtime/team.h"
 
@@ -73,7 +74,7 @@ void run_teams(int64_t directions, const ThreadPlan& plan, const Run& run) {
   for (int64_t first = 0; first < teams; first += at_once) {
     std::vector<std::unique_ptr<ThreadTeam>> team;
     for (int64_t i = 0; i < at_once; ++i) team.push_back(std::make_unique<ThreadTeam>(members));
-    torch::stable::parallel_for(0, at_once * members, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(at_once * members, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin / members; i * members < end; ++i) {
         const int64_t low = std::max(begin - i * members, int64_t{0}), high = std::min(end - i * members, members);
         const ThreadTeam::Share share = team[i]->join(low, high);
@@ -88,7 +89,7 @@ void run_teams(int64_t directions, const ThreadPlan& plan, const Run& run) {
 // when cores are oversubscribed: parallel_for would wait for a descheduled worker.
 template <class Run>
 void run_tasks(int64_t count, int64_t grain, const Run& run) {
-  torch::stable::parallel_for(0, count, ThreadTeam::oversubscribed() ? std::max(count, grain) : grain, run);
+  parallel_for(count, ThreadTeam::oversubscribed() ? std::max(count, grain) : grain, run);
 }
 
 // Calls pack(weight, panel) for all panels of `weights` weights. panel_elements: elements of one panel.

@@ -1,22 +1,21 @@
-// Operators on the machine itself: the peak of its multiply-adds, and the memory pool of the calls.
+// Operators cpu_fma_chain, the peak of the multiply-adds, and cpu_empty_cache.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
 
 #include "cpu/isa/kernel_table.h"
 #include "cpu/ops/arguments.h"
+#include "cpu/runtime/parallel.h"
 #include "cpu/runtime/pool.h"
 
 namespace fastseq::cpu {
 namespace {
 
-using torch::stable::parallel_for;
-
 int64_t cpu_fma_chain(Tensor example, int64_t steps) {
   std::atomic<int64_t> operations{0};
   with_storage_type("cpu_fma_chain", example.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
-    parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) operations += kernels<S>().fma_chain(steps);
     });
   });

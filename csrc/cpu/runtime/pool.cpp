@@ -1,11 +1,14 @@
 #include "cpu/runtime/pool.h"
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <pthread.h>
+
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <new>
 #include <unordered_map>
 #include <vector>
 
@@ -19,8 +22,9 @@ namespace {
 constexpr int64_t kSmallestPooled = 1 << 16;      // bytes; smaller blocks go to malloc and free
 constexpr int64_t kHugePage = 1 << 21;            // bytes; larger blocks are whole huge pages where the system has them
 constexpr int64_t kKeptLimit = int64_t{1} << 30;  // unused bytes in the pool; blocks beyond it are freed
+constexpr int64_t kLargestInHeap = 1 << 25;       // bytes; glibc maps and unmaps larger blocks one by one
 
-// Fills all memory that the pool hands out with NaN if $FASTSEQ_POISON is 1, for tests.
+// Fills scratch memory, saved tensors and results with NaN if $FASTSEQ_POISON is 1, for tests.
 bool poisoned() {
   static const bool value = [] {
     const char* text = std::getenv("FASTSEQ_POISON");
@@ -45,15 +49,27 @@ int64_t block_size(int64_t bytes) {
   return (bytes + step - 1) / step * step;
 }
 
+// Asks for huge pages where whole ones fit. A hint: failure costs speed only.
+void advise_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 class Pool {
  public:
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
   char* take(int64_t size) {
     if (size >= kSmallestPooled) {
       std::lock_guard<std::mutex> lock(mutex_);
-      auto& blocks = unused_[size];
-      if (!blocks.empty()) {
-        char* block = blocks.back();
-        blocks.pop_back();
+      const auto blocks = unused_.find(size);
+      if (blocks != unused_.end() && !blocks->second.empty()) {
+        char* block = blocks->second.back();
+        blocks->second.pop_back();
         kept_ -= size;
         return block;
       }
@@ -64,15 +80,12 @@ class Pool {
   void give(int64_t size, char* block) {
     if (size >= kSmallestPooled) {
       std::lock_guard<std::mutex> lock(mutex_);
-      if (!kSanitized && kept_ + size <= kKeptLimit) {
-        unused_[size].push_back(block);
-        kept_ += size;
-        return;
-      }
+      if (!kSanitized && kept_ + size <= kKeptLimit && keep(size, block)) return;
     }
     std::free(block);
   }
 
+  // Frees all unused blocks. Returns their bytes.
   int64_t empty() {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto& [size, blocks] : unused_) {
@@ -85,12 +98,21 @@ class Pool {
   }
 
  private:
+  // Returns false if the list of blocks cannot grow. Destructors call it, so it does not throw.
+  bool keep(int64_t size, char* block) noexcept {
+    try {
+      unused_[size].push_back(block);
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
+    kept_ += size;
+    return true;
+  }
+
   static char* allocate(int64_t size) {
     void* block = nullptr;
-    if (posix_memalign(&block, size >= kHugePage ? kHugePage : 64, size) != 0) throw std::bad_alloc();
-#if defined(__linux__)
-    if (size >= kHugePage) madvise(block, size, MADV_HUGEPAGE);  // a hint: failure costs speed only
-#endif
+    if (posix_memalign(&block, size >= kHugePage ? kHugePage : 64, size) != 0) throw OutOfMemory(size);
+    if (size >= kHugePage) advise_huge_pages(static_cast<char*>(block), size);
     return static_cast<char*>(block);
   }
 
@@ -100,13 +122,42 @@ class Pool {
 };
 
 // Never destroyed: tensors may outlive every static object.
-Pool& pool() {
-  static Pool* const instance = new Pool;
-  return *instance;
+Pool& pool = *new Pool;
+
+// Makes glibc keep the memory of freed results for the next call. It returns the end of the heap to the system at twice
+// the size of the largest mapped block freed so far, 256 KiB at first: then each call faults all pages of its results.
+// Freeing one block of the largest size that counts raises that to 64 MiB, without a page touched.
+[[maybe_unused]] const bool heap_grown = [] {
+  void* volatile block = std::malloc(kLargestInHeap - 4096);  // volatile: compilers drop a pair of malloc and free
+  std::free(block);
+  return true;
+}();
+
+// A fork copies the lock and of all threads only the caller. The caller holds the lock meanwhile, so that the child can
+// release it.
+[[maybe_unused]] const int fork_handlers =
+    pthread_atfork([] { pool.lock(); }, [] { pool.unlock(); }, [] { pool.unlock(); });
+
+int64_t bytes_of(const Shape& shape, ScalarType dtype) {
+  int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  for (const int64_t size : shape) bytes *= size;
+  return bytes;
+}
+
+Shape contiguous_strides(const Shape& shape) {
+  Shape strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  return strides;
+}
+
+int32_t aoti_dtype(ScalarType dtype) {
+  if (dtype == ScalarType::Double) return aoti_torch_dtype_float64();
+  if (dtype == ScalarType::BFloat16) return aoti_torch_dtype_bfloat16();
+  return dtype == ScalarType::Half ? aoti_torch_dtype_float16() : aoti_torch_dtype_float32();
 }
 
 char* take(int64_t size) {
-  char* const block = pool().take(size);
+  char* const block = pool.take(size);
   if (poisoned()) std::memset(block, 0xff, size);
   return block;
 }
@@ -115,19 +166,30 @@ char* take(int64_t size) {
 
 PooledScratch::PooledScratch(int64_t bytes) : size_(block_size(bytes + 1)), data_(take(size_)) {}
 
-PooledScratch::~PooledScratch() { pool().give(size_, data_); }
+PooledScratch::~PooledScratch() { pool.give(size_, data_); }
 
-Tensor pooled_empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-  for (int64_t size : shape) bytes *= size;
-  if (bytes == 0 || (bytes < kSmallestPooled && !poisoned())) return torch::stable::new_empty(like, shape, dtype);
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
-  const int64_t size = block_size(bytes);
-  return torch::stable::from_blob(take(size), shape, strides, like.device(), dtype,
-                                  [size](void* block) { pool().give(size, static_cast<char*>(block)); });
+Tensor result_empty(const Shape& shape, ScalarType dtype) {
+  const int64_t bytes = bytes_of(shape, dtype);
+  const Shape strides = contiguous_strides(shape);
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError error = aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), aoti_dtype(dtype),
+                                                        aoti_torch_device_type_cpu(), 0, &handle);
+  if (error != AOTI_TORCH_SUCCESS) throw OutOfMemory(bytes);
+  const Tensor result(handle);
+  if (bytes >= kLargestInHeap) advise_huge_pages(static_cast<char*>(result.mutable_data_ptr()), bytes);
+  if (poisoned() && bytes) std::memset(result.mutable_data_ptr(), 0xff, bytes);
+  return result;
 }
 
-int64_t empty_pool() { return pool().empty(); }
+Tensor pooled_empty(const Shape& shape, ScalarType dtype) {
+  const int64_t bytes = bytes_of(shape, dtype);
+  if (bytes < kSmallestPooled) return result_empty(shape, dtype);
+  const Shape strides = contiguous_strides(shape);
+  const int64_t size = block_size(bytes);
+  return torch::stable::from_blob(take(size), shape, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  dtype, [size](void* block) { pool.give(size, static_cast<char*>(block)); });
+}
+
+int64_t empty_pool() { return pool.empty(); }
 
 }  // namespace fastseq::cpu
