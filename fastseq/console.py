@@ -86,7 +86,8 @@ def quiet_torch() -> Iterator[None]:
 
 def environment(command: list[str]) -> dict[str, object]:
     """Facts that a command's figures depend on: machine, versions, threads, switches."""
-    switches = {name: value for name, value in os.environ.items() if name.startswith(("FASTSEQ_", "OMP_", "MKL_"))}
+    prefixes = ("FASTSEQ_", "OMP_", "MKL_", "ONEDNN_", "ATEN_")
+    switches = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
     return (
         {
             "command": shlex.join(command),

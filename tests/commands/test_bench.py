@@ -1,9 +1,11 @@
 """``fastseq bench``: its measurements, and that a wrong result gets no figure."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import hopper_model
 import pytest
@@ -19,6 +21,7 @@ from fastseq.bench.memory import saved_bytes
 from fastseq.bench.timing import Setup, check_accuracy, measure, time_interleaved
 from fastseq.testing.problems import modules
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = BenchCase("tiny", "lstm", 3, 2, 4, 5)
 TINY_ATTENTION = BenchCase("tiny", "additive", 3, 2, 4, 4, keys=6)
 KINDS = ["lstm", "packed", "lengths", "cell", "additive", "dot"]
@@ -160,6 +163,21 @@ def test_suites():
     assert cpu["cell (1, 512, 512)"][0] == 1.8
     assert {case.name for case in SUITES["quick"][0]} <= cpu.keys()
     assert sum(case.group == "bfloat16" for case in SUITES["cpu"][0]) == 6
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_the_table_of_the_readme_holds_measured_ratios(page):
+    """Its rows are the suite "headline"; the columns are two files of benchmarks/results, one thread each."""
+    rows = re.findall(r"^\| (\w+ \([^|]*) \| ([^|]*) \|((?: [\d.]+ \|){4})$", (ROOT / page).read_text(), re.MULTILINE)
+    assert [case for case, *_ in rows] == [case.name for case in SUITES["headline"][0]]
+    results = [
+        json.loads((ROOT / f"benchmarks/results/cpu-zen4-{name}1thread.json").read_text()) for name in ("", "avx2-")
+    ]
+    for case, baseline, figures in rows:
+        measured = [r for result in results for r in result["rows"] if (r["case"], r["candidate"]) == (case, "auto")]
+        assert [r["mode"] for r in measured] == ["inference", "training"] * 2
+        assert re.findall(r"[\d.]+", figures) == [f"{r['ratio']:.2f}" for r in measured]
+        assert baseline.removesuffix(" attention") == measured[0]["baseline"]
 
 
 def test_gpu_cases_start_with_the_most_informative():

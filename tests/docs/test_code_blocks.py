@@ -21,7 +21,7 @@ from fastseq import cli
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:torch.quantize"
 )
-PAGES = sorted(ROOT.glob("docs/**/*.md"))
+PAGES = [*ROOT.glob("README*.md"), ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 SHELL = ("sh", "bash", "console")
 UNCHECKED = ("text", "math", "mermaid")  # output, formulas, drawings
 PROGRAMS = (
