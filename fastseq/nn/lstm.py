@@ -58,9 +58,7 @@ class LSTM(nn.RNNBase):
     permute_hidden = nn.LSTM.permute_hidden
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        """As ``nn.RNNBase``, for the weights as they are now: functional calls replace them by others."""
-        if input.dtype != self._dtype() and not autocast_enabled(input.device.type):
-            raise ValueError(_other_dtype(input.dtype, self._dtype()))
+        """As ``nn.RNNBase``, but for the dtype: ``forward`` checks it against the weight that it has looked up."""
         if not input.is_floating_point():
             raise RuntimeError(f"LSTM: input must be floating point, got {input.dtype}")
         expected = 2 if batch_sizes is not None else 3
@@ -140,12 +138,13 @@ class LSTM(nn.RNNBase):
                 backend asked for cannot serve this call.
         """
         packed = isinstance(input, PackedSequence)
+        weights = self._weights()
         if packed:
             data, batch_sizes, sorted_indices, unsorted_indices = input
-            hx = self._packed_state(data, batch_sizes, hx, sorted_indices)
+            hx = self._packed_state(data, batch_sizes, hx, sorted_indices, weights[0])
             batched = True
         else:
-            data, hx, batched = self._padded_state(input, hx)
+            data, hx, batched = self._padded_state(input, hx, weights[0])
             batch_sizes = None
         if lengths is not None:
             if packed or not batched:
@@ -154,7 +153,7 @@ class LSTM(nn.RNNBase):
             steps, batch = (data.size(1), data.size(0)) if self.batch_first else (data.size(0), data.size(1))
             lengths = check_lengths(lengths, steps, batch, data.device)
 
-        stack = self._stack(data, hx, batch_sizes, lengths)
+        stack = self._stack(data, hx, weights, batch_sizes, lengths)
         output, h_n, c_n, cell_states = run(stack, return_cell_states, self.backend)
 
         if packed:
@@ -177,7 +176,7 @@ class LSTM(nn.RNNBase):
         c = torch.zeros(rows, batch, self.hidden_size, dtype=data.dtype, device=data.device)
         return h, c
 
-    def _packed_state(self, data: Tensor, batch_sizes: Tensor, hx, sorted_indices: Tensor | None):
+    def _packed_state(self, data: Tensor, batch_sizes: Tensor, hx, sorted_indices: Tensor | None, weight: Tensor):
         """Check packed (N, I) data and bring hx into the order of the packed sequences."""
         if batch_sizes.numel() == 0:
             raise IndexError("LSTM: the PackedSequence is empty; give at least one time step")
@@ -191,8 +190,8 @@ class LSTM(nn.RNNBase):
                     f"For packed input, hx and cx should be 3-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
                 )
             hx = self.permute_hidden(hx, sorted_indices)
-        if data.dtype != self._dtype() and not autocast_enabled(data.device.type):
-            raise RuntimeError(_other_dtype(data.dtype, self._dtype()))
+        if data.dtype != weight.dtype and not autocast_enabled(data.device.type):
+            raise RuntimeError(_other_dtype(data.dtype, weight.dtype))
         self.check_input(data, batch_sizes)
         self.check_hidden_size(
             hx[0], self.get_expected_hidden_size(data, batch_sizes), "Expected hidden[0] size {}, got {}"
@@ -200,10 +199,10 @@ class LSTM(nn.RNNBase):
         self.check_hidden_size(
             hx[1], self.get_expected_cell_size(data, batch_sizes), "Expected hidden[1] size {}, got {}"
         )
-        self._check_placement(data, hx)
+        _check_placement(data, hx, weight)
         return hx
 
-    def _padded_state(self, input: Tensor, hx):
+    def _padded_state(self, input: Tensor, hx, weight: Tensor):
         """Check a padded input; -> 3-D input, hx, whether it came with a batch dimension."""
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
@@ -222,36 +221,27 @@ class LSTM(nn.RNNBase):
                 )
             check_pair(hx)
             hx = tuple(hx) if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        if input.dtype != weight.dtype and not autocast_enabled(input.device.type):
+            raise ValueError(_other_dtype(input.dtype, weight.dtype))
         self.check_forward_args(input, hx, None)
         if input.size(1 - batch_dim) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        self._check_placement(input, hx)
+        _check_placement(input, hx, weight)
         return input, hx, batched
 
-    def _dtype(self) -> torch.dtype:
-        return getattr(self, self._flat_weights_names[0]).dtype
+    def _weights(self) -> tuple[Tensor, ...]:
+        """All weights as they are now, in the order of ``_flat_weights``; each parametrisation is computed once."""
+        parameters = self._parameters  # plain weights; getattr, which also finds computed ones, takes ten times as long
+        return tuple(
+            parameters[name] if name in parameters else getattr(self, name) for name in self._flat_weights_names
+        )
 
-    def _check_placement(self, data: Tensor, hx) -> None:
-        """One device for all; one dtype for input and states, unless autocast is to cast them."""
-        weight = getattr(self, self._flat_weights_names[0])
-        for name, tensor in (("parameter", weight), ("hidden", hx[0]), ("cell", hx[1])):
-            if tensor.device != data.device:
-                raise RuntimeError(
-                    f"Input and {name} tensors are not at the same device, "
-                    f"found input tensor at {data.device} and {name} tensor at {tensor.device}"
-                )
-            if tensor.dtype != data.dtype and not autocast_enabled(data.device.type):
-                raise RuntimeError(
-                    f"LSTM: the {name} tensor is {tensor.dtype}, the input {data.dtype}; convert one of them"
-                )
-
-    def _stack(self, data: Tensor, hx, batch_sizes: Tensor | None, lengths: Tensor | None) -> Stack:
-        """The call as ops.lstm runs it, with the weights as they are now."""
-        own = self._parameters  # most weights stand there; getattr, which finds all, takes ten times as long
+    def _stack(self, data: Tensor, hx, weights, batch_sizes: Tensor | None, lengths: Tensor | None) -> Stack:
+        """The call as ops.lstm runs it."""
         return Stack(
             data,
             *hx,
-            tuple(own[name] if name in own else getattr(self, name) for name in self._flat_weights_names),
+            weights,
             lengths,
             batch_sizes,
             num_layers=self.num_layers,
@@ -262,6 +252,20 @@ class LSTM(nn.RNNBase):
             dropout=self.dropout,
             training=self.training,
         )
+
+
+def _check_placement(data: Tensor, hx, weight: Tensor) -> None:
+    """One device for all; one dtype for input and states, unless autocast casts them."""
+    for name, tensor in (("parameter", weight), ("hidden", hx[0]), ("cell", hx[1])):
+        if tensor.device != data.device:
+            raise RuntimeError(
+                f"Input and {name} tensors are not at the same device, "
+                f"found input tensor at {data.device} and {name} tensor at {tensor.device}"
+            )
+        if tensor.dtype != data.dtype and not autocast_enabled(data.device.type):
+            raise RuntimeError(
+                f"LSTM: the {name} tensor is {tensor.dtype}, the input {data.dtype}; convert one of them"
+            )
 
 
 def _other_dtype(input: torch.dtype, weight: torch.dtype) -> str:

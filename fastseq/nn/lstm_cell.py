@@ -84,7 +84,7 @@ class LSTMCell(nn.RNNCellBase):
             return FAST_STEP(input, (h, c), *weights)
         narrow = None
         if self.weight_dtype == torch.bfloat16 and c.dtype == torch.float32 and c.size(0) <= 8:
-            narrow = functools.partial(_narrow, self)
+            narrow = functools.partial(_narrow, self, weights[:2])
         return run(input, (h, c), weights, backend=self.backend, check=self._check, narrow=narrow)
 
     def _weights(self) -> tuple[Tensor | None, ...]:
@@ -121,15 +121,16 @@ class LSTMCell(nn.RNNCellBase):
                 )
 
 
-# Rounded weights of cells with a weight_dtype, and what they were made from. Not on the module: they are no state.
+# cell -> weak references to the weights, their memory and versions, and the rounded copies. No state of the module.
 _narrow_weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def _narrow(cell: LSTMCell) -> tuple[Tensor, Tensor]:
+def _narrow(cell: LSTMCell, weights: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """weight_ih and weight_hh in bfloat16, made again whenever either is another tensor or was changed in place."""
-    weights = (cell.weight_ih, cell.weight_hh)
     key = tuple((w.data_ptr(), None if w.is_inference() else w._version) for w in weights)
     known = _narrow_weights.get(cell)
-    if known is None or known[0] != key:
-        known = _narrow_weights[cell] = key, tuple(w.detach().to(torch.bfloat16) for w in weights)
-    return known[1]
+    # Addresses alone do not tell tensors apart: a parametrised weight often lands where the last one was freed.
+    if known is None or known[1] != key or any(ref() is not w for ref, w in zip(known[0], weights, strict=True)):
+        copies = tuple(w.detach().to(torch.bfloat16) for w in weights)
+        known = _narrow_weights[cell] = tuple(map(weakref.ref, weights)), key, copies
+    return known[2]

@@ -1,47 +1,21 @@
 """What people do with ``nn.LSTM`` besides calling it: everything here must work the same with ``fastseq.LSTM``."""
 
-import copy
 import inspect
-import io
-import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from backends import serving_lstm
+from pairs import assert_same, flat, pair
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import fastseq
 from fastseq import LSTM, LSTMCell
-from fastseq.dispatch import select
-from fastseq.ops.lstm import torch as torch_backend
-from fastseq.ops.lstm.spec import LSTMCall
-from fastseq.ops.lstm.torch import runs_under_autocast
-from fastseq.testing.numerics import assert_all_accurate
 
 BACKENDS = ["auto", *serving_lstm()]
 OWN = [name for name in BACKENDS if name not in ("auto", "torch")]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 own_backends = pytest.mark.parametrize("backend", OWN)
-
-
-def pair(*args, backend="auto", cls=LSTM, **kwargs):
-    """nn's module and ours with the same weights."""
-    theirs = (nn.LSTM if cls is LSTM else nn.LSTMCell)(*args, **kwargs)
-    ours = cls(*args, **kwargs, backend=backend)
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
-
-
-def flat(result):
-    output, (h, c) = result
-    return [output.data if isinstance(output, PackedSequence) else output, h, c]
-
-
-def assert_same(ours, theirs, **tolerances):
-    for a, b in zip(flat(ours), flat(theirs), strict=True):
-        torch.testing.assert_close(a, b, **tolerances)
 
 
 @pytest.mark.parametrize(
@@ -176,101 +150,6 @@ def test_double_backward_when_one_input_depends_on_another(backend):
         torch.testing.assert_close(a, b)
 
 
-@backends
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies(backend, how):
-    module = LSTM(4, 5, 2, backend=backend)
-    if how == "deepcopy":
-        twin = copy.deepcopy(module)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(module))
-    else:
-        buffer = io.BytesIO()
-        torch.save(module, buffer)
-        buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
-    x = torch.randn(3, 2, 4)
-    assert_same(twin(x), module(x), rtol=0, atol=0)
-    with torch.no_grad():
-        module.weight_hh_l0.zero_()
-    assert not torch.equal(twin(x)[0], module(x)[0])
-    assert twin.backend == backend
-
-
-@backends
-def test_weight_drop_replaces_a_parameter_by_a_plain_tensor(backend):
-    """What fastai's WeightDropout does: delete weight_hh_l0, keep a raw parameter, set a plain tensor of that name."""
-    theirs, ours = pair(4, 5, backend=backend)
-    results = []
-    for module in (theirs, ours):
-        raw = nn.Parameter(module.weight_hh_l0.detach().clone())
-        del module._parameters["weight_hh_l0"]
-        module.register_parameter("weight_hh_l0_raw", raw)
-        torch.manual_seed(5)
-        module.weight_hh_l0 = F.dropout(raw, 0.5)
-        output = module(torch.ones(3, 2, 4))[0]
-        output.sum().backward()
-        results.append((output, raw.grad))
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
-
-
-@backends
-def test_weights_replaced_tied_and_reparametrised(backend):
-    module = LSTM(5, 5, backend=backend)
-    x = torch.randn(3, 2, 5)
-    module.weight_hh_l0 = module.weight_ih_l0  # tied
-    module(x)[0].sum().backward()
-    theirs = nn.LSTM(5, 5)
-    theirs.load_state_dict(module.state_dict())
-    theirs.weight_hh_l0 = theirs.weight_ih_l0
-    theirs(x)[0].sum().backward()
-    torch.testing.assert_close(module.weight_ih_l0.grad, theirs.weight_ih_l0.grad, rtol=0, atol=1e-5)
-    module = LSTM(5, 5, backend=backend)
-    before = module(x)[0]
-    nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
-    torch.testing.assert_close(module(x)[0], before, rtol=0, atol=1e-6)
-    swapped = torch.func.functional_call(module, {"bias_ih_l0": torch.ones(20)}, (x,))[0]
-    assert not torch.allclose(swapped, before)
-
-
-@backends
-@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
-def test_cell_weights_replaced_tied_and_reparametrised(backend, train):
-    theirs, ours = pair(5, 5, backend=backend, cls=LSTMCell)
-    x = torch.randn(3, 5)
-
-    def check(call=lambda cell: cell(x)):
-        with torch.set_grad_enabled(train):
-            torch.testing.assert_close(call(ours), call(theirs), rtol=0, atol=1e-6)
-
-    swapped = {"bias_ih": torch.ones(20), "weight_hh": torch.ones(20, 5)}
-    check(lambda cell: torch.func.functional_call(cell, swapped, (x,)))
-    for cell in (theirs, ours):
-        cell.weight_hh = cell.weight_ih
-    check()
-    for cell in (theirs, ours):
-        torch.manual_seed(0)
-        nn.utils.spectral_norm(cell, "weight_hh")  # as many parameters, and weight_hh an attribute
-    check()
-    for cell in (theirs, ours):
-        nn.utils.parametrizations.weight_norm(cell, "weight_ih")
-    check()
-
-
-@backends
-def test_data_parallel_style_replica(backend):
-    """nn.DataParallel copies modules by _replicate_for_data_parallel and sets plain tensors as weights."""
-    module = LSTM(4, 5, backend=backend)
-    replica = module._replicate_for_data_parallel()
-    replica._parameters = {}
-    for name, parameter in module.named_parameters():
-        setattr(replica, name, parameter * 1.0)
-    x = torch.randn(3, 2, 4)
-    torch.testing.assert_close(replica(x)[0], module(x)[0])
-    replica(x)[0].sum().backward()
-    assert module.weight_hh_l0.grad is not None
-
-
 def test_flatten_parameters_half_and_to():
     module = LSTM(4, 5)
     module.flatten_parameters()
@@ -288,51 +167,6 @@ def test_replacing_nn_lstm_at_run_time_cannot_recurse(monkeypatch):
     x = torch.randn(3, 2, 4)
     torch.testing.assert_close(module(x)[0], expected(x)[0])
     assert torch.nn.LSTMCell(4, 5, backend="torch")(x[0])[0].shape == (2, 5)
-
-
-@pytest.mark.parametrize("backend", ["auto", *serving_lstm(dtype=torch.bfloat16, autocast=True)])
-def test_autocast(backend):
-    theirs, ours = pair(8, 32, 2, backend=backend)
-    x = torch.randn(7, 16, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = ours(x)
-        baseline = theirs(x) if runs_under_autocast(torch.bfloat16) else None
-    rounded = copy.deepcopy(theirs).bfloat16()
-    if baseline is None:  # this oneDNN has no LSTM in bfloat16: torch computes it op by op outside autocast
-        baseline = rounded(x.bfloat16())
-    oracle = rounded.double()(x.bfloat16().double())
-    assert_all_accurate(
-        *(dict(zip(("output", "h_n", "c_n"), flat(r), strict=True)) for r in (actual, oracle, baseline))
-    )
-    assert {t.dtype for t in flat(actual)} == {torch.bfloat16}
-    actual[0].float().sum().backward()
-    assert ours.weight_ih_l0.grad.dtype == torch.float32
-
-
-@backends
-def test_autocast_of_a_cell(backend):
-    theirs, ours = pair(4, 5, backend=backend, cls=LSTMCell)
-    x = torch.randn(2, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected, actual = theirs(x), ours(x)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0.03)  # dtypes are compared, too
-
-
-def test_auto_leaves_torch_where_onednn_lacks_the_dtype(monkeypatch):
-    monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda dtype: False)
-    call = LSTMCall("cpu", torch.bfloat16, 4, 5, batch=40, steps=7, autocast=True)
-    assert select("lstm", "auto", call) == ("native" if "native" in BACKENDS else "reference")
-    with pytest.raises(RuntimeError, match=r"bfloat16, which oneDNN does not have .* use backend='native'"):
-        select("lstm", "torch", call)
-    for changes in (dict(packed=True), dict(lengths=True), dict(proj_size=2)):  # these run op by op
-        assert select("lstm", "torch", call._replace(**changes)) == "torch"
-
-
-def test_auto_keeps_the_dtypes_of_nn_lstm_under_autocast_when_packed():
-    theirs, ours = pair(4, 5)
-    packed = pack_padded_sequence(torch.randn(3, 2, 4), [3, 1])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert [t.dtype for t in flat(ours(packed))] == [t.dtype for t in flat(theirs(packed))]
 
 
 @backends
@@ -464,14 +298,6 @@ def test_output_may_be_changed_in_place(backend, form):
     torch.testing.assert_close(*grads)
 
 
-@backends
-def test_weights_of_another_dtype_by_functional_call(backend):
-    module = LSTM(4, 5, backend=backend)
-    weights = {name: p.detach().bfloat16() for name, p in module.named_parameters()}
-    output, _ = torch.func.functional_call(module, weights, (torch.randn(3, 2, 4).bfloat16(),))
-    assert output.dtype == torch.bfloat16
-
-
 def test_meta_device():
     x = torch.randn(3, 2, 4, device="meta")
     for options in ({}, {"lengths": torch.tensor([3, 1])}):
@@ -512,17 +338,6 @@ def test_double_backward_without_incoming_gradients(backend):
     x = torch.randn(3, 2, 4, requires_grad=True)
     loss = Stop.apply(LSTM(4, 5, backend=backend)(x)[0])
     assert torch.autograd.grad(loss, x, create_graph=True, allow_unused=True) == (None,)
-
-
-@own_backends
-def test_backward_inside_autocast_keeps_the_precision_of_the_forward(backend):
-    module, x = LSTM(4, 5, backend=backend), torch.randn(3, 2, 4)
-    grads = []
-    for autocast in (False, True):
-        loss = module(x)[0].square().sum()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            grads.append(torch.autograd.grad(loss, list(module.parameters())))
-    torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
 LIVE_BASE = dict(input_size=4, hidden_size=6, num_layers=2)
