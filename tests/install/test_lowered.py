@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 SUITES = (
+    "nn/test_autocast.py",
     "nn/test_dropin.py",
     "nn/test_compile.py",
     "ops/test_dispatch.py",

@@ -1,4 +1,4 @@
-"""Autocast: the inputs of an op are cast as those of a matmul, and its computation runs outside autocast."""
+"""Autocast: an op's inputs are cast as a matmul's are, and it computes outside autocast."""
 
 import contextlib
 
@@ -14,11 +14,13 @@ def autocast_enabled(device: str) -> bool:
 
 
 def cast_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast: floating-point tensors in the autocast dtype (float64 stays, as in torch). Else unchanged."""
+    """Under autocast: floating-point tensors in the autocast dtype, float64 as it is. Else unchanged."""
     device = tensors[0].device.type
-    if not autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
+    return cast(torch.get_autocast_dtype(device), *tensors) if autocast_enabled(device) else tensors
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Floating-point tensors in ``dtype``; float64 stays, as under torch's autocast."""
     return tuple(
         t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors
     )

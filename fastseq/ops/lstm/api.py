@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastseq import _native
 from fastseq.dispatch import implementation, select
-from fastseq.ops.common.autocast import autocast_enabled, cast_inputs, without_autocast
+from fastseq.ops.common.autocast import autocast_enabled, cast, without_autocast
 from fastseq.ops.common.autograd import forward_mode, vmapped
 from fastseq.ops.common.checks import as_lengths, readable
 from fastseq.ops.common.dtypes import tf32_allowed
@@ -93,17 +93,25 @@ def run(stack: Stack, cell_states: bool, backend: str | None) -> tuple[Tensor, T
     call = describe(stack, cell_states)
     chosen = select("lstm", backend, call)
     module = implementation("lstm", chosen)
-    if hasattr(module, "run"):
-        return *module.run(stack), None
+    results = (*module.run(stack), None) if hasattr(module, "run") else _run(chosen, call, stack, cell_states)
+    if not call.autocast:
+        return results
+    dtypes = implementation("lstm", "torch").autocast_result_dtypes(call, stack.input.dtype, stack.c0.dtype)
+    dtypes = (*dtypes, dtypes[-1])
+    return tuple(t if t is None else t.to(dtype) for t, dtype in zip(results, dtypes, strict=True))
+
+
+def _run(backend: str, call: LSTMCall, stack: Stack, cell_states: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """All layers by a backend that computes layer by layer, in ``call.dtype``."""
     if call.autocast:
-        input, h0, c0, *weights = cast_inputs(stack.input, stack.h0, stack.c0, *stack.weights)
+        input, h0, c0, *weights = cast(call.dtype, stack.input, stack.h0, stack.c0, *stack.weights)
         stack = stack._replace(input=input, h0=h0, c0=c0, weights=weights)
     transposed = stack.batch_first and stack.batch_sizes is None
     input = stack.input.transpose(0, 1) if transposed else stack.input
-    if stack.lengths is not None and not getattr(module, "SKIPS_PADDING", False):
+    if stack.lengths is not None and not getattr(implementation("lstm", backend), "SKIPS_PADDING", False):
         input = zero_padding(input, stack.lengths)  # NaN in the padding must reach no gradient
     with without_autocast(input.device.type):
-        output, h_n, c_n, states = _layers(stack, input, cell_states, chosen)
+        output, h_n, c_n, states = _layers(stack, input, cell_states, backend)
     if transposed:
         output = output.transpose(0, 1)
         states = None if states is None else states.transpose(0, 1)
@@ -135,13 +143,16 @@ def describe(stack: Stack, cell_states: bool) -> LSTMCall:
     """The facts of the call that decide its backend."""
     compiling, packed = torch.compiler.is_compiling(), stack.batch_sizes is not None
     input, device = stack.input, stack.input.device
-    autocast = autocast_enabled(device.type) and input.dtype != torch.float64
+    autocast, dtype = autocast_enabled(device.type) and input.dtype != torch.float64, input.dtype
+    if autocast:
+        dtype = implementation("lstm", "torch").autocast_compute_dtype(device.type, dtype)
+    one_length = autocast and packed and not compiling and bool(stack.batch_sizes[0] == stack.batch_sizes[-1])
     steps = stack.batch_sizes.size(0) if packed else input.size(1 if stack.batch_first else 0)
     tensors = (input, stack.h0, stack.c0, *stack.weights)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return LSTMCall(
         device=_native.device_of(input),
-        dtype=torch.get_autocast_dtype(device.type) if autocast else input.dtype,
+        dtype=dtype,
         input_size=input.size(-1),
         hidden_size=stack.c0.size(-1),
         proj_size=stack.proj_size,
@@ -151,6 +162,7 @@ def describe(stack: Stack, cell_states: bool) -> LSTMCall:
         return_cell_states=cell_states,
         requires_grad=needs_grad,
         autocast=autocast,
+        one_length=one_length,
         batch=None if compiling else stack.c0.size(-2),
         steps=None if compiling else steps,
         compiling=compiling,

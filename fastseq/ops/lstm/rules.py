@@ -27,8 +27,8 @@ def traced(call) -> bool:
 
 
 def eager(call) -> bool:
-    """Neither traced nor under autocast, where the kernels of the torch backend decide the dtypes of the results."""
-    return not (call.autocast or call.compiling)
+    """Not traced by torch.compile or torch.export."""
+    return not call.compiling
 
 
 def autocast(call) -> bool:

@@ -13,6 +13,8 @@ from torch import Tensor
 class LSTMCall(NamedTuple):
     """The facts of one ``lstm`` call that decide its backend. ``batch`` and ``steps`` are None in a traced graph.
 
+    ``autocast``: torch would cast the tensors, and ``dtype`` is the one in which it multiplies. ``one_length``: the
+    sequences of a packed input are equally long, which torch runs as padded; looked up under autocast alone.
     ``vmapped``: within torch.func.vmap. ``forward_mode``: with forward-mode derivatives.
     ``subclass``: a tensor is of a type that is neither torch.Tensor nor nn.Parameter.
     ``tf32``: on CUDA, float32 products of a recurrence may be rounded to TF32.
@@ -30,6 +32,7 @@ class LSTMCall(NamedTuple):
     return_cell_states: bool = False
     requires_grad: bool = False
     autocast: bool = False
+    one_length: bool = False
     batch: int | None = None
     steps: int | None = None
     compiling: bool = False

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastseq.ops.common import layout
-from fastseq.ops.lstm.spec import Stack
+from fastseq.ops.lstm.spec import LSTMCall, Stack
 
 _vf_lstm = torch._VF.lstm
 
@@ -35,8 +35,8 @@ def unsupported(call) -> str | None:
             "lstm: the torch backend cannot run under torch.func.vmap (torch has no batching rule for its LSTM); "
             "use backend='native' or 'reference'."
         )
-    fused = not (call.packed or call.lengths or call.proj_size)  # the others run op by op, in every dtype
-    if call.autocast and call.device == "cpu" and fused and not runs_under_autocast(call.dtype):
+    by_steps = call.proj_size or (call.packed and not call.one_length)  # op by op, in every dtype
+    if call.autocast and call.device == "cpu" and not by_steps and not runs_under_autocast(call.dtype):
         return (
             f"lstm: under autocast torch calls oneDNN's LSTM in {str(call.dtype).removeprefix('torch.')}, which oneDNN "
             "does not have on this processor; use backend='native' or 'reference'."
@@ -44,22 +44,49 @@ def unsupported(call) -> str | None:
     return None
 
 
-@functools.cache
 def runs_under_autocast(dtype: torch.dtype) -> bool:
-    """True if nn.LSTM runs on this CPU under autocast to ``dtype``.
+    """True if nn.LSTM runs on this CPU under autocast to ``dtype``: torch does not check what oneDNN supports."""
+    return _autocast_result("cpu", dtype, torch.float32) is not None
 
-    Found by one call of the smallest LSTM per process and dtype: torch does not check what oneDNN supports.
+
+def autocast_compute_dtype(device: str, input: torch.dtype) -> torch.dtype:
+    """The dtype in which nn.LSTM multiplies under autocast, for an input of dtype ``input``.
+
+    That of autocast; but on CUDA torch casts the operands of cuDNN to float16 under autocast to bfloat16, too.
     """
-    input, state, *weights = (torch.zeros(shape, device="cpu") for shape in ((1, 1, 1), (1, 1, 1), (4, 1), (4, 1)))
+    autocast = torch.get_autocast_dtype(device)
+    return (_autocast_result(device, autocast, input) or autocast) if device == "cuda" else autocast
+
+
+def autocast_result_dtypes(call: LSTMCall, input: torch.dtype, c0: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The dtypes of nn.LSTM's output, h_n and c_n under autocast, for an input and a c_0 of these dtypes.
+
+    oneDNN and cuDNN return the dtype in which they compute. On CPU the other calls run op by op: each product comes in
+    that dtype, and the cell state, and with it h, in the wider one of it and c_0.
+    """
+    by_steps = (call.packed and not call.one_length) or call.lengths or call.proj_size or call.batch == 0
+    fused = input in (torch.float32, torch.bfloat16) and not by_steps
+    c_n = call.dtype if fused or call.device != "cpu" else torch.promote_types(call.dtype, c0)
+    h_n = call.dtype if call.proj_size else c_n
+    return h_n, h_n, c_n
+
+
+@functools.cache
+def _autocast_result(device: str, autocast: torch.dtype, input: torch.dtype) -> torch.dtype | None:
+    """The dtype of the output of the smallest nn.LSTM under autocast, or None where it raises.
+
+    One call per process and combination: the answer depends on the processor and on the versions of torch and cuDNN.
+    """
+    shapes = ((1, 1, 1), (1, 1, 1), (4, 1), (4, 1))
+    x, state, *weights = (torch.zeros(shape, device=device, dtype=input) for shape in shapes)
     try:
-        with torch.no_grad(), torch.autocast("cpu", dtype):
-            _vf_lstm(input, (state, state), weights, False, 1, 0.0, True, False, False)
+        with torch.no_grad(), torch.autocast(device, autocast):
+            return _vf_lstm(x, (state, state), weights, False, 1, 0.0, True, False, False)[0].dtype
     except RuntimeError:
-        return False
-    return True
+        return None
 
 
-runs_under_autocast._dynamo_marked_constant = True  # TorchDynamo calls it instead of tracing it, as in _native
+_autocast_result._dynamo_marked_constant = True  # TorchDynamo calls it instead of tracing it, as in _native
 
 
 def run(stack: Stack) -> tuple[Tensor, Tensor, Tensor]:

@@ -121,8 +121,9 @@ def run(
     if (
         hasattr(module, "step")
         and not (requires_grad or compiling or peek_transform())
-        and input.dtype == h.dtype == c.dtype
+        and input.dtype == h.dtype == c.dtype == weights[0].dtype
     ):
         return module.step(input, hx, weights if narrow is None else (*narrow(), *weights[2:]))
     gates = F.linear(input, *weights[::2]) + F.linear(h, *weights[1::2])
-    return apply(chosen, Cell(gates.to(c.dtype), c))  # under autocast the gates are narrower than the state
+    dtype = torch.promote_types(gates.dtype, c.dtype)  # under autocast the gates may be narrower than the state
+    return apply(chosen, Cell(gates.to(dtype), c.to(dtype)))

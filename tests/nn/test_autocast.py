@@ -1,0 +1,241 @@
+"""Autocast: the backend that the same call in 16 bits takes, the result dtypes of ``nn.LSTM``, numbers, gradients."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from backends import serving_lstm
+from pairs import flat, pair
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from fastseq import LSTM, Attention, LSTMCell, dispatch, ops
+from fastseq.dispatch import select
+from fastseq.ops.lstm import native_cuda
+from fastseq.ops.lstm import torch as torch_backend
+from fastseq.ops.lstm.spec import LSTMCall
+from fastseq.ops.lstm.torch import runs_under_autocast
+from fastseq.testing.numerics import compare, evaluate
+
+BACKENDS = ["auto", *serving_lstm()]
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALVES)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+half = pytest.mark.parametrize("dtype", HALVES, ids=str)
+
+
+LENGTHS = [7, 6, 5, 4, 3, 3, 2, 1]
+
+
+def run(module, x, form, hx=None, autocast=None):
+    """The results of ``module`` on padded or packed x (T, B, I), under autocast to a dtype: output, h_n, c_n."""
+    if form in ("packed", "one length"):  # outside autocast, which refuses to concatenate some dtypes
+        x = pack_padded_sequence(x, LENGTHS[: x.size(1)] if form == "packed" else [len(x)] * x.size(1))
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        return flat(module(x, hx))
+
+
+@pytest.mark.parametrize("backend", ["auto", *serving_lstm(dtype=torch.bfloat16, autocast=True)])
+@pytest.mark.parametrize(("form", "batch"), [("padded", 8), ("padded", 2), ("packed", 8)])
+def test_results_and_gradients_are_as_accurate_as_those_of_nn_lstm(backend, form, batch):
+    theirs, ours = pair(8, 32, 2, backend=backend)
+    x = torch.randn(7, batch, 8)
+    rounded = copy.deepcopy(theirs).bfloat16()
+
+    def results(module, x, autocast=torch.bfloat16):
+        x = x.clone().requires_grad_()
+        outputs = dict(zip(("output", "h_n", "c_n"), run(module, x, form, autocast=autocast), strict=True))
+        return evaluate(outputs, {"x": x, **dict(module.named_parameters())})
+
+    actual, oracle = results(ours, x), results(copy.deepcopy(rounded).double(), x.bfloat16().double(), autocast=None)
+    if form == "packed" or runs_under_autocast(torch.bfloat16):
+        baseline = results(theirs, x)
+    else:  # this oneDNN has no LSTM in bfloat16: torch computes it op by op outside autocast
+        baseline = results(rounded, x.bfloat16(), autocast=None)
+        gradients = {name: g.to(actual.gradients[name]) for name, g in baseline.gradients.items()}
+        baseline = baseline._replace(gradients=gradients)
+    wrong = [str(c) for c in compare(actual, oracle, baseline) if not c.ok]
+    assert not wrong, "; ".join(wrong)
+    assert {g.dtype for g in actual.gradients.values()} == {torch.float32}
+
+
+@backends
+@half
+@pytest.mark.parametrize("form", ["padded", "packed", "one length", "proj"])
+def test_result_dtypes_are_those_of_nn_lstm(backend, form, dtype):
+    """Whatever the dtypes of weights, input, h_0 and c_0; where torch cannot compute, ours need only compute."""
+    compared = 0
+    for weights, input, h0, c0 in itertools.product((torch.float32, dtype), FLOATS, (None, *FLOATS), FLOATS):
+        theirs, ours = pair(4, 5, proj_size=3 if form == "proj" else 0, dtype=weights)
+        ours.backend = backend if form != "proj" or backend in serving_lstm(proj_size=3) else "auto"
+        x = torch.randn(7, 2, 4).to(input)
+        hx = None if h0 is None else (torch.randn(1, 2, 3 if form == "proj" else 5).to(h0), torch.randn(1, 2, 5).to(c0))
+        try:
+            expected = run(theirs, x, form, hx, dtype)
+        except RuntimeError:  # this oneDNN lacks the dtype
+            assert backend == "torch" or run(ours, x, form, hx, dtype)
+            continue
+        if backend == "torch" and not runs_under_autocast(dtype) and form in ("padded", "one length"):
+            continue  # torch computes op by op from an input in float16, which the torch backend does not distinguish
+        for a, b in zip(run(ours, x, form, hx, dtype), expected, strict=True):
+            assert a.dtype == b.dtype, (weights, input, h0, c0)
+        compared += 1
+    assert compared > 0 or form in ("padded", "one length")
+
+
+@pytest.mark.parametrize("backend", ["auto", *serving_lstm(dtype=torch.bfloat16, autocast=True)])
+def test_lengths_give_the_dtypes_of_packing_whatever_their_values(backend):
+    theirs, ours = pair(4, 5, backend=backend)
+    x = torch.randn(7, 8, 4)
+    expected = run(theirs, x, "packed", autocast=torch.bfloat16)
+    for lengths in (LENGTHS, [7] * 8):
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = flat(ours(x, lengths=lengths))
+        assert [t.dtype for t in actual] == [t.dtype for t in expected]
+
+
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_cell_states_have_the_dtype_of_c_n(form):
+    module, x = LSTM(4, 5), torch.randn(3, 2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        *result, cells = module(pack_padded_sequence(x, [3, 1]) if form == "packed" else x, return_cell_states=True)
+    assert (cells.data if form == "packed" else cells).dtype == flat(result)[2].dtype
+
+
+def test_auto_takes_under_autocast_what_the_same_call_in_16_bits_takes(monkeypatch):
+    monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda dtype: True)
+    monkeypatch.setattr(native_cuda, "fits", lambda *args, **kwargs: True)
+    changes = {
+        "device": ("cpu", "cuda"),
+        "dtype": HALVES,
+        "batch": (1, 4, 40),
+        "hidden_size": (5, 256, 2000),
+        "lengths": (False, True),
+        "packed": (False, True),
+        "requires_grad": (False, True),
+        "return_cell_states": (False, True),
+        "proj_size": (0, 2),
+    }
+    taken = set()
+    for values in itertools.product(*changes.values()):
+        call = LSTMCall("cpu", torch.bfloat16, 4, 5, batch=2, steps=7)
+        call = call._replace(**dict(zip(changes, values, strict=True)))
+        explicit = select("lstm", "auto", call)
+        assert select("lstm", "auto", call._replace(autocast=True)) == explicit, call
+        taken.add(explicit)
+    assert taken >= {"torch", "native" if "native" in BACKENDS else "reference"}
+
+
+def test_a_module_under_autocast_is_served_as_in_bfloat16():
+    module, x = LSTM(4, 5), torch.randn(3, 2, 4)
+    with dispatch.record() as explicit:
+        copy.deepcopy(module).bfloat16()(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16), dispatch.record() as choices:
+        module(x)
+    assert [c.backend for c in choices] == [c.backend for c in explicit]
+    assert choices[0].call == explicit[0].call._replace(autocast=True)
+
+
+def test_auto_leaves_torch_where_onednn_lacks_the_dtype(monkeypatch):
+    monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda dtype: False)
+    call = LSTMCall("cpu", torch.bfloat16, 4, 5, batch=40, steps=7, autocast=True)
+    assert select("lstm", "auto", call) == ("native" if "native" in BACKENDS else "reference")
+    with pytest.raises(RuntimeError, match=r"bfloat16, which oneDNN does not have .* use backend='native'"):
+        select("lstm", "torch", call)
+    for changes in (dict(packed=True), dict(proj_size=2)):  # these run op by op
+        assert select("lstm", "torch", call._replace(**changes)) == "torch"
+    for changes in (dict(packed=True, one_length=True), dict(lengths=True)):  # torch runs one length as if padded
+        assert select("lstm", "auto", call._replace(**changes)) != "torch"
+
+
+@pytest.mark.parametrize("cudnn", [torch.float16, torch.bfloat16], ids=str)
+def test_on_cuda_the_dtype_is_the_one_in_which_torch_computes(cudnn, monkeypatch):
+    """torch casts the operands of cuDNN to float16 under autocast to bfloat16, too; a CPU stands for the GPU."""
+    calls = []
+
+    def kernel(input, hx, weights, *options):
+        calls.append(input.dtype)
+        return (input.to(cudnn),)
+
+    monkeypatch.setattr(torch_backend, "_vf_lstm", kernel)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch_backend.torch, "zeros", lambda shape, device, dtype: zeros(shape, dtype=dtype))
+    torch_backend._autocast_result.cache_clear()
+    with torch.autocast("cuda", torch.bfloat16, enabled=True):
+        for _ in range(2):
+            assert torch_backend.autocast_compute_dtype("cuda", torch.float32) == cudnn
+    assert calls == [torch.float32]  # once per process
+    torch_backend._autocast_result.cache_clear()
+    call = LSTMCall("cuda", cudnn, 4, 5, packed=True, autocast=True)
+    assert torch_backend.autocast_result_dtypes(call, torch.float32, torch.float32) == (cudnn,) * 3
+
+
+@backends
+def test_a_nested_block_without_autocast_computes_in_float32(backend):
+    module, x = LSTM(4, 5, backend=backend), torch.randn(3, 2, 4)
+    expected = flat(module(x))
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        assert all(torch.equal(a, b) for a, b in zip(flat(module(x)), expected, strict=True))
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", torch.float16):
+        inner = module(x)[0] if backend != "torch" or runs_under_autocast(torch.float16) else None
+    assert inner is None or inner.dtype == torch.float16
+
+
+@backends
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_float64_stays_float64(backend, form):
+    theirs, ours = pair(4, 5, backend=backend, dtype=torch.float64)
+    x = torch.randn(7, 8, 4, dtype=torch.float64)
+    actual, expected = (run(module, x, form, autocast=torch.bfloat16) for module in (ours, theirs))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_the_op_has_the_dtypes_of_the_module():
+    module, x, state = LSTM(4, 5), torch.randn(3, 2, 4), torch.zeros(2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        for options in ({}, {"lengths": torch.tensor([3, 1])}):
+            output, (h_n, c_n) = ops.lstm(x, (state, state), *module._flat_weights, **options)
+            assert [t.dtype for t in (output, h_n, c_n)] == [t.dtype for t in flat(module(x, **options))]
+
+
+@backends
+@half
+@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
+def test_a_cell_has_the_dtypes_of_nn_lstm_cell(backend, dtype, train):
+    theirs, ours = pair(4, 5, backend=backend, cls=LSTMCell)
+    for weights, input, state in itertools.product((torch.float32, dtype), FLOATS, (None, *FLOATS)):
+        theirs.to(weights), ours.to(weights)
+        x, hx = torch.randn(2, 4).to(input), None
+        if state is not None:
+            hx = torch.randn(2, 5).to(state), torch.randn(2, 5).to(state)
+        with torch.autocast("cpu", dtype), torch.set_grad_enabled(train):
+            expected, actual = theirs(x, hx), ours(x, hx)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0.03)  # dtypes are compared, too
+
+
+@half
+@pytest.mark.parametrize("score", ["dot", "general", "additive", "normed_additive"])
+def test_attention_computes_in_the_dtype_of_autocast(dtype, score):
+    module = Attention(4, 4, score=score)
+    narrow = copy.deepcopy(module).to(dtype)
+    query, keys, lengths = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 5, 4), torch.tensor([5, 2])
+    with torch.autocast("cpu", dtype), dispatch.record() as choices:
+        actual = module(query, keys, lengths=lengths, need_weights=True)
+        sum(t.float().sum() for t in actual).backward()
+    with dispatch.record() as explicit:
+        expected = narrow(query.to(dtype), keys.to(dtype), lengths=lengths, need_weights=True)
+    assert {t.dtype for t in actual} == {dtype} and query.grad.dtype == torch.float32
+    assert [c.backend for c in choices] == [c.backend for c in explicit]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("auto", "torch")])
+def test_backward_inside_autocast_keeps_the_precision_of_the_forward(backend):
+    module, x = LSTM(4, 5, backend=backend), torch.randn(3, 2, 4)
+    grads = []
+    for autocast in (False, True):
+        loss = module(x)[0].square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            grads.append(torch.autograd.grad(loss, list(module.parameters())))
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
