@@ -11,7 +11,7 @@ import functools
 import importlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -173,24 +173,67 @@ def record() -> Iterator[list[Choice]]:
 
 
 def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> str:
-    """Run ``module(*args, **kwargs)`` once and say which backend served each call, and why the others did not.
+    """Run ``module(*args, **kwargs)`` once and say which backend served which module, and why the others did not.
 
-    The answer holds for just these inputs, in the module's current mode, with gradients on or off as they are now.
+    Holds for these inputs, in the module's current mode, with gradients on or off as they are now.
+
+    Args:
+        module: any module; the paths in the text are those of ``module.named_modules()``.
+        args, kwargs: the inputs of one forward.
 
     Returns:
-        A text with one paragraph per distinct call; print it.
+        A text to print: each backend with its reason and the calls that it served, then one sentence per refusal.
     """
-    with record() as choices:
+    with record() as choices, _callers(module, choices) as callers:
         module(*args, **kwargs)
-    seen: dict[tuple, int] = {}
-    for choice in choices:
-        key = (choice.op, choice.call, choice.backend, choice.why, tuple(choice.objections.items()))
-        seen[key] = seen.get(key, 0) + 1
+    if not choices:
+        return f"{type(module).__name__} called no fastseq op; fastseq.accelerate(module) swaps its LSTMs"
+    served: dict[str, dict[str, int]] = {}
+    for caller, choice in zip(callers, choices, strict=True):
+        calls = served.setdefault(f"{choice.backend}: {choice.why}", {})
+        line = f"{caller or type(module).__name__}: {choice.op}({_facts(choice.call)})"
+        calls[line] = calls.get(line, 0) + 1
     lines = []
-    for (op, call, chosen, why, objections), count in seen.items():
-        facts = ", ".join(f"{k}={v}" for k, v in call._asdict().items() if v not in (None, False, 0))
-        lines.append(f"{op} ({count}x: {facts})\n  -> {chosen}: {why}")
-        lines += [f"     {name}: {sentence}" for name, sentence in objections]
-    return (
-        "\n".join(lines) or f"{type(module).__name__} called no fastseq op; fastseq.accelerate(module) swaps its LSTMs"
-    )
+    for reason, calls in served.items():
+        lines += [reason, *(f"  {count}x {line}" for line, count in calls.items())]
+    return "\n".join(lines + refusals((c.op, *refusal) for c in choices for refusal in c.objections.items()))
+
+
+def refusals(objections: Iterable[tuple[str, str, str]]) -> list[str]:
+    """(op, backend, sentence) of any number of calls -> "no BACKEND for OP, OP: sentence", each sentence once."""
+    ops_of: dict[tuple[str, str], dict[str, None]] = {}
+    for op, backend, sentence in objections:
+        ops_of.setdefault((backend, sentence.removeprefix(f"{op}: ")), {})[op] = None
+    return [f"no {backend} for {', '.join(names)}: {sentence}" for (backend, sentence), names in ops_of.items()]
+
+
+def _facts(call: Any) -> str:
+    """The fields of a call record that are set, without those that are None, False or 0."""
+    return ", ".join(f"{k}={v}".replace("=torch.", "=") for k, v in call._asdict().items() if v not in (None, False, 0))
+
+
+@contextlib.contextmanager
+def _callers(root: torch.nn.Module, choices: list[Choice]) -> Iterator[list[str]]:
+    """Collect, for each of ``choices``, the path of the innermost module whose forward was running; "" is ``root``."""
+    callers, running = [], [""]
+
+    def settle() -> None:
+        callers.extend(running[-1:] * (len(choices) - len(callers)))
+
+    def leave(*_) -> None:
+        settle()
+        running.pop()
+
+    def enter(path: str, *_) -> None:
+        settle()
+        running.append(path)
+
+    handles = []
+    for path, module in root.named_modules():
+        handles.append(module.register_forward_pre_hook(functools.partial(enter, path)))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield callers
+    finally:
+        for handle in handles:
+            handle.remove()

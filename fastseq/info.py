@@ -7,7 +7,7 @@ import platform
 import torch
 
 from fastseq import _native
-from fastseq.dispatch import BACKENDS, objection
+from fastseq.dispatch import BACKENDS, objection, refusals
 from fastseq.ops.attention.spec import AttentionCall
 from fastseq.ops.lstm.spec import LSTMCall
 from fastseq.ops.lstm_cell.spec import LSTMCellCall
@@ -57,11 +57,12 @@ def _version_of(package: str) -> str:
 
 def _table(calls: dict[str, object]) -> list[str]:
     names = BACKENDS[1:]
-    rows, reasons = [], []
+    rows, objections = [], []
     for op in calls:
         sentences = {name: objection(op, name, calls[op]) for name in names}
         rows.append(f"  {op:<12}" + "".join(f"{'yes' if sentences[name] is None else 'no':<12}" for name in names))
-        reasons += [f"  no {name} for {sentence}" for name, sentence in sentences.items() if sentence is not None]
+        objections += [(op, name, sentence) for name, sentence in sentences.items() if sentence is not None]
+    reasons = (f"  {line}" for line in refusals(objections))
     return [f"  {'':<12}" + "".join(f"{name:<12}" for name in names), *rows, *reasons]
 
 

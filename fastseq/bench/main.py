@@ -84,8 +84,8 @@ def summarise(rows: list[dict]) -> list[dict]:
     ]
 
 
-def markdown(facts: dict, rows: list[dict], remarks: list[str]) -> str:
-    """The results as tables; ratio > 1 means faster than the baseline."""
+def markdown(facts: dict, rows: list[dict], remarks: list[str], goals: bool = False) -> str:
+    """The results as tables; ratio > 1 means faster than the baseline. goals: also the columns of project goals."""
     baseline_ms = {(r["case"], r["mode"]): r["median_ms"] for r in rows if r["candidate"] == r["baseline"]}
     header = ("case", "mode", "candidate", "served by", "baseline", "baseline ms", "own ms", "p20..p80", "ratio",
               "goal", "roofline ms", "own/roofline")  # fmt: skip
@@ -106,8 +106,15 @@ def markdown(facts: dict, rows: list[dict], remarks: list[str]) -> str:
         )
         for s in summarise(rows)
     ]  # fmt: skip
-    summary = markdown_table(("group", "mode", "candidate", "cases", "geometric mean", "goal", "smallest ratio"), means)
-    return _join(facts, [markdown_table(header, lines), summary], remarks)
+    means_header = ("group", "mode", "candidate", "cases", "geometric mean", "goal", "smallest ratio")
+    tables = (header, lines), (means_header, means)
+    return _join(facts, [markdown_table(*(table if goals else _without_goals(*table))) for table in tables], remarks)
+
+
+def _without_goals(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> tuple[tuple[str, ...], list]:
+    """A table without its column "goal"."""
+    k = header.index("goal")
+    return (*header[:k], *header[k + 1 :]), [(*row[:k], *row[k + 1 :]) for row in rows]
 
 
 def _join(facts: dict, parts: list[str], remarks: list[str]) -> str:
@@ -160,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"further baselines: 'all', or comma-separated of {', '.join(BASELINES)} (default: none)",
     )
     parser.add_argument("--memory", action="store_true", help="bytes kept for the backward, instead of times")
+    parser.add_argument("--goals", action="store_true", help="also show the ratios that the project aims at")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time per case and mode (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="also write OUTPUT.json and OUTPUT.md")
@@ -222,7 +230,7 @@ def times(args: argparse.Namespace, cases: list[BenchCase], facts: dict) -> tupl
     facts["load average at the end"] = load_average()
     remarks = list(dict.fromkeys([*remarks, *noise(rows)]))
     content = {"environment": facts, "rows": rows, "summary": summarise(rows), "remarks": remarks}
-    return markdown(facts, rows, remarks), content
+    return markdown(facts, rows, remarks, args.goals), content
 
 
 def _unless_wrong(run: Callable[[], tuple[list, list[str]]]) -> tuple[list, list[str]]:

@@ -143,9 +143,9 @@ class Decoder(nn.Module):
         for k in range(self.lstm.num_layers):
             names = (f"{name}_l{k}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
             weight_ih, weight_hh, bias_ih, bias_hh = (getattr(self.lstm, name) for name in names)
+            device = weight_hh.device.type
             size = self.embedding.embedding_dim if k == 0 else 0
             tensors = (weight_ih[:, :size], weight_ih[:, size:], weight_hh, bias_ih + bias_hh)
-            device = weight_hh.device.type
             if device != "meta" and torch.is_autocast_enabled(device):  # cast once here, not at every step
                 tensors = (x.to(torch.get_autocast_dtype(device)) for x in tensors)
             layers.append(_Layer(*tensors))

@@ -271,6 +271,14 @@ def test_command_writes_both_files(tmp_path, capsys, small):
     assert {row["group"] for row in content["summary"]} == {"tiny"}
     assert content["environment"]["threads"] == torch.get_num_threads()
     assert (tmp_path / "v1.2.md").read_text() == out.removesuffix("\n")
+    assert "goal" not in out
+
+
+def test_goals_are_shown_on_request(capsys, small):
+    bench.main(["--seconds", "0", "--backends", "reference", "--mode", "inference", "--goals"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [" goal " in line for line in lines if line.startswith("| case") or line.startswith("| group")] == [True] * 2
+    assert any(f"| {TINY.goals[0]:.2f}" in line for line in lines)
 
 
 def test_a_wrong_case_costs_its_figure_and_the_exit_code(capsys, small, monkeypatch):

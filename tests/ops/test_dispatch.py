@@ -146,7 +146,7 @@ def test_block_ends_with_an_exception():
 
 def test_environment_variable():
     code = "import fastseq, torch; print(fastseq.explain(fastseq.LSTM(4, 5), torch.randn(3, 2, 4)))"
-    assert "-> reference: asked for by name" in run(code, FASTSEQ_BACKEND="reference").stdout
+    assert "reference: asked for by name" in run(code, FASTSEQ_BACKEND="reference").stdout
     refused = run(code, FASTSEQ_BACKEND="cudnn")
     assert refused.returncode != 0
     assert "FASTSEQ_BACKEND: unknown backend 'cudnn'; choose one of 'auto'" in refused.stderr
@@ -208,20 +208,39 @@ def test_every_rule_names_a_known_backend_its_reason_and_its_evidence(op):
             assert (ROOT / file).is_file()
 
 
-def test_explain_names_backend_reason_and_objections():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lstm, self.cell = LSTM(4, 5), fastseq.LSTMCell(5, 5, backend="reference")
+class Steps(nn.Module):
+    """An LSTM below another module, a cell called twice, and an op called by the module itself between them."""
 
-        def forward(self, x):
-            return self.cell(self.lstm(x)[0][-1])
+    def __init__(self):
+        super().__init__()
+        self.below, self.cell = nn.Sequential(LSTM(4, 5)), fastseq.LSTMCell(5, 5, backend="reference")
 
-    text = fastseq.explain(Two(), X)
-    assert "lstm (1x:" in text
-    assert "lstm_cell (1x:" in text
-    assert "-> reference: asked for by name" in text
-    assert "triton: lstm: the triton backend runs on CUDA" in text
+    def forward(self, x):
+        output, _ = self.below(x)
+        hx = self.cell(output[-1])
+        fastseq.ops.lstm_cell(torch.randn(2, 20), hx[1], backend="torch")
+        return self.cell(output[-1], hx)
+
+
+def test_explain_names_the_module_of_each_call_and_says_each_sentence_once():
+    module = Steps()
+    lines = fastseq.explain(module, X).splitlines()
+    served = {}
+    for line in lines:
+        if line.startswith("  "):
+            count, caller, op = line.split("(")[0].split()
+            served[caller] = (count, op, reason)
+            assert "device=cpu, dtype=float32" in line
+        else:
+            reason = line
+    assert served["below.0:"][:2] == ("1x", "lstm")
+    assert served["cell:"] == ("2x", "lstm_cell", "reference: asked for by name")
+    assert served["Steps:"] == ("1x", "lstm_cell", "torch: asked for by name")
+    assert len(served) == 3
+    (triton,) = (line for line in lines if "triton" in line)
+    assert triton.startswith("no triton for lstm, lstm_cell: the triton backend runs on CUDA")
+    assert len(lines) == len(set(lines))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
     assert "accelerate" in fastseq.explain(nn.Linear(4, 4), X)
 
 
@@ -232,8 +251,10 @@ def test_info_has_a_row_for_every_op_and_a_sentence_for_every_no():
         (row,) = (line.split() for line in table if line.split()[:1] == [op])
         assert len(row) == len(dispatch.BACKENDS)
         for name, cell in zip(dispatch.BACKENDS[1:], row[1:], strict=True):
-            assert cell in ("yes", "no")
-            assert (f"no {name} for {op}:" in text) == (cell == "no")
+            reasons = [line for line in table if line.startswith(f"  no {name} for ") and op in line.split(":")[0]]
+            assert (cell, len(reasons)) in (("yes", 0), ("no", 1))
+    sentences = [line.split(":", 1)[1] for line in table if line.startswith("  no ")]
+    assert len(sentences) == len(set(sentences)) > 0
 
 
 def test_import_with_triton_blocked_and_with_the_native_library_missing():
