@@ -86,6 +86,16 @@ def test_step_refuses_what_it_cannot_do():
             ops.lstm_step(x, hx, cell.weight_ih, cell.weight_hh.bfloat16())
 
 
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", ["none", "row", "rows"])
+@torch.no_grad()
+def test_opcheck(narrow, bias):
+    cell, x, hx = draw(2, 4, 5)
+    biases = {"none": (None, None), "row": (cell.bias_ih, cell.bias_hh), "rows": (torch.randn(2, 20), None)}[bias]
+    weights = (cell.weight_ih.to(narrow), cell.weight_hh.to(narrow), *biases)
+    torch.library.opcheck(torch.ops.fastseq.lstm_step.default, (x, *hx, *weights))
+
+
 @pytest.mark.parametrize("I", [40, 33])
 @torch.no_grad()
 def test_narrow_weights_are_the_rounded_ones_and_never_stale(I):  # noqa: E741

@@ -42,7 +42,7 @@ def test_gradients_of_first_and_second_order(backend, form, reverse, extra):
     def run(*given):
         return call(given, form, reverse=reverse, return_cell_states=extra == "cell_states", backend=backend)
 
-    assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
+    assert torch.autograd.gradcheck(run, tensors, fast_mode=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(run, tensors, fast_mode=True)
 
 
@@ -83,6 +83,6 @@ def test_expanded_and_strided_inputs_and_gradients(backend):
     for given in (expanded, [t.contiguous() for t in expanded]):
         given = [t.requires_grad_() for t in given]
         output, _, _ = call(given, "full", backend=backend)
-        grad = torch.ones(3, dtype=torch.float64).expand(4, 3, 3)  # what .sum() sends: stride 0
+        grad = torch.ones(3, dtype=torch.float64).expand(4, 3, 3)  # stride 0, as from .sum()
         results.append([output, *torch.autograd.grad(output, given, grad, allow_unused=True)])
     torch.testing.assert_close(*results)
