@@ -1,4 +1,4 @@
-"""fastseq: LSTM sequence-to-sequence models, made fast without changing them. ``nn.LSTM`` becomes ``fastseq.LSTM``."""
+"""fastseq: fast LSTM sequence-to-sequence models with the weights and results of ``nn.LSTM``."""
 
 from fastseq import ops
 from fastseq._native import empty_cache

@@ -1,9 +1,9 @@
-"""Chooses the backend of a call. Knows no op, no rule and no kernel by name: each op registers its own.
+"""Select the backend of a call. No op, rule or kernel is named here: each op registers its own.
 
 A backend of an op is a module ``fastseq.ops.<op>.<backend>`` with ``unsupported(call) -> str | None``: None, or a
 sentence with the limit and the way out. It computes by ``forward`` and ``backward``, or by ``run`` where torch itself
-differentiates the result. A backend asked for by name runs or raises its sentence; ``auto`` takes the first row of the
-op's ``RULES`` that holds and has no objection.
+differentiates the result. A backend requested by name runs or raises its sentence. ``auto`` takes the first row of the
+op's ``RULES`` whose predicates hold and whose backend has no objection.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ NOT_MEASURED = "not measured yet"
 
 
 class Rule(NamedTuple):
-    """A row of an op's rules: where every predicate of ``when`` holds for the call, ``backend`` is the fastest."""
+    """A row of an op's rules: ``backend`` is the fastest for calls for which every predicate of ``when`` holds."""
 
     backend: str
     when: tuple[Callable[[Any], bool], ...]
@@ -42,11 +42,11 @@ class Choice(NamedTuple):
 
 _rules: dict[str, tuple[Rule, ...]] = {}
 _implementations: dict[tuple[str, str], ModuleType] = {}
-_records: list[tuple[int, list[Choice]]] = []  # (thread, its decisions) of every active record()
+_records: list[tuple[int, list[Choice]]] = []  # (thread id, its decisions) of every active record()
 
 
 def register(op: str, rules: tuple[Rule, ...]) -> None:
-    """Import the backends of ``op``, at import of fastseq: TorchDynamo cannot trace an import."""
+    """Import the backends of ``op`` when fastseq is imported: TorchDynamo cannot trace an import."""
     _rules[op] = rules
     for name in BACKENDS[1:]:
         _implementations[op, name] = importlib.import_module(f"fastseq.ops.{op}.{name}")
@@ -76,7 +76,7 @@ _default = check_name(os.environ.get("FASTSEQ_BACKEND") or "auto", "FASTSEQ_BACK
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Use backend ``name`` in this block for every op and module that was not given a backend of its own.
+    """Use backend ``name`` in this block for every op and module whose ``backend`` is "auto".
 
     Process-wide, like torch's own backend flags. The environment variable ``FASTSEQ_BACKEND`` sets the same for a whole
     run.
@@ -115,14 +115,14 @@ def select(op: str, backend: str | None, call: Any) -> str:
 
     Raises:
         ValueError: unknown backend name.
-        RuntimeError: the backend asked for cannot serve this call; the message says why and what to do.
+        RuntimeError: the requested backend cannot serve this call; the message says why and what to do.
     """
     requested = _default if backend is None or backend == "auto" else check_name(backend)
     if requested != "auto":
         sentence = objection(op, requested, call)
         if sentence is not None:
             raise RuntimeError(sentence)
-        chosen, why = requested, "asked for by name"
+        chosen, why = requested, "requested by name"
     elif call.compiling:
         chosen, why = first_rule(op, call)
     else:
@@ -133,7 +133,7 @@ def select(op: str, backend: str | None, call: Any) -> str:
 
 
 def first_rule(op: str, call: Any) -> tuple[str, str]:
-    """The backend and the reason of the first rule that holds for ``call`` and whose backend has no objection."""
+    """The backend and reason of the first rule that holds for ``call`` and whose backend has no objection."""
     for rule in _rules[op]:
         if all(holds(call) for holds in rule.when) and objection(op, rule.backend, call) is None:
             return rule.backend, rule.why
@@ -144,12 +144,12 @@ _remembered_rule = functools.lru_cache(maxsize=4096)(first_rule)
 
 
 def forget() -> None:
-    """Drop the remembered choices, after a change of what rules or ``unsupported`` read besides the call (tests)."""
+    """Drop the remembered choices: for tests that replace what a rule or ``unsupported`` reads besides the call."""
     _remembered_rule.cache_clear()
 
 
 def takes_auto(backend: str | None) -> bool:
-    """True if auto-selection applies and no record() is active, so that a caller may take its op's fast path."""
+    """True if auto-selection applies and no record() is active, so a caller may take its op's fast path."""
     return backend in (None, "auto") and _default == "auto" and not _records
 
 
@@ -163,7 +163,7 @@ def _record(op: str, call: Any, chosen: str, why: str) -> None:
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Choice]]:
-    """Collect every decision that this thread takes in this block."""
+    """Collect every decision of this thread in this block."""
     entry = threading.get_ident(), []
     _records.append(entry)
     try:
@@ -173,9 +173,9 @@ def record() -> Iterator[list[Choice]]:
 
 
 def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> str:
-    """Run ``module(*args, **kwargs)`` once and say which backend served which module, and why the others did not.
+    """Run ``module(*args, **kwargs)`` once; report which backend served each call, and why the others could not.
 
-    Holds for these inputs, in the module's current mode, with gradients on or off as they are now.
+    The report holds for these inputs, the module's current mode, and gradients on or off as they are now.
 
     Args:
         module: any module; the paths in the text are those of ``module.named_modules()``.

@@ -1,8 +1,8 @@
-"""The one exception that the command line shows as a sentence."""
+"""The exception that the command line prints as a sentence, without a traceback."""
 
 
 class UserError(Exception):
-    """Bad input: the message says what was wrong, what was expected and what to do.
+    """Invalid input: the message names the input, the expected form and the remedy.
 
-    The command line shows it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2.
     """

@@ -1,4 +1,4 @@
-"""Shared by all tests: each starts from the same seed; memory that a kernel does not write is NaN."""
+"""Shared by all tests: the same seed at the start of each, NaN in memory that a kernel does not write."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from fastseq import dispatch
 
 
 def pytest_collection_modifyitems(items):
-    """Long tests first: none should start when the other workers are about to finish."""
+    """Run long tests first, so that none starts when the other workers are about to finish."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
@@ -27,4 +27,4 @@ def interrupts():
 @pytest.fixture(autouse=True)
 def _repeatable():
     torch.manual_seed(0)
-    dispatch.forget()  # the last test may have replaced what rules and unsupported() read
+    dispatch.forget()  # the previous test may have replaced what rules and unsupported() read

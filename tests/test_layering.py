@@ -1,4 +1,4 @@
-"""The arrows between the rooms of the package, one line a room, held against the imports; DESIGN.md draws them."""
+"""The allowed imports between the rooms of the package, one line per room; DESIGN.md draws them."""
 
 import ast
 from pathlib import Path
@@ -13,7 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 MOST_ROOT_MODULES = 9
 
 # Room -> the rooms that it may import besides itself. A module belongs to the room with the longest matching name;
-# "OP" stands for each folder of ops/ but common; "fastseq" for the package itself, which has the version.
+# "OP" stands for each folder of ops/ except common; "fastseq" for the package itself, which has the version.
 ARROWS = {
     "_native": "",
     "errors": "",
@@ -41,7 +41,7 @@ ARROWS = {
     "parity": "testing console seq2seq nn ops ops.OP dispatch errors",
     "warmup": "console seq2seq nn ops ops.common dispatch errors",
     "training": "seq2seq nn ops dispatch errors",
-    "cli": "fastseq errors",  # and each command's module, imported by name when it is chosen
+    "cli": "fastseq errors",  # each command's module is imported by name
     "": "_native dispatch info ops nn seq2seq",  # fastseq/__init__.py
     "__main__": "cli",
 }
@@ -60,16 +60,16 @@ OPS = {name.split(".")[1] for name in MODULES if name.startswith("ops.")} - {"co
 
 def imports(path: Path) -> set[str]:
     """The modules that a file imports, anywhere in it: fastseq's without the prefix, others as "triton", "torch"."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
-                found.add(whole if whole.removeprefix("fastseq.") in MODULES else node.module)
-    return {name.removeprefix("fastseq.") if name.startswith("fastseq.") else name for name in found}
+                names.add(whole if whole.removeprefix("fastseq.") in MODULES else node.module)
+    return {name.removeprefix("fastseq.") if name.startswith("fastseq.") else name for name in names}
 
 
 def room(name: str) -> str:
@@ -88,23 +88,23 @@ def test_the_root_is_small():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_follow_the_arrows(path):
-    own = module_name(path)
-    allowed = {room(own), *ARROWS[room(own)].split()}
+    importer = module_name(path)
+    allowed = {room(importer), *ARROWS[room(importer)].split()}
     for name in imports(path):
         if name.split(".")[0] == "triton":
-            assert path.stem in IMPORT_TRITON, f"{own} imports triton; only {IMPORT_TRITON} may"
+            assert path.stem in IMPORT_TRITON, f"{importer} imports triton; only {IMPORT_TRITON} may"
         if name not in MODULES and name != "fastseq":
             continue
         target = "fastseq" if name == "fastseq" else room(name)
-        assert target in allowed, f"{own} imports {name}; {room(own) or 'fastseq'} may import {ARROWS[room(own)]}"
-        one_op = own.split(".")[:2], name.split(".")[:2]
-        if room(own).startswith("ops.OP") and target.startswith("ops.OP"):
-            assert one_op[0] == one_op[1], f"{own} imports {name} of another op"
+        assert target in allowed, f"{importer} imports {name}, not in {ARROWS[room(importer)]!r}"
+        one_op = importer.split(".")[:2], name.split(".")[:2]
+        if room(importer).startswith("ops.OP") and target.startswith("ops.OP"):
+            assert one_op[0] == one_op[1], f"{importer} imports {name} of another op"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_backend_names_are_compared_in_dispatch_and_rules_alone(path):
-    """Elsewhere a backend is asked for its attributes: ``run``, ``step``, ``SINGLE_DIRECTION``, ..."""
+    """Elsewhere code tests attributes of the backend: ``run``, ``step``, ``SINGLE_DIRECTION``, ..."""
     if path.name in ("dispatch.py", "rules.py"):
         return
     for node in ast.walk(ast.parse(path.read_text())):

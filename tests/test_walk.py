@@ -1,4 +1,4 @@
-"""The way of ``input`` from LSTM.forward to a kernel: few files, each entered once, listed in DESIGN.md.
+"""The path of ``input`` from LSTM.forward to a kernel: few files, each entered once, listed in DESIGN.md.
 
 The call stack is taken where the kernel would start; helpers that have returned are not on it.
 """
@@ -26,7 +26,7 @@ class Arrived(Exception):
 
 
 def arrive(*args, **kwargs):
-    """Stands for an operator or a launch: raises the files of fastseq on the stack, the outermost first."""
+    """Replaces an operator or a launch: raises the files of fastseq on the stack, the outermost first."""
     files, frame = [], sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -45,7 +45,7 @@ OPERATORS = SimpleNamespace(
 
 @pytest.fixture
 def place(request, monkeypatch):
-    """Let the kernels of one place be replaced by ``arrive`` -> the backend's name."""
+    """Replace the kernels of one place by ``arrive`` -> the backend's name."""
     monkeypatch.setattr(_native, "operators", OPERATORS)
     monkeypatch.setattr(_native, "available", lambda: True)
     if request.param == "CUDA operator":

@@ -1,4 +1,4 @@
-"""The modules: parameters live here, and nothing else does."""
+"""Modules: they hold parameters and options; state and caches live elsewhere."""
 
 from fastseq.nn.accelerate import accelerate, restore
 from fastseq.nn.attention import Attention

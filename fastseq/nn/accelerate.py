@@ -1,4 +1,4 @@
-"""Swap ``torch.nn``'s LSTMs for fastseq's in a model that exists, and back."""
+"""Swap the LSTMs of ``torch.nn`` for fastseq's in an existing model, and back."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from fastseq.dispatch import check_name
 from fastseq.nn.lstm import LSTM
 from fastseq.nn.lstm_cell import LSTMCell
 
-# The vendor's classes as they are at import: a program may replace torch.nn.LSTM later.
+# torch's classes, bound at import: a program may replace torch.nn.LSTM later.
 _SWAPS = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 _BACK = {LSTM: nn.LSTM, LSTMCell: nn.LSTMCell}
 
@@ -39,16 +39,16 @@ class Report(list):
 def accelerate(model: nn.Module, backend: str = "auto") -> Report:
     """Make every ``nn.LSTM`` and ``nn.LSTMCell`` of ``model`` a fastseq module, in place.
 
-    The module objects stay the same objects, and so do their Parameters, hooks, buffers and training flags: optimisers,
-    references and tied weights made before stay valid; only the class, and with it ``forward``, changes.
+    Only the class of each module changes, and with it ``forward``. Module objects, Parameters, hooks, buffers and
+    training flags stay, so existing optimisers, references and tied weights remain valid.
 
     Args:
         model: any module; it may itself be an ``nn.LSTM``.
-        backend: what the swapped modules use; see :class:`fastseq.LSTM`.
+        backend: the backend of the swapped modules; see :class:`fastseq.LSTM`.
 
     Returns:
-        A report that prints as a table: module path, swapped or not, why. Subclasses of ``nn.LSTM``, which may have a
-        forward of their own, are left alone and reported, and so are parametrised and scripted LSTMs.
+        A report that prints as a table: module path, swapped or not, why. Subclasses of ``nn.LSTM`` may override
+        ``forward``; they are left alone and reported, and so are parametrised and scripted LSTMs.
 
     Raises:
         ValueError: unknown backend.
@@ -69,7 +69,7 @@ def accelerate(model: nn.Module, backend: str = "auto") -> Report:
 
 
 def restore(model: nn.Module) -> Report:
-    """Turn what :func:`accelerate` swapped back into torch's modules, in place; fastseq modules of your own stay.
+    """Turn the modules that :func:`accelerate` swapped back into torch's, in place; modules made by fastseq stay.
 
     Returns:
         A report that prints as a table.
@@ -101,7 +101,7 @@ def _name(module: nn.Module) -> str:
 
 
 def _why_not_swap(module: nn.Module) -> str | None:
-    """None to swap, a sentence to report, "" for a module that is no LSTM at all."""
+    """None to swap the module, a sentence to report it, "" if it is not an LSTM."""
     kind = type(module)
     if kind in _SWAPS:
         replaced = "forward" in vars(module)
@@ -111,7 +111,7 @@ def _why_not_swap(module: nn.Module) -> str | None:
     if isinstance(module, tuple(_SWAPS)):
         if parametrize.is_parametrized(module):
             return "is parametrised: accelerate the model first, then parametrise it"
-        return "a subclass of torch's with code of its own: replace it by hand if its forward is nn.LSTM's"
+        return "a subclass of torch's with code of its own: derive it from fastseq's if its forward is nn.LSTM's"
     if getattr(module, "original_name", kind.__name__) in ("LSTM", "LSTMCell"):
         return "not torch.nn's own class (scripted, quantised or another library's)"
     return ""

@@ -71,7 +71,7 @@ class Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise all parameters again, as described above."""
+        """Initialise all parameters again, as the class documents."""
         for projection in self.children():
             projection.reset_parameters()
         if self.score in ADDITIVE:
@@ -144,16 +144,19 @@ class Attention(nn.Module):
     def project_keys(
         self, keys: Tensor, lengths: Tensor | Sequence[int] | None = None, *, single_steps: bool = False
     ) -> Keys:
-        """Compute once per sentence the part that depends on the keys alone.
+        """Compute the part of the scores that depends on the keys alone, once per sentence.
 
         Args:
             keys: (B, S, K).
-            lengths: (B,) of the calls to come; used with ``single_steps`` alone.
+            lengths: (B,) of the later calls; read with ``single_steps`` only.
             single_steps: many calls of one query step each will follow. The additive scores on the native CPU backend
-                then precompute more. It takes as long as three such calls save, and memory as for the keys in float32.
+                then precompute more: as much time as three such calls save, and the memory of the keys in float32.
 
         Returns:
-            An immutable ``Keys``, to be passed to :meth:`forward` and otherwise opaque.
+            An immutable, opaque ``Keys`` for :meth:`forward`.
+
+        Raises:
+            RuntimeError: the shape does not fit.
         """
         if keys.dim() != 3 or keys.size(-1) != self.key_size:
             raise RuntimeError(f"Attention: keys must have shape (B, S, {self.key_size}), got {tuple(keys.shape)}")

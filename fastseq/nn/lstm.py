@@ -58,7 +58,7 @@ class LSTM(nn.RNNBase):
     permute_hidden = nn.LSTM.permute_hidden
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        """As ``nn.RNNBase``, but for the dtype: ``forward`` checks it against the weight that it has looked up."""
+        """As ``nn.RNNBase``, except for the dtype, which ``forward`` checks against the weight it looked up."""
         if not input.is_floating_point():
             raise RuntimeError(f"LSTM: input must be floating point, got {input.dtype}")
         expected = 2 if batch_sizes is not None else 3
@@ -125,17 +125,18 @@ class LSTM(nn.RNNBase):
         Args:
             input: (T, B, I); (B, T, I) with ``batch_first``; (T, I) unbatched; or a PackedSequence, sorted or not.
             hx: h_0 (L*D, B, P) and c_0 (L*D, B, H), zeros by default; without the batch dimension for unbatched input.
-            lengths: (B,) integers in 0..T on any device, in any order: what packing the input would give, without
-                packing. Outputs past the length are 0, final states are those of the last valid step; a row of length 0
-                gives its initial state back. On CUDA, and in a traced graph, they are clamped to 0..T, not checked.
+            lengths: (B,) integers in 0..T, in any order, on any device: the results of packing without packing.
+                Outputs past the length are 0; final states come from the last valid step; a row of length 0 returns its
+                initial state. On CUDA, and in a traced graph, they are clamped to 0..T, not checked.
             return_cell_states: also return the last layer's cell state after every step, laid out like the output.
 
         Returns:
-            output (..., D*P), (h_n, c_n) and, if asked for, cell_states (..., D*H).
+            output (..., D*P), h_n (L*D, B, P) and c_n (L*D, B, H), and with ``return_cell_states`` cell_states
+            (..., D*H). The dtype is the input's; under autocast, that of ``nn.LSTM``'s results.
 
         Raises:
-            RuntimeError, ValueError: as ``torch.nn.LSTM``; ValueError for bad ``lengths``; RuntimeError when the
-                backend asked for cannot serve this call.
+            RuntimeError, ValueError: as ``torch.nn.LSTM``; ValueError for invalid ``lengths``; RuntimeError if the
+                requested backend cannot serve this call.
         """
         packed = isinstance(input, PackedSequence)
         weights = self._weights()
@@ -148,7 +149,7 @@ class LSTM(nn.RNNBase):
             batch_sizes = None
         if lengths is not None:
             if packed or not batched:
-                kind = "a PackedSequence, which knows its lengths" if packed else "unbatched input"
+                kind = "a PackedSequence, which has lengths" if packed else "unbatched input"
                 raise ValueError(f"lengths does not go with {kind}; give a batched, padded tensor")
             steps, batch = (data.size(1), data.size(0)) if self.batch_first else (data.size(0), data.size(1))
             lengths = check_lengths(lengths, steps, batch, data.device)
@@ -177,7 +178,7 @@ class LSTM(nn.RNNBase):
         return h, c
 
     def _packed_state(self, data: Tensor, batch_sizes: Tensor, hx, sorted_indices: Tensor | None, weight: Tensor):
-        """Check packed (N, I) data and bring hx into the order of the packed sequences."""
+        """Check packed data (N, I) -> hx in the order of the packed sequences."""
         if batch_sizes.numel() == 0:
             raise IndexError("LSTM: the PackedSequence is empty; give at least one time step")
         check_batch_sizes(batch_sizes, data.size(0))
@@ -203,7 +204,7 @@ class LSTM(nn.RNNBase):
         return hx
 
     def _padded_state(self, input: Tensor, hx, weight: Tensor):
-        """Check a padded input; -> 3-D input, hx, whether it came with a batch dimension."""
+        """Check a padded input -> 3-D input, hx, True if the input had a batch dimension."""
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
@@ -230,14 +231,14 @@ class LSTM(nn.RNNBase):
         return input, hx, batched
 
     def _weights(self) -> tuple[Tensor, ...]:
-        """All weights as they are now, in the order of ``_flat_weights``; each parametrisation is computed once."""
-        parameters = self._parameters  # plain weights; getattr, which also finds computed ones, takes ten times as long
+        """The current weights in the order of ``_flat_weights``; each parametrisation is evaluated once."""
+        parameters = self._parameters  # getattr, which computed weights need, takes ten times as long
         return tuple(
             parameters[name] if name in parameters else getattr(self, name) for name in self._flat_weights_names
         )
 
     def _stack(self, data: Tensor, hx, weights, batch_sizes: Tensor | None, lengths: Tensor | None) -> Stack:
-        """The call as ops.lstm runs it."""
+        """The record that ``ops.lstm.api.run`` takes."""
         return Stack(
             data,
             *hx,
@@ -255,7 +256,7 @@ class LSTM(nn.RNNBase):
 
 
 def _check_placement(data: Tensor, hx, weight: Tensor) -> None:
-    """One device for all; one dtype for input and states, unless autocast casts them."""
+    """RuntimeError unless all are on one device and, without autocast, of one dtype."""
     for name, tensor in (("parameter", weight), ("hidden", hx[0]), ("cell", hx[1])):
         if tensor.device != data.device:
             raise RuntimeError(
@@ -269,7 +270,7 @@ def _check_placement(data: Tensor, hx, weight: Tensor) -> None:
 
 
 def _other_dtype(input: torch.dtype, weight: torch.dtype) -> str:
-    """The sentence of nn.LSTM, by which users' tests recognise it."""
+    """The sentence of nn.LSTM, which users' tests match."""
     return (
         f"RNN input dtype ({input}) does not match weight dtype ({weight}). "
         f"Convert input: input.to({weight}), or convert model: model.to({input})"

@@ -22,9 +22,9 @@ class LSTMCell(nn.RNNCellBase):
         input_size, hidden_size, bias, device, dtype: as in ``torch.nn.LSTMCell``.
         backend: "auto", "reference", "torch", "native" or "triton".
 
-    ``cell.weight_dtype = torch.bfloat16`` (default None) lets steps without gradients, in float32 on a CPU and of at
-    most 8 rows, read rounded copies of the weights, half the bytes: up to 2.9 times as fast for one sequence. The
-    copies are made anew when a weight is replaced or changed in place; a change through ``.data`` is not seen.
+    ``cell.weight_dtype = torch.bfloat16`` (default None) makes steps without gradients, in float32 on a CPU and of at
+    most 8 rows, read rounded copies of the weights: half the bytes, up to 2.9 times as fast for one sequence. The
+    copies are renewed after a weight is replaced or changed in place, but not after a change through ``.data``.
 
     Raises:
         ValueError: unknown backend.
@@ -50,7 +50,9 @@ class LSTMCell(nn.RNNCellBase):
         return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """One step: input (B, I) or (I,), hx = h (B, H), c (B, H), zeros by default -> the next h and c.
+        """One step: input (B, I) or (I,), hx = (h (B, H), c (B, H)), zeros by default -> the next h and c.
+
+        Without a batch dimension of the input, the states have none.
 
         Raises:
             RuntimeError, ValueError, TypeError: as ``torch.nn.LSTMCell``.
@@ -88,8 +90,8 @@ class LSTMCell(nn.RNNCellBase):
         return run(input, (h, c), weights, backend=self.backend, check=self._check, narrow=narrow)
 
     def _weights(self) -> tuple[Tensor | None, ...]:
-        """weight_ih, weight_hh, bias_ih, bias_hh, as they are now."""
-        if tuple(self._parameters) == _CELL_NAMES:  # none is computed from others: a third of the time of getattr
+        """The current weight_ih, weight_hh, bias_ih and bias_hh."""
+        if tuple(self._parameters) == _CELL_NAMES:  # no computed weight; getattr takes three times as long
             return tuple(self._parameters.values())
         return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
@@ -101,7 +103,7 @@ class LSTMCell(nn.RNNCellBase):
             and input.device == h.device == c.device
             and input.is_floating_point()
         ):
-            return  # a step is short; everything below is to say what is wrong
+            return  # a step is short: one expression for valid input, the checks below for the message
         if input.size(1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
         if not input.is_floating_point():
@@ -121,15 +123,15 @@ class LSTMCell(nn.RNNCellBase):
                 )
 
 
-# cell -> weak references to the weights, their memory and versions, and the rounded copies. No state of the module.
+# cell -> weak references to the weights, their addresses and versions, the rounded copies. Not part of the state_dict.
 _narrow_weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _narrow(cell: LSTMCell, weights: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """weight_ih and weight_hh in bfloat16, made again whenever either is another tensor or was changed in place."""
+    """weight_ih and weight_hh in bfloat16, rounded again if either is another tensor or was changed in place."""
     key = tuple((w.data_ptr(), None if w.is_inference() else w._version) for w in weights)
     known = _narrow_weights.get(cell)
-    # Addresses alone do not tell tensors apart: a parametrised weight often lands where the last one was freed.
+    # Equal addresses do not prove equal tensors: a parametrised weight often lands where the last one was freed.
     if known is None or known[1] != key or any(ref() is not w for ref, w in zip(known[0], weights, strict=True)):
         copies = tuple(w.detach().to(torch.bfloat16) for w in weights)
         known = _narrow_weights[cell] = tuple(map(weakref.ref, weights)), key, copies

@@ -1,4 +1,4 @@
-"""The ops behind the modules: one folder each, one public function each."""
+"""The ops below the modules: one folder each, with the public function in its ``api.py``."""
 
 from fastseq.ops.attention import attention
 from fastseq.ops.lstm import lstm

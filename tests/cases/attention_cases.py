@@ -1,4 +1,4 @@
-"""Inputs for the attention tests, and the float64 formula that loops over what may be attended to."""
+"""Inputs for the attention tests, and the float64 formula as a loop over the attended positions."""
 
 import torch
 
@@ -8,7 +8,7 @@ PADDINGS = ("none", "lengths", "mask", "step_mask")
 
 
 def make_inputs(score, *, b=B, t=T, s=S, a=A, d=D, dtype=torch.float64, spread=1.0):
-    """query, keys, values and the score's own tensors, all leaves that require gradients."""
+    """query, keys, values and the tensors of the score, all leaves that require gradients."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape):
@@ -25,13 +25,13 @@ def make_inputs(score, *, b=B, t=T, s=S, a=A, d=D, dtype=torch.float64, spread=1
 
 
 def make_padding(kind, *, b=B, t=T, s=S):
-    """The op's argument; the first sentence has nothing to attend to (a step mask: at its second step only)."""
+    """lengths or mask of the op; the first sentence has no positions (with a step mask: at its second step only)."""
     if kind == "none":
         return {}
     lengths = torch.tensor([0, s, max(1, s - 2)]).repeat(b)[:b] if b > 1 else torch.tensor([s - 2])
     if kind == "lengths":
         return {"lengths": lengths}
-    mask = torch.arange(s) >= (s - lengths.unsqueeze(1))  # padding on the left: no lengths could say it
+    mask = torch.arange(s) >= (s - lengths.unsqueeze(1))  # padding on the left, which lengths cannot express
     if kind == "mask":
         return {"mask": mask}
     step_mask = torch.rand(b, t, s, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -48,7 +48,7 @@ def allowed_positions(padding, b=B, t=T, s=S):
 
 
 def formula(query, keys, values, *, score, allowed, weight=None, bias=None, gain=None, scale=1.0):
-    """Row by row, over the attended positions alone: (context, weights)."""
+    """Row by row, over the attended positions only -> context, weights."""
     context = query.new_zeros(*query.shape[:2], values.size(2))
     weights = query.new_zeros(allowed.shape)
     for b, t in allowed.any(-1).nonzero().tolist():

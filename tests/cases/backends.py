@@ -1,4 +1,4 @@
-"""Which backends a test runs over: all that have the kernel and serve the call on this machine."""
+"""The backends that a test runs over: all that serve the call on this machine."""
 
 import torch
 

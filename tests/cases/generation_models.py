@@ -1,4 +1,4 @@
-"""What the tests of generate() share: a fake model, small real ones, brute force, a slow beam search."""
+"""Shared by the tests of generate(): a fake model, small real ones, brute force, a slow beam search."""
 
 import math
 from types import SimpleNamespace

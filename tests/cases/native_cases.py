@@ -121,12 +121,12 @@ class Problem:
         leaves = [t.detach().to(dtype).requires_grad_() for t in (self.x, self.h0, self.c0, *self.weights)]
         x, h0, c0, *weights = leaves
         count = len(weights) // len(self.backwards)
-        found = []
+        results = []
         for d, backwards in enumerate(self.backwards):
             weight_ih, weight_hh, *biases = weights[d * count : (d + 1) * count]
             bias = sum(biases) if biases else x.new_zeros(())
-            found.append(loop(x, h0[d], c0[d], weight_ih, weight_hh, bias, self.lengths, backwards))
-        output, h_n, c_n, cells = zip(*found, strict=True)
+            results.append(loop(x, h0[d], c0[d], weight_ih, weight_hh, bias, self.lengths, backwards))
+        output, h_n, c_n, cells = zip(*results, strict=True)
         return (torch.cat(output, 2), torch.stack(h_n), torch.stack(c_n), torch.cat(cells, 2)), leaves
 
 
@@ -136,9 +136,9 @@ def check(problem: Problem) -> None:
     plain, plain_leaves = problem.loop(problem.dtype)
     output, h_n, c_n, activations, cells = problem.forward()
     names, results = ("output", "h_n", "c_n", "cells"), (problem.pad(output), h_n, c_n, problem.pad(cells))
-    found = [dict(zip(names, group, strict=True)) for group in (results, exact, plain)]
-    found[0]["cells"] = found[0]["cells"].to(problem.dtype)
-    assert_all_accurate(*found)
+    named = [dict(zip(names, group, strict=True)) for group in (results, exact, plain)]
+    named[0]["cells"] = named[0]["cells"].to(problem.dtype)
+    assert_all_accurate(*named)
 
     upstream = [torch.randn(t.shape).to(problem.dtype) for t in exact]
     torch.autograd.backward(exact, [g.double() for g in upstream])
@@ -151,5 +151,5 @@ def check(problem: Problem) -> None:
         grads += [weight_ih, weight_hh, bias, bias][: len(problem.weights) // len(problem.backwards)]
     leaves = [[leaf.grad for leaf in leaves] for leaves in (exact_leaves, plain_leaves)]
     names = ("input", "h0", "c0", *(f"weights[{k}]" for k in range(len(problem.weights))))
-    found = [{f"grad of {n}": g for n, g in zip(names, group, strict=True)} for group in (grads, *leaves)]
-    assert_all_accurate(*found, factor=3)
+    named = [{f"grad of {n}": g for n, g in zip(names, group, strict=True)} for group in (grads, *leaves)]
+    assert_all_accurate(*named, factor=3)

@@ -1,4 +1,4 @@
-"""Swapping nn.LSTM in a model that exists: same objects, same numbers, and back."""
+"""``accelerate`` and ``restore``: same objects, same numbers, reports."""
 
 import copy
 import pickle
@@ -83,7 +83,7 @@ def test_report_prints_as_a_table():
     assert "nothing to swap" in str(fastseq.accelerate(nn.Linear(2, 2)))
 
 
-def test_again_says_that_it_is_done():
+def test_a_second_swap_reports_fastseq_modules():
     model = Model()
     fastseq.accelerate(model)
     report = fastseq.accelerate(model)
@@ -130,9 +130,9 @@ def test_swapped_models_copy_and_pickle():
     model = Model().eval()
     fastseq.accelerate(model)
     x = torch.randn(3, 2, 4)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(x), model(x))
-        assert type(twin.encoder) is LSTM
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(x), model(x))
+        assert type(copied.encoder) is LSTM
 
 
 def test_restore_leaves_fastseq_modules_of_the_user_alone():

@@ -20,7 +20,7 @@ from torch import nn
 from fastseq.nn.attention import Attention
 
 
-def test_module_computes_what_its_parameters_say():
+def test_module_follows_the_formula_of_its_score():
     query, keys = torch.randn(B, T, 4), torch.randn(B, S, 6)
     lengths = torch.tensor([2, 5, 1])
     allowed = allowed_positions({"lengths": lengths})
@@ -74,7 +74,7 @@ LIVE = {
 
 
 def signature_of(options):
-    """What an option could change: parameters, or the output for fixed parameters; a sentence if it raises."""
+    """Everything an option can change: parameters, the output for fixed parameters, or the message of an error."""
     torch.manual_seed(0)
     try:
         module = Attention(**options)
@@ -109,7 +109,7 @@ def test_every_option_of_the_module_is_alive():
     ],
     ids=["sizes", "score", "zero", "attention_size", "bias", "backend"],
 )
-def test_module_options_that_make_no_sense_raise(options, sentence):
+def test_contradictory_options_raise(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         Attention(**options)
 
@@ -140,7 +140,7 @@ def test_module_is_twice_differentiable(score):
 
 
 class Readers(nn.Module):
-    """Both kinds of score, with and without weights, keys that are the values: what a traced graph has to hold."""
+    """Both kinds of score, with and without weights, values by default the keys: every case of a traced graph."""
 
     def __init__(self):
         super().__init__()
@@ -161,7 +161,7 @@ def test_compiles_into_one_graph_with_dynamic_sizes():
     module = Readers()
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
     torch._dynamo.utils.counters.clear()
-    for sizes in ((2, 3, 5), (5, 6, 7), (3, 2, 9)):  # no size equal to another: those would be taken for one symbol
+    for sizes in ((2, 3, 5), (5, 6, 7), (3, 2, 9)):  # distinct sizes: a tracer unifies equal ones
         batch = random_batch(*sizes)
         actual, expected = compiled(*batch), module(*batch)
         torch.testing.assert_close(actual, expected)

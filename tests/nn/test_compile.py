@@ -60,7 +60,7 @@ def test_compiled_gradients_through_all_cell_states(backend):
 
 @needs_native
 def test_compile_with_inductor(monkeypatch, tmp_path):
-    # Inductor's cache outlives a process and does not tell instruction sets apart: kernels of a wider one gave garbage.
+    # Inductor's cache outlives processes and ignores the instruction set: kernels for a wider one gave garbage.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     model = Tagger()

@@ -1,4 +1,4 @@
-"""What people do with ``nn.LSTM`` besides calling it: everything here must work the same with ``fastseq.LSTM``."""
+"""Uses of ``nn.LSTM`` besides plain calls; each must work the same with ``fastseq.LSTM``."""
 
 import inspect
 
@@ -94,7 +94,7 @@ def test_backward_in_eval_mode(backend):
 
 
 @own_backends
-def test_biases_get_gradients_of_their_own(backend):
+def test_biases_get_separate_gradients(backend):
     module = LSTM(4, 5, backend=backend)
     module(torch.randn(3, 2, 4))[0].sum().backward()
     assert torch.equal(module.bias_ih_l0.grad, module.bias_hh_l0.grad)
@@ -123,7 +123,7 @@ def test_gradcheck_and_gradgradcheck(backend):
 
     x, h, c = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 3, 2), (4, 3, 3), (4, 3, 3)))
     leaves = (x, h, c, *(p.detach().clone().requires_grad_() for p in module.parameters()))
-    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
@@ -131,7 +131,7 @@ def test_gradcheck_and_gradgradcheck(backend):
 def test_cell_gradcheck_and_gradgradcheck(backend):
     module = LSTMCell(2, 3, backend=backend, dtype=torch.float64)
     leaves = [torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (2, 3, 3)]
-    assert torch.autograd.gradcheck(lambda x, h, c: module(x, (h, c)), leaves)
+    assert torch.autograd.gradcheck(lambda x, h, c: module(x, (h, c)), leaves, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(lambda x, h, c: module(x, (h, c)), leaves)
 
 
@@ -357,7 +357,7 @@ LIVE = {
 
 
 def behaviour(**options):
-    """What an option could change: parameters, the output, or an error."""
+    """Everything an option can change: parameters, the output, or the message of an error."""
     torch.manual_seed(0)
     module = LSTM(**LIVE_BASE | options)
     parameters = [(name, p.shape, p.dtype, p.device) for name, p in module.named_parameters()]

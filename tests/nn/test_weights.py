@@ -1,4 +1,4 @@
-"""Weights copied, tied, replaced and re-parametrised: each forward computes with those that the module has then."""
+"""Weights copied, tied, replaced and re-parametrised: each forward reads the current ones, once."""
 
 import copy
 import io
@@ -20,29 +20,29 @@ backends = pytest.mark.parametrize("backend", ["auto", *serving_lstm()])
 
 
 @backends
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies(backend, how):
+@pytest.mark.parametrize("method", ["deepcopy", "pickle", "torch.save"])
+def test_copies(backend, method):
     module = LSTM(4, 5, 2, backend=backend)
-    if how == "deepcopy":
-        twin = copy.deepcopy(module)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(module))
+    if method == "deepcopy":
+        copied = copy.deepcopy(module)
+    elif method == "pickle":
+        copied = pickle.loads(pickle.dumps(module))
     else:
         buffer = io.BytesIO()
         torch.save(module, buffer)
         buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+        copied = torch.load(buffer, weights_only=False)
     x = torch.randn(3, 2, 4)
-    assert_same(twin(x), module(x), rtol=0, atol=0)
+    assert_same(copied(x), module(x), rtol=0, atol=0)
     with torch.no_grad():
         module.weight_hh_l0.zero_()
-    assert not torch.equal(twin(x)[0], module(x)[0])
-    assert twin.backend == backend
+    assert not torch.equal(copied(x)[0], module(x)[0])
+    assert copied.backend == backend
 
 
 @backends
 def test_weight_drop_replaces_a_parameter_by_a_plain_tensor(backend):
-    """What fastai's WeightDropout does: delete weight_hh_l0, keep a raw parameter, set a plain tensor of that name."""
+    """As fastai's WeightDropout: delete weight_hh_l0, keep a raw parameter, set a plain tensor of that name."""
     theirs, ours = pair(4, 5, backend=backend)
     results = []
     for module in (theirs, ours):
@@ -93,7 +93,7 @@ def test_cell_weights_replaced_tied_and_reparametrised(backend, train):
     check()
     for cell in (theirs, ours):
         torch.manual_seed(0)
-        nn.utils.spectral_norm(cell, "weight_hh")  # as many parameters, and weight_hh an attribute
+        nn.utils.spectral_norm(cell, "weight_hh")  # the same number of parameters, weight_hh a plain attribute
     check()
     for cell in (theirs, ours):
         nn.utils.parametrizations.weight_norm(cell, "weight_ih")
@@ -123,7 +123,7 @@ def test_weights_of_another_dtype_by_functional_call(backend):
 
 
 class Counted(nn.Module):
-    """A parametrisation that counts its evaluations."""
+    """A parametrisation that counts its evaluations; it doubles the weight."""
 
     def __init__(self):
         super().__init__()
@@ -187,7 +187,7 @@ def test_a_decoder_step_evaluates_each_parametrisation_once(feeding):
 
 @torch.no_grad()
 def test_narrow_copies_of_a_parametrised_weight_are_never_stale():
-    """Each evaluation may land in the memory of the one before it, which was freed."""
+    """An evaluation often lands in the freed memory of the one before it."""
     cell = LSTMCell(64, 64)
     cell.weight_dtype = torch.bfloat16
     counted(cell)

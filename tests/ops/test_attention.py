@@ -97,7 +97,7 @@ def test_first_and_second_derivative_numerically(backend, score, padding):
             **dict(zip(tensors, values, strict=True)), score=score, **where, need_weights=True, backend=backend
         )
 
-    assert torch.autograd.gradcheck(run, tuple(tensors.values()))
+    assert torch.autograd.gradcheck(run, tuple(tensors.values()), check_batched_grad=True)
     assert torch.autograd.gradgradcheck(run, tuple(tensors.values()))
 
 
@@ -130,7 +130,7 @@ def test_accuracy_in_every_dtype(score, backend, dtype):
     sizes = {"b": 3, "t": 5, "s": 19}
     where = make_padding("lengths", **sizes)
     allowed, draws = allowed_positions(where, **sizes), []
-    for _ in range(8):  # torch's error in one draw can be small by chance
+    for _ in range(8):  # in a single draw torch's error may be small by chance
         tensors = make_inputs(score, **sizes, a=33, d=33, dtype=dtype)
         wide = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
         outputs = (
@@ -138,11 +138,11 @@ def test_accuracy_in_every_dtype(score, backend, dtype):
             (formula(**wide, score=score, allowed=allowed), wide),
             (naive(**tensors, allowed=allowed), tensors),
         )
-        grads = (gradients(found, leaves) for found, leaves in outputs)
+        grads = (gradients(result, leaves) for result, leaves in outputs)
         draws.append(
             [
-                (dict(zip(("context", "weights"), found, strict=True)), dict(zip(leaves, grad, strict=True)))
-                for (found, leaves), grad in zip(outputs, grads, strict=True)
+                (dict(zip(("context", "weights"), result, strict=True)), dict(zip(leaves, grad, strict=True)))
+                for (result, leaves), grad in zip(outputs, grads, strict=True)
             ]
         )
     for kind, factor in ((0, 2), (1, 3)):
@@ -187,7 +187,7 @@ def test_padding_may_hold_anything(score, backend, padding, garbage):
 
 
 @pytest.mark.parametrize(("score", "backend"), list(itertools.product(["dot", "additive"], serving_attention())))
-def test_nothing_to_attend_to_gives_zeros(score, backend):
+def test_a_step_without_positions_gives_zeros(score, backend):
     tensors = make_inputs(score, dtype=torch.float32)
     need_weights = backend in WITH_FUNCTION
     context, weights = attention(
@@ -220,7 +220,7 @@ def test_torch_op_by_op_equals_reference(score, padding):
     options = dict(score=score, **where, scale=0.3, need_weights=True)
     results = [attention(**tensors, **options, backend=backend) for backend in ("torch", "reference")]
     torch.testing.assert_close(*results)
-    torch.testing.assert_close(*(gradients(found, tensors) for found in results))
+    torch.testing.assert_close(*(gradients(result, tensors) for result in results))
 
 
 @pytest.mark.skipif("native" not in WITH_FUNCTION, reason="the compiled operators are not part of this install")
@@ -397,7 +397,7 @@ def test_the_fast_path_takes_the_backend_of_the_rules(monkeypatch):
 
 
 @pytest.mark.parametrize("option", ["gradient", "named", "use_backend", "weights", "lengths", "mask", "double"])
-def test_every_other_call_goes_through_select(option, monkeypatch):
+def test_all_other_calls_go_through_select(option, monkeypatch):
     query, keys, values = (x.double() if option == "double" else x for x in plain_inputs())
     options = {
         "named": {"backend": "reference"},

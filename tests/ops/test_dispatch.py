@@ -1,4 +1,4 @@
-"""Which backend serves what, by name, by block, by environment variable; and what fastseq says about it."""
+"""The choice of a backend by name, block, environment variable and rules, and its reports: explain and info."""
 
 import os
 import subprocess
@@ -99,24 +99,24 @@ def test_auto_follows_the_measurements():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("changes", [dict(batch=1), dict(batch=256), dict(compiling=True)], ids=str)
 def test_auto_gives_cells_that_train_to_torch(device, dtype, changes):
-    """What LSTMCell relies on when it does not ask."""
+    """LSTMCell skips the selection on this promise."""
     call = LSTMCellCall(device, dtype, 4, with_gemms=True, requires_grad=True, **changes)
     assert select("lstm_cell", "auto", call) == "torch"
 
 
 def test_a_cell_that_trains_takes_the_short_path_only_under_auto(monkeypatch):
     cell, x = fastseq.LSTMCell(4, 5), X[0]
-    asked = []
-    monkeypatch.setattr(cell_api, "select", lambda *args: asked.append(args[1]) or "reference")
+    selected = []
+    monkeypatch.setattr(cell_api, "select", lambda *args: selected.append(args[1]) or "reference")
     cell(x)
-    assert not asked
+    assert not selected
     with fastseq.use_backend("reference"):
         cell(x)
     with dispatch.record():
         cell(x)
     cell.backend = "reference"
     cell(x)
-    assert asked == ["auto", "auto", "reference"]
+    assert selected == ["auto", "auto", "reference"]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_cell_that_trains_takes_the_short_path_only_under_auto(monkeypatch):
         (False, False, False, "torch", "torch"),
     ],
 )
-def test_auto_leaves_bfloat16_to_who_multiplies_it_faster(wide, matrix, products, inference, training, monkeypatch):
+def test_auto_gives_bfloat16_to_the_faster_products(wide, matrix, products, inference, training, monkeypatch):
     instructions = "avx512_bf16" if products else "avx512" if wide else "avx2"
     monkeypatch.setattr(lstm_rules, "_instruction_set", lambda: instructions)
     monkeypatch.setattr(lstm_rules, "_amx", lambda: matrix)
@@ -146,7 +146,7 @@ def test_block_ends_with_an_exception():
 
 def test_environment_variable():
     code = "import fastseq, torch; print(fastseq.explain(fastseq.LSTM(4, 5), torch.randn(3, 2, 4)))"
-    assert "reference: asked for by name" in run(code, FASTSEQ_BACKEND="reference").stdout
+    assert "reference: requested by name" in run(code, FASTSEQ_BACKEND="reference").stdout
     refused = run(code, FASTSEQ_BACKEND="cudnn")
     assert refused.returncode != 0
     assert "FASTSEQ_BACKEND: unknown backend 'cudnn'; choose one of 'auto'" in refused.stderr
@@ -166,7 +166,7 @@ def test_a_named_backend_never_falls_back():
 
 
 @needs_native
-def test_native_says_what_it_cannot_do():
+def test_native_refuses_projections():
     with pytest.raises(RuntimeError, match="no projection"):
         LSTM(4, 5, proj_size=2, backend="native")(X)
 
@@ -225,7 +225,7 @@ class Steps(nn.Module):
 def test_explain_names_the_module_of_each_call_and_says_each_sentence_once():
     module = Steps()
     lines = fastseq.explain(module, X).splitlines()
-    served = {}
+    served, reason = {}, ""
     for line in lines:
         if line.startswith("  "):
             count, caller, op = line.split("(")[0].split()
@@ -234,8 +234,8 @@ def test_explain_names_the_module_of_each_call_and_says_each_sentence_once():
         else:
             reason = line
     assert served["below.0:"][:2] == ("1x", "lstm")
-    assert served["cell:"] == ("2x", "lstm_cell", "reference: asked for by name")
-    assert served["Steps:"] == ("1x", "lstm_cell", "torch: asked for by name")
+    assert served["cell:"] == ("2x", "lstm_cell", "reference: requested by name")
+    assert served["Steps:"] == ("1x", "lstm_cell", "torch: requested by name")
     assert len(served) == 3
     (triton,) = (line for line in lines if "triton" in line)
     assert triton.startswith("no triton for lstm, lstm_cell: the triton backend runs on CUDA")
@@ -281,8 +281,8 @@ def test_import_brings_torch_only():
     assert run(code).stdout.split() == ["fastseq"]
 
 
-def test_cudnn_gets_states_in_one_piece_and_may_be_differentiated_in_eval_mode(monkeypatch):
-    """Tensors on meta stand for those on a GPU; a CPU would not mind."""
+def test_cudnn_gets_contiguous_states_and_is_differentiable_in_eval_mode(monkeypatch):
+    """Tensors on meta stand for tensors on a GPU; on CPU neither matters."""
     calls = []
 
     def kernel(input, hx, weights, bias, layers, dropout, training, *rest):
@@ -299,8 +299,8 @@ def test_cudnn_gets_states_in_one_piece_and_may_be_differentiated_in_eval_mode(m
     assert calls == [(True, 0.0, True), (True, 0.5, True), (True, 0.5, False)]
 
 
-def test_a_subclass_of_tensor_meets_torchs_operators():
-    """As the ExpandedWeight of call_for_per_sample_grads: an opaque operator would pass it by."""
+def test_a_subclass_of_tensor_is_served_by_torch():
+    """For example the ExpandedWeight of call_for_per_sample_grads, which an opaque operator would ignore."""
     seen = []
 
     class Seen(torch.Tensor):

@@ -123,7 +123,7 @@ def draw(case: Case):
 
 
 def run(module, case: Case, x, hx, lengths, dtype, pack: bool):
-    """-> named outputs and gradients of every input and parameter, all outputs taking part in the loss."""
+    """Outputs, and gradients of every input and parameter, by name; the loss depends on all outputs."""
     x = x.detach().to(dtype).requires_grad_() if x.dtype != dtype else x.detach().requires_grad_()
     hx = None if hx is None else tuple(s.detach().to(dtype).requires_grad_() for s in hx)
     leaves = {"input": x, **dict(module.named_parameters())}
@@ -153,9 +153,7 @@ def results(case: Case, backend: str, seed: int):
     """One draw: (outputs, gradients) of fastseq, of the oracle and of torch in the same dtype."""
     torch.manual_seed(seed)
     theirs = build(case, nn.LSTM, dtype=torch.float32)
-    with (
-        torch.no_grad()
-    ):  # gates of order 1 for every I and H: saturated gates hide errors, and have a test of their own
+    with torch.no_grad():  # gates of order 1 for every I and H: saturated gates hide errors; test_dropin.py tests them
         theirs.weight_ih_l0.mul_(min(1.0, (case.hidden_size / case.input_size) ** 0.5))
     theirs = theirs.to(case.dtype)
     ours = build(case, LSTM, dtype=case.dtype, backend=backend)

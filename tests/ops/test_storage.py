@@ -1,4 +1,4 @@
-"""Results and gradients are tensors of their own: none shares storage with another, with a result or with an input."""
+"""No result or gradient shares storage with another result, gradient or input."""
 
 import itertools
 
@@ -11,12 +11,12 @@ from fastseq import ops
 
 
 def share(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """True if two tensors that are not empty lie in one storage."""
+    """True if two non-empty tensors lie in one storage."""
     return a.numel() and b.numel() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def check(inputs: dict, outputs: dict) -> None:
-    """Every output and every gradient of an input beside every other tensor."""
+    """Assert that no output and no gradient of an input shares storage with any other tensor."""
     leaves = {name: t for name, t in inputs.items() if t.requires_grad}
     loss = sum(t.square().sum() for t in outputs.values())
     grads = dict(

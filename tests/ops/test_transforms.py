@@ -1,4 +1,4 @@
-"""torch.func and batched gradients: each transform of an op beside the same transform of plain torch, in float64."""
+"""torch.func and batched gradients: each transform of an op against the same transform of plain torch, in float64."""
 
 import pytest
 import torch
@@ -81,8 +81,8 @@ def test_vmap_with_lengths(backend):
     module, x, lengths = pair(backend)[0], draw(SAMPLES, 4, 2, 3), torch.randint(0, 5, (SAMPLES, 2))
     shared = vmap(lambda one: module(one, lengths=lengths[0])[0])(x)
     torch.testing.assert_close(shared, torch.stack([module(one, lengths=lengths[0])[0] for one in x]))
-    own = vmap(lambda one, n: module(one, lengths=n)[0])(x, lengths)
-    torch.testing.assert_close(own, torch.stack([module(a, lengths=n)[0] for a, n in zip(x, lengths, strict=True)]))
+    each = vmap(lambda one, n: module(one, lengths=n)[0])(x, lengths)
+    torch.testing.assert_close(each, torch.stack([module(a, lengths=n)[0] for a, n in zip(x, lengths, strict=True)]))
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
@@ -151,8 +151,8 @@ def test_attention(backend, score):
         leaves = [query[k].clone().requires_grad_(), keys[k].clone().requires_grad_()]
         wanted = [*plain.parameters(), *leaves]
         expected = torch.autograd.grad(loss(plain)(dict(plain.named_parameters()), *leaves), wanted)
-        found = [*(actual[0][name][k] for name in parameters), actual[1][k], actual[2][k]]
-        torch.testing.assert_close(found, list(expected))
+        gradients = [*(actual[0][name][k] for name in parameters), actual[1][k], actual[2][k]]
+        torch.testing.assert_close(gradients, list(expected))
     tangent = (query[0], keys[0])
     of_module, of_plain = (lambda q, k, m=m: m(q, k, lengths=lengths)[0] for m in (module, plain))
     torch.testing.assert_close(jvp(of_module, tangent, tangent), jvp(of_plain, tangent, tangent))
@@ -162,13 +162,13 @@ def test_attention(backend, score):
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
 def test_vmap_of_attention_without_gradients(score):
-    """Also the plain dot call, which skips the rules."""
+    """Includes the plain dot call, which skips the rules."""
     module, query, keys = fastseq.Attention(4, 4, score=score), torch.randn(SAMPLES, 2, 3, 4), torch.randn(2, 5, 4)
     with torch.no_grad():
         actual = vmap(lambda q: module(q, keys)[0])(query)
         torch.testing.assert_close(actual, torch.stack([module(q, keys)[0] for q in query]))
 
 
-def test_torch_says_that_it_cannot_be_vmapped():
+def test_torch_refuses_vmap():
     with pytest.raises(RuntimeError, match=r"cannot run under torch\.func\.vmap"):
         vmap(fastseq.LSTM(3, 5, backend="torch"))(torch.randn(SAMPLES, 4, 2, 3))

@@ -24,14 +24,14 @@ ADDITIVE = ("additive", "normed_additive")
 def prepare_keys(keys: Tensor, *, score: str, lengths: Tensor | None = None, backend: str | None = None) -> Keys:
     """``Keys`` with the terms of the additive score that depend on the keys alone, for many calls of one step each.
 
-    Takes as long as three such calls save, and as much memory as the keys in float32. Gradients flow to the keys
-    as without it. Nothing is prepared where it would save no time: another score, another backend, a GPU, a traced
-    graph, or keys that autocast still has to cast.
+    Takes as long as three such calls save, and as much memory as the keys in float32. Gradients flow to the keys as
+    without it. The terms are omitted where they would save no time: another score, another backend, a GPU, a traced
+    graph, or keys that autocast will cast.
 
     Args:
         keys: (B, S, A).
-        score, lengths, backend: of the calls to come. Without lengths (B,), padding of NaN or large numbers costs the
-            gain.
+        score, lengths, backend: as in the later calls. Without lengths (B,), NaN or large numbers in the padding make
+            those calls as slow as without prepared terms.
     """
     if score not in ADDITIVE or torch.compiler.is_compiling() or keys.dim() != 3 or cast_inputs(keys)[0] is not keys:
         return Keys(keys)
@@ -78,10 +78,9 @@ def attention(
     =================  =======================================  ===================================================
 
     Scores, softmax and sums are computed in float32 at least. Under autocast all inputs are cast to its dtype, as for
-    a matmul. A query step that may attend to nothing (length 0, or a mask row of False) gets weights 0, context 0 and
-    gradient 0. Keys and values at positions that no step of their sentence attends to may hold anything, NaN and inf
-    too: it reaches no output and no gradient. Where a (B, T, S) mask hides a position from some steps only, that
-    position must be finite.
+    a matmul. A query step without positions (length 0, or a mask row of False) gets weights 0, context 0 and gradient
+    0. Positions to which no step of their sentence attends may hold anything, NaN and inf included: they reach no
+    output and no gradient. A position that a (B, T, S) mask hides from some steps only must be finite.
 
     Args:
         query: (B, T, A), or (B, A) for a single step. For "general" (B, T, Q) or (B, Q).
@@ -93,10 +92,10 @@ def attention(
         gain: g, a tensor of one element, required by "normed_additive" and by no other score.
         scale: default 1.0 (scaled dot products of Vaswani et al. 2017: ``A ** -0.5``).
         lengths: (B,) integers on any device: sentence b attends to its first ``lengths[b]`` positions. Values on the
-            CPU are checked; on an accelerator, and while a graph is traced, they are not read: there they act as if
-            clamped to [0, S].
+            CPU are checked. Values on an accelerator, and in a traced graph, are not read; they act as if clamped to
+            [0, S].
         mask: bool, True = attend: (B, S), or (B, T, S) for a query of T steps. Not together with ``lengths``.
-        need_weights: also return the weights; without it a backend need not hold them.
+        need_weights: also return the weights; without it a backend does not store them.
         backend: "auto" (None), "reference", "torch", "native" or "triton".
 
     Returns:
@@ -229,7 +228,7 @@ def _check_tensors(inputs: Inputs, gain: Tensor | None, score: str, one_step: bo
 
 
 def _shown(query: Tensor, one_step: bool) -> tuple[int, ...]:
-    """The shape in the caller's form."""
+    """The shape as the caller gave it: without the T that a single step lacks."""
     return tuple(query.squeeze(1).shape) if one_step else tuple(query.shape)
 
 

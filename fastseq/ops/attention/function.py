@@ -26,7 +26,7 @@ class AttentionFunction(torch.autograd.Function):
     def forward(backend: str, scale: float, need_weights: bool, *tensors):
         module = implementation("attention", backend)
         context, weights, saved = module.forward(Inputs(*tensors, scale), Want(need_weights, backward=True))
-        # No result is returned twice, and none is an input.
+        # Views where a tensor is returned twice or is an input, which autograd would not allow.
         return context, weights, *(t.view_as(t) if t is weights or t is tensors[-1] else t for t in saved)
 
     @staticmethod
@@ -53,7 +53,7 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        """Shared parameters: the samples are folded into the batch. Else one sample at a time."""
+        """Shared parameters: fold the samples into the batch. Otherwise run one sample at a time."""
         if in_dims[6] is not None or in_dims[7] is not None:  # v and b of the additive score
             return one_by_one(lambda *given: AttentionFunction.apply(*given)[:2], in_dims, args, info.batch_size)
         folded = list(args)
@@ -65,7 +65,7 @@ class AttentionFunction(torch.autograd.Function):
 
 
 def _plain_torch(inputs: Inputs, need_weights: bool) -> tuple[Tensor, Tensor | None]:
-    """The reference, to be differentiated by torch: its padding is zeroed first, because 0 * NaN is NaN."""
+    """The reference for torch to differentiate; the padding is zeroed first, because 0 * NaN is NaN."""
     allowed = reference.allowed_positions(inputs)
     keys, values = (reference.without_padding(x, allowed) for x in (inputs.keys, inputs.values))
     context, weights, _ = reference.forward(
@@ -75,7 +75,7 @@ def _plain_torch(inputs: Inputs, need_weights: bool) -> tuple[Tensor, Tensor | N
 
 
 def _without_repeats(inputs: Inputs) -> Inputs:
-    """Views in place of repeated tensors: TorchDynamo refuses one tensor as two arguments of a Function."""
+    """Replace repeated tensors by views: TorchDynamo refuses one tensor as two arguments of a Function."""
     query, keys, values = inputs[:3]
     if keys is not query and values is not keys and values is not query:
         return inputs
@@ -87,7 +87,7 @@ def _without_repeats(inputs: Inputs) -> Inputs:
 def apply(backend: str, inputs: Inputs, need_weights: bool) -> tuple[Tensor, Tensor | None]:
     """Context (B, T, D), and weights (B, T, S) or None, on the named backend.
 
-    Records a backward only where a gradient can be requested.
+    Records a backward only if a gradient can be requested.
     """
     module = implementation("attention", backend)
     with without_autocast(inputs.query.device.type):

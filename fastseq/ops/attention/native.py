@@ -27,7 +27,7 @@ def forward(inputs: Inputs, want: Want) -> Result:
 
 
 def context(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """The context (B, T, D) of a dot score without padding, for inference: nothing is checked here or saved."""
+    """The context (B, T, D) of a dot score without padding, for inference: no Python checks, nothing saved."""
     operator = _native.operators.attention_forward.default
     return operator(query, keys, values, None, None, None, None, None, scale, False)[0]
 
@@ -44,7 +44,7 @@ def backward(inputs: Inputs, saved: tuple[Tensor, ...], grads: Grads, needs: Inp
 def prepare(keys: Tensor, lengths: Tensor | None) -> Tensor | None:
     """The terms of the additive score of keys (B, S, A), up to lengths (B,), for ``Inputs.prepared``.
 
-    None on CUDA: there one step is bound by the bytes of the keys, and prepared terms take once or twice as many.
+    None on CUDA: one step is bound by the bytes of the keys there, and prepared terms take once or twice as many.
     """
     data = _native.operators.attention_prepare.default(keys.detach(), _int64(lengths))
     return data if data.numel() else None

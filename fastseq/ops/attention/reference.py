@@ -1,7 +1,7 @@
-"""Attention in plain torch: the definition of right, with a hand-written backward.
+"""Attention in plain torch: the definition of the op, with an explicit backward.
 
-Dot scores of Luong et al. 2015, additive scores of Bahdanau et al. 2015; computed in float32 at least. Values at
-positions that no step attends to (padding), NaN and inf too, reach no result and no gradient.
+Dot scores of Luong et al. 2015, additive scores of Bahdanau et al. 2015; computed in float32 at least. Positions to
+which no step attends (padding) reach no result and no gradient, even if they hold NaN or inf.
 """
 
 import torch
@@ -20,7 +20,7 @@ def unsupported(call) -> str | None:
 
 
 def forward(inputs: Inputs, want: Want) -> Result:
-    """Differentiable where the padding is finite. Saved: the weights, (B, T, S), wide."""
+    """Differentiable if the padding is finite. Saved: the weights, (B, T, S), in float32 at least."""
     dtype, acc = inputs.query.dtype, accumulate_dtype(inputs.query.dtype)
     allowed = allowed_positions(inputs)
     q, k = inputs.query.to(acc), inputs.keys.to(acc)
@@ -68,7 +68,7 @@ def _hidden(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _weighted_sum(p: Tensor, x: Tensor, allowed: Tensor | None) -> Tensor:
-    """p (B, T, S) @ x (B, S, D), where 0 * NaN is 0 in the padding."""
+    """p (B, T, S) @ x (B, S, D), with 0 * NaN = 0 in the padding."""
     if allowed is None:
         return p @ x
     if type(p) is Tensor and p.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()):

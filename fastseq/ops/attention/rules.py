@@ -1,7 +1,8 @@
-"""Rules of ``auto`` for attention, and the fast path that skips them.
+"""The rules by which ``auto`` chooses the backend of ``attention``, and the fast path that skips them.
 
-Ratios are the time of the other backends over the time of the row's backend, by ``fastseq bench`` on a Xeon (Emerald
-Rapids, AVX-512) with 1 thread: the float32 cases of the evidence file, and more like them in other dtypes.
+A ratio is the time of the best other backend over the time of the row's backend, measured by ``fastseq bench`` on a
+Xeon (Emerald Rapids, AVX-512) with 1 thread. It covers the float32 cases of the evidence file, and similar ones in
+other dtypes.
 """
 
 import torch
@@ -88,8 +89,8 @@ RULES = (
     Rule(
         "native",
         (on_cpu, additive, not_float64_or_many_steps),
-        "no (B, T, S, A) intermediate: 1.15 to 3.9 times as fast as the better of the others for one step, 1.3 to 58 "
-        "times for many (Xeon, AVX-512, 1 thread)",
+        "no (B, T, S, A) intermediate: 1.15 to 3.9 times as fast as the next best for one step, 1.3 to 58 times for "
+        "many (Xeon, AVX-512, 1 thread)",
         CPU_RESULTS,
     ),
     Rule(
@@ -110,9 +111,9 @@ RULES = (
 
 
 def fast_path(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor | None:
-    """The context of a plain dot call by native, without checks and without RULES; None for every other call.
+    """The context of a plain dot call by ``native``, without checks and RULES; None for every other call.
 
-    Plain: float32 on the CPU, no gradient, autocast, trace or transform, shapes that fit. A step of 32 sentences takes
+    Plain: float32 on the CPU; no gradient, autocast, trace or transform; shapes that fit. A step of 32 sentences takes
     130 us; checks, call record and rules would add 20 us. ``test_attention.py`` holds this to RULES.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0 or peek_transform():

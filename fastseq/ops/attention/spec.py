@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class AttentionCall(NamedTuple):
-    """The facts that decide which backend serves one ``attention`` call.
+    """The properties of one ``attention`` call that decide its backend.
 
     ``score`` is "dot" or "additive"; "general" and "normed_additive" reduce to these. ``batch``, ``steps`` and
     ``positions`` are B, T and S, None while a graph is traced (dynamic). ``prepared``: the keys carry prepared data.
@@ -57,10 +57,10 @@ class Want(NamedTuple):
     """The results to compute besides the context."""
 
     weights: bool
-    backward: bool  # save what ``backward`` reads
+    backward: bool  # save the tensors that ``backward`` reads
 
 
-CONTEXT = Want(weights=False, backward=False)  # without gradients; one step is short, so these are built once
+CONTEXT = Want(weights=False, backward=False)  # built once, since one step is short
 CONTEXT_AND_WEIGHTS = Want(weights=True, backward=False)
 
 
@@ -99,8 +99,8 @@ class Prepared(NamedTuple):
 class Keys(NamedTuple):
     """Projected keys for many calls of attention; made by :meth:`fastseq.Attention.project_keys`.
 
-    Immutable. Prepared data hold for the keys as they were: after a change in place the keys are refused, unless torch
-    does not count the change (writes through ``.data``, changes of inference tensors).
+    Immutable. Keys that were changed in place after they were prepared are refused, unless torch does not count the
+    change (writes through ``.data``, changes of inference tensors).
     """
 
     projected: Tensor  # (B, S, A)
@@ -119,7 +119,7 @@ class Keys(NamedTuple):
         return self._of(self.projected.index_select(0, rows), lambda data: data.index_select(0, rows))
 
     def repeat_interleave(self, k: int) -> "Keys":
-        """Each sentence k times in a row: 0 0 1 1 2 2 for k = 2."""
+        """Each sentence k times in succession: 0 0 1 1 2 2 for k = 2."""
         return self._of(self.projected.repeat_interleave(k, 0), lambda data: data.repeat_interleave(k, 0))
 
     def _of(self, projected: Tensor, select) -> "Keys":

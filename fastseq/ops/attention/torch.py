@@ -16,7 +16,7 @@ def unsupported(call) -> str | None:
 
 
 def run(inputs: Inputs, need_weights: bool) -> tuple[Tensor, Tensor | None]:
-    """Context (B, T, D), weights (B, T, S) or None. Differentiable as often as torch's kernels: SDPA on CPU once."""
+    """Context (B, T, D), weights (B, T, S) or None. Twice differentiable, except SDPA on CPU: once."""
     mask = inputs.mask
     if inputs.lengths is not None:
         positions = torch.arange(inputs.keys.size(1), device=inputs.lengths.device)
@@ -36,7 +36,7 @@ def _sdpa(inputs: Inputs) -> Tensor:
     heads = (x.unsqueeze(1) for x in inputs[:3])  # one head each: (B, 1, T or S, A or D)
     allowed = None if inputs.mask is None else inputs.mask.unsqueeze(1)
     context = F.scaled_dot_product_attention(*heads, attn_mask=allowed, scale=inputs.scale).squeeze(1)
-    if inputs.mask is not None:  # some kernels of SDPA give NaN or a mean of the values for an empty row
+    if inputs.mask is not None:  # some SDPA kernels return NaN or the mean of the values for an empty row
         context = context.masked_fill(~inputs.mask.any(-1, keepdim=True), 0)
     return context
 

@@ -1,4 +1,4 @@
-"""Autocast: an op's inputs are cast as a matmul's are, and it computes outside autocast."""
+"""Autocast: cast the inputs of an op as a matmul's, then compute outside autocast."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ def autocast_enabled(device: str) -> bool:
 
 
 def cast_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast: floating-point tensors in the autocast dtype, float64 as it is. Else unchanged."""
+    """Under autocast: floating-point tensors in the autocast dtype, except float64. Otherwise unchanged."""
     device = tensors[0].device.type
     return cast(torch.get_autocast_dtype(device), *tensors) if autocast_enabled(device) else tensors
 

@@ -1,4 +1,4 @@
-"""Autograd: when an op needs its Function, and the derivatives and vmap rules that all Functions share."""
+"""Autograd: when an op needs its Function; the derivatives and vmap rules shared by all Functions."""
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -12,10 +12,10 @@ peek_transform = torch._C._functorch.peek_interpreter_stack  # in eager mode: No
 
 
 def needs_function(implementation: ModuleType, *tensors: Tensor | None) -> bool:
-    """True if a call must go through its autograd Function, because a derivative can be asked for.
+    """True if a call must go through its autograd Function, because a derivative can be requested.
 
-    False in a traced graph on a backend with ``PLAIN_TORCH``, which the compiler differentiates by itself. True under a
-    transform of torch.func: the Function has the vmap rule.
+    False in a traced graph on a backend with ``PLAIN_TORCH``, which the compiler differentiates. True under a transform
+    of torch.func: the Function has the vmap rule.
     """
     if is_compiling():
         if getattr(implementation, "PLAIN_TORCH", False):
@@ -31,7 +31,7 @@ def transformed() -> bool:
 
 
 def recompute(grads: Sequence[Tensor | None]) -> bool:
-    """True if a backward must take ``differentiable_backward``: its result is differentiated, or batched by vmap."""
+    """True if a backward must use ``differentiable_backward``: its result is differentiated, or batched by vmap."""
     if torch.is_grad_enabled() or transformed():
         return True
     if is_compiling():
@@ -48,12 +48,12 @@ def vmapped() -> bool:
 
 
 def forward_mode() -> bool:
-    """True where forward-mode derivatives are computed, which the reference alone has."""
+    """True inside a forward-mode level; only the reference has these derivatives."""
     return forward_ad._current_level >= 0
 
 
 def one_by_one(apply: Callable[..., Sequence[Tensor | None]], in_dims: Sequence[int | None], args: Sequence, size: int):
-    """The vmap rule of a Function by a loop: apply it to each sample, stack the results at dim 0 -> results, dims."""
+    """The vmap rule of a Function as a loop: apply it to each sample, stack the results at dim 0 -> results, dims."""
     samples = []
     for k in range(size):
         given = (a if dim is None else a.select(dim, k) for a, dim in zip(args, in_dims, strict=True))
@@ -63,18 +63,18 @@ def one_by_one(apply: Callable[..., Sequence[Tensor | None]], in_dims: Sequence[
 
 
 def fold(t: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
-    """Samples (at ``dim``; the same for all where None) folded into the batch at ``axis`` -> (..., size * B, ...)."""
+    """Fold samples at ``dim`` (None: one for all) into the batch at ``axis`` -> (..., size * B, ...)."""
     t = t.unsqueeze(axis).expand(*t.shape[:axis], size, *t.shape[axis:]) if dim is None else t.movedim(dim, axis)
     return t.flatten(axis, axis + 1)
 
 
 def distinct(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Clone a gradient that stands for two inputs: users change gradients in place, so no two may share storage."""
-    seen, own = set(), []
+    """Clone repeated gradients: users change gradients in place, so no two may share storage."""
+    seen, result = set(), []
     for grad in grads:
-        own.append(grad.clone() if grad is not None and id(grad) in seen else grad)
+        result.append(grad.clone() if grad is not None and id(grad) in seen else grad)
         seen.add(id(grad))
-    return tuple(own)
+    return tuple(result)
 
 
 def differentiable_backward(
@@ -83,7 +83,7 @@ def differentiable_backward(
     grads: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The backward under create_graph=True or a transform: recompute the forward, which torch can differentiate again.
+    """The backward under create_graph=True or a transform: recompute a forward that torch can differentiate again.
 
     Args:
         forward: maps ``tensors`` to the results, in plain torch.
@@ -106,14 +106,14 @@ def differentiable_backward(
 
     cotangents, inputs = tuple(grads[k] for k in given), [tensors[k] for k in wanted]
     if transformed():
-        found = torch.func.vjp(outputs_of, *inputs)[1](cotangents)
+        result = torch.func.vjp(outputs_of, *inputs)[1](cotangents)
     else:
-        create_graph = torch.is_grad_enabled()  # else batched gradients, of a backward that is not differentiated again
+        create_graph = torch.is_grad_enabled()  # off: batched gradients, which are not differentiated again
         with torch.enable_grad():
-            # Views, since one input may be, or depend on, another; leaves in the pull-back of a vjp that has ended.
+            # Views, because one input may be or depend on another; new leaves in the pull-back of a finished vjp.
             views = (t.view_as(t) for t in inputs)
             aliases = [view if view.requires_grad else view.detach().requires_grad_() for view in views]
             outputs = outputs_of(*aliases)
-        found = torch.autograd.grad(outputs, aliases, cotangents, create_graph=create_graph, allow_unused=True)
-    by_input = dict(zip(wanted, found, strict=True))
+        result = torch.autograd.grad(outputs, aliases, cotangents, create_graph=create_graph, allow_unused=True)
+    by_input = dict(zip(wanted, result, strict=True))
     return tuple(by_input.get(k) for k in range(len(needs)))

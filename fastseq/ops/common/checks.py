@@ -1,4 +1,4 @@
-"""Checks that several ops and modules share."""
+"""Checks of arguments shared by several ops and modules."""
 
 import torch
 from torch import Tensor
@@ -17,17 +17,17 @@ def check_pair(hx) -> None:
 
 
 def as_lengths(lengths) -> Tensor:
-    """Lengths (B,) as a tensor; a list, tuple or array comes to the CPU, whatever torch's default device is."""
+    """Lengths (B,) as a tensor. Lists, tuples and arrays become CPU tensors, independent of torch's default device."""
     return lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
 
 
 def readable(t: Tensor) -> bool:
-    """True if the values of ``t`` can be checked at no cost: on the CPU, neither traced nor under vmap."""
+    """True if the values of ``t`` can be checked without synchronisation: on the CPU, neither traced nor under vmap."""
     return type(t) is Tensor and t.device.type == "cpu" and not (torch.compiler.is_compiling() or vmapped())
 
 
 def native_objection(op: str, call, cuda_dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """The part of ``unsupported`` that all native backends share: library, device, dtype.
+    """The checks of ``unsupported`` that all native backends share: library, device, dtype.
 
     call: a record with ``device``, ``device_index`` and ``dtype``. cuda_dtypes: the dtypes of the CUDA kernels.
     """

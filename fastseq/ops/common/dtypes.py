@@ -1,10 +1,10 @@
-"""Dtypes and precision: the dtype of sums, the names in messages, TF32."""
+"""Dtypes and precision: accumulation, names in messages, TF32."""
 
 import torch
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums, activations and cell states of a computation in ``dtype``: float32 at least."""
+    """The dtype of sums, activations and cell states in a computation in ``dtype``: at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -16,6 +16,6 @@ def dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
 def tf32_allowed() -> bool:
     """True if torch lets cuDNN's RNNs round float32 products to TF32: ``torch.backends.cudnn.allow_tf32``.
 
-    ``torch.backends.cudnn.rnn.fp32_precision`` says the same in torch's newer interface.
+    ``torch.backends.cudnn.rnn.fp32_precision`` is the same setting in torch's newer interface.
     """
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"

@@ -1,7 +1,7 @@
-"""Two layouts of a batch of sequences, and the index arithmetic between them.
+"""The padded and the packed layout of a batch of sequences, and the index arithmetic between them.
 
 Padded: (T, B, ...), with ``lengths`` (B,). Packed, as in ``PackedSequence.data``: (N, ...), N valid steps, time-major,
-with ``batch_sizes`` (T,) int64 on the CPU: rows of step t are the first ``batch_sizes[t]`` sequences, longest first.
+with ``batch_sizes`` (T,) int64 on the CPU; rows of step t: the first ``batch_sizes[t]`` sequences, longest first.
 """
 
 import torch
@@ -20,7 +20,7 @@ def valid_steps(lengths: Tensor, steps: int) -> Tensor:
 
 
 def zero_padding(padded: Tensor, lengths: Tensor) -> Tensor:
-    """(T, B, X) with zeros past the lengths, whatever stood there (NaN, too): padding must reach no weight gradient."""
+    """(T, B, X) with zeros past the lengths, also in place of NaN: padding must reach no weight gradient."""
     return torch.where(valid_steps(lengths, padded.size(0)).unsqueeze(-1), padded, 0)
 
 
@@ -32,14 +32,14 @@ def pad(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(padded: Tensor, batch_sizes: Tensor) -> Tensor:
-    """Padded (T, B, X) -> packed (N, X). Differentiable. The rows are counted on the CPU: no device is waited for."""
+    """Padded (T, B, X) -> packed (N, X). Differentiable. Rows are counted on the CPU: no device synchronisation."""
     valid = valid_steps(lengths_of(batch_sizes), batch_sizes.size(0))
     rows = valid.flatten().nonzero().squeeze(1)
     return padded.flatten(0, 1).index_select(0, rows.to(padded.device, non_blocking=True))
 
 
 def flip(padded: Tensor, lengths: Tensor | None) -> Tensor:
-    """Reverse (T, B, X) in time; with lengths, each sequence within its own length (what lies past the end stays)."""
+    """Reverse (T, B, X) in time; with lengths, each sequence within its length, and the padding stays in place."""
     if lengths is None:
         return padded.flip(0)
     step = torch.arange(padded.size(0), device=padded.device).unsqueeze(1)
@@ -50,9 +50,9 @@ def flip(padded: Tensor, lengths: Tensor | None) -> Tensor:
 def previous_states(
     output: Tensor, h0: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None, reverse: bool
 ) -> Tensor:
-    """The hidden state that each step started from, in the layout of ``output``.
+    """The hidden state before each step, in the layout of ``output``.
 
-    output: (T, B, P) or packed (N, P); h0: (B, P). Steps past the length carry arbitrary finite values.
+    output: (T, B, P) or packed (N, P); h0: (B, P). Steps past the length hold arbitrary finite values.
     """
     if batch_sizes is not None:
         return _previous_packed(output, h0, batch_sizes, reverse)
@@ -68,10 +68,10 @@ def previous_states(
 def hidden_before(
     activations: Tensor, cell_states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: bool
 ) -> Tensor:
-    """(T, B, H) h before each step, from what a padded forward saved of one direction; past the lengths, as above.
+    """h before each step (T, B, H), from the saved tensors of one direction of a padded forward.
 
-    activations: (T, B, 4H), cell_states: (T, B, H), past the lengths anything. h is computed again, because users
-    change the output that they were given in place.
+    activations: (T, B, 4H); cell_states: (T, B, H); past the lengths both may hold anything, and the result is finite.
+    h is recomputed, because users may change the returned output in place.
     """
     output = (activations[..., 3 * h0.size(1) :] * cell_states.tanh()).to(h0.dtype)
     if lengths is not None:

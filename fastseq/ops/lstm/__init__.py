@@ -1,4 +1,4 @@
-"""One LSTM layer and direction over a whole sequence."""
+"""The LSTM over whole sequences: one layer and direction as an op, stacked layers for the module."""
 
 from fastseq.dispatch import register
 from fastseq.ops.lstm.api import lstm

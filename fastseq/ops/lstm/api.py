@@ -1,4 +1,4 @@
-"""The public LSTM op, and the path that it shares with ``fastseq.LSTM``: describe, select, cast, apply."""
+"""The public LSTM op, and the path it shares with ``fastseq.LSTM``: describe, select, cast, apply."""
 
 import torch
 import torch.nn.functional as F
@@ -36,26 +36,26 @@ def lstm(
 
     Per step: ``i, f, g, o = x W_ih^T + b_ih + h W_hh^T + b_hh``, ``c = sigmoid(f) c + sigmoid(i) tanh(g)``,
     ``h = sigmoid(o) tanh(c)``, and with ``weight_hr`` ``h = h W_hr^T`` (Sak et al. 2014). Differentiable twice in every
-    tensor. Under autocast the dtypes of the results are those of ``nn.LSTM``.
+    tensor. Under autocast the results have the dtypes of ``nn.LSTM``'s.
 
     Args:
         input: (T, B, I), or packed (N, I) if ``batch_sizes`` is given.
         hx: h0 (B, P) and c0 (B, H); P = H without ``weight_hr``.
         weight_ih: (4H, I). weight_hh: (4H, P). bias_ih, bias_hh: (4H,), both or neither. weight_hr: (P, H).
-        lengths: (B,) integers in 0..T on any device. Outputs past the length are 0, final states are those of the last
-            valid step, ``reverse`` starts there; a row of length 0 returns its initial state. On CUDA, and in a
-            traced graph, the values are clamped to 0..T instead of checked, since checking would wait for the device.
+        lengths: (B,) integers in 0..T on any device. Outputs past the length are 0; final states come from the last
+            valid step, where ``reverse`` starts; a row of length 0 returns its initial state. On CUDA, and in a traced
+            graph, the values are clamped to 0..T, not checked: a check would synchronise with the device.
         batch_sizes: (T,) int64 on the CPU, as in ``PackedSequence``; B = batch_sizes[0].
         reverse: run from the last step to the first.
         return_cell_states: also return the cell state after every step.
         backend: "auto" (None), "reference", "torch", "native" or "triton".
 
     Returns:
-        output (T, B, P) or (N, P), (h_n (B, P), c_n (B, H)) and, if asked for, cell states (T, B, H) or (N, H); past
-        the length they are 0.
+        output (T, B, P) or (N, P), (h_n (B, P), c_n (B, H)), and with ``return_cell_states`` cell states (T, B, H) or
+        (N, H); output and cell states are 0 past the length.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit; or the backend asked for cannot serve this call.
+        RuntimeError: shapes, dtypes or devices do not fit; or the requested backend cannot serve this call.
         ValueError: unknown backend name; lengths and batch_sizes both given; lengths out of range.
     """
     if len(hx) != 2:
@@ -85,10 +85,11 @@ def lstm(
 
 
 def run(stack: Stack, cell_states: bool, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """All layers on the backend that serves the call; the caller has checked the shapes.
+    """Run all layers on the backend that serves the call; the caller has checked the shapes.
 
-    Returns output and, if wanted, the last layer's cell states in the layout of the input, h_n (L*D, B, P), c_n
-    (L*D, B, H): output, h_n, c_n, cell_states.
+    Returns:
+        output in the layout of the input, h_n (L*D, B, P), c_n (L*D, B, H), and the last layer's cell states in the
+        layout of the input, or None.
     """
     call = describe(stack, cell_states)
     chosen = select("lstm", backend, call)
@@ -140,7 +141,7 @@ def _layers(
 
 
 def describe(stack: Stack, cell_states: bool) -> LSTMCall:
-    """The facts of the call that decide its backend."""
+    """The record by which rules and backends judge the call."""
     compiling, packed = torch.compiler.is_compiling(), stack.batch_sizes is not None
     input, device = stack.input, stack.input.device
     autocast, dtype = autocast_enabled(device.type) and input.dtype != torch.float64, input.dtype
@@ -175,7 +176,7 @@ def describe(stack: Stack, cell_states: bool) -> LSTMCall:
 
 
 def check_lengths(lengths: Tensor, steps: int, batch: int, device: torch.device) -> Tensor:
-    """Lengths as int64 (B,) on ``device``: checked on the CPU; clamped to 0..T elsewhere, and while tracing."""
+    """Lengths as int64 (B,) on ``device``. Checked if they lie on the CPU; clamped to 0..T elsewhere and in a trace."""
     lengths = as_lengths(lengths)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be integers, got {lengths.dtype}")
@@ -193,7 +194,7 @@ def check_lengths(lengths: Tensor, steps: int, batch: int, device: torch.device)
 
 
 def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
-    """RuntimeError unless these are batch sizes of a PackedSequence of ``rows`` rows; a trace skips the values."""
+    """RuntimeError unless these are batch sizes of a PackedSequence of ``rows`` rows; a trace checks no values."""
     if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
         raise RuntimeError(
             "lstm: batch_sizes must be one int64 per time step on the CPU, as in PackedSequence, "

@@ -1,6 +1,6 @@
-"""Lifts a backend of single directions to a layer: results concatenated, gradients of shared inputs added.
+"""Lift a backend of single directions to a layer: concatenate results, add the gradients of shared inputs.
 
-A backend with ``SINGLE_DIRECTION`` gets a ``Layer`` of one direction at a time (D = 1).
+A backend with ``SINGLE_DIRECTION`` receives a ``Layer`` of one direction at a time (D = 1).
 """
 
 from types import ModuleType
@@ -12,7 +12,7 @@ from fastseq.ops.lstm.spec import Grads, Layer, LayerGrads, Result, Want
 
 
 def forward(implementation: ModuleType, layer: Layer, want: Want) -> Result:
-    """``implementation.forward`` of all directions; saved: the tensors of the directions, one after the other."""
+    """``implementation.forward`` of all directions. Saved: the tensors of the first direction, then of the second."""
     directions = len(layer.weights)
     if directions == 1 or not getattr(implementation, "SINGLE_DIRECTION", False):
         return implementation.forward(layer, want)
@@ -49,7 +49,7 @@ def backward(
 
 
 def direction(layer: Layer, d: int) -> Layer:
-    """Direction ``d`` of a layer of two, as a layer of its own."""
+    """Direction ``d`` of a bidirectional layer, as a layer with D = 1."""
     states = {name: getattr(layer, name)[d : d + 1] for name in ("h0", "c0", "weights")}
     return layer._replace(**states, reverse=d == 1)
 

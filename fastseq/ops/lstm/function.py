@@ -21,7 +21,7 @@ from fastseq.ops.lstm.spec import Grads, Layer, LayerGrads, Want, by_direction
 
 
 class LSTMFunction(torch.autograd.Function):
-    """(..., the tensors of a Layer, flat) -> output, h_n, c_n, cell states or None, and the saved tensors."""
+    """(options, the flat tensors of a ``Layer``) -> output, h_n, c_n, cell states or None, and the saved tensors."""
 
     @staticmethod
     def forward(backend: str, reverse: bool, cell_states: bool, lengths, batch_sizes, *tensors):
@@ -36,7 +36,7 @@ class LSTMFunction(torch.autograd.Function):
         ctx.inputs = len(tensors)
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(lengths, batch_sizes, *tensors, *saved)  # not the output: users change it in place
+        ctx.save_for_backward(lengths, batch_sizes, *tensors, *saved)  # not the output, which users change in place
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cell_states, *_):
@@ -46,17 +46,17 @@ class LSTMFunction(torch.autograd.Function):
         with without_autocast(tensors[0].device.type):
             if recompute(grads):
                 forward = functools.partial(_reference, lengths, batch_sizes, ctx.reverse)
-                found = differentiable_backward(forward, tensors, grads, needs)
+                result = differentiable_backward(forward, tensors, grads, needs)
             else:
                 layer = _layer(tensors, lengths, batch_sizes, ctx.reverse)
                 needs = LayerGrads(*needs[:3], by_direction(needs[3:]))
                 grads = directions.backward(implementation("lstm", ctx.backend), layer, saved, grads, needs)
-                found = distinct((*grads[:3], *(grad for own in grads.weights for grad in own)))
-        return None, None, None, None, None, *found
+                result = distinct((*grads[:3], *(grad for direction in grads.weights for grad in direction)))
+        return None, None, None, None, None, *result
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        """Shared weights: the samples are folded into the batch of a padded input. Else one sample at a time."""
+        """Padded input and shared weights: fold the samples into the batch. Otherwise run one sample at a time."""
         if args[4] is not None or any(dim is not None for dim in in_dims[8:]):
             return one_by_one(lambda *given: LSTMFunction.apply(*given)[:4], in_dims, args, info.batch_size)
         folded = list(args)
@@ -68,7 +68,7 @@ class LSTMFunction(torch.autograd.Function):
 
 
 def _reference(lengths, batch_sizes, reverse: bool, *tensors) -> tuple[Tensor, ...]:
-    """output, h_n, c_n and cell states by the reference, in the order of ``Grads``."""
+    """output, h_n, c_n and cell states of the reference, in the order of ``Grads``."""
     return directions.forward(reference, _layer(tensors, lengths, batch_sizes, reverse), Want(False, True))[:4]
 
 
@@ -77,9 +77,9 @@ def _layer(tensors, lengths, batch_sizes, reverse: bool) -> Layer:
 
 
 def apply(backend: str, layer: Layer, cell_states: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """One layer on the named backend -> output, h_n, c_n, cell_states (None unless wanted); shapes as in ``Result``.
+    """Run one layer on the named backend -> output, h_n, c_n, cell_states or None; shapes as in ``Result``.
 
-    Records a backward only where a gradient can be asked for.
+    Records a backward only if a gradient can be requested.
     """
     module, tensors = implementation("lstm", backend), layer.tensors()
     if forward_mode():

@@ -32,17 +32,17 @@ def backward(layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: Layer
     """Backpropagation through time with all weight gradients in one operator."""
     if _native.device_of(layer.input) == "cuda":
         return native_cuda.backward(layer, saved, grads, needs)
-    need_weights = any(need for own in needs.weights for need in own)
+    need_weights = any(need for direction in needs.weights for need in direction)
     input, h0, c0, of_weights = _native.operators.lstm_backward.default(
         *map(contiguous, grads), *_operands(layer), *saved, *_sizes(layer), needs.input, need_weights
     )
     weights = []
-    for d, own in enumerate(needs.weights):
+    for d, wanted in enumerate(needs.weights):
         ih, hh, bias = of_weights[3 * d : 3 * d + 3] if need_weights else (None, None, None)
-        found = Weights(ih, hh, bias, bias, None)
-        weights.append(Weights(*(g if need else None for g, need in zip(found, own, strict=True))))
-    found = (g if need else None for g, need in zip((input, h0, c0), needs[:3], strict=True))
-    return LayerGrads(*found, tuple(weights))
+        grads_of_one = Weights(ih, hh, bias, bias, None)
+        weights.append(Weights(*(g if need else None for g, need in zip(grads_of_one, wanted, strict=True))))
+    inputs = (g if need else None for g, need in zip((input, h0, c0), needs[:3], strict=True))
+    return LayerGrads(*inputs, tuple(weights))
 
 
 def unsupported(call) -> str | None:
@@ -59,13 +59,13 @@ def unsupported(call) -> str | None:
 
 
 def _operands(layer: Layer) -> tuple:
-    """The tensors as the operators read them: contiguous, weights as one list without the missing ones."""
-    weights = [w.contiguous() for own in layer.weights for w in own if w is not None]
+    """input, h0, c0, weights for the operators: contiguous, weights as one list without absent biases."""
+    weights = [w.contiguous() for direction in layer.weights for w in direction if w is not None]
     return layer.input.contiguous(), layer.h0.contiguous(), layer.c0.contiguous(), weights
 
 
 def _sizes(layer: Layer) -> tuple:
-    """lengths (B,) and batch_sizes (T,), int64 on the CPU, and the order of the steps."""
+    """lengths (B,) and batch_sizes (T,), int64 on the CPU or None, and ``reverse``."""
     on_cpu = (None if s is None else s.to("cpu", torch.int64).contiguous() for s in (layer.lengths, layer.batch_sizes))
     return *on_cpu, layer.reverse
 

@@ -1,6 +1,6 @@
-"""The ``native`` backend of ``lstm`` on CUDA: the recurrence of a layer, all steps and directions, is one kernel.
+"""The ``native`` backend of ``lstm`` on CUDA: one kernel runs the recurrence of a layer, all steps and directions.
 
-torch multiplies by W_ih before it and makes the weight gradients after it, each in one product over all steps.
+torch multiplies by W_ih before it and computes the weight gradients after it, each in one product over all steps.
 """
 
 import contextlib
@@ -72,17 +72,17 @@ def backward(layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: Layer
     if needs.input and layer.batch_sizes is not None:
         grad_input = layout.pack(grad_input, layer.batch_sizes)
     weights, directions = [], len(layer.weights)
-    for d, (rows, own) in enumerate(zip(grad_gates.chunk(directions, -1), needs.weights, strict=True)):  # (T, B, 4H)
+    for d, (rows, wanted) in enumerate(zip(grad_gates.chunk(directions, -1), needs.weights, strict=True)):
         before = None
-        if own.hh:
+        if wanted.hh:
             of_direction = (t.chunk(directions, -1)[d] for t in saved)
             before = layout.hidden_before(*of_direction, layer.h0[d], lengths, layer.reverse or d == 1)
-        weights.append(_weight_gradients(rows, input, before, own))
+        weights.append(_weight_gradients(rows, input, before, wanted))
     return LayerGrads(grad_input, grad_h0 if needs.h0 else None, grad_c0 if needs.c0 else None, tuple(weights))
 
 
 def _weight_gradients(grad_gates: Tensor, input: Tensor, before: Tensor | None, needs: Weights) -> Weights:
-    """grad_gates (T, B, 4H), input (T, B, I), h before each step (T, B, H) where it is needed."""
+    """Weight gradients of a direction from grad_gates (T, B, 4H), input (T, B, I), h before each step (T, B, H)."""
     rows = grad_gates.flatten(0, 1)  # (T * B, 4H)
     bias = rows.sum(0) if needs.bias_ih or needs.bias_hh else None
     return Weights(
@@ -103,7 +103,7 @@ def _by_direction(
     options: tuple,  # lengths, and what comes after ``reverse``
     joins: tuple[int, ...],  # the axis of each result along which directions are concatenated
 ) -> tuple[Tensor, ...]:
-    """Call a recurrence operator; one direction after the other where the device keeps the weights of one only."""
+    """Call a recurrence operator, for both directions at once if the device can hold the weights of both."""
     lengths, rest = options
     directions, batch, hidden_size = layer.c0.shape
     index = layer.c0.device.index
@@ -119,7 +119,7 @@ def _by_direction(
 
 
 def unsupported(call) -> str | None:
-    """Why no CUDA kernel fits the call (an ``LSTMCall``, past ``native.unsupported``) and the way out, or None."""
+    """Why no CUDA kernel fits an ``LSTMCall`` that passed ``native.unsupported``, and the way out; or None."""
     if call.compiling:  # while a graph is traced the device is not queried
         if call.hidden_size > TRACED_HIDDEN_SIZE:
             return (
@@ -141,7 +141,7 @@ def fits(batch: int, hidden_size: int, dtype: torch.dtype, directions: int = 1, 
 
 
 def _padded(layer: Layer) -> tuple[Tensor, Tensor | None]:
-    """The input (T, B, I) and lengths (B,) or None, also of a packed layer."""
+    """The input as (T, B, I), and lengths (B,) or None; packed layers are padded."""
     if layer.batch_sizes is None:
         return layer.input, layer.lengths
     return layout.pad(layer.input, layer.batch_sizes)

@@ -1,7 +1,7 @@
-"""One LSTM layer and direction in plain torch: the definition of right, with a hand-written backward.
+"""One LSTM layer and direction in plain torch: the definition of the op, with an explicit backward.
 
-Shapes as in ``spec.Layer`` with D = 1; here the states are (B, P) and (B, H). Gate order i, f, g, o. Everything is
-computed in float32 at least.
+Shapes as in ``spec.Layer`` with D = 1; states are (B, P) and (B, H) here. Gate order i, f, g, o. All arithmetic is in
+float32 at least.
 """
 
 import torch
@@ -20,7 +20,7 @@ def unsupported(call) -> str | None:
 
 
 def forward(layer, want) -> Result:
-    """Step by step. Differentiable. Saved: activations (T, B, 4H) or (N, 4H), and cell states, both wide."""
+    """Step by step; differentiable. Saved, in float32 at least: activations (T, B, 4H) or (N, 4H), and cell states."""
     dtype = layer.input.dtype
     input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = _wide(layer)
     lengths = layer.lengths
@@ -55,7 +55,7 @@ def forward(layer, want) -> Result:
 
 
 def backward(layer, saved, grads, needs) -> LayerGrads:
-    """Backpropagation through time (Werbos 1990) with the derivatives of the cell written out."""
+    """Backpropagation through time (Werbos 1990) with explicit derivatives of the cell."""
     activations, cell_states = saved
     input, h0, c0, weight_ih, weight_hh, _, _, weight_hr = _wide(layer)
     lengths, batch_sizes = layer.lengths, layer.batch_sizes
@@ -82,10 +82,10 @@ def backward(layer, saved, grads, needs) -> LayerGrads:
     weights = Weights(
         flat.t() @ input.flatten(0, -2), flat.t() @ h_prev.flatten(0, -2), grad_bias, grad_bias, grad_weight_hr
     )
-    found = (grad_gates @ weight_ih, grad_h0[None], grad_c0[None], *weights)
+    every = (grad_gates @ weight_ih, grad_h0[None], grad_c0[None], *weights)
     wanted = (needs.input, needs.h0, needs.c0, *needs.weights[0])
-    found = [g.to(layer.input.dtype) if need else None for g, need in zip(found, wanted, strict=True)]
-    return LayerGrads(*found[:3], (Weights(*found[3:]),))
+    result = [g.to(layer.input.dtype) if need else None for g, need in zip(every, wanted, strict=True)]
+    return LayerGrads(*result[:3], (Weights(*result[3:]),))
 
 
 def _wide(layer) -> list:

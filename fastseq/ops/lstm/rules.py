@@ -1,7 +1,8 @@
 """The rules by which ``auto`` chooses the backend of ``lstm``.
 
-Ratios are the time of nn.LSTM over the time of the row's backend, by ``fastseq bench`` on a Xeon (Emerald Rapids,
-AVX-512, no AMX) and an EPYC (Zen 4), with 1 and 2 threads: the cases of the evidence files, and more like them.
+A ratio is the time of nn.LSTM over the time of the row's backend, measured by ``fastseq bench`` on a Xeon (Emerald
+Rapids, AVX-512, no AMX) and an EPYC (Zen 4) with 1 and 2 threads. It covers the cases of the evidence files and
+similar ones.
 """
 
 import functools
@@ -94,12 +95,12 @@ def _instruction_set() -> str:
 
 
 def avx512(call) -> bool:
-    """The compiled kernels use AVX-512 on this machine; with narrower vectors they were not measured."""
+    """The compiled kernels use AVX-512 on this machine; these rows were not measured with narrower vectors."""
     return _instruction_set().startswith("avx512")
 
 
 def avx512_bf16(call) -> bool:
-    """oneDNN and the compiled kernels multiply bfloat16 by the same instruction, AVX-512's dot product."""
+    """oneDNN and the compiled kernels both multiply bfloat16 by AVX-512's dot product."""
     return _instruction_set() == "avx512_bf16"
 
 
@@ -109,12 +110,12 @@ def _amx() -> bool:
 
 
 def no_matrix_unit(call) -> bool:
-    """Without AMX, by which oneDNN multiplies bfloat16 several times as fast as vector instructions do."""
+    """The CPU has no AMX, with which oneDNN multiplies bfloat16 several times as fast as with vector instructions."""
     return not _amx()
 
 
 RULES = (
-    Rule("torch", (subclass,), "a subclass of torch.Tensor, which may give torch's operators a meaning of its own"),
+    Rule("torch", (subclass,), "a subclass of torch.Tensor, which may redefine torch's operators"),
     Rule("reference", (forward_mode,), "forward-mode derivatives: torch has none for oneDNN and cuDNN"),
     Rule("native", (returns_cell_states,), "oneDNN and cuDNN do not return the cell states of every step"),
     Rule("native", (traced,), "one opaque operator: the graph stays whole, T and B stay dynamic"),
@@ -146,7 +147,7 @@ RULES = (
     Rule(
         "native",
         (on_cpu, eager, float32, avx512),
-        "the products end in the cell, in registers: native is 1.0 to 1.5 times as fast",
+        "products and cell fused in registers: native is 1.0 to 1.5 times as fast",
         XEON_AND_ZEN4,
     ),
     Rule(

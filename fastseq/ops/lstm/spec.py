@@ -1,4 +1,4 @@
-"""The records of the LSTM op: the call that rules read, a stack of layers, and one layer as backends compute it.
+"""The records of the LSTM op: the call for the rules, the stack of layers, and one layer for the backends.
 
 T steps, B sequences, I inputs, H hidden units, P outputs of a direction (H, or the projection's size), D directions,
 L layers, N rows of a packed input. Gate order i, f, g, o.
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class LSTMCall(NamedTuple):
-    """The facts of one ``lstm`` call that decide its backend. ``batch`` and ``steps`` are None in a traced graph.
+    """The properties of one ``lstm`` call that decide its backend. ``batch`` and ``steps`` are None in a traced graph.
 
-    ``autocast``: torch would cast the tensors, and ``dtype`` is the one in which it multiplies. ``one_length``: the
-    sequences of a packed input are equally long, which torch runs as padded; looked up under autocast alone.
+    ``autocast``: on; ``dtype`` is then the dtype in which torch would multiply. ``one_length``: all sequences of a
+    packed input are equally long, so torch runs them as padded; determined under autocast only.
     ``vmapped``: within torch.func.vmap. ``forward_mode``: with forward-mode derivatives.
     ``subclass``: a tensor is of a type that is neither torch.Tensor nor nn.Parameter.
     ``tf32``: on CUDA, float32 products of a recurrence may be rounded to TF32.
-    ``device_index``: of several GPUs; None is the current one.
+    ``device_index``: the GPU's index, None for the current one.
     """
 
     device: str
@@ -66,13 +66,13 @@ class Layer(NamedTuple):
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The differentiable tensors: input, h0, c0, then the five weights of each direction."""
-        return (self.input, self.h0, self.c0, *(w for own in self.weights for w in own))
+        return (self.input, self.h0, self.c0, *(w for direction in self.weights for w in direction))
 
 
 class Want(NamedTuple):
-    """The results that a forward must leave besides output, h_n and c_n."""
+    """The results of a forward besides output, h_n and c_n."""
 
-    backward: bool  # the tensors that ``backward`` reads
+    backward: bool  # the saved tensors that ``backward`` reads
     cell_states: bool
 
 
@@ -87,7 +87,7 @@ class Result(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """The gradients of a layer's results; None where the loss does not depend on one."""
+    """The gradients of a layer's results; None if the loss does not depend on one."""
 
     output: Tensor | None
     h_n: Tensor | None
@@ -96,7 +96,7 @@ class Grads(NamedTuple):
 
 
 class LayerGrads(NamedTuple):
-    """The gradients of a layer's inputs, or, as ``needs``, whether each is wanted. A gradient not wanted is None."""
+    """The gradients of a layer's inputs, None where unwanted; or, as ``needs``, one bool for each."""
 
     input: Tensor | bool | None
     h0: Tensor | bool | None
@@ -105,7 +105,7 @@ class LayerGrads(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """All layers of an LSTM: the input of the path that module and op share."""
+    """All layers of an LSTM: the input of ``api.run``."""
 
     input: Tensor  # (T, B, I), (B, T, I) with batch_first, or packed (N, I)
     h0: Tensor  # (L * D, B, P)
@@ -125,11 +125,11 @@ class Stack(NamedTuple):
     def weights_of(self, k: int) -> Weights:
         """The weights of the k-th layer and direction."""
         count = 2 + 2 * self.bias + bool(self.proj_size)
-        own = self.weights[k * count : (k + 1) * count]
-        biases = own[2:4] if self.bias else (None, None)
-        return Weights(*own[:2], *biases, own[-1] if self.proj_size else None)
+        weights = self.weights[k * count : (k + 1) * count]
+        biases = weights[2:4] if self.bias else (None, None)
+        return Weights(*weights[:2], *biases, weights[-1] if self.proj_size else None)
 
 
 def by_direction(flat) -> tuple[Weights, ...]:
-    """Five values for each direction, one direction after the other -> a record for each direction."""
+    """Five values per direction, one direction after the other -> one record per direction."""
     return tuple(Weights(*flat[k : k + 5]) for k in range(0, len(flat), 5))

@@ -1,7 +1,7 @@
 """The ``torch`` backend of ``lstm``: oneDNN on CPU, cuDNN on CUDA, differentiated by torch.
 
-``torch._VF.lstm`` is the function that ``torch.nn.LSTM`` itself calls. It is bound here at import, so that replacing
-``torch.nn.LSTM`` at run time cannot make fastseq call itself.
+``torch._VF.lstm`` is the function that ``torch.nn.LSTM`` calls. It is bound at import, so replacing ``torch.nn.LSTM``
+at run time cannot make fastseq call itself.
 """
 
 import functools
@@ -45,14 +45,15 @@ def unsupported(call) -> str | None:
 
 
 def runs_under_autocast(dtype: torch.dtype) -> bool:
-    """True if nn.LSTM runs on this CPU under autocast to ``dtype``: torch does not check what oneDNN supports."""
+    """True if oneDNN has an LSTM in ``dtype`` on this CPU; under autocast torch calls it without a check."""
     return _autocast_result("cpu", dtype, torch.float32) is not None
 
 
 def autocast_compute_dtype(device: str, input: torch.dtype) -> torch.dtype:
     """The dtype in which nn.LSTM multiplies under autocast, for an input of dtype ``input``.
 
-    That of autocast; but on CUDA torch casts the operands of cuDNN to float16 under autocast to bfloat16, too.
+    It is autocast's dtype, with one exception: torch casts the operands of cuDNN to float16 even if autocast is set to
+    bfloat16 (ATen/cudnn/AutocastRNN.cpp).
     """
     autocast = torch.get_autocast_dtype(device)
     return (_autocast_result(device, autocast, input) or autocast) if device == "cuda" else autocast
@@ -61,8 +62,8 @@ def autocast_compute_dtype(device: str, input: torch.dtype) -> torch.dtype:
 def autocast_result_dtypes(call: LSTMCall, input: torch.dtype, c0: torch.dtype) -> tuple[torch.dtype, ...]:
     """The dtypes of nn.LSTM's output, h_n and c_n under autocast, for an input and a c_0 of these dtypes.
 
-    oneDNN and cuDNN return the dtype in which they compute. On CPU the other calls run op by op: each product comes in
-    that dtype, and the cell state, and with it h, in the wider one of it and c_0.
+    oneDNN and cuDNN return the dtype in which they compute, ``call.dtype``. All other calls on CPU run op by op: the
+    products are in ``call.dtype``, the cell state and h in the wider of it and the dtype of c_0.
     """
     by_steps = (call.packed and not call.one_length) or call.lengths or call.proj_size or call.batch == 0
     fused = input in (torch.float32, torch.bfloat16) and not by_steps
@@ -73,9 +74,9 @@ def autocast_result_dtypes(call: LSTMCall, input: torch.dtype, c0: torch.dtype) 
 
 @functools.cache
 def _autocast_result(device: str, autocast: torch.dtype, input: torch.dtype) -> torch.dtype | None:
-    """The dtype of the output of the smallest nn.LSTM under autocast, or None where it raises.
+    """The output dtype of the smallest nn.LSTM under autocast, or None if it raises.
 
-    One call per process and combination: the answer depends on the processor and on the versions of torch and cuDNN.
+    Found by one call per process and combination: it depends on the processor and the versions of torch and cuDNN.
     """
     shapes = ((1, 1, 1), (1, 1, 1), (4, 1), (4, 1))
     x, state, *weights = (torch.zeros(shape, device=device, dtype=input) for shape in shapes)
@@ -86,20 +87,20 @@ def _autocast_result(device: str, autocast: torch.dtype, input: torch.dtype) -> 
         return None
 
 
-_autocast_result._dynamo_marked_constant = True  # TorchDynamo calls it instead of tracing it, as in _native
+_autocast_result._dynamo_marked_constant = True  # TorchDynamo calls it instead of tracing it
 
 
 def run(stack: Stack) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions in one call of oneDNN or cuDNN -> output in the layout of the input, h_n, c_n.
 
-    Under autocast the tensors come as they are: torch casts them, and decides the dtypes of the results.
+    Under autocast the tensors are not cast before: torch casts them itself.
     """
     if stack.reverse:
         return _reversed(stack)
-    hx, weights = (stack.h0.contiguous(), stack.c0.contiguous()), stack.weights  # cuDNN refuses other states
+    hx, weights = (stack.h0.contiguous(), stack.c0.contiguous()), stack.weights  # cuDNN refuses strided states
     training, dropout = stack.training, stack.dropout
     if not training and stack.input.device.type != "cpu" and torch.is_grad_enabled():
-        training, dropout = True, 0.0  # cuDNN differentiates nothing that it computed for inference; the same numbers
+        training, dropout = True, 0.0  # cuDNN has no backward in inference mode; the numbers are the same
     options = (stack.bias, stack.num_layers, dropout, training, stack.bidirectional)
     if stack.batch_sizes is not None:
         return _vf_lstm(stack.input, stack.batch_sizes, hx, weights, *options)
@@ -109,9 +110,9 @@ def run(stack: Stack) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _packed(stack: Stack, hx: tuple[Tensor, Tensor], options: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    """A padded batch with lengths, packed for the call; the lengths are copied to the host."""
+    """A padded batch with lengths, packed for the call, which copies the lengths to the host."""
     lengths, batch_first = stack.lengths, stack.batch_first
-    # Packing refuses empty sequences: they run one step on zeros, and then get zeros and their initial state back.
+    # Packing refuses empty sequences: they run one step on zeros, then their results become 0 and the initial state.
     empty = lengths == 0
     rows = empty[:, None, None] if batch_first else empty[:, None]
     input = torch.where(rows, 0, stack.input)

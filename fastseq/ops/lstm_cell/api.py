@@ -1,4 +1,4 @@
-"""The public LSTM cell ops, and the path of one LSTMCell step."""
+"""The public LSTM cell ops, and the path of one step of ``fastseq.LSTMCell``."""
 
 from collections.abc import Callable
 
@@ -20,15 +20,15 @@ def lstm_cell(gates: Tensor, c: Tensor, *, backend: str | None = None) -> tuple[
 
     Args:
         gates: (..., 4H), ``x W_ih^T + b_ih + h W_hh^T + b_hh``, in the order i, f, g, o.
-        c: (..., H), the cell state before the step. If its dtype differs from that of ``gates`` (autocast), the wider
-            one is used.
+        c: (..., H), the cell state before the step. If its dtype differs from the gates' (autocast), the wider one is
+            used.
         backend: "auto" (None), "reference", "torch", "native" or "triton".
 
     Returns:
         h (..., H) and c_n (..., H), in the dtype of the inputs.
 
     Raises:
-        RuntimeError: shapes or devices do not fit; or the backend asked for cannot serve this call.
+        RuntimeError: shapes or devices do not fit; or the requested backend cannot serve this call.
         ValueError: unknown backend name.
     """
     if gates.shape[:-1] != c.shape[:-1] or gates.dim() == 0 or gates.size(-1) != 4 * c.size(-1):
@@ -65,9 +65,9 @@ def lstm_step(
 ) -> tuple[Tensor, Tensor]:
     """One step of ``torch.nn.LSTMCell`` for inference, by the compiled kernel of the tensors' device.
 
-    A step of one sequence waits for its weights. With ``weight_ih`` and ``weight_hh`` in bfloat16 beside float32 for
-    everything else, half as many bytes come from memory; sums and states stay float32, and the weights are all that is
-    rounded (relative error up to 2 ** -9 each).
+    A step of one sequence is bound by the bytes of its weights. ``weight_ih`` and ``weight_hh`` in bfloat16 beside
+    float32 for everything else halve them. Only the weights are rounded then (relative error up to 2 ** -9 each); sums
+    and states stay float32.
 
     Args:
         input: (B, I).
@@ -79,7 +79,7 @@ def lstm_step(
         The next h and c, (B, H).
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit; a gradient is asked for; the compiled library is missing.
+        RuntimeError: shapes, dtypes or devices do not fit; a gradient is requested; the compiled library is missing.
     """
     if not _native.available():
         raise RuntimeError(f"lstm_step: {_native.why_not()}")
@@ -103,7 +103,7 @@ def run(
     Args:
         input: (B, I). hx: h and c, (B, H) each.
         weights: weight_ih (4H, I), weight_hh (4H, H), bias_ih and bias_hh (4H,) or None.
-        check: raises where input, h and c do not fit; not called for torch's own cell, which checks them itself.
+        check: raises if input, h and c do not fit; not called for torch's cell, which checks them.
         narrow: returns weight_ih and weight_hh in bfloat16, for a kernel that reads them beside float32.
 
     Returns:

@@ -16,7 +16,7 @@ class LSTMCellFunction(torch.autograd.Function):
     @staticmethod
     def forward(backend: str, gates: Tensor, c: Tensor):
         h, c_n, saved = implementation("lstm_cell", backend).forward(Cell(gates, c), True)
-        return h, c_n, *(t.view_as(t) if t is c_n else t for t in saved)  # no result is returned twice
+        return h, c_n, *(t.view_as(t) if t is c_n else t for t in saved)  # no tensor is returned twice
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -47,7 +47,7 @@ def _reference(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def apply(backend: str, cell: Cell) -> tuple[Tensor, Tensor]:
-    """Run on the named backend -> h, c_n (N, H). Records a backward only where a gradient can be asked for."""
+    """Run on the named backend -> h, c_n (N, H). Records a backward only if a gradient can be requested."""
     module = implementation("lstm_cell", backend)
     if hasattr(module, "run"):
         return module.run(cell)

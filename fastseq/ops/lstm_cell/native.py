@@ -1,6 +1,6 @@
 """The ``native`` backend of ``lstm_cell``: one compiled pass over the gates, on CPU and CUDA.
 
-Checks and arithmetic stand in csrc.
+csrc checks the arguments.
 """
 
 import torch
@@ -28,10 +28,10 @@ def backward(cell: Cell, saved: tuple[Tensor, ...], grads: Grads) -> tuple[Tenso
 
 
 def step(input: Tensor, hx: tuple[Tensor, Tensor], weights: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
-    """Both products and the cell in one pass over the weights, which are read in place; no gradients -> h, c.
+    """Both products and the cell in one pass over the weights, without packing them; no gradients -> h, c.
 
-    input: (B, I). hx: h and c, (B, H). weights: W_ih (4H, I) and W_hh (4H, H), also bfloat16 beside float32, b_ih (4H,)
-    or (B, 4H) and b_hh (4H,), or None.
+    input: (B, I). hx: h and c, (B, H). weights: W_ih (4H, I) and W_hh (4H, H), optionally bfloat16 beside float32; b_ih
+    (4H,) or (B, 4H), and b_hh (4H,), or None.
     """
     (h, c), (weight_ih, weight_hh, bias_ih, bias_hh) = hx, weights
     return _native.operators.lstm_step.default(

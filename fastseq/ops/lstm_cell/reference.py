@@ -1,4 +1,4 @@
-"""The LSTM cell in plain torch: the definition of right, with a hand-written backward.
+"""The LSTM cell in plain torch: the definition of the op, with an explicit backward.
 
 Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; gate order i, f, g, o as in ``torch.nn.LSTM``.
 """
@@ -17,7 +17,7 @@ def unsupported(call) -> str | None:
 
 
 def forward(cell: Cell, need_backward: bool) -> Result:
-    """Differentiable; computed in float32 at least. Saved: activations (N, 4H) and c_n (N, H), both wide."""
+    """Differentiable. Saved, in float32 at least: activations (N, 4H) and c_n (N, H)."""
     gates, c = cell
     wide = torch.promote_types(c.dtype, torch.float32)
     i, f, g, o = gates.to(wide).chunk(4, dim=-1)

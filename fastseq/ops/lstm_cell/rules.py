@@ -1,7 +1,7 @@
-"""The rules by which ``auto`` chooses the backend of ``lstm_cell``, and the call that skips them.
+"""The rules by which ``auto`` chooses the backend of ``lstm_cell``, and the fast path that skips them.
 
-Ratios are the time of the torch backend over the time of the row's backend, by ``fastseq bench`` on a Xeon (Emerald
-Rapids, AVX-512) and an EPYC (Zen 4), with 1 and 2 threads.
+A ratio is the time of the torch backend over the time of the row's backend, measured by ``fastseq bench`` on a Xeon
+(Emerald Rapids, AVX-512) and an EPYC (Zen 4) with 1 and 2 threads.
 """
 
 import torch
@@ -33,7 +33,7 @@ def inference(call) -> bool:
 
 
 def from_gates(call) -> bool:
-    """The pointwise part alone: the gates were computed before."""
+    """The pointwise part alone, from given gates."""
     return not call.with_gemms
 
 
@@ -66,13 +66,13 @@ RULES = (
 
 
 def trains_on_torch(weight: torch.Tensor, backend: str | None) -> bool:
-    """True for a step of LSTMCell that trains under ``auto``: RULES give each such call to the torch backend.
+    """True for a training step of LSTMCell under ``auto``: RULES send every such call to the torch backend.
 
-    ``FAST_STEP`` runs it then: describing the call and selecting take 3 % of a short step.
+    The caller then runs ``FAST_STEP``, because the call record and the selection take 3 % of a short step.
     ``test_auto_gives_cells_that_train_to_torch`` holds this to RULES.
     """
     recorded = weight.requires_grad and torch.is_grad_enabled() and takes_auto(backend)
     return recorded and (torch.compiler.is_compiling() or peek_transform() is None)
 
 
-FAST_STEP = torch._VF.lstm_cell  # (input, (h, c), *weights); it checks its arguments itself
+FAST_STEP = torch._VF.lstm_cell  # (input, (h, c), *weights); it checks its arguments

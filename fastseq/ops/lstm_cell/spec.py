@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class LSTMCellCall(NamedTuple):
-    """The facts of one ``lstm_cell`` call that decide its backend. ``batch`` is None in a traced graph.
+    """The properties of one ``lstm_cell`` call that decide its backend. ``batch`` is None in a traced graph.
 
-    ``with_gemms``: the gates are computed in the same call (LSTMCell). ``device_index``: of several GPUs; None is the
-    current one.
+    ``with_gemms``: the call computes the gates, too (LSTMCell). ``device_index``: the GPU's index, None for the current
+    one.
     """
 
     device: str
@@ -31,7 +31,7 @@ class Cell(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The next states, and the tensors for ``backward`` in the backend's own layout."""
+    """The next states, and the tensors for ``backward`` in the backend's layout."""
 
     h: Tensor  # (N, H)
     c: Tensor  # (N, H)
@@ -39,7 +39,7 @@ class Result(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """The gradients of the next states; None where the loss does not depend on one."""
+    """The gradients of the next states; None if the loss does not depend on one."""
 
     h: Tensor | None  # (N, H)
     c: Tensor | None  # (N, H)

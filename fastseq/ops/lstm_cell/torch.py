@@ -21,5 +21,5 @@ def run(cell: Cell) -> tuple[Tensor, Tensor]:
 
 
 def run_step(input: Tensor, hx: tuple[Tensor, Tensor], weights: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
-    """The whole cell as nn.LSTMCell runs it, with its checks: input (B, I), h and c (B, H) -> the next h and c."""
+    """The whole cell with the checks of nn.LSTMCell: input (B, I), h and c (B, H) -> the next h and c."""
     return _vf_lstm_cell(input, hx, *weights)
