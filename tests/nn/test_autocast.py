@@ -13,7 +13,7 @@ from fastseq import LSTM, Attention, LSTMCell, dispatch, ops
 from fastseq.dispatch import select
 from fastseq.ops.lstm import native_cuda
 from fastseq.ops.lstm import torch as torch_backend
-from fastseq.ops.lstm.spec import LSTMCall
+from fastseq.ops.lstm.spec import LSTMCall, Stack
 from fastseq.ops.lstm.torch import runs_under_autocast
 from fastseq.testing.numerics import compare, evaluate
 
@@ -35,7 +35,7 @@ def run(module, x, form, hx=None, autocast=None):
         return flat(module(x, hx))
 
 
-@pytest.mark.parametrize("backend", ["auto", *serving_lstm(dtype=torch.bfloat16, autocast=True)])
+@pytest.mark.parametrize("backend", ["auto", *serving_lstm(dtype=torch.bfloat16, autocast=True, fused=True)])
 @pytest.mark.parametrize(("form", "batch"), [("padded", 8), ("padded", 2), ("packed", 8)])
 def test_results_and_gradients_are_as_accurate_as_those_of_nn_lstm(backend, form, batch):
     theirs, ours = pair(8, 32, 2, backend=backend)
@@ -75,15 +75,13 @@ def test_result_dtypes_are_those_of_nn_lstm(backend, form, dtype):
         except RuntimeError:  # this oneDNN lacks the dtype
             assert backend == "torch" or run(ours, x, form, hx, dtype)
             continue
-        if backend == "torch" and not runs_under_autocast(dtype) and form in ("padded", "one length"):
-            continue  # torch computes op by op from an input in float16, which the torch backend does not distinguish
         for a, b in zip(run(ours, x, form, hx, dtype), expected, strict=True):
             assert a.dtype == b.dtype, (weights, input, h0, c0)
         compared += 1
     assert compared > 0 or form in ("padded", "one length")
 
 
-@pytest.mark.parametrize("backend", ["auto", *serving_lstm(dtype=torch.bfloat16, autocast=True)])
+@pytest.mark.parametrize("backend", ["auto", *serving_lstm(dtype=torch.bfloat16, autocast=True, fused=True)])
 def test_lengths_give_the_dtypes_of_packing_whatever_their_values(backend):
     theirs, ours = pair(4, 5, backend=backend)
     x = torch.randn(7, 8, 4)
@@ -121,7 +119,7 @@ def test_auto_takes_under_autocast_what_the_same_call_in_16_bits_takes(monkeypat
         call = LSTMCall("cpu", torch.bfloat16, 4, 5, batch=2, steps=7)
         call = call._replace(**dict(zip(changes, values, strict=True)))
         explicit = select("lstm", "auto", call)
-        assert select("lstm", "auto", call._replace(autocast=True)) == explicit, call
+        assert select("lstm", "auto", call._replace(autocast=True, fused=True)) == explicit, call
         taken.add(explicit)
     assert taken >= {"torch", "native" if "native" in BACKENDS else "reference"}
 
@@ -133,19 +131,18 @@ def test_a_module_under_autocast_is_served_as_in_bfloat16():
     with torch.autocast("cpu", torch.bfloat16), dispatch.record() as choices:
         module(x)
     assert [c.backend for c in choices] == [c.backend for c in explicit]
-    assert choices[0].call == explicit[0].call._replace(autocast=True)
+    assert choices[0].call == explicit[0].call._replace(autocast=True, fused=True)
 
 
 def test_auto_leaves_torch_where_onednn_lacks_the_dtype(monkeypatch):
     monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda dtype: False)
-    call = LSTMCall("cpu", torch.bfloat16, 4, 5, batch=40, steps=7, autocast=True)
+    call = LSTMCall("cpu", torch.bfloat16, 4, 5, batch=40, steps=7, autocast=True, fused=True)
     assert select("lstm", "auto", call) == ("native" if "native" in BACKENDS else "reference")
     with pytest.raises(RuntimeError, match=r"bfloat16, which oneDNN does not have .* use backend='native'"):
         select("lstm", "torch", call)
-    for changes in (dict(packed=True), dict(proj_size=2)):  # these run op by op
-        assert select("lstm", "torch", call._replace(**changes)) == "torch"
-    for changes in (dict(packed=True, one_length=True), dict(lengths=True)):  # torch runs one length as if padded
-        assert select("lstm", "auto", call._replace(**changes)) != "torch"
+    for changes in (dict(packed=True), dict(proj_size=2)):
+        assert select("lstm", "torch", call._replace(**changes, fused=False)) == "torch"
+    assert select("lstm", "auto", call._replace(lengths=True, fused=False)) != "torch"  # they may be equal
 
 
 @pytest.mark.parametrize("cudnn", [torch.float16, torch.bfloat16], ids=str)
@@ -159,15 +156,17 @@ def test_on_cuda_the_dtype_is_the_one_in_which_torch_computes(cudnn, monkeypatch
 
     monkeypatch.setattr(torch_backend, "_vf_lstm", kernel)
     zeros = torch.zeros
-    monkeypatch.setattr(torch_backend.torch, "zeros", lambda shape, device, dtype: zeros(shape, dtype=dtype))
+    monkeypatch.setattr(torch_backend.torch, "zeros", lambda shape, dtype, device: zeros(shape))
     torch_backend._autocast_result.cache_clear()
     with torch.autocast("cuda", torch.bfloat16, enabled=True):
         for _ in range(2):
             assert torch_backend.autocast_compute_dtype("cuda", torch.float32) == cudnn
     assert calls == [torch.float32]  # once per process
     torch_backend._autocast_result.cache_clear()
-    call = LSTMCall("cuda", cudnn, 4, 5, packed=True, autocast=True)
-    assert torch_backend.autocast_result_dtypes(call, torch.float32, torch.float32) == (cudnn,) * 3
+    stack = Stack(torch.empty(7, 4, device="meta"), *[torch.empty(1, 2, 5, device="meta")] * 2, (), proj_size=2)
+    assert torch_backend.fused_under_autocast(stack, cudnn)
+    call = LSTMCall("cuda", cudnn, 4, 5, packed=True, autocast=True, fused=True)
+    assert torch_backend.autocast_result_dtypes(call, torch.float32) == (cudnn,) * 3
 
 
 @backends
@@ -188,6 +187,15 @@ def test_float64_stays_float64(backend, form):
     x = torch.randn(7, 8, 4, dtype=torch.float64)
     actual, expected = (run(module, x, form, autocast=torch.bfloat16) for module in (ours, theirs))
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", *serving_lstm(dtype=torch.bfloat16, autocast=True, fused=True)])
+def test_a_compiled_module_has_the_dtypes_of_the_eager_one(backend):
+    ours, x = LSTM(4, 5, backend=backend), torch.randn(3, 2, 4)
+    torch._dynamo.reset()
+    actual = run(torch.compile(ours, backend="eager", fullgraph=True), x, "padded", autocast=torch.bfloat16)
+    assert {t.dtype for t in actual} == {torch.bfloat16}
+    torch.testing.assert_close(actual, run(ours, x, "padded", autocast=torch.bfloat16), rtol=0, atol=0.02)
 
 
 def test_the_op_has_the_dtypes_of_the_module():

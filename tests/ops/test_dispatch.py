@@ -75,8 +75,9 @@ def test_auto_follows_the_measurements():
     assert chosen("lstm", padded) == ("native" if wide else "torch")
     assert chosen("lstm", padded._replace(batch=4)) == "native"
     assert chosen("lstm", padded._replace(device="cuda")) == "torch"
-    autocast = padded._replace(autocast=True, dtype=torch.bfloat16)
-    assert chosen("lstm", autocast) == ("torch" if runs_under_autocast(torch.bfloat16) else "native")
+    explicit = padded._replace(dtype=torch.bfloat16)
+    autocast = explicit._replace(autocast=True, fused=True)
+    assert chosen("lstm", autocast) == (chosen("lstm", explicit) if runs_under_autocast(torch.bfloat16) else "native")
     assert chosen("lstm", padded._replace(proj_size=3)) == "torch"
     for changes in (dict(packed=True), dict(lengths=True), dict(dtype=torch.float16)):
         assert chosen("lstm", padded._replace(**changes)) == "native"
@@ -117,6 +118,29 @@ def test_a_cell_that_trains_takes_the_short_path_only_under_auto(monkeypatch):
     cell.backend = "reference"
     cell(x)
     assert selected == ["auto", "auto", "reference"]
+
+
+@needs_native
+@pytest.mark.parametrize("option", ["plain", "strided", "gradient", "named", "use_backend", "double", "1-D"])
+def test_the_fast_update_takes_the_backend_of_the_rules(option, monkeypatch):
+    gates, c = torch.randn(3, 20), torch.randn(3, 5)
+    gates, c = {
+        "strided": (torch.randn(20, 3).t(), c),
+        "double": (gates.double(), c.double()),
+        "1-D": (gates[0], c[0]),
+    }.get(option, (gates, c))
+    named = {"backend": "reference"} if option == "named" else {}
+    with torch.set_grad_enabled(option == "gradient"):
+        with dispatch.record() as choices:  # takes no fast path
+            expected = fastseq.ops.lstm_cell(gates, c, **named)
+        selected = []
+        monkeypatch.setattr(cell_api, "select", lambda *args: selected.append(args) or choices[0].backend)
+        with fastseq.use_backend("native" if option == "use_backend" else "auto"):
+            actual = fastseq.ops.lstm_cell(gates, c, **named)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert bool(selected) == (option not in ("plain", "strided"))
+    if not selected:
+        assert choices[0].backend == "native"
 
 
 @pytest.mark.parametrize(

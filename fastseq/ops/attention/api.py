@@ -8,7 +8,7 @@ from fastseq.dispatch import implementation, select, takes_auto
 from fastseq.ops.attention.function import apply
 from fastseq.ops.attention.rules import fast_path
 from fastseq.ops.attention.spec import AttentionCall, Inputs, Keys, Prepared, version
-from fastseq.ops.common.autocast import cast_inputs
+from fastseq.ops.common.autocast import cast_inputs, casts
 from fastseq.ops.common.checks import as_lengths, readable
 from fastseq.ops.common.dtypes import accumulate_dtype
 
@@ -33,7 +33,7 @@ def prepare_keys(keys: Tensor, *, score: str, lengths: Tensor | None = None, bac
         score, lengths, backend: as in the later calls. Without lengths (B,), NaN or large numbers in the padding make
             those calls as slow as without prepared terms.
     """
-    if score not in ADDITIVE or torch.compiler.is_compiling() or keys.dim() != 3 or cast_inputs(keys)[0] is not keys:
+    if score not in ADDITIVE or torch.compiler.is_compiling() or keys.dim() != 3 or casts(keys):
         return Keys(keys)
     call = AttentionCall(
         score="additive",

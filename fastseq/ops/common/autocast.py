@@ -13,6 +13,12 @@ def autocast_enabled(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
+def casts(t: Tensor) -> bool:
+    """True if autocast is on and :func:`cast_inputs` would cast ``t``."""
+    device = t.device.type
+    return autocast_enabled(device) and t.dtype not in (torch.float64, torch.get_autocast_dtype(device))
+
+
 def cast_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast: floating-point tensors in the autocast dtype, except float64. Otherwise unchanged."""
     device = tensors[0].device.type

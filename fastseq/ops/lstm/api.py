@@ -97,7 +97,7 @@ def run(stack: Stack, cell_states: bool, backend: str | None) -> tuple[Tensor, T
     results = (*module.run(stack), None) if hasattr(module, "run") else _run(chosen, call, stack, cell_states)
     if not call.autocast:
         return results
-    dtypes = implementation("lstm", "torch").autocast_result_dtypes(call, stack.input.dtype, stack.c0.dtype)
+    dtypes = implementation("lstm", "torch").autocast_result_dtypes(call, stack.c0.dtype)
     dtypes = (*dtypes, dtypes[-1])
     return tuple(t if t is None else t.to(dtype) for t, dtype in zip(results, dtypes, strict=True))
 
@@ -144,10 +144,11 @@ def describe(stack: Stack, cell_states: bool) -> LSTMCall:
     """The record by which rules and backends judge the call."""
     compiling, packed = torch.compiler.is_compiling(), stack.batch_sizes is not None
     input, device = stack.input, stack.input.device
-    autocast, dtype = autocast_enabled(device.type) and input.dtype != torch.float64, input.dtype
+    autocast, fused, dtype = autocast_enabled(device.type) and input.dtype != torch.float64, False, input.dtype
     if autocast:
-        dtype = implementation("lstm", "torch").autocast_compute_dtype(device.type, dtype)
-    one_length = autocast and packed and not compiling and bool(stack.batch_sizes[0] == stack.batch_sizes[-1])
+        torch_backend = implementation("lstm", "torch")
+        dtype = torch_backend.autocast_compute_dtype(device.type, dtype)
+        fused = torch_backend.fused_under_autocast(stack, dtype)
     steps = stack.batch_sizes.size(0) if packed else input.size(1 if stack.batch_first else 0)
     tensors = (input, stack.h0, stack.c0, *stack.weights)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -163,7 +164,7 @@ def describe(stack: Stack, cell_states: bool) -> LSTMCall:
         return_cell_states=cell_states,
         requires_grad=needs_grad,
         autocast=autocast,
-        one_length=one_length,
+        fused=fused,
         batch=None if compiling else stack.c0.size(-2),
         steps=None if compiling else steps,
         compiling=compiling,

@@ -35,8 +35,8 @@ def unsupported(call) -> str | None:
             "lstm: the torch backend cannot run under torch.func.vmap (torch has no batching rule for its LSTM); "
             "use backend='native' or 'reference'."
         )
-    by_steps = call.proj_size or (call.packed and not call.one_length)  # op by op, in every dtype
-    if call.autocast and call.device == "cpu" and not by_steps and not runs_under_autocast(call.dtype):
+    may_be_fused = call.fused or call.lengths  # torch runs equal lengths as a padded batch
+    if call.autocast and call.device == "cpu" and may_be_fused and not runs_under_autocast(call.dtype):
         return (
             f"lstm: under autocast torch calls oneDNN's LSTM in {str(call.dtype).removeprefix('torch.')}, which oneDNN "
             "does not have on this processor; use backend='native' or 'reference'."
@@ -59,30 +59,43 @@ def autocast_compute_dtype(device: str, input: torch.dtype) -> torch.dtype:
     return (_autocast_result(device, autocast, input) or autocast) if device == "cuda" else autocast
 
 
-def autocast_result_dtypes(call: LSTMCall, input: torch.dtype, c0: torch.dtype) -> tuple[torch.dtype, ...]:
-    """The dtypes of nn.LSTM's output, h_n and c_n under autocast, for an input and a c_0 of these dtypes.
+def fused_under_autocast(stack: Stack, dtype: torch.dtype) -> bool:
+    """True if nn.LSTM, which multiplies in ``dtype``, runs the call under autocast by oneDNN or cuDNN, not op by op."""
+    if stack.input.device.type != "cpu":
+        return True
+    if stack.proj_size or stack.lengths is not None:
+        return False
+    if torch.compiler.is_compiling():
+        if stack.batch_sizes is not None:
+            return False
+    elif stack.input.numel() == 0 or (stack.batch_sizes is not None and stack.batch_sizes[0] != stack.batch_sizes[-1]):
+        return False  # equal lengths run as a padded batch
+    return _autocast_result("cpu", dtype, stack.input.dtype) != torch.float32
 
-    oneDNN and cuDNN return the dtype in which they compute, ``call.dtype``. All other calls on CPU run op by op: the
-    products are in ``call.dtype``, the cell state and h in the wider of it and the dtype of c_0.
+
+def autocast_result_dtypes(call: LSTMCall, c0: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The dtypes of nn.LSTM's output, h_n and c_n under autocast, for a c_0 of dtype ``c0``.
+
+    oneDNN and cuDNN return the dtype in which they compute, ``call.dtype``. Op by op, the products are in
+    ``call.dtype``, the cell state and h in the wider of it and ``c0``; a projection is a product.
     """
-    by_steps = (call.packed and not call.one_length) or call.lengths or call.proj_size or call.batch == 0
-    fused = input in (torch.float32, torch.bfloat16) and not by_steps
-    c_n = call.dtype if fused or call.device != "cpu" else torch.promote_types(call.dtype, c0)
+    c_n = call.dtype if call.fused else torch.promote_types(call.dtype, c0)
     h_n = call.dtype if call.proj_size else c_n
     return h_n, h_n, c_n
 
 
 @functools.cache
 def _autocast_result(device: str, autocast: torch.dtype, input: torch.dtype) -> torch.dtype | None:
-    """The output dtype of the smallest nn.LSTM under autocast, or None if it raises.
+    """The output dtype of the smallest nn.LSTM under autocast, with states in float32, or None if it raises.
 
-    Found by one call per process and combination: it depends on the processor and the versions of torch and cuDNN.
+    Op by op it is float32. Found by one call per process and combination: it depends on the processor and the versions
+    of torch and cuDNN.
     """
     shapes = ((1, 1, 1), (1, 1, 1), (4, 1), (4, 1))
-    x, state, *weights = (torch.zeros(shape, device=device, dtype=input) for shape in shapes)
+    x, state, *weights = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
     try:
         with torch.no_grad(), torch.autocast(device, autocast):
-            return _vf_lstm(x, (state, state), weights, False, 1, 0.0, True, False, False)[0].dtype
+            return _vf_lstm(x.to(input), (state, state), weights, False, 1, 0.0, True, False, False)[0].dtype
     except RuntimeError:
         return None
 
