@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq import _native
-from fastseq.dispatch import implementation, select
+from fastseq.dispatch import implementation, select, takes_auto
 from fastseq.ops.common.autograd import peek_transform, vmapped
 from fastseq.ops.lstm_cell.function import apply
+from fastseq.ops.lstm_cell.rules import fast_update
 from fastseq.ops.lstm_cell.spec import Cell, LSTMCellCall
 
 
@@ -31,6 +32,10 @@ def lstm_cell(gates: Tensor, c: Tensor, *, backend: str | None = None) -> tuple[
         RuntimeError: shapes or devices do not fit; or the requested backend cannot serve this call.
         ValueError: unknown backend name.
     """
+    if takes_auto(backend):
+        result = fast_update(gates, c)
+        if result is not None:
+            return result
     if gates.shape[:-1] != c.shape[:-1] or gates.dim() == 0 or gates.size(-1) != 4 * c.size(-1):
         raise RuntimeError(
             f"lstm_cell: gates must have shape (..., 4H) for a cell state of shape (..., H), "

@@ -19,6 +19,11 @@ def forward(cell: Cell, need_backward: bool) -> Result:
     return Result(h, c_n, (activations, c_n))
 
 
+def update(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """h and c_n for inference, from gates (N, 4H) and c (N, H)."""
+    return _native.operators.lstm_cell_forward.default(gates.contiguous(), c.contiguous())[:2]
+
+
 def backward(cell: Cell, saved: tuple[Tensor, ...], grads: Grads) -> tuple[Tensor, Tensor]:
     """-> grad_gates (N, 4H), grad_c (N, H)."""
     activations, c_n = saved

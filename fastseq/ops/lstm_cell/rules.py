@@ -5,9 +5,13 @@ A ratio is the time of the torch backend over the time of the row's backend, mea
 """
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
+from fastseq import _native
 from fastseq.dispatch import Rule, takes_auto
 from fastseq.ops.common.autograd import peek_transform
+from fastseq.ops.lstm_cell import native
 
 XEON_AND_ZEN4 = "benchmarks/results/cpu-xeon-1thread.json, benchmarks/results/cpu-zen4-1thread.json"
 
@@ -65,7 +69,26 @@ RULES = (
 )
 
 
-def trains_on_torch(weight: torch.Tensor, backend: str | None) -> bool:
+def fast_update(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor] | None:
+    """h and c_n of a plain update by ``native``, without call record and RULES; None for every other call.
+
+    Plain: float32 gates (N, 4H) and c (N, H) on the CPU; no gradient, trace or transform.
+    ``test_the_fast_update_takes_the_backend_of_the_rules`` holds this to RULES.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0 or peek_transform():
+        return None
+    plain = (
+        gates.dtype == c.dtype == torch.float32
+        and gates.is_cpu
+        and c.is_cpu
+        and c.dim() == 2
+        and gates.shape == (c.shape[0], 4 * c.shape[1])
+        and _native.available()
+    )
+    return native.update(gates, c) if plain else None
+
+
+def trains_on_torch(weight: Tensor, backend: str | None) -> bool:
     """True for a training step of LSTMCell under ``auto``: RULES send every such call to the torch backend.
 
     The caller then runs ``FAST_STEP``, because the call record and the selection take 3 % of a short step.
