@@ -122,7 +122,8 @@ class Attention(nn.Module):
             )
         score, weight, gain = "dot", None, None
         if self.score in ADDITIVE:
-            score, weight, gain = self.score, self.v, getattr(self, "gain", None)
+            score, weight = self.score, self.v
+            gain = self.gain if score == "normed_additive" else None
             query = self.query_proj(query)
         return attention(
             query,

@@ -139,7 +139,7 @@ class LSTM(nn.RNNBase):
                 requested backend cannot serve this call.
         """
         packed = isinstance(input, PackedSequence)
-        weights = self._weights()
+        weights = self.current_weights()
         if packed:
             data, batch_sizes, sorted_indices, unsorted_indices = input
             hx = self._packed_state(data, batch_sizes, hx, sorted_indices, weights[0])
@@ -230,7 +230,7 @@ class LSTM(nn.RNNBase):
         _check_placement(input, hx, weight)
         return input, hx, batched
 
-    def _weights(self) -> tuple[Tensor, ...]:
+    def current_weights(self) -> tuple[Tensor, ...]:
         """The current weights in the order of ``_flat_weights``; each parametrisation is evaluated once."""
         parameters = self._parameters  # getattr, which computed weights need, takes ten times as long
         return tuple(

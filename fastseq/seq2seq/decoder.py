@@ -139,11 +139,10 @@ class Decoder(nn.Module):
         return h_next, c_next, vector, weights
 
     def _layers(self) -> list[_Layer]:
-        layers = []
+        weights, layers = self.lstm.current_weights(), []
+        device = weights[0].device.type
         for k in range(self.lstm.num_layers):
-            names = (f"{name}_l{k}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-            weight_ih, weight_hh, bias_ih, bias_hh = (getattr(self.lstm, name) for name in names)
-            device = weight_hh.device.type
+            weight_ih, weight_hh, bias_ih, bias_hh = weights[4 * k : 4 * k + 4]
             size = self.embedding.embedding_dim if k == 0 else 0
             tensors = (weight_ih[:, :size], weight_ih[:, size:], weight_hh, bias_ih + bias_hh)
             if device != "meta" and torch.is_autocast_enabled(device):  # cast once here, not at every step

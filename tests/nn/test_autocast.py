@@ -116,7 +116,7 @@ def test_auto_takes_under_autocast_what_the_same_call_in_16_bits_takes(monkeypat
     }
     taken = set()
     for values in itertools.product(*changes.values()):
-        call = LSTMCall("cpu", torch.bfloat16, 4, 5, batch=2, steps=7)
+        call = LSTMCall("cpu", torch.bfloat16, 4, 5, batch=2, steps=7)  # of fewer steps, see the next test
         call = call._replace(**dict(zip(changes, values, strict=True)))
         explicit = select("lstm", "auto", call)
         assert select("lstm", "auto", call._replace(autocast=True, fused=True)) == explicit, call
@@ -124,8 +124,25 @@ def test_auto_takes_under_autocast_what_the_same_call_in_16_bits_takes(monkeypat
     assert taken >= {"torch", "native" if "native" in BACKENDS else "reference"}
 
 
+@pytest.mark.skipif("native" not in BACKENDS, reason="the compiled operators are not part of this install")
+def test_short_calls_that_train_take_the_casts_that_torch_caches(monkeypatch):
+    monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda dtype: True)
+    call = LSTMCall("cpu", torch.bfloat16, 4, 5, batch=2, steps=4, autocast=True, fused=True, requires_grad=True)
+    assert select("lstm", "auto", call) == "torch"
+    changes = (
+        dict(steps=5),
+        dict(requires_grad=False),
+        dict(autocast=False, fused=False),
+        dict(packed=True, fused=False),
+    )
+    assert [select("lstm", "auto", call._replace(**c)) for c in changes] == ["native"] * 4
+    monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda dtype: False)
+    dispatch.forget()
+    assert select("lstm", "auto", call) == "native"
+
+
 def test_a_module_under_autocast_is_served_as_in_bfloat16():
-    module, x = LSTM(4, 5), torch.randn(3, 2, 4)
+    module, x = LSTM(4, 5), torch.randn(7, 2, 4)
     with dispatch.record() as explicit:
         copy.deepcopy(module).bfloat16()(x.bfloat16())
     with torch.autocast("cpu", torch.bfloat16), dispatch.record() as choices:
@@ -157,12 +174,12 @@ def test_on_cuda_the_dtype_is_the_one_in_which_torch_computes(cudnn, monkeypatch
     monkeypatch.setattr(torch_backend, "_vf_lstm", kernel)
     zeros = torch.zeros
     monkeypatch.setattr(torch_backend.torch, "zeros", lambda shape, dtype, device: zeros(shape))
-    torch_backend._autocast_result.cache_clear()
+    torch_backend._run_smallest.cache_clear()
     with torch.autocast("cuda", torch.bfloat16, enabled=True):
         for _ in range(2):
             assert torch_backend.autocast_compute_dtype("cuda", torch.float32) == cudnn
     assert calls == [torch.float32]  # once per process
-    torch_backend._autocast_result.cache_clear()
+    torch_backend._run_smallest.cache_clear()
     stack = Stack(torch.empty(7, 4, device="meta"), *[torch.empty(1, 2, 5, device="meta")] * 2, (), proj_size=2)
     assert torch_backend.fused_under_autocast(stack, cudnn)
     call = LSTMCall("cuda", cudnn, 4, 5, packed=True, autocast=True, fused=True)

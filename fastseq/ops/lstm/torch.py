@@ -84,13 +84,22 @@ def autocast_result_dtypes(call: LSTMCall, c0: torch.dtype) -> tuple[torch.dtype
     return h_n, h_n, c_n
 
 
-@functools.cache
 def _autocast_result(device: str, autocast: torch.dtype, input: torch.dtype) -> torch.dtype | None:
     """The output dtype of the smallest nn.LSTM under autocast, with states in float32, or None if it raises.
 
-    Op by op it is float32. Found by one call per process and combination: it depends on the processor and the versions
-    of torch and cuDNN.
+    Op by op it is float32. The answer depends on the processor and the versions of torch and cuDNN.
     """
+    return _run_smallest(device, autocast, input)
+
+
+_autocast_result._dynamo_marked_constant = (
+    True  # TorchDynamo calls it instead of tracing it; it traces cached functions
+)
+
+
+@functools.cache
+def _run_smallest(device: str, autocast: torch.dtype, input: torch.dtype) -> torch.dtype | None:
+    """One call per process and combination; see ``_autocast_result``."""
     shapes = ((1, 1, 1), (1, 1, 1), (4, 1), (4, 1))
     x, state, *weights = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
     try:
@@ -98,9 +107,6 @@ def _autocast_result(device: str, autocast: torch.dtype, input: torch.dtype) -> 
             return _vf_lstm(x.to(input), (state, state), weights, False, 1, 0.0, True, False, False)[0].dtype
     except RuntimeError:
         return None
-
-
-_autocast_result._dynamo_marked_constant = True  # TorchDynamo calls it instead of tracing it
 
 
 def run(stack: Stack) -> tuple[Tensor, Tensor, Tensor]:
