@@ -231,7 +231,7 @@ def _callers(root: torch.nn.Module, choices: list[Choice]) -> Iterator[list[str]
     handles = []
     for path, module in root.named_modules():
         handles.append(module.register_forward_pre_hook(functools.partial(enter, path)))
-        handles.append(module.register_forward_hook(leave))
+        handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield callers
     finally:
