@@ -1,18 +1,22 @@
 """Builds the compiled operators ahead of time; all metadata is in pyproject.toml.
 
-FASTSEQ_NATIVE=0 leaves them out, FASTSEQ_NATIVE=1 turns a missing compiler into an error.
-Without either they are built where a C++ compiler is found. FASTSEQ_CXXFLAGS are flags for the compiler, after our own.
+FASTSEQ_NATIVE=0 leaves the operators out, FASTSEQ_NATIVE=1 turns a missing compiler into an error.
+Unset, they are built if a C++ compiler is found. FASTSEQ_CXXFLAGS are appended to the compiler's flags.
 
-The CUDA kernels are built too where nvcc is found (CUDA_HOME, PATH, /usr/local/cuda), with or without a GPU, beside a
-CPU build of torch as well. FASTSEQ_CUDA=0 leaves them out, FASTSEQ_CUDA=1 turns a missing nvcc into an error.
-TORCH_CUDA_ARCH_LIST names the architectures.
+The CUDA kernels are built if a usable nvcc is found (CUDA_HOME, PATH, /usr/local/cuda, pip's nvidia-cuda-nvcc), with or
+without a GPU, beside a CPU build of torch as well. FASTSEQ_CUDA=0 leaves them out, FASTSEQ_CUDA=1 turns a missing or
+unusable nvcc into an error. TORCH_CUDA_ARCH_LIST names the architectures; FASTSEQ_NVCCFLAGS are appended to its flags.
 
 FASTSEQ_CPU_KERNELS="avx2" builds the CPU kernels of these instruction sets only (a list of baseline, avx2, avx512 and
 avx512_bf16; unset: all), for a short build on one machine. The library then runs the widest of them that the processor
 has, and its import fails where there is none. avx512_bf16 includes avx512, which has the kernels of all other types.
+
+MAX_JOBS limits the compilers that run at once. fastseq/_build.json records what was left out, and why; `fastseq info`
+shows it.
 """
 
-import hashlib
+import functools
+import json
 import os
 import re
 import shlex
@@ -20,13 +24,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT))  # a build front end does not put it there
+from build_support import compile, cuda  # noqa: E402
+
 SWITCHES = ("", "0", "1")
 FLAGS = [
     "-O3",
@@ -40,9 +46,9 @@ FLAGS = [
     "-Wno-psabi",
 ]
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")  # of the CPU kernels: csrc/cpu/isa/*.cpp
-NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-warn-spills"]
-CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # Ampere and Hopper; what is newer compiles the PTX when it loads the library
 TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that the built library loads in
+SMALLEST_COMPILERS = {"g++": 11, "clang++": 14}  # the oldest releases that were tried
+LEFT_OUT_OPERATORS, LEFT_OUT_CUDA = "compiled operators", "CUDA kernels"  # keys of _build.json, read by fastseq._native
 
 
 def switch(name: str) -> str:
@@ -59,6 +65,18 @@ def find_compiler() -> str | None:
     return next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
+def too_old(compiler: str) -> str | None:
+    """The sentence that refuses an old release of g++ or clang++, or None; other compilers are not judged."""
+    done = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True)
+    text = done.stdout.partition("\n")[0]
+    name = "clang++" if "clang" in text else "g++" if re.search(r"g\+\+|c\+\+|GCC", text) else None
+    release = re.search(r"(?:clang version |\) )(\d+)\.", text)
+    if name is None or release is None or "Apple" in text or int(release[1]) >= SMALLEST_COMPILERS[name]:
+        return None
+    return f"{compiler} is {name} {release[1]}; {name} {SMALLEST_COMPILERS[name]} or later is needed (set CXX)"
+
+
+@functools.cache
 def why_not_native() -> str | None:
     """The reason for leaving the compiled operators out, or None."""
     if switch("FASTSEQ_NATIVE") == "0":
@@ -69,7 +87,7 @@ def why_not_native() -> str | None:
         return "no C++ compiler was found (install g++ or clang++, or set CXX)"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python.h was not found (install the headers of this Python, such as python3-dev)"
-    return None
+    return too_old(find_compiler())
 
 
 def instruction_sets() -> list[str]:
@@ -85,103 +103,74 @@ def instruction_sets() -> list[str]:
     return [name for name in INSTRUCTION_SETS if not names or name in names]
 
 
-def find_cuda() -> Path | None:
-    """The folder of the CUDA toolkit whose nvcc is used, or None."""
-    on_path = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), on_path and Path(on_path).resolve().parents[1], "/usr/local/cuda"]
-    needed = ("bin/nvcc", "include/cuda_runtime.h")  # an nvcc on PATH may be a script that calls the real one
-    return next((Path(c) for c in candidates if c and all(Path(c, name).exists() for name in needed)), None)
-
-
-def why_not_cuda() -> str | None:
-    """The reason for leaving the CUDA kernels out, or None."""
+@functools.cache
+def find_cuda() -> tuple[cuda.Toolkit | None, str]:
+    """The toolkit that builds the CUDA kernels, tried on a small one; else None and the reason."""
+    if why_not_native():
+        return None, why_not_native()
     if switch("FASTSEQ_CUDA") == "0":
-        return "FASTSEQ_CUDA=0"
-    if find_cuda() is None:
-        return "no nvcc was found (install the CUDA toolkit, or set CUDA_HOME to its folder)"
-    return None
+        return None, "FASTSEQ_CUDA=0"
+    try:
+        toolkit = cuda.find_toolkit()
+        names, _ = cuda.architectures()
+        cuda.check(toolkit, tuple(names), find_compiler())
+    except cuda.Unusable as reason:
+        return None, str(reason)
+    return toolkit, ""
 
 
-def cuda_architectures() -> list[str]:
-    """From TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX" -> ["8.0", "9.0+PTX"]."""
-    names = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or CUDA_ARCHITECTURES)
-    for name in names:
-        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
-            raise SystemExit(
-                f"fastseq: TORCH_CUDA_ARCH_LIST names {name!r}; expected versions such as 8.0;9.0+PTX, from 8.0 on."
-            )
-        if float(re.match(r"[\d.]+", name)[0]) < 8.0:
-            raise SystemExit(
-                f"fastseq: the CUDA kernels need compute capability 8.0 (TORCH_CUDA_ARCH_LIST has {name})."
-            )
-    return names
+def left_out() -> dict[str, str]:
+    """What the build leaves out: the part and the reason."""
+    if reason := why_not_native():
+        return {LEFT_OUT_OPERATORS: reason}
+    parts = {}
+    if missing := [name for name in INSTRUCTION_SETS if name not in instruction_sets()]:
+        parts[f"CPU kernels for {', '.join(missing)}"] = f"FASTSEQ_CPU_KERNELS={os.environ['FASTSEQ_CPU_KERNELS']}"
+    toolkit, reason = find_cuda()
+    if toolkit is None:
+        parts[LEFT_OUT_CUDA] = reason
+    elif old := cuda.architectures()[1]:
+        parts[f"{LEFT_OUT_CUDA} for {', '.join(old)}"] = "they need compute capability 8.0"
+    return parts
 
 
-def generate_code(architectures: list[str]) -> list[str]:
-    """["8.0", "9.0+PTX"] -> the -gencode flags of nvcc."""
-    flags = []
-    for name in architectures:
-        number = name.removesuffix("+PTX").replace(".", "")
-        codes = [f"sm_{number}", *([f"compute_{number}"] if name.endswith("+PTX") else [])]
-        flags.append(f"-gencode=arch=compute_{number},code=[{','.join(codes)}]")
-    return flags
+def record(package: Path) -> None:
+    """Write fastseq/_build.json, which fastseq._native reads."""
+    toolkit, _ = find_cuda()
+    facts = {"left_out": left_out()}
+    if toolkit:
+        facts |= {"nvcc": toolkit.version, "driver": toolkit.driver}
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def files_of(source: Path, folders: Iterable[Path]) -> set[Path]:
-    """Return ``source`` and the files that it includes, transitively.
+class BuildPython(build_py):
+    """Adds _build.json to the package, and starts from an empty folder: a module that was deleted is not installed."""
 
-    Resolves ``#include "name"`` beside the including file and below ``folders``, in both branches of an #if.
-    """
-    folders, known, new = tuple(folders), set(), [source.resolve()]
-    while new:
-        path = new.pop()
-        if path in known:
-            continue
-        known.add(path)
-        for name in re.findall(r'^\s*#include "(.*)"', path.read_text(), re.MULTILINE):
-            candidates = ((folder / name).resolve() for folder in (path.parent, *folders))
-            new += [p for p in candidates if p.exists()][:1]
-    return known
+    def run(self):
+        package = ROOT / "fastseq" if self.editable_mode else Path(self.build_lib, "fastseq")
+        if not self.editable_mode:
+            shutil.rmtree(package, ignore_errors=True)
+        super().run()
+        record(package)
+        for part, reason in left_out().items():
+            print(f"fastseq: installing without the {part}: {reason}.", file=sys.stderr)
 
 
-def compile_cuda(architectures: list[str]) -> list[Path]:
-    """Compile every csrc/cuda/**/*.cu with nvcc -> the object files. They include no header of torch.
-
-    Objects are kept in build/cuda, named by the hash of all they are made of: the tests read the same ones.
-    """
-    folder, nvcc = ROOT / "build/cuda", str(find_cuda() / "bin/nvcc")
-    folder.mkdir(parents=True, exist_ok=True)
-    flags = [*NVCC_FLAGS, *generate_code(architectures), *shlex.split(os.environ.get("FASTSEQ_NVCCFLAGS", ""))]
-    version = subprocess.run([nvcc, "--version"], check=True, capture_output=True).stdout
-
-    def compile_one(source: Path) -> Path:
-        key = hashlib.sha256(" ".join(flags).encode() + version)
-        for path in sorted(files_of(source, [ROOT / "csrc"])):
-            key.update(path.read_bytes())
-        stem = "-".join(source.relative_to(ROOT / "csrc/cuda").with_suffix("").parts)
-        out = folder / f"{stem}-{key.hexdigest()[:16]}.o"
-        if not out.exists():
-            partial = out.with_suffix(f".{os.getpid()}.o")
-            command = [nvcc, *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(partial)]
-            print(shlex.join(command), flush=True)
-            subprocess.run(command, check=True)
-            partial.rename(out)
-        return out
-
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        return list(pool.map(compile_one, sorted(ROOT.glob("csrc/cuda/**/*.cu"))))
-
-
-def cuda_link_flags() -> list[str]:
-    """The CUDA runtime goes into the library: a machine without CUDA has none to load."""
-    home = find_cuda()
-    folder = next((home / name for name in ("lib64", "lib", f"targets/{os.uname().machine}-linux/lib")
-                   if (home / name / "libcudart_static.a").exists()), None)  # fmt: skip
-    if folder is None:
-        raise SystemExit(f"fastseq: {home} has nvcc but no libcudart_static.a; install all of the CUDA toolkit.")
-    # -ltorch: its libtorch_cuda, where there is one, has the current stream. The library must load without it, too.
-    return [f"-L{folder}", "-lcudart_static", "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL",
-            "-Wl,--no-as-needed", "-ltorch"]  # fmt: skip
+def config_header(folder: Path, torch_version: str) -> Path:
+    """Write build_config.h, which csrc/ops.cpp includes; an unchanged one keeps its time."""
+    toolkit, _ = find_cuda()
+    lines = [
+        f"#define FASTSEQ_BUILD_FLAGS {json.dumps(' '.join(FLAGS))}",
+        f"#define FASTSEQ_BUILD_TORCH {json.dumps(torch_version)}",
+        f"#define FASTSEQ_CUDA_ARCHITECTURES {json.dumps(' '.join(cuda.architectures()[0]) if toolkit else '')}",
+        f"#define FASTSEQ_WITH_CUDA {int(toolkit is not None)}",
+    ]
+    path, text = folder / "build_config.h", "\n".join(lines) + "\n"
+    if not path.exists() or path.read_text() != text:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return path
 
 
 def native_build() -> dict:
@@ -195,62 +184,92 @@ def native_build() -> dict:
             "Install torch>=2.11 first, or set FASTSEQ_NATIVE=0 to install without them."
         ) from error
 
-    os.environ["CXX"] = find_compiler()
-    cuda = why_not_cuda() is None
-    left_out = [name for name in INSTRUCTION_SETS if name not in instruction_sets()]
-    defines = [
-        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-        f'-DFASTSEQ_BUILD_FLAGS="{" ".join(FLAGS)}"',
-        f'-DFASTSEQ_BUILD_TORCH="{torch.__version__}"',
-        f'-DFASTSEQ_CUDA_ARCHITECTURES="{" ".join(cuda_architectures()) if cuda else ""}"',
-        f"-DFASTSEQ_WITH_CUDA={int(cuda)}",
-        f"-fmacro-prefix-map={ROOT}/=",  # paths in error messages are relative to the project, wherever it was built
-        *(f"-DFASTSEQ_WITHOUT_{name.upper()}" for name in left_out),  # read by csrc/cpu/isa/isa.h
-    ]
+    os.environ["CC"] = os.environ["CXX"] = find_compiler()  # distutils takes one or the other for C++
+    left_out_sets = [name for name in INSTRUCTION_SETS if name not in instruction_sets()]
+    without = {ROOT / f"csrc/cpu/isa/{name}.cpp" for name in left_out_sets}
 
     class Build(BuildExtension):
+        """Torch decides the compiler's flags; build_support.compile runs the commands, nvcc's among them."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"use_ninja": False})
+
+        def finalize_options(self):
+            super().finalize_options()
+            self.force = True  # compile_all decides; distutils would keep a library that was built with other switches
+
+        def run(self):
+            super().run()
+            record(Path(self.get_ext_fullpath("fastseq._C")).parent)
+
         def build_extensions(self):
+            extension = self.extensions[0]
+            extension.include_dirs.append(str(config_header(Path(self.build_temp), torch.__version__).parent))
+            extension.sources = sorted(
+                str(path.relative_to(ROOT))
+                for path in ROOT.glob("csrc/**/*.cpp")
+                if path not in without and (find_cuda()[0] or "cuda" not in path.parts)
+            )
+            if toolkit := find_cuda()[0]:
+                # -ltorch: its libtorch_cuda, where there is one, has the current stream. The library loads without it.
+                extension.extra_link_args += [*cuda.link_flags(toolkit), "-Wl,--no-as-needed", "-ltorch"]
+            one_by_one, self.compiler._compile = self.compiler.compile, self.collect
+            self.compiler.compile = lambda *args, **kwargs: self.compile_all(one_by_one, *args, **kwargs)
             try:
-                if cuda:
-                    self.extensions[0].extra_objects += map(str, compile_cuda(cuda_architectures()))
                 super().build_extensions()
             except Exception as error:
-                raise SystemExit(
-                    f"fastseq: compiling the operators failed ({error}); its output is above. "
-                    "Set FASTSEQ_NATIVE=0 to install without them."
-                ) from error
+                raise SystemExit(f"fastseq: {error}; the output is above. {advice(error)}") from error
 
-    without = {ROOT / f"csrc/cpu/isa/{name}.cpp" for name in left_out}
-    sources = [p.relative_to(ROOT) for p in ROOT.glob("csrc/**/*.cpp") if p not in without]
+        def collect(self, obj, src, ext, cc_args, extra_postargs, pp_opts) -> None:
+            """Stands in for the compiler's method of this name: keeps the command in place of running it."""
+            compiler = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
+            self.jobs.append(compile.Job(src, obj, [*compiler, *cc_args, src, *extra_postargs]))
+
+        def compile_all(self, one_by_one, *args, **kwargs) -> list[str]:
+            """Let distutils name the commands, then run them at once, with those of nvcc."""
+            self.jobs = cuda.jobs(ROOT, cuda.architectures()[0]) if find_cuda()[0] else []
+            one_by_one(*args, **kwargs)
+            self.jobs.sort(key=lambda job: not job.source.startswith("csrc/cpu/isa/"))  # the longest first
+            verbose = self.distribution.verbose
+            compile.compile_all(self.jobs, lambda line: verbose and print(f"fastseq: {line}", flush=True), ROOT)
+            return [job.out for job in self.jobs]
+
     extension = CppExtension(
         "fastseq._C",
-        sources=sorted(str(p) for p in sources if cuda or "cuda" not in p.parts),
-        include_dirs=[str(ROOT / "csrc")],
-        depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
-        extra_compile_args=FLAGS + defines + shlex.split(os.environ.get("FASTSEQ_CXXFLAGS", "")),
-        extra_link_args=cuda_link_flags() if cuda else [],
+        sources=[],  # find_cuda decides them, when the build begins
+        include_dirs=["csrc"],
+        extra_compile_args=[
+            *FLAGS,
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+            *(f"-DFASTSEQ_WITHOUT_{name.upper()}" for name in left_out_sets),  # read by csrc/cpu/isa/isa.h
+            *shlex.split(os.environ.get("FASTSEQ_CXXFLAGS", "")),
+        ],
         py_limited_api=True,  # abi3: torch adds Py_LIMITED_API
     )
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": Build},
+        "cmdclass": {"build_ext": Build, "build_py": BuildPython},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
 
 
+def advice(error: Exception) -> str:
+    """The way to install all the same."""
+    if find_cuda()[0] and not (isinstance(error, compile.Failed) and error.job.source.endswith(".cpp")):
+        return (
+            "Set FASTSEQ_CUDA=0 to install without the CUDA kernels, or TORCH_CUDA_ARCH_LIST to the architectures that "
+            "this nvcc compiles for."
+        )
+    return "Set FASTSEQ_NATIVE=0 to install without the compiled operators."
+
+
 def main() -> None:
     reason = why_not_native()
-    without_cuda = reason or why_not_cuda()
-    if without_cuda and switch("FASTSEQ_CUDA") == "1":
-        raise SystemExit(f"fastseq: FASTSEQ_CUDA=1, but {without_cuda}.")
-    if reason is None and without_cuda:
-        print(f"fastseq: installing without the CUDA kernels: {without_cuda}.", file=sys.stderr)
-    if reason is None:
-        return setup(**native_build())
-    if switch("FASTSEQ_NATIVE") == "1":
+    if switch("FASTSEQ_NATIVE") == "1" and reason:
         raise SystemExit(f"fastseq: FASTSEQ_NATIVE=1, but {reason}.")
-    print(f"fastseq: installing without the compiled operators: {reason}.", file=sys.stderr)
-    return setup()
+    if switch("FASTSEQ_CUDA") == "1" and find_cuda()[0] is None:
+        raise SystemExit(f"fastseq: FASTSEQ_CUDA=1, but {find_cuda()[1]}.")
+    setup(**native_build() if reason is None else {"cmdclass": {"build_py": BuildPython}})
 
 
 if __name__ == "__main__":  # setuptools runs it so; tests read its functions

@@ -2,6 +2,7 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "build_config.h"  // written by setup.py
 #include "cpu/isa/isa.h"
 #include "schemas.h"
 #if FASTSEQ_WITH_CUDA

@@ -1,4 +1,4 @@
-"""``fastseq info``: versions, what was compiled, and which backend serves which op, with the reason for every no."""
+"""``fastseq info``: versions, compiled parts, and the backends that serve each op, with a reason for every no."""
 
 import argparse
 import importlib.metadata
@@ -22,7 +22,7 @@ def _example_calls(device: str, dtype: torch.dtype) -> dict[str, object]:
 
 
 def info() -> str:
-    """A text to print: versions, compiled architectures, and an op-by-backend table with a sentence for each "no"."""
+    """Printable text: versions, compiled parts, parts left out at install, and an op-by-backend table with reasons."""
     lines = [f"{name:<22}{value}" for name, value in _versions().items()]
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
@@ -45,7 +45,9 @@ def _versions() -> dict[str, str]:
         facts |= {f"native: {key}": value for key, value in built.items()}
     else:
         facts["native"] = f"missing: {_native.why_not()}"
-    return facts
+    reasons = [f"{part} ({reason})" for part, reason in _native.left_out().items()]
+    nothing = "nothing" if _native.build_record() else "not recorded: this tree was not built here"
+    return facts | {"left out at install": "; ".join(reasons) or nothing}
 
 
 def _version_of(package: str) -> str:

@@ -1,16 +1,17 @@
 """Read the objects that nvcc makes of csrc/cuda, without GPU and driver: machine code, PTX and kernel names.
 
-setup.py compiles and keeps them: after ``make test`` has built the library, nothing is compiled again. Triton brings
-the tools that read objects.
+build_support.cuda compiles and keeps them, for setup.py and for the tests. As a program, this file compiles them ahead
+of the tests. Triton brings the tools that read objects.
 """
 
 import contextlib
 import fcntl
 import functools
+import importlib
 import os
 import re
-import runpy
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,15 +25,18 @@ ARCHITECTURES = (80, 90, 100)  # machine code
 PTX_ARCHITECTURES = (80, 90)  # PTX
 REQUESTED = ["8.0+PTX", "9.0+PTX"]  # equals TORCH_CUDA_ARCH_LIST in the Makefile
 
-_setup = runpy.run_path(str(ROOT / "setup.py"))
-find_cuda, files_of = _setup["find_cuda"], _setup["files_of"]
+sys.path.append(str(ROOT))
+cuda = importlib.import_module("build_support.cuda")
+files_of = importlib.import_module("build_support.compile").files_of
 
 
 def require() -> None:
     """Skip the tests of a file if nvcc or cuobjdump is missing."""
     pytest.importorskip("triton", reason="needs the cuobjdump that comes with Triton: pip install triton")
-    if find_cuda() is None:
-        pytest.skip("nvcc not found: install the CUDA toolkit, or set CUDA_HOME", allow_module_level=True)
+    try:
+        cuda.find_toolkit()
+    except cuda.Unusable as reason:
+        pytest.skip(str(reason), allow_module_level=True)
 
 
 def nearest_ptx(architecture: int) -> int:
@@ -43,7 +47,7 @@ def nearest_ptx(architecture: int) -> int:
 def objects() -> tuple[Path, ...]:
     """Return one object per csrc/cuda/**/*.cu: with machine code and PTX of PTX_ARCHITECTURES."""
     with building():
-        return tuple(_setup["compile_cuda"](REQUESTED))
+        return tuple(cuda.compile_kernels(ROOT, REQUESTED, print))
 
 
 @functools.cache
@@ -58,7 +62,7 @@ def binaries(architecture: int) -> tuple[Path, ...]:
     def assemble(number: int, text: str) -> Path:
         source, cubin = FOLDER / f"{number}.ptx", FOLDER / f"{number}-sm_{architecture}.cubin"
         source.write_text(text)
-        run(find_cuda() / "bin/ptxas", "-O3", f"-arch=sm_{architecture}", source, "-o", cubin)
+        run(cuda.find_toolkit().programs / "ptxas", "-O3", f"-arch=sm_{architecture}", source, "-o", cubin)
         return cubin
 
     texts = ptx(nearest_ptx(architecture))
@@ -114,3 +118,10 @@ def run(*command) -> subprocess.CompletedProcess:
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[:4000]}")
     return done
+
+
+if __name__ == "__main__":
+    try:
+        objects()
+    except cuda.Unusable as reason:
+        print(f"The CUDA kernels are not compiled: {reason}.")

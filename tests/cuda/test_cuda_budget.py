@@ -148,7 +148,7 @@ def test_a_spill_is_reported(tmp_path):
     source, out = tmp_path / "planted.cu", tmp_path / "planted.cubin"
     source.write_text(PLANTED)
     flags = ("-cubin", "-gencode=arch=compute_80,code=sm_80")
-    cuda_build.run(cuda_build.find_cuda() / "bin/nvcc", *flags, source, "-o", out)
+    cuda_build.run(cuda_build.cuda.find_toolkit().nvcc, *flags, source, "-o", out)
     ((name, facts),) = kernels(out).items()
     assert facts["local_loads"] > 0
     assert "spills" in problems(name, facts | {"threads": 1024, "prints": 0}, None, 80)[0]

@@ -1,7 +1,9 @@
 """Installs without a compiler, and imports where a part is missing: in fresh folders and fresh processes."""
 
 import contextlib
+import importlib
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -56,8 +58,8 @@ def run(code, site=None, **environment):
 
 def source_tree(target):
     """Copy the files of a clone, without anything built."""
-    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-    for name in ("fastseq", "csrc"):
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "_build.json")
+    for name in ("fastseq", "csrc", "build_support"):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target / name)
@@ -98,7 +100,7 @@ def test_install_without_the_compiled_operators(tmp_path):
     where, available, why = run(code + TRAIN_ONE_STEP, site=target).split(maxsplit=2)
     assert Path(where).is_relative_to(target)
     assert available == "False"
-    assert "fastseq._C is not part of this installation" in why
+    assert "fastseq._C is not part of this installation (FASTSEQ_NATIVE=0)." in why
 
 
 def test_install_with_no_compiler_on_the_path(tmp_path, no_compiler):
@@ -106,7 +108,8 @@ def test_install_with_no_compiler_on_the_path(tmp_path, no_compiler):
     assert process.returncode == 0, process.stdout
     assert "without the compiled operators: no C++ compiler was found (install g++ or clang++" in process.stdout
     assert not list(target.glob("fastseq/_C*"))
-    run(TRAIN_ONE_STEP, site=target)
+    report = run("from fastseq.info import info; print(info())" + TRAIN_ONE_STEP, site=target)
+    assert "compiled operators (no C++ compiler was found (install g++ or clang++, or set CXX))" in report
 
 
 @pytest.mark.parametrize(
@@ -136,36 +139,37 @@ def test_setup_refuses_with_a_sentence(tmp_path, environment, sentence):
 
 def load_setup(monkeypatch):
     """Return the functions of setup.py by name."""
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    for name in ("TORCH_CUDA_ARCH_LIST", "FASTSEQ_CPU_KERNELS", "FASTSEQ_NATIVE", "FASTSEQ_CUDA"):
+        monkeypatch.delenv(name, raising=False)
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
-def test_the_toolkit_is_found_by_cuda_home_only_where_it_is_whole(tmp_path, monkeypatch):
-    find_cuda = load_setup(monkeypatch)["find_cuda"]
-    for name in ("bin/nvcc", "include/cuda_runtime.h"):
-        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-        assert find_cuda() != tmp_path
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).touch()
-    assert find_cuda() == tmp_path
-
-
-def test_architectures(monkeypatch):
+@pytest.mark.parametrize(
+    ("environment", "part", "reason"),
+    [
+        ({"FASTSEQ_CUDA": "0"}, "CUDA kernels", "FASTSEQ_CUDA=0"),
+        ({"TORCH_CUDA_ARCH_LIST": "7.0"}, "CUDA kernels", r"they need compute capability 8\.0"),
+        ({"FASTSEQ_CPU_KERNELS": "avx2,avx512"}, "CPU kernels for baseline, avx512_bf16", "FASTSEQ_CPU_KERNELS=avx2,"),
+        ({"FASTSEQ_NATIVE": "0"}, "compiled operators", "FASTSEQ_NATIVE=0"),
+        ({"CXX": "{old}"}, "compiled operators", r"old-g\+\+ is g\+\+ 9; g\+\+ 11 or later is needed \(set CXX\)"),
+    ],
+    ids=["switch", "architecture", "instruction set", "no operators", "old compiler"],
+)
+def test_the_build_records_what_it_leaves_out(environment, part, reason, tmp_path, monkeypatch):
+    """In _build.json, which _native reads, and which `fastseq info` shows."""
+    (tmp_path / "old-g++").write_text("#!/bin/sh\necho 'g++ (Ubuntu 9.4.0-1ubuntu1~20.04.2) 9.4.0'\n")
+    (tmp_path / "old-g++").chmod(0o755)
     setup = load_setup(monkeypatch)
-    assert setup["generate_code"](setup["cuda_architectures"]()) == [
-        "-gencode=arch=compute_80,code=[sm_80]",
-        "-gencode=arch=compute_90,code=[sm_90,compute_90]",
-    ]
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a")
-    assert setup["cuda_architectures"]() == ["8.6", "9.0a"]
-    for wrong, sentence in (("Hopper", "expected versions such as 8.0;9.0"), ("7.5", "need compute capability 8.0")):
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
-        with pytest.raises(SystemExit, match=sentence):
-            setup["cuda_architectures"]()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.format(old=tmp_path / "old-g++"))
+    setup["record"](tmp_path)
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
+    monkeypatch.setattr(_native, "build_record", _native.build_record.__wrapped__)
+    assert re.search(reason, _native.left_out()[part])
+    assert re.search(rf"left out at install +.*{part} \(.*{reason}", importlib.import_module("fastseq.info").info())
 
 
 def test_instruction_sets(monkeypatch):
-    monkeypatch.delenv("FASTSEQ_CPU_KERNELS", raising=False)
     instruction_sets = load_setup(monkeypatch)["instruction_sets"]
     assert instruction_sets() == ["baseline", "avx2", "avx512", "avx512_bf16"]
     for value, names in (("avx2", ["avx2"]), ("avx512_bf16, baseline", ["baseline", "avx512", "avx512_bf16"])):
@@ -186,9 +190,11 @@ def test_cuda_operators_are_registered_without_a_gpu():
 
 def test_a_library_without_cuda_kernels_is_refused(monkeypatch):
     monkeypatch.setattr(_native, "_module", SimpleNamespace(cuda_architectures=""))
-    assert "built without nvcc" in _native.why_not_cuda()
+    monkeypatch.setattr(_native, "left_out", lambda: {"CUDA kernels": "FASTSEQ_CUDA=0"})
+    sentence = "the compiled library was built without CUDA kernels: FASTSEQ_CUDA=0. To build them, install the CUDA"
+    assert sentence in _native.why_not_cuda()
     call = LSTMCall("cuda", torch.float32, 8, 8, batch=2, steps=3)
-    assert "built without nvcc" in objection("lstm", "native", call)
+    assert sentence in objection("lstm", "native", call)
 
 
 def test_a_gpu_that_cannot_run_the_cuda_kernels_is_served_by_others(monkeypatch):
@@ -238,7 +244,8 @@ def test_a_failing_compiler_is_an_error(tmp_path):
     compiler.chmod(0o755)
     _, process = pip_install(tmp_path, CXX=str(compiler), FASTSEQ_NATIVE="", FASTSEQ_CUDA="0", MAX_JOBS="1")
     assert process.returncode != 0
-    assert "Set FASTSEQ_NATIVE=0 to install without them." in process.stdout
+    assert "Set FASTSEQ_NATIVE=0 to install without the compiled operators." in process.stdout
+    assert "csrc/cpu/isa/avx2.cpp does not compile" in process.stdout  # and names the file
 
 
 def test_import_without_the_library():

@@ -54,7 +54,7 @@ def build() -> Path:
     for path in sorted({path for source in sources for path in cuda_build.files_of(source, cuda_build.INCLUDES)}):
         key.update(path.read_bytes())
     out = cuda_build.FOLDER / f"ptx-{key.hexdigest()[:16]}.so"
-    folders = (*cuda_build.INCLUDES, *include_paths(), cuda_build.find_cuda() / "include")
+    folders = (*cuda_build.INCLUDES, *include_paths(), cuda_build.cuda.find_toolkit().include)
     includes = [f"-I{folder}" for folder in folders]
     with cuda_build.building():
         if not out.exists():

@@ -1,0 +1,172 @@
+"""Finds nvcc in the layouts of Debian, conda-forge, the HPC SDK and pip, each rebuilt by links around the real one."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MACHINE = os.uname().machine
+
+
+@pytest.fixture
+def cuda(monkeypatch, tmp_path):
+    """build_support.cuda on a machine without nvcc."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    module = importlib.import_module("build_support.cuda")
+    for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(module, "USUAL_HOME", tmp_path / "no-cuda")
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not list(Path(folder).glob("nvidia/cu*/bin"))])
+    module.find_toolkit.cache_clear()
+    yield module
+    module.find_toolkit.cache_clear()
+
+
+@pytest.fixture
+def real(monkeypatch):
+    """The toolkit of this machine."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    module = importlib.import_module("build_support.cuda")
+    module.find_toolkit.cache_clear()
+    try:
+        return module.find_toolkit()
+    except module.Unusable as reason:
+        pytest.skip(str(reason))
+
+
+def programs(real, home):
+    """bin/ and nvvm/ of a toolkit, nvcc.profile included."""
+    (home / "bin").mkdir(parents=True)
+    folder = next(parent for parent in real.library.resolve().parents if (parent / "nvvm").exists())
+    for path in (folder / "bin").iterdir():
+        (home / "bin" / path.name).symlink_to(path)
+    (home / "nvvm").symlink_to(folder / "nvvm")
+
+
+def link(target, source):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(source.resolve())
+
+
+def script(path, nvcc):
+    path.parent.mkdir(parents=True)
+    path.write_text(f'#!/bin/sh\nexec "{nvcc}" "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def debian(real, root):
+    """A script /usr/bin/nvcc; headers and libraries in the system's folders."""
+    programs(real, root / "usr/lib/nvidia-cuda-toolkit")
+    for path in real.include.iterdir():
+        link(root / "usr/include" / path.name, path)
+    link(root / f"usr/lib/{MACHINE}-linux-gnu/libcudart_static.a", real.library / "libcudart_static.a")
+    return script(root / "usr/bin/nvcc", root / "usr/lib/nvidia-cuda-toolkit/bin/nvcc")
+
+
+def conda(real, root):
+    """Everything below targets/, no lib64."""
+    programs(real, root)
+    link(root / f"targets/{MACHINE}-linux/include", real.include)
+    link(root / f"targets/{MACHINE}-linux/lib", real.library)
+    return root / "bin/nvcc"
+
+
+def hpc_sdk(real, root):
+    """compilers/bin/nvcc starts the one of cuda/13.0; cuda/lib64 is a link into it."""
+    home = root / "Linux_x86_64/25.9/cuda/13.0"
+    programs(real, home)
+    link(home / "include", real.include)
+    link(home / "lib64", real.library)
+    return script(root / "Linux_x86_64/25.9/compilers/bin/nvcc", home / "bin/nvcc")
+
+
+def pip(real, root):
+    """nvidia/cu13 of site-packages, not on the PATH; lib instead of lib64."""
+    home = root / "nvidia/cu13"
+    programs(real, home)
+    link(home / "include", real.include)
+    link(home / "lib", real.library)
+    return home / "bin/nvcc"
+
+
+@pytest.mark.parametrize("layout", [debian, conda, hpc_sdk, pip], ids=lambda layout: layout.__name__)
+def test_a_layout_compiles_and_links(layout, real, cuda, tmp_path, monkeypatch):
+    nvcc = layout(real, tmp_path)
+    if layout is pip:
+        monkeypatch.syspath_prepend(str(tmp_path))
+    else:
+        monkeypatch.setattr(cuda.shutil, "which", lambda name: str(nvcc))
+    toolkit = cuda.find_toolkit()
+    assert toolkit.nvcc == nvcc and toolkit.release == real.release
+    assert toolkit.include.is_relative_to(tmp_path) and toolkit.library.is_relative_to(tmp_path)
+    cuda.check(toolkit, ("8.0",), "c++")
+
+
+@pytest.mark.parametrize("missing", ["include/cuda_runtime.h", "lib/libcudart_static.a"])
+def test_half_a_toolkit_is_refused_with_the_missing_file(missing, real, cuda, tmp_path, monkeypatch):
+    programs(real, tmp_path)
+    for name in {"include/cuda_runtime.h", "lib/libcudart_static.a"} - {missing}:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(cuda.Unusable, match=rf"{tmp_path}/bin/nvcc has no {Path(missing).name} beside it"):
+        cuda.find_toolkit()
+
+
+def test_no_nvcc(cuda):
+    with pytest.raises(cuda.Unusable, match="no nvcc was found"):
+        cuda.find_toolkit()
+
+
+def fake_nvcc(path, release):
+    path.parent.mkdir()
+    path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.89'\n")
+    path.chmod(0o755)
+
+
+def test_an_old_nvcc_is_refused(cuda, tmp_path, monkeypatch):
+    fake_nvcc(tmp_path / "bin/nvcc", "11.8")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(cuda.Unusable, match=r"bin/nvcc is release 11\.8; the CUDA kernels need 12\.1 or later"):
+        cuda.find_toolkit()
+
+
+def test_the_next_nvcc_serves_where_the_first_cannot(real, cuda, tmp_path, monkeypatch):
+    fake_nvcc(tmp_path / "old/nvcc", "11.8")
+    nvcc = conda(real, tmp_path / "conda")
+    monkeypatch.setattr(cuda.shutil, "which", lambda name: str(tmp_path / "old/nvcc"))
+    monkeypatch.setattr(cuda, "USUAL_HOME", tmp_path / "conda")
+    assert cuda.find_toolkit().nvcc == nvcc
+
+
+@pytest.mark.parametrize(
+    ("names", "compiler", "reason"),
+    [(("8.0", "6.1"), "c++", "Unsupported gpu architecture"), (("9.0",), "false", "false fails")],
+    ids=["architecture", "host compiler"],
+)
+def test_an_nvcc_that_cannot_compile_is_refused(names, compiler, reason, real, cuda):
+    with pytest.raises(cuda.Unusable, match=f"nvcc {real.version} was tried on {' '.join(names)}: .*{reason}"):
+        cuda.check(real, names, compiler)
+
+
+def test_architectures(cuda, monkeypatch):
+    assert cuda.architectures() == (["8.0", "9.0+PTX"], [])
+    assert cuda.generate_code(["8.0", "9.0+PTX"]) == [
+        "-gencode=arch=compute_80,code=[sm_80]",
+        "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+    ]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.6;9.0a")  # NVIDIA's containers set such a list
+    assert cuda.architectures() == (["8.6", "9.0a"], ["7.5"])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")
+    with pytest.raises(
+        cuda.Unusable, match=r"need compute capability 8\.0 \(TORCH_CUDA_ARCH_LIST has 7\.0 7\.5\+PTX\)"
+    ):
+        cuda.architectures()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(SystemExit, match=r"expected versions such as 8\.0;9\.0"):
+        cuda.architectures()
