@@ -7,12 +7,15 @@
 # make triton-versions   the Triton tests on each version of Triton that a supported torch brings
 #
 # Variables: PYTHON, TORCH (a pip requirement; add an index with --index-url), TRITON (the same; empty for none),
-# TRITON_VERSIONS, DATA, RUN, PYTEST_ARGS, FUZZ_ARGS, MUTATE_ARGS (--help lists them).
+# TRITON_VERSIONS, CUDA, DATA, RUN, PYTEST_ARGS, FUZZ_ARGS, MUTATE_ARGS (--help lists them).
+# CUDA=1 compiles the CUDA kernels, CUDA=0 does not; unset, they are compiled if a GPU is visible and nvcc is found.
+# make test compiles them for their tests, with either, if nvcc is found.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),triton==3.7.1)
 TRITON_VERSIONS ?= 3.6.0 3.7.1
+CUDA ?= $(or $(FASTSEQ_CUDA),$(if $(wildcard /dev/nvidia0 /dev/dxg),auto,0))
 DATA ?= data/cmudict
 RUN ?= runs/cmudict
 PYTEST_ARGS ?= -q -n logical --maxprocesses 8 --dist worksteal
@@ -22,6 +25,7 @@ MUTATE_ARGS ?= --jobs 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CUDA_CHOICE := $(VENV)/.cuda-$(CUDA)
 LINT_READY := $(VENV)/.lint-ready
 DOCS_READY := $(VENV)/.docs-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -36,6 +40,7 @@ demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/fastseq evaluate $(RUN) --data $(DATA)/test.tsv
 
 test: $(READY)
+	$(BIN)/python tests/cuda/cuda_build.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(LINT_READY)
@@ -50,8 +55,8 @@ docs: $(DOCS_READY)
 mutate: $(READY)
 	$(BIN)/python tests/mutations/run.py $(MUTATE_ARGS)
 
-# A second build of the operators, in build/sanitize. -O1: with -O3 it takes GCC ten times as long. The sanitizers' own
-# libraries must be loaded before everything else. Leaks are not looked for: Python itself frees little at its end.
+# A second build of the operators, in build/sanitize. -O1: GCC takes ten times as long at -O3. The sanitizers' libraries
+# must be loaded before all others. No leak check: Python frees little at exit.
 SANITIZE := build/sanitize
 sanitize: $(READY)
 	FASTSEQ_NATIVE=1 FASTSEQ_CUDA=0 LDFLAGS="-fsanitize=address,undefined" \
@@ -65,8 +70,8 @@ sanitize: $(READY)
 	  $(BIN)/python tests/native/fuzz_native.py $(FUZZ_ARGS) --library $(SANITIZE) || exit 1; \
 	done
 
-# Each Triton in a folder of its own, in front of the environment's packages; one process, one after the other. A cold
-# cache, so that what is tested is compiled now. Triton 3.6's interpreter needs an older numpy.
+# Each Triton has its own folder, ahead of the environment's packages on the path; one version at a time. The cache
+# starts cold, so that this run compiles the kernels it tests. Triton 3.6's interpreter needs numpy < 2.4.
 triton-versions: $(TRITON_VERSIONS:%=build/triton-%/.ready)
 	@for version in $(TRITON_VERSIONS); do \
 	  packages="$(CURDIR)/build/triton-$$version" && rm -rf "$$packages/cache" && export PYTHONPATH="$$packages" && \
@@ -82,20 +87,26 @@ build/triton-%/.ready: $(READY)
 
 latencies: build/latencies
 
-# The architectures of gpu_check.py, which compiles it itself where it can.
+# The same architectures as in gpu_check.py, which compiles the file itself where it finds nvcc.
 build/latencies: benchmarks/latencies.cu
 	mkdir -p $(@D)
 	nvcc -O3 -std=c++17 -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a \
 	  -gencode=arch=compute_90,code=compute_90 $< -o $@
 
-# The environment; rebuilt when the compiled sources or the metadata change. tests/cuda read the objects that nvcc makes
-# here: these architectures are theirs.
-$(READY): setup.py pyproject.toml $(CXX_SOURCES)
+# The environment; rebuilt when the compiled sources, the metadata or CUDA change. tests/cuda use the same nvcc objects:
+# the architectures are theirs.
+$(READY): setup.py pyproject.toml $(wildcard build_support/*.py) $(CXX_SOURCES) $(CUDA_CHOICE)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip "setuptools>=77" ninja
+	$(PIP) --upgrade pip "setuptools>=77"
 	$(PIP) $(TORCH) $(TRITON)
-	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX;9.0+PTX}" $(PIP) --no-build-isolation --editable '.[train,test]'
+	FASTSEQ_CUDA=$(CUDA:auto=) TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX;9.0+PTX}" \
+	  $(PIP) --no-build-isolation --editable '.[train,test]'
 	$(BIN)/python -c "from fastseq import _native; print('fastseq:', _native.why_not() or 'compiled operators ready')"
+	touch $@
+
+$(CUDA_CHOICE):
+	mkdir -p $(VENV)
+	rm -f $(VENV)/.cuda-*
 	touch $@
 
 $(LINT_READY): $(READY)
@@ -107,5 +118,5 @@ $(DOCS_READY): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastseq/_C*.so .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info fastseq/_C*.so fastseq/_build.json .pytest_cache .ruff_cache
 	find fastseq tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
