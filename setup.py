@@ -199,6 +199,8 @@ def native_build() -> dict:
             self.force = True  # compile_all decides; distutils would keep a library that was built with other switches
 
         def run(self):
+            if self.editable_mode:  # else a temporary folder, in which nothing is found to be up to date
+                self.build_temp = str(Path("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}"))
             super().run()
             record(Path(self.get_ext_fullpath("fastseq._C")).parent)
 
