@@ -240,7 +240,9 @@ def test_the_library_reports_that_there_is_no_gpu():
 
 def test_a_failing_compiler_is_an_error(tmp_path):
     compiler = tmp_path / "bad-compiler"
-    compiler.write_text('#!/bin/sh\ncase "$*" in *-dumpversion*|*-dumpfullversion*) echo 12.2.0;; *) exit 1;; esac\n')
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-dumpversion*|*-dumpfullversion*|*--version*) echo 12.2.0;; *) exit 1;; esac\n'
+    )
     compiler.chmod(0o755)
     _, process = pip_install(tmp_path, CXX=str(compiler), FASTSEQ_NATIVE="", FASTSEQ_CUDA="0", MAX_JOBS="1")
     assert process.returncode != 0

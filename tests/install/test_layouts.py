@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -110,6 +111,9 @@ def test_a_layout_compiles_and_links(layout, real, cuda, tmp_path, monkeypatch):
 @pytest.mark.parametrize("missing", ["include/cuda_runtime.h", "lib/libcudart_static.a"])
 def test_half_a_toolkit_is_refused_with_the_missing_file(missing, real, cuda, tmp_path, monkeypatch):
     programs(real, tmp_path)
+    nvcc = (tmp_path / "bin/nvcc").resolve()
+    (tmp_path / "bin/nvcc").unlink()
+    shutil.copy(nvcc, tmp_path / "bin/nvcc")  # a link leads to the whole toolkit
     for name in {"include/cuda_runtime.h", "lib/libcudart_static.a"} - {missing}:
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
