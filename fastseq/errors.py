@@ -1,4 +1,7 @@
-"""The exception that the command line prints as a sentence, without a traceback."""
+"""The exception that the command line prints as a sentence, and the near match of a misspelt name."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -6,3 +9,9 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def did_you_mean(given: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a sentence about an unknown name, " (did you mean X?)"; empty where no known name is close."""
+    close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""

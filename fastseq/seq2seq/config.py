@@ -9,6 +9,7 @@ from fastseq.ops.attention.api import SCORES
 ATTENTIONS = ("none", *SCORES)
 BRIDGES = ("concat", "linear", "zeros")
 BRIDGE_ACTIVATIONS = ("tanh", "relu", "none")
+MAX_LAYERS = 1000  # a module is built for each, in seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,25 @@ class Seq2SeqConfig:
         """True if the output projection is the target embedding."""
         return self.share_all_embeddings or self.share_decoder_input_output_embed
 
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters of the model, computed without allocating it."""
+        size, attended = self.hidden_size, 0 if self.attention == "none" else 1
+        directions = 2 if self.bidirectional else 1
+        source = self.source_features or self.embedding_dim
+        encoder = directions * _lstm(source, size, size // directions, self.encoder_layers)
+        target = self.embedding_dim + (size if self.input_feeding else 0)
+        decoder = _lstm(target, size, size, self.decoder_layers) + attended * 2 * size * size
+        if self.attention == "general":
+            decoder += size * size
+        elif self.attention in ("additive", "normed_additive"):
+            decoder += (self.attention_size or size) * (2 * size + 2) + (self.attention == "normed_additive")
+        inner, outer = self.encoder_layers * size, self.decoder_layers * size
+        bridge = 2 * (inner + 1) * outer if self.bridge == "linear" else 0
+        vocabularies = self.tgt_vocab_size + (0 if self.share_all_embeddings else self.src_vocab_size or 0)
+        output = self.tgt_vocab_size * (1 if self.tied else size + 1)
+        return encoder + decoder + bridge + vocabularies * self.embedding_dim + output
+
     def to_dict(self) -> dict[str, Any]:
         """All options as plain values, for JSON or YAML."""
         return dataclasses.asdict(self)
@@ -98,6 +118,12 @@ class Seq2SeqConfig:
         if unknown:
             raise ValueError(f"Seq2SeqConfig: unknown options {unknown}; known are {sorted(known)}")
         return cls(**options)
+
+
+def _lstm(first: int, above: int, hidden: int, layers: int) -> int:
+    """Parameters of one direction of a stacked LSTM: input size `first` in layer 0, `above` in the others."""
+    inputs = first + (layers - 1) * above
+    return 4 * hidden * (inputs + layers * (hidden + 2))
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -115,6 +141,9 @@ def _check_sizes(c: Seq2SeqConfig) -> None:
     for name in (*sizes, "encoder_layers", "decoder_layers"):
         value = getattr(c, name)
         _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+    for name in ("encoder_layers", "decoder_layers"):
+        value = getattr(c, name)
+        _require(value <= MAX_LAYERS, f"{name} must be at most {MAX_LAYERS}, got {value}")
     for name in ("dropout", "embed_dropout", "output_dropout"):
         value = getattr(c, name)
         _require(value is None or 0 <= value < 1, f"{name} must lie in [0, 1), got {value}")

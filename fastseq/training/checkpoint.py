@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,23 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from fastseq.errors import UserError
+from fastseq.seq2seq.model import Seq2Seq, Seq2SeqConfig
 from fastseq.training.metrics import higher_is_better
 
 WEIGHTS = "model."  # what the task puts before the names of the model's parameters
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes next to the target, then renames: the file under the final name is complete at every moment."""
+    """Writes next to the target, then renames: the file under the final name is complete at every moment.
+
+    Lightning resumes from the `checkpoint` that is set here, already read and checked: it would unpickle a file.
+    """
+
+    checkpoint: dict[str, Any] | None = None
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """`checkpoint`, whatever the path."""
+        return dict(self.checkpoint)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Save `checkpoint`; raises UserError, with an older file of that name untouched, when it cannot be written."""
@@ -154,34 +165,62 @@ class StopCleanly(Checkpoint):
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; raises UserError when it is missing or damaged."""
+    """Read a checkpoint onto the CPU, without unpickling objects; raises UserError when it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path.parent.parent} has no checkpoint {path.name}; {start_again(path.parent.parent)}")
     try:
+        _check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if "state_dict" not in checkpoint:
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
             raise ValueError("it holds no state_dict")
+        for name, tensor in checkpoint["state_dict"].items():
+            _check_tensor(name, tensor)
     except Exception as error:  # torch.load raises a different type for every kind of damage
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0][:200]
         raise UserError(f"{path} is not a checkpoint of `fastseq train` or is damaged: {reason}") from error
     return checkpoint
 
 
-def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
-    """Copy the weights of a checkpoint into `model`; raises UserError naming the tensors that do not fit."""
+def _check_archive(path: Path) -> None:
+    """Raise unless the file is as large as its contents: a compressed archive may hold far more than memory does."""
+    with zipfile.ZipFile(path) as archive:
+        content = sum(entry.file_size for entry in archive.infolist())
+    if content > path.stat().st_size:
+        raise ValueError(f"its {content:,} bytes of content are compressed")
+
+
+def _check_tensor(name: object, tensor: object) -> None:
+    """Raise ValueError unless `tensor` is a dense floating-point one that owns as much memory as its shape says."""
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        raise ValueError("state_dict holds something else than named tensors")
+    dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
+    if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{name[:100]} is no dense tensor of floating-point numbers")
+
+
+def trained_model(options: Seq2SeqConfig, checkpoint: dict[str, Any], path: Path) -> Seq2Seq:
+    """The model of `options` with the weights of the checkpoint; raises UserError naming tensors that do not fit.
+
+    Builds no model larger than the checkpoint: a stranger's config.yaml may ask for more than memory.
+    """
     weights = {
         name.removeprefix(WEIGHTS): tensor
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith(WEIGHTS)
     }
+    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in weights.values()}  # shared matrices once
+    stored = sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in storages.values())
+    misfit = f"{path} does not fit the configuration and vocabulary of this run"
+    advice = "use the model options and tokenizers that it was trained with"
+    if options.parameter_count > stored:
+        raise UserError(f"{misfit}: it has {stored:,} parameters, expected {options.parameter_count:,}; {advice}")
+    model = Seq2Seq(options)
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = [name for name in sorted(found | expected) if found.get(name) != expected.get(name)]
     if wrong:
         listed = "; ".join(f"{n} is {found.get(n, 'missing')}, expected {expected.get(n, 'none')}" for n in wrong[:3])
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(
-            f"{path} does not fit the configuration and vocabulary of this run: {listed}{more}; "
-            "use the model options and tokenizers that it was trained with"
-        )
+        raise UserError(f"{misfit}: {listed}{more}; {advice}")
     model.load_state_dict(weights)
+    return model

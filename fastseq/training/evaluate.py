@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -11,14 +12,14 @@ from typing import Literal
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training import metrics
 from fastseq.training.data import Sequences, encode, group_references, read_pairs
 from fastseq.training.decode import LEAST_LENGTH_RATIO, Hypothesis, decode
+from fastseq.training.files import write_text
 from fastseq.training.folder import RunFolder
-from fastseq.training.options import ReferenceResult, parsed
+from fastseq.training.options import Beams, Count, CountOrZero, NewTokens, ReferenceResult, command_parser, parsed
 from fastseq.training.plots import plot_attention
 from fastseq.training.tokenizer import TextTokenizer
 
@@ -27,22 +28,21 @@ Tokenizers = tuple[TextTokenizer, TextTokenizer]
 
 def evaluate_parser() -> ArgumentParser:
     """The options of `fastseq evaluate`."""
-    parser = ArgumentParser(
-        prog="fastseq evaluate",
-        exit_on_error=False,
-        description="Measure a run on a test file. Writes evaluation.json, predictions.tsv and attention/*.png.",
-        epilog="Example: fastseq evaluate runs/mine --data test.tsv --num-beams 5",
+    parser = command_parser(
+        "evaluate",
+        "Measure a run on a test file. Writes evaluation.json, predictions.tsv and attention/*.png.",
+        "fastseq evaluate runs/mine --data test.tsv --num-beams 5",
     )
     parser.add_argument("run", type=str, help="run folder made by `fastseq train`")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--data", type=str, required=True, help="source<TAB>target lines, or several per source")
     parser.add_argument("--output", type=str | None, help="folder to write to, default the run folder")
-    parser.add_argument("--num_beams", type=PositiveInt, default=1, help="beam size, 1 for greedy decoding")
+    parser.add_argument("--num_beams", type=Beams, default=1, help="beam size, 1 for greedy decoding")
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="which weights")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto: cuda where there is one")
     parser.add_argument(
         "--max_new_tokens",
-        type=PositiveInt | None,
+        type=NewTokens | None,
         help="most tokens of a prediction, in place of the run's data.max_length_ratio",
     )
     parser.add_argument(
@@ -50,9 +50,9 @@ def evaluate_parser() -> ArgumentParser:
         type=bool | None,
         help="BLEU and chrF as well; default: as in training, and with a bpe target tokenizer",
     )
-    parser.add_argument("--max_tokens", type=PositiveInt, default=4096, help="source tokens times beams in a batch")
+    parser.add_argument("--max_tokens", type=Count, default=4096, help="source tokens times beams in a batch")
     parser.add_argument(
-        "--pictures", type=NonNegativeInt, default=4, help="attention heat maps, of sources spread over the file"
+        "--pictures", type=CountOrZero, default=4, help="attention heat maps, of sources spread over the file"
     )
     return parser
 
@@ -61,12 +61,13 @@ def write_predictions(
     path: Path, references: dict[str, list[str]], predictions: Sequence[str], tokenizer: TextTokenizer
 ) -> None:
     """Write one line for each source: source, prediction, references joined by " | ", and correct as 1 or 0."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
-        writer.writerow(["source", "prediction", "references", "correct"])
-        for (source, refs), prediction in zip(references.items(), predictions, strict=True):
-            correct = tokenizer.units(prediction) in [tokenizer.units(ref) for ref in refs]
-            writer.writerow([source, prediction, " | ".join(refs), int(correct)])
+    file = io.StringIO()
+    writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
+    writer.writerow(["source", "prediction", "references", "correct"])
+    for (source, refs), prediction in zip(references.items(), predictions, strict=True):
+        correct = tokenizer.units(prediction) in [tokenizer.units(ref) for ref in refs]
+        writer.writerow([source, prediction, " | ".join(refs), int(correct)])
+    write_text(path, file.getvalue())
 
 
 def picture(hypothesis: Hypothesis, source: Sequences, row: int, tokenizers: Tokenizers, path: Path) -> None:
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = {"data": options.data, "sources": len(references), "num_beams": int(options.num_beams)}
     cut_off = sum(hypothesis.cut_off for hypothesis in best)
     facts |= {"checkpoint": options.checkpoint, "cut_off": cut_off}
-    (output / "evaluation.json").write_text(json.dumps(facts | values, indent=2) + "\n", encoding="utf-8")
+    write_text(output / "evaluation.json", json.dumps(facts | values, indent=2) + "\n")
     pictures = 0 if model.config.attention == "none" else min(options.pictures, len(references))
     write_pictures(output / "attention", model, sources, tokenizers, how, pictures)
 

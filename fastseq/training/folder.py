@@ -10,7 +10,8 @@ from jsonargparse import Namespace
 
 from fastseq.errors import UserError
 from fastseq.seq2seq.model import Seq2Seq, Seq2SeqConfig
-from fastseq.training.checkpoint import load_checkpoint, load_weights
+from fastseq.training.checkpoint import load_checkpoint, trained_model
+from fastseq.training.files import write_text
 from fastseq.training.options import read_config, train_parser
 from fastseq.training.tokenizer import BOS, EOS, PAD, UNK, TextTokenizer
 
@@ -51,9 +52,7 @@ class RunFolder:
         kept = config.clone()
         for name in ("config", "resume", "overwrite"):
             kept.pop(name, None)
-        partial = self.config.with_suffix(".partial")
-        partial.write_text(train_parser().dump(kept), encoding="utf-8")
-        partial.replace(self.config)
+        write_text(self.config, train_parser().dump(kept))
 
     def load_config(self) -> Namespace:
         """The options of the run; raises UserError when the folder holds none."""
@@ -67,10 +66,9 @@ class RunFolder:
         """The model with the weights of checkpoint `name` ("best" or "last") on `device`, in eval mode."""
         place = pick_device(device)
         source, target = self.load_tokenizers()
-        model = build_model(self.load_config(), len(source), len(target))
+        options = model_options(self.load_config(), len(source), len(target))
         path = self.checkpoints / f"{name}.ckpt"
-        load_weights(model, load_checkpoint(path), path)
-        return on_device(model, place).eval()
+        return on_device(trained_model(options, load_checkpoint(path), path), place).eval()
 
 
 def pick_device(name: str) -> torch.device:
@@ -94,10 +92,10 @@ def on_device(model: Seq2Seq, device: torch.device) -> Seq2Seq:
     return model
 
 
-def build_model(config: Namespace, source_size: int, target_size: int) -> Seq2Seq:
-    """A fresh model for vocabularies of these sizes; raises UserError when the options contradict each other."""
+def model_options(config: Namespace, source_size: int, target_size: int) -> Seq2SeqConfig:
+    """The options of a model for vocabularies of these sizes; raises UserError when they contradict each other."""
     try:
-        options = Seq2SeqConfig(
+        return Seq2SeqConfig(
             **vars(config.model),
             src_vocab_size=source_size,
             tgt_vocab_size=target_size,
@@ -108,4 +106,3 @@ def build_model(config: Namespace, source_size: int, target_size: int) -> Seq2Se
         )
     except ValueError as error:
         raise UserError(f"the model options do not work: {error}") from error
-    return Seq2Seq(options)

@@ -10,42 +10,38 @@ from pathlib import Path
 from typing import IO, Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
 
 from fastseq.errors import UserError
 from fastseq.training.data import decoded_lines, encode
 from fastseq.training.decode import LEAST_LENGTH_RATIO, decode
 from fastseq.training.evaluate import picture
 from fastseq.training.folder import RunFolder
-from fastseq.training.options import parsed
+from fastseq.training.options import Beams, Count, NewTokens, command_parser, parsed
 
 
 def generate_parser() -> ArgumentParser:
     """The options of `fastseq generate`."""
-    parser = ArgumentParser(
-        prog="fastseq generate",
-        exit_on_error=False,
-        description="Read source lines, write predictions: one line for each, or --n-best lines with their scores "
+    parser = command_parser(
+        "generate",
+        "Read source lines, write predictions: one line for each, or --n-best lines with their scores "
         "(prediction<TAB>score). An empty line stays empty.",
-        epilog="Example: echo hello | fastseq generate runs/mine --num-beams 5 --n-best 3",
+        "echo hello | fastseq generate runs/mine --num-beams 5 --n-best 3",
     )
     parser.add_argument("run", type=str, help="run folder made by `fastseq train`")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--input", type=str, default="-", help="file of source lines, - for standard input")
     parser.add_argument("--output", type=str, default="-", help="file to write, - for standard output")
-    parser.add_argument(
-        "--num_beams", type=PositiveInt | None, help="beam size, 1 for greedy decoding; default --n-best"
-    )
-    parser.add_argument("--n_best", type=PositiveInt, default=1, help="predictions for each line, at most --num_beams")
+    parser.add_argument("--num_beams", type=Beams | None, help="beam size, 1 for greedy decoding; default --n-best")
+    parser.add_argument("--n_best", type=Beams, default=1, help="predictions for each line, at most --num_beams")
     parser.add_argument(
         "--max_new_tokens",
-        type=PositiveInt | None,
+        type=NewTokens | None,
         help="most tokens of a prediction, in place of the run's data.max_length_ratio",
     )
     parser.add_argument("--plot_attention", type=str | None, help="folder for a heat map of each line (NUMBER.png)")
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="which weights")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto: cuda where there is one")
-    parser.add_argument("--batch_lines", type=PositiveInt, default=256, help="lines read, decoded and written together")
+    parser.add_argument("--batch_lines", type=Count, default=256, help="lines read, decoded and written together")
     return parser
 
 

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import re
+import functools
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import (
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    restricted_number_type,
-)
+from jsonargparse.typing import ClosedUnitInterval, restricted_number_type
 
 from fastseq.errors import UserError
 from fastseq.seq2seq.model import Seq2SeqConfig
+from fastseq.training.files import MAX_YAML, YAML
+from fastseq.training.messages import sentence
 from fastseq.training.tokenizer import RESERVED, Kind
 
 EXAMPLE = "fastseq train --train train.tsv --valid valid.tsv --run_dir runs/mine --trainer.max_epochs 10"
 FROM_DATA = {"src_vocab_size", "tgt_vocab_size", "source_features", "pad_id", "bos_id", "eos_id", "unk_id"}
 
-VocabSize = restricted_number_type("VocabSize", int, (">", len(RESERVED)))
-Decay = restricted_number_type("Decay", float, [(">=", 0), ("<", 1)])
+# Every number has an upper limit: past it an allocation fails, an int64 overflows, or a loop never ends.
+Count = restricted_number_type(None, int, [(">=", 1), ("<=", 1_000_000_000)])
+CountOrZero = restricted_number_type(None, int, [(">=", 0), ("<=", 1_000_000_000)])
+Beams = Threads = restricted_number_type(None, int, [(">=", 1), ("<=", 1024)])
+NewTokens = restricted_number_type(None, int, [(">=", 1), ("<=", 1_000_000)])
+Seed = restricted_number_type(None, int, [(">=", -(1 << 62)), ("<=", 1 << 62)])
+VocabSize = restricted_number_type(None, int, [(">", len(RESERVED)), ("<=", 10_000_000)])
+Decay = restricted_number_type(None, float, [(">=", 0), ("<", 1)])
+Factor = restricted_number_type(None, float, [(">=", 0), ("<=", 1_000_000)])
+LengthRatio = restricted_number_type(None, float, [(">", 0), ("<=", 1_000_000)])
 
 
 @dataclass
@@ -50,10 +53,10 @@ class DataOptions:
     target_tokenizer: Kind = "whitespace"
     vocab_size: VocabSize = 8000
     shared_vocabulary: bool = False
-    max_tokens: PositiveInt = 4096
-    valid_sentences: PositiveInt = 1000
+    max_tokens: Count = 4096
+    valid_sentences: Count = 1000
     text_metrics: bool = False
-    max_length_ratio: PositiveFloat | None = None
+    max_length_ratio: LengthRatio | None = None
 
 
 @dataclass
@@ -72,14 +75,14 @@ class OptimOptions:
         gradient_clip: largest norm of the gradient, 0 for no limit.
     """
 
-    lr: NonNegativeFloat = 2e-3
+    lr: Factor = 2e-3
     beta2: Decay = 0.98
-    weight_decay: NonNegativeFloat = 0.01
+    weight_decay: Factor = 0.01
     schedule: Literal["constant", "cosine", "one_cycle"] = "cosine"
     warmup: ClosedUnitInterval = 0.05
     label_smoothing: ClosedUnitInterval = 0.1
     teacher_forcing_ratio: ClosedUnitInterval = 1.0
-    gradient_clip: NonNegativeFloat = 1.0
+    gradient_clip: Factor = 1.0
 
 
 @dataclass
@@ -100,15 +103,15 @@ class TrainerOptions:
         progress_bar: show one, on a terminal.
     """
 
-    max_epochs: PositiveInt = 20
+    max_epochs: Count = 20
     monitor: str = "valid_loss"
-    patience: NonNegativeInt | None = None
-    accumulate: PositiveInt = 1
+    patience: CountOrZero | None = None
+    accumulate: Count = 1
     precision: str = "32-true"
     accelerator: str = "auto"
     devices: int | str = "auto"
-    threads: PositiveInt | None = None
-    log_every: PositiveInt = 20
+    threads: Threads | None = None
+    log_every: Count = 20
     progress_bar: bool = True
 
 
@@ -129,13 +132,22 @@ class ReferenceResult:
     note: str = ""
 
 
+def command_parser(name: str, description: str, example: str) -> ArgumentParser:
+    """An empty parser of the command `fastseq name`; it raises ArgumentError, and reads YAML by `files.load_yaml`."""
+    return ArgumentParser(
+        prog=f"fastseq {name}",
+        exit_on_error=False,
+        parser_mode=YAML,
+        description=description,
+        epilog=f"Example: {example}",
+    )
+
+
+@functools.cache
 def train_parser() -> ArgumentParser:
     """The options of `fastseq train`, and the meaning of a run folder's config.yaml."""
-    parser = ArgumentParser(
-        prog="fastseq train",
-        exit_on_error=False,
-        description="Train a sequence-to-sequence model on a file of source<TAB>target lines.",
-        epilog=f"Example: {EXAMPLE}",
+    parser = command_parser(
+        "train", "Train a sequence-to-sequence model on a file of source<TAB>target lines.", EXAMPLE
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--train", type=str | None, help="training file, source<TAB>target lines")
@@ -145,7 +157,7 @@ def train_parser() -> ArgumentParser:
     parser.add_argument(
         "--resume", type=str | None, help="run folder to continue from its last checkpoint; needs no --run_dir"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of weights, dropout and order")
+    parser.add_argument("--seed", type=Seed, default=1, help="of weights, dropout and order")
     parser.add_class_arguments(DataOptions, "data")
     parser.add_class_arguments(Seq2SeqConfig, "model", skip=FROM_DATA)
     parser.add_class_arguments(OptimOptions, "optim")
@@ -169,26 +181,36 @@ def underscored(argv: list[str]) -> list[str]:
 def parsed(parser: ArgumentParser, argv: list[str]) -> Namespace:
     """The options in `argv`; raises UserError with one sentence for a bad one."""
     try:
-        return parser.parse_args(underscored(argv))
+        return _without_nulls(parser.parse_args(underscored(argv)), parser)
     except argparse.ArgumentError as error:
-        raise UserError(_in_one_line(error)) from error
+        raise UserError(sentence(error, parser)) from error
 
 
 def read_config(path: Path) -> Namespace:
     """The options of a run; raises UserError when its config.yaml is missing or broken."""
     if not path.is_file():
         raise UserError(f"{path.parent} is not a run folder: it has no {path.name}; make one with `fastseq train`")
+    parser = train_parser()
     try:
-        return train_parser().parse_path(str(path))
-    except (argparse.ArgumentError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is broken: {_in_one_line(error)}; mend it or train again") from error
+        if path.stat().st_size > MAX_YAML:
+            raise argparse.ArgumentError(None, f"it has more than {MAX_YAML:,} bytes")
+        return _without_nulls(parser.parse_path(str(path)), parser)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{path} is broken: {sentence(error, parser)}; mend it or train again") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is broken: byte {error.start + 1} is not UTF-8; mend it or train again") from error
 
 
-def _in_one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    text = re.sub(r"Does not validate against any of the Union subtypes.*?Errors: - ", "", text)
-    text = re.sub(r" Given value type: .*? Given value: ", "; got ", text)
-    return re.sub(r'^Parser key "(.*?)":', r"--\1:", text)
+def _without_nulls(config: Namespace, parser: ArgumentParser) -> Namespace:
+    """`config`; raises ArgumentError for a null, which jsonargparse accepts for any option, in place of a value."""
+    required = parser.get_defaults()
+    for name, value in config.items():
+        if value is None and required.get(name) is not None:
+            raise argparse.ArgumentError(None, f"--{name} must not be null")
+    for result in config.get("reference_results") or ():
+        if result.name is None or result.note is None:
+            raise argparse.ArgumentError(None, "--reference_results: name and note must not be null")
+    return config
 
 
 def built_in_config(name: str) -> str:

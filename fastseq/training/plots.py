@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,13 +11,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fastseq.errors import UserError
+from fastseq.training.files import read_text
+
+MAX_BYTES = 1 << 30  # of metrics.csv
+
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv; an empty list when there is no such file yet."""
+    """The rows of metrics.csv; an empty list when there is no such file yet. Raises UserError for a damaged one."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path, MAX_BYTES), newline=""), strict=True))
+        for row in rows:
+            int(row["step"])
+            _ = [float(value) for value in row.values() if value]
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({str(error)[:100]}); remove it: training writes a new one") from error
+    return rows
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -8,14 +8,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fastseq.errors import UserError
+from fastseq.training.files import read_text, write_text
 
 Kind = Literal["char", "whitespace", "bpe"]
 
 PAD, BOS, EOS, UNK = range(4)
 RESERVED = ("<pad>", "<bos>", "<eos>", "<unk>")
+MAX_BYTES = 256 << 20  # of a tokenizer's file
 _RESERVED_WORD = re.compile("|".join(RESERVED))
 
 
@@ -61,18 +63,20 @@ class TextTokenizer:
     def load(cls, path: Path) -> Self:
         """Read the JSON file written by `save`; raises UserError when it is missing or is none."""
         try:
-            text = path.read_text(encoding="utf-8")
-            return cls(_kind(json.loads(text)), Tokenizer.from_str(text))
+            stored = json.loads(read_text(path, MAX_BYTES))
+            kind = _kind(stored)
+            return cls(kind, _rebuilt(kind, stored))
         except FileNotFoundError as error:
             raise UserError(f"{path} is missing: give the folder of a run made by `fastseq train`") from error
-        except OSError:
+        except (OSError, UserError):
             raise
         except Exception as error:  # the tokenizers library raises plain Exception
-            raise UserError(f"{path} is not a tokenizer written by `fastseq train`: {error}") from error
+            reason = f"{type(error).__name__}: {error}"[:200]
+            raise UserError(f"{path} is not a tokenizer written by `fastseq train`: {reason}") from error
 
     def save(self, path: Path) -> None:
         """Write the tokenizer as JSON in the format of the `tokenizers` library."""
-        path.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+        write_text(path, self._tokenizer.to_str(pretty=True))
 
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size()
@@ -103,3 +107,38 @@ class TextTokenizer:
 def _kind(tokenizer_json: dict) -> Kind:
     kinds: dict[str, Kind] = {"Split": "char", "WhitespaceSplit": "whitespace", "Metaspace": "bpe"}
     return kinds[tokenizer_json["pre_tokenizer"]["type"]]
+
+
+def _rebuilt(kind: Kind, stored: dict) -> Tokenizer:
+    """The tokenizer with the vocabulary and merges of `stored`. Raises ValueError unless `train` makes the rest.
+
+    Nothing else of the file is used: a regular expression or a normalizer of a stranger never runs.
+    """
+    tokenizer = _untrained(kind)
+    expected = json.loads(tokenizer.to_str())
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding"):
+        if not _agree(stored[name], expected[name]):
+            raise ValueError(f"{name} is not the one of a {kind} tokenizer")
+    model = stored["model"]
+    if model["type"] != expected["model"]["type"]:
+        raise ValueError(f"the model is not {expected['model']['type']}")
+    vocabulary = model["vocab"]
+    if not all(type(token) is int for token in vocabulary.values()):
+        raise ValueError("a token id is no integer")
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise ValueError(f"the {len(vocabulary)} token ids are not 0 to {len(vocabulary) - 1}")
+    if [vocabulary.get(word) for word in RESERVED] != [PAD, BOS, EOS, UNK]:
+        raise ValueError(f"the first ids are not those of {', '.join(RESERVED)}")
+    if kind == "bpe":
+        tokenizer.model = models.BPE(vocabulary, [tuple(pair) for pair in model["merges"]], unk_token=RESERVED[UNK])
+    else:
+        tokenizer.model = models.WordLevel(vocabulary, unk_token=RESERVED[UNK])
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in RESERVED])
+    return tokenizer
+
+
+def _agree(stored: object, expected: object) -> bool:
+    """True if equal, apart from fields that only one version of the tokenizers library writes."""
+    if isinstance(stored, dict) and isinstance(expected, dict):
+        return all(stored[key] == expected[key] for key in stored.keys() & expected.keys())
+    return stored == expected

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from fastseq.errors import UserError
-from fastseq.seq2seq.model import Seq2Seq
+from fastseq.seq2seq.model import Seq2Seq, Seq2SeqConfig
 from fastseq.training.batching import TokenBatches
 from fastseq.training.checkpoint import (
     AtomicCheckpointIO,
@@ -25,14 +26,16 @@ from fastseq.training.checkpoint import (
     StopCleanly,
     Stopped,
     load_checkpoint,
-    load_weights,
+    trained_model,
 )
 from fastseq.training.corpus import Corpus, load_corpus
-from fastseq.training.folder import RunFolder, build_model, on_device
+from fastseq.training.folder import RunFolder, model_options, on_device
+from fastseq.training.lock import locked
 from fastseq.training.metrics import LABELS, higher_is_better, monitors
 from fastseq.training.options import OptimOptions, TrainerOptions, options_of, parse_train
 from fastseq.training.plots import plot_curves, read_metrics
 from fastseq.training.progress import Bar, EpochLines, UpdateRows, say
+from fastseq.training.resume import resumable
 from fastseq.training.task import Seq2SeqTask
 
 
@@ -55,7 +58,9 @@ def loggers(folder: RunFolder, first_step: int) -> list:
     return [csv_logger, board]
 
 
-def make_trainer(options: TrainerOptions, optim: OptimOptions, folder: RunFolder) -> L.Trainer:
+def make_trainer(
+    options: TrainerOptions, optim: OptimOptions, folder: RunFolder, checkpoint_io: AtomicCheckpointIO
+) -> L.Trainer:
     """A Lightning trainer that saves into the run folder, without loggers; raises UserError for a bad option."""
     callbacks: list[L.Callback] = [BestAndLast(folder.checkpoints, options.monitor), StopCleanly(folder.checkpoints)]
     if options.patience is not None:
@@ -75,7 +80,7 @@ def make_trainer(options: TrainerOptions, optim: OptimOptions, folder: RunFolder
             gradient_clip_val=optim.gradient_clip or None,
             logger=False,
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[checkpoint_io],
             log_every_n_steps=1,
             enable_progress_bar=progress_bar,
             enable_model_summary=False,
@@ -89,10 +94,22 @@ def make_trainer(options: TrainerOptions, optim: OptimOptions, folder: RunFolder
         raise UserError(f"{given} cannot be used here: {' '.join(str(error).split())}") from error
 
 
-def new_model(config: Namespace, corpus: Corpus) -> Seq2Seq:
-    """The model before its first update."""
-    torch.manual_seed(config.seed)
-    return build_model(config, len(corpus.source_tokenizer), len(corpus.target_tokenizer))
+def new_model(options: Seq2SeqConfig, seed: int) -> Seq2Seq:
+    """The model before its first update; raises UserError for one that memory cannot hold."""
+    gib, memory = 16 * options.parameter_count / 2**30, memory_size() / 2**30
+    if gib > memory:
+        raise UserError(
+            f"the model has {options.parameter_count:,} parameters: training needs {gib:,.0f} GiB for weights, "
+            f"gradients and Adam's moments, this machine has {memory:,.0f} GiB; lower --model.hidden_size, "
+            "--model.embedding_dim, or the numbers of layers"
+        )
+    torch.manual_seed(seed)
+    return Seq2Seq(options)
+
+
+def memory_size() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_monitor(config: Namespace) -> None:
@@ -104,7 +121,7 @@ def check_monitor(config: Namespace) -> None:
 
 def finished(checkpoint: dict[str, Any], task: Seq2SeqTask, trainer: L.Trainer) -> str | None:
     """Why the run of the checkpoint is at its end, or None; raises UserError when it cannot go on as it began."""
-    then = checkpoint.get("updates_per_epoch"), len(checkpoint.get("random_states", ()))
+    then = checkpoint["updates_per_epoch"], len(checkpoint["random_states"])
     now = task.updates_per_epoch, trainer.world_size
     if then != now:
         raise UserError(
@@ -123,33 +140,70 @@ def fit(config: Namespace, *, resume: bool) -> None:
     """Train as `config` says, from the beginning or from the run folder's last checkpoint."""
     check_monitor(config)
     folder = RunFolder(config.run_dir)
+    with contextlib.ExitStack() as stack:
+        if resume:
+            stack.enter_context(alone(folder))
+        run = prepare(config, folder, resume=resume)
+        if run is None:
+            return
+        if not resume:
+            stack.enter_context(alone(folder))
+        write_folder(config, folder, run.corpus, resume=resume)
+        train(config, folder, run)
+
+
+def alone(folder: RunFolder) -> contextlib.AbstractContextManager[None]:
+    """The lock of the run folder, which the first process of a job holds for all of them."""
+    return locked(folder.path) if rank_zero_only.rank == 0 else contextlib.nullcontext()
+
+
+class Run(NamedTuple):
+    """Everything that training needs, checked; nothing is written yet."""
+
+    corpus: Corpus
+    task: Seq2SeqTask
+    trainer: L.Trainer
+    batches: TokenBatches
+    valid: TokenBatches
+    checkpoint: dict[str, Any] | None  # to resume from
+
+
+def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None:
+    """Read the data and make the model, without writing; None when the run to resume is at its end."""
     options, optim = options_of(config, "trainer", TrainerOptions), options_of(config, "optim", OptimOptions)
     last = folder.checkpoints / "last.ckpt"
     checkpoint = load_checkpoint(last) if resume else None
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     corpus = load_corpus(config, folder.load_tokenizers() if resume else None)
-    model = new_model(config, corpus)
-    if checkpoint is not None:
-        load_weights(model, checkpoint, last)
-    trainer = make_trainer(options, optim, folder)
+    sizes = model_options(config, len(corpus.source_tokenizer), len(corpus.target_tokenizer))
+    model = trained_model(sizes, checkpoint, last) if resume else new_model(sizes, int(config.seed))
+    checkpoint_io = AtomicCheckpointIO()
+    trainer = make_trainer(options, optim, folder, checkpoint_io)
     on_device(model, trainer.strategy.root_device)
     share = {"max_tokens": config.data.max_tokens, "world_size": trainer.world_size, "rank": trainer.global_rank}
-    batches = TokenBatches(*corpus.train, **share, accumulate=options.accumulate, seed=config.seed)
+    batches = TokenBatches(*corpus.train, **share, accumulate=options.accumulate, seed=int(config.seed))
     valid = TokenBatches(*corpus.valid, **share, shuffle=False)
     task = Seq2SeqTask(model, optim, len(batches) // options.accumulate, options.max_epochs, corpus.decoding)
-    if checkpoint is not None and (why := finished(checkpoint, task, trainer)):
-        say(f"{folder.path} is finished: {why}")
-        return
-    write_folder(config, folder, corpus, resume=resume)
-    trainer.loggers = loggers(folder, checkpoint["global_step"] if checkpoint else 0)
+    if checkpoint is not None:
+        checkpoint_io.checkpoint = checkpoint = resumable(checkpoint, task, trainer, last)
+        if why := finished(checkpoint, task, trainer):
+            say(f"{folder.path} is finished: {why}")
+            return None
+    return Run(corpus, task, trainer, batches, valid, checkpoint)
+
+
+def train(config: Namespace, folder: RunFolder, run: Run) -> None:
+    """Run Lightning's loop, and report; exits with the signal's code after a signal."""
+    trainer, last = run.trainer, folder.checkpoints / "last.ckpt"
+    trainer.loggers = loggers(folder, run.checkpoint["global_step"] if run.checkpoint else 0)
     say(
-        f"{len(corpus.train[0]):,} training pairs in {len(batches):,} batches, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, run folder {folder.path}"
+        f"{len(run.corpus.train[0]):,} training pairs in {len(run.batches):,} batches, "
+        f"{sum(p.numel() for p in run.task.parameters()):,} parameters, run folder {folder.path}"
     )
     torch.manual_seed(config.seed + trainer.global_rank)
     try:
-        trainer.fit(task, batches, valid, ckpt_path=last if resume else None)
+        trainer.fit(run.task, run.batches, run.valid, ckpt_path=last if run.checkpoint else None)
     except Stopped as stop:
         say(f"stopped at update {trainer.global_step}; continue with: fastseq train --resume {folder.path}")
         raise SystemExit(128 + stop.args[0]) from None

@@ -70,8 +70,7 @@ def test_bad_generate_options(barely_trained, capsys):
 
 def test_messages_of_restricted_numbers(capsys):
     sentence = refused(capsys, "train", "--trainer.threads", "0")
-    assert "--trainer.threads: Not of type PositiveInt" in sentence
-    assert "Union" not in sentence
+    assert sentence == "fastseq train: --trainer.threads: must be >= 1 and <= 1024; got 0\n"
 
 
 def test_broken_config_names_the_file(copied, capsys):
@@ -103,6 +102,9 @@ def test_option_errors_are_user_errors():
         def parse_args(self, argv):
             raise argparse.ArgumentError(None, 'Parser key "a.b":\n  no\n  good')
 
+        def get_defaults(self):
+            return {}
+
     with pytest.raises(UserError, match=r"^--a\.b: no good$"):
         parsed(Parser(), [])
 
@@ -114,7 +116,7 @@ def test_damaged_files(copied, capsys):
         assert f"{best} is not a checkpoint" in refused(capsys, "evaluate", copied, *TEST)
     torch.save({"state_dict": torch.load(copied / "checkpoints" / "last.ckpt")["state_dict"]}, best)
     best.replace(copied / "checkpoints" / "last.ckpt")
-    assert "resume with the same" in refused(capsys, "train", "--resume", copied)
+    assert "last.ckpt cannot be resumed: epoch is missing" in refused(capsys, "train", "--resume", copied)
     path = copied / "source_tokenizer.json"
     broken = json.loads(path.read_text())
     broken["model"]["type"] = "Nothing"
