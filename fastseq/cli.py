@@ -3,33 +3,52 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import fastseq
+from fastseq.errors import UserError, did_you_mean
 
 
 class Command(NamedTuple):
-    """A command: the module whose `main(argv)` runs it, one line of help, an example."""
+    """A command: the module whose `main(argv)` runs it, one line of help, an example, and what it reads."""
 
     module: str
     help: str
     example: str
+    files: tuple[str, ...] = ()  # options that name an input file
+    runs: tuple[str, ...] = ()  # options that name a run folder; "" for the first argument
 
 
 COMMANDS = {
     "data": Command("fastseq.cli:data", "prepare a public data set", "fastseq data cmudict data/cmudict"),
     "train": Command(
-        "fastseq.training.train", "train a model", "fastseq train --train a.tsv --valid b.tsv --run_dir runs/x"
+        "fastseq.training.train",
+        "train a model",
+        "fastseq train --train a.tsv --valid b.tsv --run_dir runs/x",
+        files=("--train", "--valid"),
+        runs=("--resume",),
     ),
     "evaluate": Command(
-        "fastseq.training.evaluate", "measure a trained model", "fastseq evaluate runs/x --data test.tsv --num-beams 5"
+        "fastseq.training.evaluate",
+        "measure a trained model",
+        "fastseq evaluate runs/x --data test.tsv --num-beams 5",
+        files=("--data",),
+        runs=("",),
     ),
     "generate": Command(
-        "fastseq.training.generate", "predict line by line", "fastseq generate runs/x --num-beams 5 < in.txt > out.txt"
+        "fastseq.training.generate",
+        "predict line by line",
+        "fastseq generate runs/x --num-beams 5 < in.txt > out.txt",
+        files=("--input",),
+        runs=("",),
     ),
     "bench": Command(
         "fastseq.bench.main", "measure the backends against torch's modules", "fastseq bench --suite cpu --threads 1"
@@ -82,11 +101,17 @@ def _parser(commands: dict[str, Command], prog: str, description: str) -> argpar
 def dispatch(commands: dict[str, Command], prog: str, description: str, argv: list[str]) -> None:
     """Run the command that `argv` names; print help or an error, and exit, when it names none."""
     if not argv or argv[0] not in commands:
-        _parser(commands, prog, description).parse_args(argv or ["--help"])
+        parser = _parser(commands, prog, description)
+        if argv and not argv[0].startswith("-"):
+            known = f"choose from {', '.join(commands)}"
+            parser.error(f"unknown command {argv[0]!r}{did_you_mean(argv[0], commands)}; {known}")
+        parser.parse_args(argv or ["--help"])
         return
-    module, _, function = commands[argv[0]].module.partition(":")
+    command, arguments = commands[argv[0]], argv[1:]
+    _check_inputs(command, arguments)
+    module, _, function = command.module.partition(":")
     try:
-        getattr(importlib.import_module(module), function or "main")(argv[1:])
+        getattr(importlib.import_module(module), function or "main")(arguments)
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] not in EXTRA_PACKAGES:
             raise
@@ -95,29 +120,89 @@ def dispatch(commands: dict[str, Command], prog: str, description: str, argv: li
         ) from error
 
 
+def _check_inputs(command: Command, argv: list[str]) -> None:
+    """Raise UserError for a missing file or run folder, before the imports of the command, which take seconds."""
+    given = dict(_values(argv))
+    for name in command.files:
+        if name in given and given[name] != "-" and not Path(given[name]).exists():
+            raise UserError(f"{given[name]} cannot be read (No such file or directory), given as {name}")
+    for name in command.runs:
+        if name in given and not (Path(given[name]) / "config.yaml").exists():
+            raise UserError(f"{given[name]} is not a run folder: it has no config.yaml; make one with `fastseq train`")
+
+
+def _values(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """The options with their values, as `--name value` or `--name=value`, and a leading argument as option ""."""
+    if {"--config", "--help", "-h", "--print_config"} & set(argv):
+        return  # a file may replace values; nothing is read
+    for i, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if equals:
+            yield name, value
+        elif name.startswith("--") and i + 1 < len(argv):
+            yield name, argv[i + 1]
+        elif i == 0 and not name.startswith("-"):
+            yield "", argument
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run `fastseq`. Bad input ends with a sentence on standard error and exit code 2.
 
     FASTSEQ_DEBUG=1 shows the traceback instead. Ctrl-C ends with 130, a closed standard output with 141.
     """
-    from fastseq.errors import UserError
-
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a character outside the terminal's encoding is no error
     try:
-        dispatch(COMMANDS, "fastseq", "Fast LSTM sequence-to-sequence models.", argv)
+        with _flushed():
+            dispatch(COMMANDS, "fastseq", "Fast LSTM sequence-to-sequence models.", argv)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left; nothing more to say
+        _discard_stdout()  # the reader has left
         raise SystemExit(128 + signal.SIGPIPE) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
-    except (UserError, MissingExtra, OSError) as error:
-        if os.environ.get("FASTSEQ_DEBUG") == "1":
+    except (UserError, MissingExtra, OSError, MemoryError, RuntimeError) as error:
+        if os.environ.get("FASTSEQ_DEBUG") == "1" or (isinstance(error, RuntimeError) and not _out_of_memory(error)):
             raise
         raise SystemExit(_fail(argv[0], error)) from None
 
 
-def _fail(command: str, error: Exception | str) -> int:
+@contextlib.contextmanager
+def _flushed() -> Iterator[None]:
+    """Write standard output out at the end, where an error can still be handled."""
+    try:
+        yield
+    finally:
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
+            _discard_stdout()  # the interpreter would try again at its end
+            raise
+
+
+def _discard_stdout() -> None:
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """True for an allocation that failed, in Python or in torch, on CPU or GPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
+def _fail(command: str, error: Exception) -> int:
+    sentence: object = error
     if isinstance(error, OSError) and error.strerror:
-        error = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    print(f"fastseq {command}: {error}", file=sys.stderr)
+        sentence = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif _out_of_memory(error):
+        reason = str(error).partition("\n")[0]
+        sentence = f"out of memory ({reason}); choose smaller sizes, smaller batches (--max-tokens) or fewer beams"
+    words = " ".join(str(sentence).split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in words)
+    print(f"fastseq {command}: {text}", file=sys.stderr)
     return 2

@@ -265,6 +265,13 @@ def _log_probs(logits: Tensor, history: Tensor, step: int, options: _Options) ->
     return log_probs.masked_fill(forbidden, MINUS_INFINITY)
 
 
+def _with_room(tokens: Tensor, step: int, fill: int) -> Tensor:
+    """tokens (N, T) with a column for ``step``: doubled where it is full, since few sequences reach their limit."""
+    if step < tokens.shape[1]:
+        return tokens
+    return torch.cat([tokens, tokens.new_full((len(tokens), max(step, 32)), fill)], 1)
+
+
 def _repeats(history: Tensor, size: int, vocab_size: int) -> Tensor:
     """(N, V) bool: the tokens that would complete an n-gram which history (N, step) already holds."""
     rows, step = history.shape
@@ -300,9 +307,10 @@ def _decode_rows(model: nn.Module, enc: Any, limits: Tensor, options: _Options) 
     tokens = torch.full_like(limits, options.bos_id)
     scores, lengths = torch.zeros_like(limits, dtype=torch.float32), torch.zeros_like(limits)
     done = torch.zeros_like(limits, dtype=torch.bool)
-    sequences = limits.new_full((len(limits), int(limits.max())), options.pad_id)  # (N, T)
+    sequences = limits.new_empty(len(limits), 0)  # (N, T), T > step
     attentions = []
-    for step in range(sequences.shape[1]):
+    for step in range(int(limits.max())):
+        sequences = _with_room(sequences, step, options.pad_id)
         logits, state, attention = _advance(model, tokens, state, enc, options)
         log_probs = _log_probs(logits, sequences, step, options)
         tokens = _sample(log_probs, options) if options.do_sample else log_probs.argmax(1)
@@ -332,9 +340,11 @@ def _beam_search(model: nn.Module, enc: Any, limits: Tensor, options: _Options) 
     zeros = limits.new_zeros(batch, beams)
     pool = _Pool(torch.full_like(scores, MINUS_INFINITY), zeros, zeros)
     done = torch.zeros_like(limits, dtype=torch.bool)
-    history = limits.new_zeros(batch * beams, int(limits.max()))  # (B * K, T), kept up to date for n-gram blocking only
+    history = limits.new_empty(batch * beams, 0)  # (B * K, T), T > step, kept up to date for n-gram blocking only
     steps = []
-    for step in range(history.shape[1]):
+    for step in range(int(limits.max())):
+        if options.no_repeat_ngram_size:
+            history = _with_room(history, step, options.pad_id)
         logits, state, attention = _advance(model, tokens, state, enc, options)
         log_probs = _log_probs(logits, history, step, options).view(batch, beams, -1)
         candidates, flat = (scores[:, :, None] + log_probs).flatten(1).topk(2 * beams)  # (B, 2K), best first

@@ -76,9 +76,11 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if name == "meta":
+            raise RuntimeError("its tensors hold no numbers")
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).partition("\n")[0]
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch built without CUDA asserts
+        reason = str(error).partition("\n")[0].partition(". ")[0][:200]
         raise UserError(f"--device {name} cannot be used here ({reason}); give cpu, cuda or auto") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -57,9 +58,13 @@ def complete(options: Namespace) -> Namespace:
     return options
 
 
-def opened(path: str, mode: str, standard: IO) -> AbstractContextManager[IO]:
+def opened(path: str, mode: str, standard: IO | None) -> AbstractContextManager[IO]:
     """The file at `path`, or `standard` for "-"; raises UserError when the file cannot be opened."""
     if path == "-":
+        if standard is None:
+            raise UserError(f"standard {'input' if 'b' in mode else 'output'} is closed; give a file")
+        if isinstance(standard, io.TextIOWrapper):
+            standard.reconfigure(encoding="utf-8")  # as the input is read, whatever the locale
         return nullcontext(standard)
     try:
         return Path(path).open(mode, encoding=None if "b" in mode else "utf-8")
@@ -124,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     options = complete(parsed(generate_parser(), sys.argv[1:] if argv is None else argv))
     generator = Generator(options)
     with (
-        opened(options.input, "rb", sys.stdin.buffer) as source,
+        opened(options.input, "rb", getattr(sys.stdin, "buffer", None)) as source,
         opened(options.output, "w", sys.stdout) as destination,
     ):
         for group in in_groups(decoded_lines(source, options.input), options.batch_lines):

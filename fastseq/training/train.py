@@ -44,6 +44,9 @@ def processes(options: TrainerOptions) -> dict[str, int | str]:
     if "TORCHELASTIC_RUN_ID" in os.environ and options.devices == "auto":
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         return {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local, "strategy": "ddp"}
+    most = max(os.cpu_count() or 1, torch.cuda.device_count())
+    if isinstance(options.devices, int) and options.devices > most:
+        raise UserError(f"--trainer.devices {options.devices} starts as many processes; choose at most {most} here")
     return {"devices": options.devices, "strategy": "auto"}
 
 
@@ -176,6 +179,12 @@ def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     corpus = load_corpus(config, folder.load_tokenizers() if resume else None)
+    pairs = len(corpus.train[0])
+    if options.accumulate > pairs:
+        raise UserError(
+            f"--trainer.accumulate {options.accumulate} needs as many pairs, {config.train} has {pairs:,}; "
+            f"choose at most {pairs}"
+        )
     sizes = model_options(config, len(corpus.source_tokenizer), len(corpus.target_tokenizer))
     model = trained_model(sizes, checkpoint, last) if resume else new_model(sizes, int(config.seed))
     checkpoint_io = AtomicCheckpointIO()

@@ -230,7 +230,7 @@ def test_bad_run_folders_get_a_sentence(copied, tmp_path, capsys):
 
 def test_bad_generate_options_get_a_sentence(trained, tmp_path, capsys):
     assert "give --num-beams 3" in refused(capsys, "generate", trained, "--n-best", "3", "--num-beams", "2")
-    assert "cannot be opened" in refused(capsys, "generate", trained, "--input", tmp_path / "missing.txt")
+    assert "cannot be read" in refused(capsys, "generate", trained, "--input", tmp_path / "missing.txt")
     (tmp_path / "bytes.txt").write_bytes(b"ab\n\xff\n")
     assert "bytes.txt, line 2" in refused(capsys, "generate", trained, "--input", tmp_path / "bytes.txt")
 
