@@ -1,11 +1,9 @@
 """fastseq: fast LSTM sequence-to-sequence models with the weights and results of ``nn.LSTM``."""
 
-from fastseq import ops
-from fastseq._native import empty_cache
-from fastseq.dispatch import explain, use_backend
-from fastseq.info import info
-from fastseq.nn import LSTM, Attention, LSTMCell, accelerate, restore
-from fastseq.seq2seq import Seq2Seq, Seq2SeqConfig, build_seq2seq_model
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -24,3 +22,36 @@ __all__ = [
     "restore",
     "use_backend",
 ]
+
+
+def _is_the_command() -> bool:
+    """True in the process of ``fastseq`` or ``python -m fastseq``: its help and its refusals need no torch."""
+    program = sys.argv[0] if sys.argv else ""
+    return Path(program).stem == "fastseq" or (program == "-m" and "fastseq" in sys.orig_argv)
+
+
+if TYPE_CHECKING or not _is_the_command():
+    from fastseq import ops
+    from fastseq._native import empty_cache
+    from fastseq.dispatch import explain, use_backend
+    from fastseq.info import info
+    from fastseq.nn import LSTM, Attention, LSTMCell, accelerate, restore
+    from fastseq.seq2seq import Seq2Seq, Seq2SeqConfig, build_seq2seq_model
+else:
+    _HOMES = {
+        **dict.fromkeys(("LSTM", "Attention", "LSTMCell", "accelerate", "restore"), "fastseq.nn"),
+        **dict.fromkeys(("Seq2Seq", "Seq2SeqConfig", "build_seq2seq_model"), "fastseq.seq2seq"),
+        **dict.fromkeys(("explain", "use_backend"), "fastseq.dispatch"),
+        "empty_cache": "fastseq._native",
+        "info": "fastseq.info",
+        "ops": "fastseq",
+    }
+
+    def __getattr__(name: str) -> object:
+        """Import a public name when it is first used."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'fastseq' has no attribute {name!r}")
+        importlib.import_module("fastseq.ops")
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value

@@ -108,7 +108,7 @@ def dispatch(commands: dict[str, Command], prog: str, description: str, argv: li
         parser.parse_args(argv or ["--help"])
         return
     command, arguments = commands[argv[0]], argv[1:]
-    _check_inputs(command, arguments)
+    check_inputs(command, arguments)
     module, _, function = command.module.partition(":")
     try:
         getattr(importlib.import_module(module), function or "main")(arguments)
@@ -120,7 +120,7 @@ def dispatch(commands: dict[str, Command], prog: str, description: str, argv: li
         ) from error
 
 
-def _check_inputs(command: Command, argv: list[str]) -> None:
+def check_inputs(command: Command, argv: list[str]) -> None:
     """Raise UserError for a missing file or run folder, before the imports of the command, which take seconds."""
     given = dict(_values(argv))
     for name in command.files:

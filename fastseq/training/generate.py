@@ -15,7 +15,6 @@ from jsonargparse import ArgumentParser, Namespace
 from fastseq.errors import UserError
 from fastseq.training.data import decoded_lines, encode
 from fastseq.training.decode import LEAST_LENGTH_RATIO, decode
-from fastseq.training.evaluate import picture
 from fastseq.training.folder import RunFolder
 from fastseq.training.options import Beams, Count, NewTokens, command_parser, parsed
 
@@ -115,6 +114,8 @@ class Generator:
         )
         hypotheses = {number: best for (number, _), best in zip(filled, found, strict=True)}
         if self.pictures is not None:
+            from fastseq.training.evaluate import picture  # needs matplotlib
+
             for row, (number, _) in enumerate(filled):
                 picture(hypotheses[number][0], sources, row, self.tokenizers, self.pictures / f"{number:04d}.png")
         for number, _ in group:

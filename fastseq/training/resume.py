@@ -11,7 +11,8 @@ import lightning as L
 import torch
 
 from fastseq.errors import UserError
-from fastseq.training.checkpoint import BestAndLast, Patience, start_again
+from fastseq.training.callbacks import BestAndLast, Patience
+from fastseq.training.checkpoint import start_again
 from fastseq.training.metrics import monitors
 from fastseq.training.progress import EpochLines
 from fastseq.training.task import Seq2SeqTask

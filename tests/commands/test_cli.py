@@ -13,7 +13,8 @@ import fastseq
 from fastseq.cli import COMMANDS, DATA_SETS, main
 from fastseq.training.options import underscored
 
-HEAVY = ("lightning", "jsonargparse", "tokenizers", "matplotlib", "sacrebleu", "tensorboard")
+ARGUMENTS = ["train", "--train", __file__, "--valid", __file__, "--run_dir", "nowhere"]
+HEAVY = ("lightning", "jsonargparse", "tokenizers", "matplotlib", "sacrebleu", "tensorboard", "torch")
 
 
 def fresh(*arguments: str) -> subprocess.CompletedProcess:
@@ -83,7 +84,7 @@ def test_data_is_dispatched(capsys):
 
 @pytest.mark.parametrize("package", ["lightning", "matplotlib"])
 def test_missing_extra_names_the_pip_line(package):
-    code = f"import sys; sys.modules[{package!r}] = None; from fastseq.cli import main; main(['train'])"
+    code = f"import sys; sys.modules[{package!r}] = None; from fastseq.cli import main; main({ARGUMENTS})"
     result = fresh("-c", code)
     assert result.returncode == 2
     sentence = f'fastseq train: the package {package} is not installed; bring it with: pip install "fastseq[train]"\n'
@@ -92,10 +93,10 @@ def test_missing_extra_names_the_pip_line(package):
 
 
 def test_other_missing_modules_are_bugs(monkeypatch):
-    monkeypatch.delitem(sys.modules, "fastseq.training.train", raising=False)
+    monkeypatch.delitem(sys.modules, "fastseq.training.fit", raising=False)
     monkeypatch.setitem(sys.modules, "fastseq.training.plots", None)
     with pytest.raises(ModuleNotFoundError, match="plots"):
-        main(["train"])
+        main(ARGUMENTS)
 
 
 def test_debug_shows_the_traceback(monkeypatch, tmp_path):

@@ -53,6 +53,7 @@ def parse_only(monkeypatch):
 
     def check(arguments: list[str]) -> None:
         with monkeypatch.context() as patch:
+            patch.setattr(cli, "check_inputs", lambda command, argv: None)  # the files need not exist
             for kind in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
                 patch.setattr(kind, "parse_args", stop_after(kind.parse_args))
             try:

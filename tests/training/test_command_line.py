@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -169,3 +170,32 @@ def test_other_runtime_errors_keep_their_traceback(run, monkeypatch):
 
 def test_control_characters_of_a_stranger_are_shown_escaped(capsys):
     assert "\\x1b[31m" in refused(capsys, "evaluate", "\x1b[31m", *TEST)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "--train", "nowhere.tsv", "--valid", "nowhere.tsv"),
+        ("train", "--resume=nowhere"),
+        ("evaluate", "nowhere", "--data", "x"),
+        ("generate", "nowhere"),
+        ("trian",),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_name_is_refused_before_torch_is_imported(arguments):
+    code = f"import sys; sys.argv = ['fastseq', *{arguments}]; from fastseq.cli import main\n"
+    code += "try: main()\nexcept SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "2 False\n"
+    assert arguments[-1].partition("=")[2] in result.stderr
+
+
+def test_the_package_is_whole_in_the_command_too():
+    """There each public name is imported when it is first used."""
+    code = "import sys; sys.argv[0] = 'fastseq'; import fastseq; assert 'torch' not in sys.modules\n"
+    code += "print(*(type(getattr(fastseq, name)).__name__ for name in fastseq.__all__))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    import fastseq
+
+    assert result.stdout.split() == [type(getattr(fastseq, name)).__name__ for name in fastseq.__all__], result.stderr

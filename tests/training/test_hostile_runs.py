@@ -155,7 +155,7 @@ def trainer_and_task(run: Path):
     """Stand-ins with all that `resumable` reads."""
     import lightning as L
 
-    from fastseq.training.checkpoint import BestAndLast, Patience
+    from fastseq.training.callbacks import BestAndLast, Patience
     from fastseq.training.options import OptimOptions
     from fastseq.training.progress import EpochLines
     from fastseq.training.task import Seq2SeqTask

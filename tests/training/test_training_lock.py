@@ -61,7 +61,7 @@ def test_the_lock_goes_with_a_failed_training(tmp_path, monkeypatch):
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastseq.training.train.train", crash)
+        patch.setattr("fastseq.training.fit.train", crash)
         with pytest.raises(RuntimeError, match="power cut"):
             main(["train", *SMALL, "--run_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run" / NAME).exists()

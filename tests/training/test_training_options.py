@@ -229,7 +229,7 @@ def test_a_closed_pipe_ends_training_with_its_own_code(tmp_path, monkeypatch):
     def closed(sentence):
         raise BrokenPipeError
 
-    monkeypatch.setattr("fastseq.training.train.say", closed)
+    monkeypatch.setattr("fastseq.training.fit.say", closed)
     with (tmp_path / "out").open("w") as out:
         monkeypatch.setattr(sys, "stdout", out)
         code = stopped("train", *SMALL, "--run_dir", tmp_path / "run")

@@ -13,7 +13,7 @@ import torch
 from toy_runs import SMALL, TOY, refused, rows, train
 
 from fastseq.cli import main
-from fastseq.training.checkpoint import BestAndLast
+from fastseq.training.callbacks import BestAndLast
 from fastseq.training.task import Seq2SeqTask
 
 

@@ -1,0 +1,156 @@
+"""Checkpoints that survive a full disk, a stop at any moment, and a move of the run folder."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from fastseq.errors import UserError
+from fastseq.training.checkpoint import start_again
+from fastseq.training.metrics import higher_is_better
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes next to the target, then renames: the file under the final name is complete at every moment.
+
+    Lightning resumes from the `checkpoint` that is set here, already read and checked: it would unpickle a file.
+    """
+
+    checkpoint: dict[str, Any] | None = None
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """`checkpoint`, whatever the path."""
+        return dict(self.checkpoint)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Save `checkpoint`; raises UserError, with an older file of that name untouched, when it cannot be written."""
+        path = Path(path)
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        partial = path.with_suffix(".partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            run, kept = path.parent.parent, "the previous one is intact" if path.exists() else "there is no earlier one"
+            resumable = (path.parent / "last.ckpt").exists()
+            advice = f"continue with: fastseq train --resume {run}" if resumable else start_again(run)
+            raise UserError(
+                f"the checkpoint {path} could not be written ({error}); {kept}; make room or choose another disk, "
+                f"then {advice}"
+            ) from error
+
+
+class BestAndLast(Checkpoint):
+    """Saves last.ckpt after every epoch, and best.ckpt when `monitor` is better than ever before."""
+
+    def __init__(self, folder: Path, monitor: str) -> None:
+        self.folder, self.monitor = folder, monitor
+        self.best: float | None = None
+        self.best_epoch: int | None = None
+
+    def state_dict(self) -> dict[str, str | float | int | None]:
+        """The best value so far, as part of a checkpoint."""
+        return {"monitor": self.monitor, "best": self.best, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the best value so far, if it is one of the same metric."""
+        if state.get("monitor") == self.monitor:
+            self.best, self.best_epoch = state["best"], state["best_epoch"]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        """Save after validation. Raises UserError, without saving, when the loss is not finite any more."""
+        if not math.isfinite(trainer.callback_metrics["valid_loss"]):
+            raise UserError(
+                f"the loss is not finite after epoch {trainer.current_epoch + 1}; lower --optim.lr or "
+                f"--optim.gradient_clip, and {start_again(self.folder.parent)}"
+            )
+        value = float(trainer.callback_metrics[self.monitor])
+        sign = -1.0 if higher_is_better(self.monitor) else 1.0
+        if math.isfinite(value) and (self.best is None or sign * value < sign * self.best):
+            self.best, self.best_epoch = value, trainer.current_epoch
+            trainer.save_checkpoint(self.folder / "best.ckpt")
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+
+
+class Patience(EarlyStopping):
+    """Early stopping whose patience is what the command line says now, also in a resumed run."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue to wait."""
+        super().load_state_dict(state_dict | {"patience": self.patience})
+
+    def spent(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether the run of this checkpoint has waited long enough."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        return state is not None and state["wait_count"] >= max(self.patience, 1)
+
+
+class Stopped(Exception):
+    """Training was asked to stop by a signal, and its last.ckpt is written; the argument is the signal's number."""
+
+
+class StopCleanly(Checkpoint):
+    """On SIGINT or SIGTERM: finish the update (the last of an epoch with validation), save last.ckpt, raise Stopped.
+
+    A second signal has its usual meaning. So has the first one when several processes train: they would stop at
+    different updates, and saving needs all of them; the checkpoint of the last epoch is then the one to resume from.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.requested = 0  # number of the signal that came
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        """Start to listen."""
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._request) for number in self.SIGNALS}
+
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and stop in the middle of an epoch, if asked to and an update is complete."""
+        complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self.requested and complete and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+            raise Stopped(self.requested)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        """Stop between two epochs, if asked to; `BestAndLast` has saved."""
+        if self.requested:
+            raise Stopped(self.requested)
+
+    def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        """Stop to listen."""
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, task: L.LightningModule, exception: BaseException) -> None:
+        """Stop to listen."""
+        self._restore()

@@ -1,0 +1,243 @@
+"""Trains a model with Lightning: from two TSV files to a run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from fastseq.errors import UserError
+from fastseq.seq2seq.model import Seq2Seq, Seq2SeqConfig
+from fastseq.training.batching import TokenBatches
+from fastseq.training.callbacks import AtomicCheckpointIO, BestAndLast, Patience, StopCleanly, Stopped
+from fastseq.training.checkpoint import load_checkpoint, trained_model
+from fastseq.training.corpus import Corpus, load_corpus
+from fastseq.training.folder import RunFolder, model_options, on_device
+from fastseq.training.lock import locked
+from fastseq.training.metrics import LABELS, higher_is_better, monitors
+from fastseq.training.options import OptimOptions, TrainerOptions, options_of
+from fastseq.training.plots import plot_curves, read_metrics
+from fastseq.training.progress import Bar, EpochLines, UpdateRows, say
+from fastseq.training.resume import resumable
+from fastseq.training.task import Seq2SeqTask
+
+
+def processes(options: TrainerOptions) -> dict[str, int | str]:
+    """Trainer arguments for devices and strategy: what torchrun started, or what the options say."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and options.devices == "auto":
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local, "strategy": "ddp"}
+    most = max(os.cpu_count() or 1, torch.cuda.device_count())
+    if isinstance(options.devices, int) and options.devices > most:
+        raise UserError(f"--trainer.devices {options.devices} starts as many processes; choose at most {most} here")
+    return {"devices": options.devices, "strategy": "auto"}
+
+
+def loggers(folder: RunFolder, first_step: int) -> list:
+    """CSV and TensorBoard loggers that keep the rows before `first_step` and replace the later ones."""
+    csv_logger = CSVLogger(folder.path, name="", version="", flush_logs_every_n_steps=1)
+    board = TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=first_step or None)
+    if rank_zero_only.rank == 0:
+        kept = [row for row in read_metrics(folder.metrics) if int(row["step"]) < first_step]
+        csv_logger.experiment.metrics.extend(kept)
+        csv_logger.save()
+    return [csv_logger, board]
+
+
+def make_trainer(
+    options: TrainerOptions, optim: OptimOptions, folder: RunFolder, checkpoint_io: AtomicCheckpointIO
+) -> L.Trainer:
+    """A Lightning trainer that saves into the run folder, without loggers; raises UserError for a bad option."""
+    callbacks: list[L.Callback] = [BestAndLast(folder.checkpoints, options.monitor), StopCleanly(folder.checkpoints)]
+    if options.patience is not None:
+        mode = "max" if higher_is_better(options.monitor) else "min"
+        callbacks.append(Patience(options.monitor, patience=options.patience, mode=mode, check_finite=False))
+    callbacks += [UpdateRows(options.log_every), EpochLines()]
+    progress_bar = options.progress_bar and sys.stdout.isatty()
+    if progress_bar:
+        callbacks.append(Bar(refresh_rate=10))
+    try:
+        return L.Trainer(
+            **processes(options),
+            accelerator=options.accelerator,
+            precision=options.precision,
+            max_epochs=options.max_epochs,
+            accumulate_grad_batches=options.accumulate,
+            gradient_clip_val=optim.gradient_clip or None,
+            logger=False,
+            callbacks=callbacks,
+            plugins=[checkpoint_io],
+            log_every_n_steps=1,
+            enable_progress_bar=progress_bar,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        given = ", ".join(
+            f"--trainer.{name} {getattr(options, name)}" for name in ("accelerator", "devices", "precision")
+        )
+        raise UserError(f"{given} cannot be used here: {' '.join(str(error).split())}") from error
+
+
+def new_model(options: Seq2SeqConfig, seed: int) -> Seq2Seq:
+    """The model before its first update; raises UserError for one that memory cannot hold."""
+    gib, memory = 16 * options.parameter_count / 2**30, memory_size() / 2**30
+    if gib > memory:
+        raise UserError(
+            f"the model has {options.parameter_count:,} parameters: training needs {gib:,.0f} GiB for weights, "
+            f"gradients and Adam's moments, this machine has {memory:,.0f} GiB; lower --model.hidden_size, "
+            "--model.embedding_dim, or the numbers of layers"
+        )
+    torch.manual_seed(seed)
+    return Seq2Seq(options)
+
+
+def memory_size() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_monitor(config: Namespace) -> None:
+    """Raise UserError when --trainer.monitor is nothing that is measured."""
+    names = monitors(text=config.data.text_metrics)
+    if config.trainer.monitor not in names:
+        raise UserError(f"--trainer.monitor {config.trainer.monitor} is not measured; choose one of {', '.join(names)}")
+
+
+def finished(checkpoint: dict[str, Any], task: Seq2SeqTask, trainer: L.Trainer) -> str | None:
+    """Why the run of the checkpoint is at its end, or None; raises UserError when it cannot go on as it began."""
+    then = checkpoint["updates_per_epoch"], len(checkpoint["random_states"])
+    now = task.updates_per_epoch, trainer.world_size
+    if then != now:
+        raise UserError(
+            f"the checkpoint has epochs of {then[0]} updates on {then[1]} process(es), now {now[0]} on {now[1]}; "
+            "resume with the same training file and the same number of processes"
+        )
+    if checkpoint["global_step"] >= task.total_updates:
+        return f"all {trainer.max_epochs} epochs are trained; train on with a larger --trainer.max_epochs"
+    waiting = [callback for callback in trainer.callbacks if isinstance(callback, Patience)]
+    if any(callback.spent(checkpoint) for callback in waiting):
+        return f"it was stopped early by --trainer.patience {waiting[0].patience}; train on with a larger one"
+    return None
+
+
+def fit(config: Namespace, *, resume: bool) -> None:
+    """Train as `config` says, from the beginning or from the run folder's last checkpoint."""
+    quiet()
+    check_monitor(config)
+    folder = RunFolder(config.run_dir)
+    with contextlib.ExitStack() as stack:
+        if resume:
+            stack.enter_context(alone(folder))
+        run = prepare(config, folder, resume=resume)
+        if run is None:
+            return
+        if not resume:
+            stack.enter_context(alone(folder))
+        write_folder(config, folder, run.corpus, resume=resume)
+        train(config, folder, run)
+
+
+def alone(folder: RunFolder) -> contextlib.AbstractContextManager[None]:
+    """The lock of the run folder, which the first process of a job holds for all of them."""
+    return locked(folder.path) if rank_zero_only.rank == 0 else contextlib.nullcontext()
+
+
+class Run(NamedTuple):
+    """Everything that training needs, checked; nothing is written yet."""
+
+    corpus: Corpus
+    task: Seq2SeqTask
+    trainer: L.Trainer
+    batches: TokenBatches
+    valid: TokenBatches
+    checkpoint: dict[str, Any] | None  # to resume from
+
+
+def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None:
+    """Read the data and make the model, without writing; None when the run to resume is at its end."""
+    options, optim = options_of(config, "trainer", TrainerOptions), options_of(config, "optim", OptimOptions)
+    last = folder.checkpoints / "last.ckpt"
+    checkpoint = load_checkpoint(last) if resume else None
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    corpus = load_corpus(config, folder.load_tokenizers() if resume else None)
+    pairs = len(corpus.train[0])
+    if options.accumulate > pairs:
+        raise UserError(
+            f"--trainer.accumulate {options.accumulate} needs as many pairs, {config.train} has {pairs:,}; "
+            f"choose at most {pairs}"
+        )
+    sizes = model_options(config, len(corpus.source_tokenizer), len(corpus.target_tokenizer))
+    model = trained_model(sizes, checkpoint, last) if resume else new_model(sizes, int(config.seed))
+    checkpoint_io = AtomicCheckpointIO()
+    trainer = make_trainer(options, optim, folder, checkpoint_io)
+    on_device(model, trainer.strategy.root_device)
+    share = {"max_tokens": config.data.max_tokens, "world_size": trainer.world_size, "rank": trainer.global_rank}
+    batches = TokenBatches(*corpus.train, **share, accumulate=options.accumulate, seed=int(config.seed))
+    valid = TokenBatches(*corpus.valid, **share, shuffle=False)
+    task = Seq2SeqTask(model, optim, len(batches) // options.accumulate, options.max_epochs, corpus.decoding)
+    if checkpoint is not None:
+        checkpoint_io.checkpoint = checkpoint = resumable(checkpoint, task, trainer, last)
+        if why := finished(checkpoint, task, trainer):
+            say(f"{folder.path} is finished: {why}")
+            return None
+    return Run(corpus, task, trainer, batches, valid, checkpoint)
+
+
+def train(config: Namespace, folder: RunFolder, run: Run) -> None:
+    """Run Lightning's loop, and report; exits with the signal's code after a signal."""
+    trainer, last = run.trainer, folder.checkpoints / "last.ckpt"
+    trainer.loggers = loggers(folder, run.checkpoint["global_step"] if run.checkpoint else 0)
+    say(
+        f"{len(run.corpus.train[0]):,} training pairs in {len(run.batches):,} batches, "
+        f"{sum(p.numel() for p in run.task.parameters()):,} parameters, run folder {folder.path}"
+    )
+    torch.manual_seed(config.seed + trainer.global_rank)
+    try:
+        trainer.fit(run.task, run.batches, run.valid, ckpt_path=last if run.checkpoint else None)
+    except Stopped as stop:
+        say(f"stopped at update {trainer.global_step}; continue with: fastseq train --resume {folder.path}")
+        raise SystemExit(128 + stop.args[0]) from None
+    report(trainer, folder)
+
+
+@rank_zero_only
+def write_folder(config: Namespace, folder: RunFolder, corpus: Corpus, *, resume: bool) -> None:
+    """Write the configuration as it is in effect, and for a new run make the folder, with tokenizers."""
+    if not resume:
+        folder.create(overwrite=config.overwrite)
+        corpus.source_tokenizer.save(folder.source_tokenizer)
+        corpus.target_tokenizer.save(folder.target_tokenizer)
+    config.data.max_length_ratio = corpus.decoding.max_length_ratio
+    folder.save_config(config)
+
+
+@rank_zero_only
+def report(trainer: L.Trainer, folder: RunFolder) -> None:
+    """Draw the curves, print the best result and what to do with it."""
+    plot_curves(folder.metrics, folder.curves)
+    best = next(callback for callback in trainer.callbacks if isinstance(callback, BestAndLast))
+    if best.best is not None:
+        label = LABELS.get(best.monitor.removeprefix("valid_"), best.monitor)
+        say(f"best epoch {best.best_epoch + 1} of {trainer.current_epoch}: validation {label} {best.best:.4g}")
+    say(f"curves: {folder.curves}; next: fastseq evaluate {folder.path} --data test.tsv")
+
+
+def quiet() -> None:
+    """Silence Lightning's notices about hardware, tips and things that are as intended here; its warnings stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*Experiment logs directory.*", ".*logging interval.*", ".*LeafSpec.*is deprecated.*"):
+        warnings.filterwarnings("ignore", message)
