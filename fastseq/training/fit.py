@@ -204,6 +204,8 @@ def train(config: Namespace, folder: RunFolder, run: Run) -> None:
         f"{len(run.corpus.train[0]):,} training pairs in {len(run.batches):,} batches, "
         f"{sum(p.numel() for p in run.task.parameters()):,} parameters, run folder {folder.path}"
     )
+    if run.task.updates_per_epoch == 1:
+        say(f"warning: one update an epoch; lower --data.max_tokens ({config.data.max_tokens}) for more")
     torch.manual_seed(config.seed + trainer.global_rank)
     try:
         trainer.fit(run.task, run.batches, run.valid, ckpt_path=last if run.checkpoint else None)

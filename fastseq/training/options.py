@@ -99,7 +99,7 @@ class TrainerOptions:
         devices: processes on this machine, "auto" for all GPUs, one CPU process, or as torchrun says.
         threads: CPU threads of each process, null for torch's choice. One is the safe choice for small models: threads
             that wait for each other cost more than they bring when the machine has other work.
-        log_every: updates between two rows of the training loss.
+        log_every: updates between two rows of the training loss; each epoch has at least one.
         progress_bar: show one, on a terminal.
     """
 

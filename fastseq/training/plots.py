@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from fastseq.errors import UserError
@@ -43,8 +44,12 @@ def _curve(rows: list[dict[str, str]], column: str) -> tuple[list[int], list[flo
 
 
 def plot_curves(metrics: Path, png: Path) -> None:
-    """Draw the losses (left) and the error rates of greedy decoding (right) over the updates."""
-    rows = read_metrics(metrics)
+    """Draw the learning curves of a run's metrics.csv."""
+    curves_figure(read_metrics(metrics)).savefig(png, dpi=120)
+
+
+def curves_figure(rows: list[dict[str, str]]) -> Figure:
+    """Losses (left) and error rates of greedy decoding (right) over the updates."""
     figure = _figure(10, 4)
     panels = {
         "loss per target token": ("train_loss", "valid_loss"),
@@ -53,11 +58,15 @@ def plot_curves(metrics: Path, png: Path) -> None:
     for axes, (label, columns) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for column in columns:
             steps, values = _curve(rows, column)
-            axes.plot(steps, values, label=column.replace("_", " "), marker="" if column == "train_loss" else ".")
+            marker = "" if column == "train_loss" and len(steps) > 20 else "."  # a single point has no line
+            if steps:
+                axes.plot(steps, values, label=column.replace("_", " "), marker=marker)
         axes.set(xlabel="update", ylabel=label)
         axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(png, dpi=120)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if axes.lines:
+            axes.legend()
+    return figure
 
 
 def plot_attention(weights: Tensor, source: Sequence[str], target: Sequence[str], png: Path) -> None:

@@ -33,7 +33,10 @@ class Bar(TQDMProgressBar):
 
 
 class UpdateRows(L.Callback):
-    """Logs training loss and learning rate of every `every`-th update, before that update's checkpoint is written."""
+    """Logs training loss and learning rate of every `every`-th update, before that update's checkpoint is written.
+
+    An epoch without such an update logs its last one.
+    """
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -48,7 +51,9 @@ class UpdateRows(L.Callback):
     ) -> None:
         """Log the update that this batch completed, if any."""
         complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not complete or trainer.global_step % self.every != 0:
+        step, epoch = trainer.global_step, task.updates_per_epoch
+        none_this_epoch = step % epoch == 0 and step // self.every == (step - epoch) // self.every
+        if not complete or (step % self.every != 0 and not none_this_epoch):
             return
         values = {
             "epoch": trainer.current_epoch,
@@ -56,7 +61,7 @@ class UpdateRows(L.Callback):
             "learning_rate": self._learning_rate,
         }
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step - 1)
+            logger.log_metrics(values, step=step - 1)
 
 
 class EpochLines(L.Callback):

@@ -50,7 +50,7 @@ def _checked(checkpoint: dict[str, Any], task: Seq2SeqTask, trainer: L.Trainer) 
     version = checkpoint.get(VERSION)
     _require(isinstance(version, str) and RELEASE.fullmatch(version), VERSION)
     loop = _field(checkpoint.get("loops"), "fit_loop", "loops")
-    _check_loop(loop, trainer, checkpoint["global_step"])
+    _check_loop(loop, trainer, checkpoint)
     task.trainer = trainer
     fresh = task.configure_optimizers()
     (group,) = fresh["optimizer"].state_dict()["param_groups"]
@@ -93,7 +93,8 @@ def _like(found: object, expected: object, where: str) -> Any:
     return expected
 
 
-def _check_loop(loop: object, trainer: L.Trainer, step: int) -> None:
+def _check_loop(loop: object, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Check the counters of Lightning's loop, and that those of epochs and updates agree."""
     _like(loop, trainer.fit_loop.state_dict(), "loops.fit_loop")
     where = "loops.fit_loop.state_dict.combined_loader"
     loaders = _field(loop["state_dict"], "combined_loader", "loops.fit_loop.state_dict")
@@ -101,7 +102,14 @@ def _check_loop(loop: object, trainer: L.Trainer, step: int) -> None:
     _like(loaders[0], LOADER, where)
     _require(loaders[0]["done"] <= loaders[0]["batches"], f"{where}.done")
     steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+    step, length = checkpoint["global_step"], checkpoint["updates_per_epoch"]
+    epochs = loop["epoch_progress"]["current"]
+    done, begun = epochs["completed"], epochs["ready"]
+    where = "loops.fit_loop.epoch_progress.current"
     _require(steps == step, "global_step")
+    _require(done == checkpoint["epoch"] and done * length <= step <= (done + 1) * length, "epoch")
+    processed = begun if step == begun * length else done  # after the last update of an epoch, or before
+    _require(begun == epochs["started"] == done + 1 and epochs["processed"] == processed, where)
 
 
 def _callbacks(states: object, trainer: L.Trainer) -> dict[str, Any]:

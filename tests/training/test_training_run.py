@@ -15,6 +15,7 @@ from toy_runs import SMALL, TOY, refused, rows, train
 from fastseq.cli import main
 from fastseq.training.batching import TokenBatches
 from fastseq.training.decode import decode
+from fastseq.training.plots import curves_figure
 from fastseq.training.task import learning_rate_factor
 
 
@@ -186,6 +187,29 @@ def test_a_seed_repeats(two_epochs, tmp_path):
 def test_early_stopping_stops(tmp_path):
     train(tmp_path / "run", "--trainer.patience", "1", "--optim.lr", "0", "--trainer.max_epochs", "9")
     assert [row["epoch"] for row in rows(tmp_path / "run") if row["valid_loss"]] == ["0", "1"]
+
+
+def test_one_update_an_epoch_is_reported_and_logged(tmp_path, capsys):
+    defaults = ("--data.max_tokens", "4096", "--trainer.log_every", "20")
+    train(tmp_path / "run", *defaults, "--trainer.max_epochs", "3")
+    assert "warning: one update an epoch; lower --data.max_tokens (4096) for more" in capsys.readouterr().out
+    assert [row["step"] for row in rows(tmp_path / "run") if row["train_loss"]] == ["0", "1", "2"]
+
+
+def test_each_epoch_logs_the_training_loss(tmp_path, capsys):
+    """Epochs of 4 updates, every 6th logged: updates 6 and 12, and the last of epoch 1."""
+    train(tmp_path / "run", "--trainer.log_every", "6", "--trainer.max_epochs", "3")
+    assert "warning" not in capsys.readouterr().out
+    assert [row["step"] for row in rows(tmp_path / "run") if row["train_loss"]] == ["3", "5", "11"]
+
+
+def test_curves_of_one_update_are_visible():
+    metrics = [{"step": "0", "train_loss": "2.5", "valid_loss": ""}, {"step": "0", "train_loss": "", "valid_loss": "2"}]
+    left, right = curves_figure(metrics).axes
+    assert [line.get_marker() for line in left.lines] == [".", "."]
+    assert not right.lines
+    assert right.get_legend() is None
+    assert all(float(tick).is_integer() for tick in left.get_xticks())
 
 
 def test_overwrite(trained, tmp_path, capsys):
