@@ -1,4 +1,4 @@
-"""The `fastseq` command: a list of commands, each loaded only when it is chosen."""
+"""The `fastseq` command: a list of commands, each imported when it is chosen."""
 
 from __future__ import annotations
 

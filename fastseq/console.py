@@ -28,7 +28,7 @@ class Bar:
         self._last_line = self.start
 
     def show(self, item: str) -> None:
-        """Print the name of the item in work."""
+        """Print the name of the current item."""
         now = time.monotonic()
         if sys.stderr.isatty():
             filled = "#" * (20 * self.done // self.total)
@@ -85,7 +85,7 @@ def quiet_torch() -> Iterator[None]:
 
 
 def environment(command: list[str]) -> dict[str, object]:
-    """Facts that a command's figures depend on: machine, versions, threads, switches."""
+    """Machine, versions, threads and switches, on which a command's figures depend."""
     prefixes = ("FASTSEQ_", "OMP_", "MKL_", "ONEDNN_", "ATEN_")
     switches = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
     return (

@@ -1,6 +1,6 @@
 """``fastseq warmup``: compile the Triton kernels of a hidden size ahead of time, so that no training step waits for it.
 
-Compiles for this machine's GPU, or with ``--chip`` for one that need not be here. The kernels go to Triton's cache
+Compiles for this machine's GPU, or with ``--chip`` for the GPU of another machine. The kernels go to Triton's cache
 (``TRITON_CACHE_DIR``, else ``~/.triton/cache``), which may be copied to the machine with the GPU.
 """
 
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--attention-size", type=int, metavar="A", help="default: the hidden size")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--tf32", action="store_true", help="for set_float32_matmul_precision('high'): fp32 in TF32")
-    parser.add_argument("--chip", choices=sorted(CHIPS), help="compile for this chip; it need not be in this machine")
+    parser.add_argument("--chip", choices=sorted(CHIPS), help="compile for the GPU of another machine")
     args = parser.parse_args(argv)
     if args.hidden_size < 1 or (args.attention_size or 1) < 1:
         parser.error("sizes must be at least 1")

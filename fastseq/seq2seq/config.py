@@ -14,7 +14,7 @@ MAX_LAYERS = 1000  # a module is built for each, in seconds
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seq2SeqConfig:
-    """The options of :class:`Seq2Seq`. An option without effect beside the others raises.
+    """The options of :class:`Seq2Seq`. Raises for an option that the others make ineffective.
 
     Args:
         src_vocab_size: number of source tokens; leave out with ``source_features``.

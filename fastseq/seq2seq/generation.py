@@ -4,7 +4,7 @@ A model has the protocol of :class:`fastseq.Seq2Seq`: ``config`` with ``pad_id``
 ``encode(src, src_lengths)``; ``start(enc)``; ``decode_step(tokens, state, enc, need_weights=...)``; an encoder output
 with ``lengths`` and ``repeat_interleave(k)``; a state with ``index_select(rows)``.
 
-Shapes: B sentences, K beams, R returned sequences per sentence, N decoder rows (B * K or B * R, those of one sentence
+Shapes: B sentences, K beams, R returned sequences per sentence, N decoder rows (B * K or B * R, one sentence's
 side by side), V target vocabulary, S source positions, T decoding steps, L longest returned sequence.
 """
 
@@ -95,7 +95,7 @@ def generate(
 ) -> GenerateOutput:
     """Decode each source: greedily (default), by beam search (``num_beams > 1``) or by sampling (``do_sample=True``).
 
-    Names and meanings are those of Hugging Face ``generate``, except that ``top_k`` is off unless given. The model is
+    Names and meanings follow Hugging Face ``generate``, except that ``top_k`` is off unless given. The model is
     in eval mode during the call and gets every training flag back afterwards, also after an exception; no gradient is
     recorded. A result does not depend on the other sentences of the batch, except that all samples are drawn from one
     stream of random numbers. The tokens pad and bos are never generated; unk may be.
@@ -118,10 +118,10 @@ def generate(
         length_penalty_type: "avg": ``length ** p``; "wu": ``((5 + length) / 6) ** p`` (Wu et al. 2016); "none": 1.
         no_repeat_ngram_size: no n-gram of this size occurs twice in a sequence (Paulus et al. 2018); 0: off. Where this
             and ``min_new_tokens`` together forbid every token, the sequence ends with eos.
-        early_stopping: when beam search is done with a sentence that has ``num_beams`` finished ones. False (default,
-            as in Hugging Face): when no beam has a better score at its present length than the worst of them. True: at
-            once, which may drop the best beam. "never": when no beam can become better than the worst of them at any
-            length up to the limit. The best score never falls from True to False to "never".
+        early_stopping: when the search of a sentence with ``num_beams`` finished hypotheses ends. False (default, as in
+            Hugging Face): when no beam beats the worst of them at its present length. True: at once, which may drop the
+            best beam. "never": when no beam can beat the worst of them at any length up to the limit. The best score
+            never falls from True to False to "never".
         generate_unk: False forbids the unknown token, ``config.unk_id``, as well.
         output_attentions: return the attention weights too.
         generator: source of random numbers for sampling, on the device of ``src``; default: torch's own.

@@ -1,4 +1,4 @@
-"""Batches by number of tokens, the same ones on any number of processes."""
+"""Batches limited by tokens, identical for any number of processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Batch(NamedTuple):
     """One process's share of the examples of one update."""
 
     source: Tensor  # (B, S) int64, closed by eos, padded
-    source_lengths: Tensor | None  # (B,) int64; None where all are S, which spares the model the packing
+    source_lengths: Tensor | None  # (B,) int64; None where all are S, which skips packing
     target_in: Tensor  # (B, T) int64, opened by bos
     labels: Tensor  # (B, T) int64, closed by eos, padded
     update_tokens: int  # labels without padding in the whole update: all processes and accumulated batches together
@@ -105,7 +105,7 @@ class TokenBatches:
         return len(self._slices) * self.accumulate
 
     def updates(self) -> list[Tensor]:
-        """The examples of every update of this epoch, all processes together."""
+        """The examples of each update of this epoch, for all processes together."""
         if not self.shuffle:
             order = self._key.argsort(stable=True)
             return [order[start:stop] for start, stop in self._slices]

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a full disk, a stop at any moment, and a move of the run folder."""
+"""Lightning callbacks: checkpoints that survive a full disk and a stop at any moment, early stopping, signals."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class BestAndLast(Checkpoint):
-    """Saves last.ckpt after every epoch, and best.ckpt when `monitor` is better than ever before."""
+    """Saves last.ckpt after every epoch, and best.ckpt when `monitor` improves."""
 
     def __init__(self, folder: Path, monitor: str) -> None:
         self.folder, self.monitor = folder, monitor
@@ -65,16 +65,16 @@ class BestAndLast(Checkpoint):
         self.best_epoch: int | None = None
 
     def state_dict(self) -> dict[str, str | float | int | None]:
-        """The best value so far, as part of a checkpoint."""
+        """The best value of the run, as part of a checkpoint."""
         return {"monitor": self.monitor, "best": self.best, "best_epoch": self.best_epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the best value so far, if it is one of the same metric."""
+        """Restore the best value, if it was measured by the same metric."""
         if state.get("monitor") == self.monitor:
             self.best, self.best_epoch = state["best"], state["best_epoch"]
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        """Save after validation. Raises UserError, without saving, when the loss is not finite any more."""
+        """Save after validation. Raises UserError, without saving, once the loss is not finite."""
         if not math.isfinite(trainer.callback_metrics["valid_loss"]):
             raise UserError(
                 f"the loss is not finite after epoch {trainer.current_epoch + 1}; lower --optim.lr or "
@@ -89,38 +89,38 @@ class BestAndLast(Checkpoint):
 
 
 class Patience(EarlyStopping):
-    """Early stopping whose patience is what the command line says now, also in a resumed run."""
+    """Early stopping with the patience of the command line, in a resumed run too."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue to wait."""
+        """Restore the number of epochs without improvement."""
         super().load_state_dict(state_dict | {"patience": self.patience})
 
     def spent(self, checkpoint: dict[str, Any]) -> bool:
-        """Whether the run of this checkpoint has waited long enough."""
+        """True if the run of this checkpoint has used up its patience."""
         state = checkpoint["callbacks"].get(self.state_key)
         return state is not None and state["wait_count"] >= max(self.patience, 1)
 
 
 class Stopped(Exception):
-    """Training was asked to stop by a signal, and its last.ckpt is written; the argument is the signal's number."""
+    """A signal ended training, after last.ckpt was written; the argument is the signal's number."""
 
 
 class StopCleanly(Checkpoint):
     """On SIGINT or SIGTERM: finish the update (the last of an epoch with validation), save last.ckpt, raise Stopped.
 
-    A second signal has its usual meaning. So has the first one when several processes train: they would stop at
-    different updates, and saving needs all of them; the checkpoint of the last epoch is then the one to resume from.
+    A second signal has its usual meaning. So has the first one when several processes train: saving needs them all,
+    and they would stop at different updates. Such a run resumes from its last complete epoch.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.requested = 0  # number of the signal that came
+        self.requested = 0  # number of the signal, 0 for none
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        """Start to listen."""
+        """Install the signal handlers."""
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._request) for number in self.SIGNALS}
 
@@ -136,21 +136,21 @@ class StopCleanly(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and stop in the middle of an epoch, if asked to and an update is complete."""
+        """After a signal: save and stop in mid-epoch, once an update is complete."""
         complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if self.requested and complete and not trainer.is_last_batch:
             trainer.save_checkpoint(self.folder / "last.ckpt")
             raise Stopped(self.requested)
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        """Stop between two epochs, if asked to; `BestAndLast` has saved."""
+        """After a signal: stop between two epochs; `BestAndLast` has saved."""
         if self.requested:
             raise Stopped(self.requested)
 
     def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        """Stop to listen."""
+        """Restore the previous signal handlers."""
         self._restore()
 
     def on_exception(self, trainer: L.Trainer, task: L.LightningModule, exception: BaseException) -> None:
-        """Stop to listen."""
+        """Restore the previous signal handlers."""
         self._restore()

@@ -15,7 +15,7 @@ WEIGHTS = "model."  # the task's prefix of the names of the model's parameters
 
 
 def start_again(run: Path) -> str:
-    """How to train the run anew."""
+    """The advice to train the run again, as part of a sentence."""
     return f"start again with: fastseq train --config {run / 'config.yaml'} --run_dir {run} --overwrite"
 
 

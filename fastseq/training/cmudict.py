@@ -44,8 +44,7 @@ _STRESS = re.compile(r"\d")
 def read_pronunciations(lines: Iterable[str]) -> dict[str, list[str]]:
     """Every kept word of the dictionary, sorted, with its different pronunciations in the order of the dictionary.
 
-    `lines` are those of `cmudict.dict`: a word, then phonemes (`abandon AH0 B AE1 N D AH0 N`). Rules 1 to 4 of this
-    module apply.
+    `lines` of `cmudict.dict`: a word, then phonemes (`abandon AH0 B AE1 N D AH0 N`). Rules 1 to 4 of this module apply.
     """
     pronunciations: dict[str, list[str]] = {}
     for line in lines:
@@ -84,7 +83,7 @@ def dictionary_file() -> tuple[Path, str]:
     if not path.is_file():
         raise FileNotFoundError(
             f"the package {PACKAGE} {package.version} has no data file {path}; "
-            f"install the release this command knows with: pip install --force-reinstall {PACKAGE}=={RELEASE}"
+            f"install the release that this command needs with: pip install --force-reinstall {PACKAGE}=={RELEASE}"
         )
     return path, package.version
 

@@ -19,7 +19,7 @@ from fastseq.training.tokenizer import TextTokenizer
 
 
 class Decoding:
-    """Greedy decoding of validation sources, shared out over the processes, and the metrics of the result."""
+    """Greedy decoding of validation sources, distributed over the processes, and the metrics of the result."""
 
     def __init__(
         self,

@@ -61,7 +61,7 @@ def read_pairs(path: str | Path) -> Pairs:
 
 
 def group_references(pairs: Pairs) -> dict[str, list[str]]:
-    """Every source once, in order of appearance, with its different targets: what it may be compared with."""
+    """Map each source, in order of appearance, to its distinct targets, the references of its prediction."""
     references: dict[str, dict[str, None]] = {}
     for source, target in zip(*pairs, strict=True):
         references.setdefault(source, {})[target] = None

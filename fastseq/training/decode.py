@@ -26,7 +26,7 @@ class Hypothesis(NamedTuple):
 
     @property
     def cut_off(self) -> bool:
-        """Whether the limit of tokens ended it."""
+        """True if the limit on tokens ended it."""
         return EOS not in self.ids
 
 
@@ -45,7 +45,7 @@ def decode(
 ) -> list[list[Hypothesis]]:
     """The `n_best` hypotheses of every source, best first.
 
-    One has at most `max_new_tokens` tokens; None: `max_length_ratio` times the tokens of its source, and 10 more.
+    Each has at most `max_new_tokens` tokens; None: `max_length_ratio` times the tokens of its source, and 10 more.
     A batch has at most `max_tokens` source tokens, padding included, times beams.
     """
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""`fastseq evaluate`: how good a run is on a test file, with predictions and attention pictures."""
+"""`fastseq evaluate`: error rates of a run on a test file, its predictions, attention heat maps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument("run", type=str, help="run folder made by `fastseq train`")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--data", type=str, required=True, help="source<TAB>target lines, or several per source")
-    parser.add_argument("--output", type=str | None, help="folder to write to, default the run folder")
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        help="folder to write to, default the run folder; one for each setting keeps all results",
+    )
     parser.add_argument("--num_beams", type=Beams, default=1, help="beam size, 1 for greedy decoding")
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="which weights")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto: cuda where there is one")
@@ -93,7 +97,9 @@ def comparison(ours: dict[str, float], published: Sequence[ReferenceResult]) -> 
     return "\n".join(lines)
 
 
-def write_pictures(folder: Path, model: Seq2Seq, sources: Sequences, tokenizers: Tokenizers, how: dict, n: int) -> None:
+def write_pictures(
+    folder: Path, model: Seq2Seq, sources: Sequences, tokenizers: Tokenizers, options: dict, n: int
+) -> None:
     """Draw the attention for `n` sources spread over the file, in place of the pictures of an earlier evaluation."""
     for old in folder.glob("[0-9][0-9][0-9][0-9].png"):
         old.unlink()
@@ -101,13 +107,13 @@ def write_pictures(folder: Path, model: Seq2Seq, sources: Sequences, tokenizers:
         return
     folder.mkdir(parents=True, exist_ok=True)
     rows = (torch.arange(n) + 0.5).mul(len(sources) / n).long()
-    chosen = decode(model, sources.select(rows), tokenizers[1], attention=True, **how)
+    chosen = decode(model, sources.select(rows), tokenizers[1], attention=True, **options)
     for number, (row, (hypothesis,)) in enumerate(zip(rows.tolist(), chosen, strict=True), start=1):
         picture(hypothesis, sources, row, tokenizers, folder / f"{number:04d}.png")
 
 
 def cut_off_note(cut_off: int, options: Namespace, ratio: float) -> str:
-    """A sentence about the predictions that the limit has ended."""
+    """A sentence on the number of predictions that the limit on tokens ended."""
     limit = options.max_new_tokens or f"{ratio:g} x source + 10"
     return f"{cut_off:,} predictions were cut off at the limit of {limit} tokens; --max-new-tokens sets another one"
 
@@ -124,9 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     if note:
         print(note)
     ratio = config.data.max_length_ratio or LEAST_LENGTH_RATIO
-    how = {"num_beams": options.num_beams, "max_tokens": options.max_tokens, "max_length_ratio": ratio}
-    how["max_new_tokens"] = options.max_new_tokens
-    best = [h for (h,) in decode(model, sources, tokenizers[1], progress=sys.stderr.isatty(), **how)]
+    decoding = {"num_beams": options.num_beams, "max_tokens": options.max_tokens, "max_length_ratio": ratio}
+    decoding["max_new_tokens"] = options.max_new_tokens
+    best = [h for (h,) in decode(model, sources, tokenizers[1], progress=sys.stderr.isatty(), **decoding)]
     text = options.text_metrics
     if text is None:
         text = config.data.text_metrics or tokenizers[1].kind == "bpe"
@@ -141,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     facts |= {"checkpoint": options.checkpoint, "cut_off": cut_off}
     write_text(output / "evaluation.json", json.dumps(facts | values, indent=2) + "\n")
     pictures = 0 if model.config.attention == "none" else min(options.pictures, len(references))
-    write_pictures(output / "attention", model, sources, tokenizers, how, pictures)
+    write_pictures(output / "attention", model, sources, tokenizers, decoding, pictures)
 
     print(f"{options.data}: {len(references):,} sources, checkpoint {options.checkpoint}, {options.num_beams} beam(s)")
     print(metrics.table(values))

@@ -33,7 +33,7 @@ from fastseq.training.task import Seq2SeqTask
 
 
 def processes(options: TrainerOptions) -> dict[str, int | str]:
-    """Trainer arguments for devices and strategy: what torchrun started, or what the options say."""
+    """Trainer arguments for devices and strategy, from torchrun's environment or from the options."""
     if "TORCHELASTIC_RUN_ID" in os.environ and options.devices == "auto":
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         return {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local, "strategy": "ddp"}
@@ -109,14 +109,17 @@ def memory_size() -> int:
 
 
 def check_monitor(config: Namespace) -> None:
-    """Raise UserError when --trainer.monitor is nothing that is measured."""
+    """Raise UserError when --trainer.monitor names no measured value."""
     names = monitors(text=config.data.text_metrics)
     if config.trainer.monitor not in names:
         raise UserError(f"--trainer.monitor {config.trainer.monitor} is not measured; choose one of {', '.join(names)}")
 
 
 def finished(checkpoint: dict[str, Any], task: Seq2SeqTask, trainer: L.Trainer) -> str | None:
-    """Why the run of the checkpoint is at its end, or None; raises UserError when it cannot go on as it began."""
+    """The reason why the checkpoint's run is complete, or None.
+
+    Raises UserError for other training data or another number of processes.
+    """
     then = checkpoint["updates_per_epoch"], len(checkpoint["random_states"])
     now = task.updates_per_epoch, trainer.world_size
     if then != now:
@@ -217,7 +220,7 @@ def train(config: Namespace, folder: RunFolder, run: Run) -> None:
 
 @rank_zero_only
 def write_folder(config: Namespace, folder: RunFolder, corpus: Corpus, *, resume: bool) -> None:
-    """Write the configuration as it is in effect, and for a new run make the folder, with tokenizers."""
+    """Write config.yaml, with all defaults; for a new run make the folder and write the tokenizers."""
     if not resume:
         folder.create(overwrite=config.overwrite)
         corpus.source_tokenizer.save(folder.source_tokenizer)
@@ -228,7 +231,7 @@ def write_folder(config: Namespace, folder: RunFolder, corpus: Corpus, *, resume
 
 @rank_zero_only
 def report(trainer: L.Trainer, folder: RunFolder) -> None:
-    """Draw the curves, print the best result and what to do with it."""
+    """Draw the curves, print the best result and the next command."""
     plot_curves(folder.metrics, folder.curves)
     best = next(callback for callback in trainer.callbacks if isinstance(callback, BestAndLast))
     if best.best is not None:
@@ -238,7 +241,7 @@ def report(trainer: L.Trainer, folder: RunFolder) -> None:
 
 
 def quiet() -> None:
-    """Silence Lightning's notices about hardware, tips and things that are as intended here; its warnings stay."""
+    """Silence Lightning's notices about hardware and intended settings; its warnings stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*Experiment logs directory.*", ".*logging interval.*", ".*LeafSpec.*is deprecated.*"):

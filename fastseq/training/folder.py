@@ -1,4 +1,4 @@
-"""A run folder: what a training leaves behind and every other command reads."""
+"""A run folder: the files that training writes and the other commands read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
 
     def create(self, *, overwrite: bool) -> None:
-        """Make the folder; an earlier run in it is removed with `overwrite`, and is a UserError without."""
+        """Make the folder. An earlier run in it is removed with `overwrite`, and raises UserError without."""
         if self.config.exists() and not overwrite:
             raise UserError(
                 f"{self.path} holds a run already; choose another --run_dir, continue it with --resume {self.path}, "

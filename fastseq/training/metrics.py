@@ -1,4 +1,4 @@
-"""How good predictions are: exact match, sequence and token error rates, BLEU and chrF."""
+"""Quality of predictions: exact match, sequence and token error rates, BLEU and chrF."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def _text_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]
 
 
 def monitors(*, text: bool) -> list[str]:
-    """What is measured after every epoch, BLEU and chrF with `text`."""
+    """Names of the values measured after each epoch; BLEU and chrF with `text`."""
     return [f"valid_{name}" for name in LABELS if text or name not in ("bleu", "chrf")]
 
 
 def higher_is_better(name: str) -> bool:
-    """Whether a metric such as `valid_bleu` grows as the model improves."""
+    """True for a metric that grows as the model improves, such as `valid_bleu`."""
     return name.removeprefix("valid_") in HIGHER_IS_BETTER
 
 

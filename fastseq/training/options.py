@@ -87,20 +87,20 @@ class OptimOptions:
 
 @dataclass
 class TrainerOptions:
-    """The loop, which is Lightning's.
+    """Lightning's training loop.
 
     Args:
         max_epochs: passes over the training file.
         monitor: value that chooses the best checkpoint and stops early (a valid_ column of metrics.csv).
         patience: epochs without improvement before training stops, null for never.
         accumulate: batches of each process in one update.
-        precision: 32-true, bf16-mixed, or another precision that Lightning knows.
-        accelerator: auto, cpu, cuda, or another accelerator that Lightning knows.
+        precision: 32-true, bf16-mixed, or another of Lightning's.
+        accelerator: auto, cpu, cuda, or another of Lightning's.
         devices: processes on this machine, "auto" for all GPUs, one CPU process, or as torchrun says.
-        threads: CPU threads of each process, null for torch's choice. One is the safe choice for small models: threads
-            that wait for each other cost more than they bring when the machine has other work.
+        threads: CPU threads of each process, null for torch's default. Use 1 for small models on a shared machine:
+            waiting for each other costs more than the threads gain.
         log_every: updates between two rows of the training loss; each epoch has at least one.
-        progress_bar: show one, on a terminal.
+        progress_bar: on a terminal only.
     """
 
     max_epochs: Count = 20
@@ -169,7 +169,7 @@ def train_parser() -> ArgumentParser:
 
 
 def underscored(argv: list[str]) -> list[str]:
-    """`--n-best=2` as `--n_best=2`: both spellings of an option are good."""
+    """Replace the dashes in the names of options: `--n-best=2` becomes `--n_best=2`."""
 
     def convert(argument: str) -> str:
         name, equals, value = argument.partition("=")
@@ -232,7 +232,7 @@ def with_built_in_configs(argv: list[str]) -> list[str]:
 
 
 def parse_train(argv: list[str]) -> Namespace:
-    """The options on the command line, on top of those of the run that is resumed, if any.
+    """The options of the command line, over the stored ones of the resumed run, if any.
 
     Raises UserError when a file or folder that training needs is not named, when the resumed run does not exist, and
     for options that are bad or contradict each other.
@@ -248,7 +248,7 @@ def parse_train(argv: list[str]) -> Namespace:
 
 
 def _resumed(given: Namespace, argv: list[str]) -> Namespace:
-    """The options of the run that is resumed, with those of the command line on top."""
+    """The stored options of the resumed run, overridden by the command line."""
     if given.overwrite or given.run_dir not in (None, given.resume):
         raise UserError(
             f"--resume {given.resume} continues in that folder; leave out --run_dir and --overwrite, or --resume"
@@ -262,7 +262,7 @@ def _resumed(given: Namespace, argv: list[str]) -> Namespace:
 
 
 def _check_resumed(config: Namespace, stored: Namespace) -> None:
-    """Raise UserError if an option was changed that the checkpoint has fixed; the others take effect."""
+    """Raise UserError for a changed option on which the checkpoint depends; the others take effect."""
     for name, value in config.items():
         fixed = name == "seed" or name == "trainer.accumulate" or name.partition(".")[0] in ("data", "model", "optim")
         if fixed and value != stored[name]:
@@ -278,7 +278,7 @@ def options_of(config: Namespace, group: str, kind: type) -> object:
 
 
 def _plain(value: object) -> object:
-    """Python's own number for a restricted one of jsonargparse, which a checkpoint could not hold."""
+    """Convert jsonargparse's restricted number to a plain one: a checkpoint can hold no other."""
     for kind in (bool, int, float):
         if isinstance(value, kind):
             return kind(value)

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: one line an epoch, and Lightning's progress bar on a terminal."""
+"""Terminal output of training: one line an epoch, and Lightning's progress bar."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 @rank_zero_only
 def say(sentence: str) -> None:
-    """Print one line, once however many processes there are."""
+    """Print one line, on the first process only."""
     print(sentence, flush=True)
 
 
@@ -26,7 +26,7 @@ class Bar(TQDMProgressBar):
         self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1}")
 
     def get_metrics(self, trainer: L.Trainer, task: L.LightningModule) -> dict[str, int | str | float]:
-        """What stands behind the bar."""
+        """The metrics beside the bar."""
         metrics = super().get_metrics(trainer, task)
         metrics.pop("v_num", None)
         return metrics
@@ -43,7 +43,7 @@ class UpdateRows(L.Callback):
         self._learning_rate = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the learning rate that the update is going to use."""
+        """Record the learning rate of the coming update."""
         self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(

@@ -94,7 +94,7 @@ def _like(found: object, expected: object, where: str) -> Any:
 
 
 def _check_loop(loop: object, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Check the counters of Lightning's loop, and that those of epochs and updates agree."""
+    """Check the counters of Lightning's loop, and that epochs and updates agree."""
     _like(loop, trainer.fit_loop.state_dict(), "loops.fit_loop")
     where = "loops.fit_loop.state_dict.combined_loader"
     loaders = _field(loop["state_dict"], "combined_loader", "loops.fit_loop.state_dict")

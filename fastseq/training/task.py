@@ -1,4 +1,4 @@
-"""The training task as a LightningModule: loss, optimiser, schedule, validation, and what an exact resume needs."""
+"""The training task as a LightningModule: loss, optimiser, schedule, validation, and the state for an exact resume."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Seq2SeqTask(L.LightningModule):
     """Trains `model` with teacher forcing on batches of `TokenBatches`.
 
     The loss of an update is the mean over its target tokens, on any number of processes and accumulated batches: each
-    share is a sum divided by the tokens of the whole update, times what Lightning and DDP divide by afterwards.
+    share is a sum divided by the tokens of the whole update, times the divisor of Lightning and DDP.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Seq2SeqTask(L.LightningModule):
 
     @property
     def distributed(self) -> bool:
-        """Whether several processes train."""
+        """True if several processes train."""
         return self.trainer.world_size > 1
 
     def _loss_sum(self, batch: Batch, *, label_smoothing: float = 0.0, teacher_forcing_ratio: float = 1.0) -> Tensor:
@@ -137,7 +137,7 @@ class Seq2SeqTask(L.LightningModule):
         checkpoint["updates_per_epoch"] = self.updates_per_epoch
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Keep the generators' state until training starts."""
+        """Hold the generators' states until training starts."""
         self._random_states = checkpoint["random_states"]
 
     def on_train_start(self) -> None:

@@ -61,7 +61,7 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read the JSON file written by `save`; raises UserError when it is missing or is none."""
+        """Read the JSON file written by `save`; raises UserError for a missing or damaged one."""
         try:
             stored = json.loads(read_text(path, MAX_BYTES))
             kind = _kind(stored)
@@ -100,7 +100,7 @@ class TextTokenizer:
         return [self._tokenizer.id_to_token(token) for token in ids]
 
     def units(self, text: str) -> list[str]:
-        """What the token error rate counts: characters for "char", else white-space separated words."""
+        """The tokens of the token error rate: characters for "char", else white-space separated words."""
         return list(text) if self.kind == "char" else text.split()
 
 
@@ -128,7 +128,7 @@ def _rebuilt(kind: Kind, stored: dict) -> Tokenizer:
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise ValueError(f"the {len(vocabulary)} token ids are not 0 to {len(vocabulary) - 1}")
     if [vocabulary.get(word) for word in RESERVED] != [PAD, BOS, EOS, UNK]:
-        raise ValueError(f"the first ids are not those of {', '.join(RESERVED)}")
+        raise ValueError(f"the first ids do not belong to {', '.join(RESERVED)}")
     if kind == "bpe":
         tokenizer.model = models.BPE(vocabulary, [tuple(pair) for pair in model["merges"]], unk_token=RESERVED[UNK])
     else:

@@ -116,7 +116,7 @@ def test_every_parameter_gets_the_gradient_of_the_textbook_model(variant):
         direction = torch.randn(grad.shape, generator=generator, dtype=torch.float64)
         plus, minus = ([*values[:k], values[k] + s * eps * direction, *values[k + 1 :]] for s in (1, -1))
         if "embedding" in name:
-            direction[model.config.pad_id] = 0  # trained by nobody, and no token of this batch
+            direction[model.config.pad_id] = 0  # not trained, and no token of this batch
         numerical = (loss(*plus) - loss(*minus)) / (2 * eps)
         torch.testing.assert_close((grad * direction).sum(), numerical, rtol=1e-5, atol=1e-7, msg=name)
 

@@ -1,4 +1,4 @@
-"""The options of the seq2seq model: each one is alive, and what makes no sense raises."""
+"""The options of the seq2seq model: each one has an effect, and contradictory ones raise."""
 
 import copy
 import dataclasses
@@ -14,7 +14,7 @@ from torch import nn
 from fastseq.seq2seq.config import Seq2SeqConfig
 from fastseq.seq2seq.model import Seq2Seq
 
-# Per option: what the change is made on, and the change. It must change parameters or output, or raise.
+# Per option: the options that the change starts from, and the change. It must change parameters or output, or raise.
 LIVE = {
     "src_vocab_size": ({}, 20),
     "tgt_vocab_size": ({}, 20),
@@ -45,7 +45,7 @@ BOS = 1
 
 
 def trace_of(options):
-    """What an option could change: parameters, training output, greedy decoding; or the sentence if it raises."""
+    """Everything an option can change: parameters, training output, greedy decoding; or the sentence if it raises."""
     torch.manual_seed(0)
     try:
         model = Seq2Seq(Seq2SeqConfig(**(BASE | options)))
@@ -57,7 +57,7 @@ def trace_of(options):
             if isinstance(module, nn.Embedding):
                 nn.init.zeros_(module.weight.data[module.padding_idx])
         src, lengths, tgt = make_batch(model)
-        tgt[:, 0] = BOS  # whatever bos_id is: only generate knows it
+        tgt[:, 0] = BOS  # whatever bos_id is: only generate reads it
         logits = model(src.float() if model.config.source_features else src, lengths, tgt).logits
         decoded = torch.cat(
             [model.generate(src, lengths, max_new_tokens=12, generate_unk=u).sequences for u in (0, 1)], 1

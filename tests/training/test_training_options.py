@@ -1,4 +1,4 @@
-"""Options that cannot work end with one sentence; those of evaluate and generate have an effect."""
+"""Options that cannot work end with one sentence; the options of evaluate and generate have an effect."""
 
 import argparse
 import io
