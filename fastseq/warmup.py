@@ -4,7 +4,6 @@ Compiles for this machine's GPU, or with ``--chip`` for the GPU of another machi
 (``TRITON_CACHE_DIR``, else ``~/.triton/cache``), which may be copied to the machine with the GPU.
 """
 
-import argparse
 import contextlib
 import itertools
 import time
@@ -14,7 +13,7 @@ import torch
 
 from fastseq import ops
 from fastseq.console import Bar
-from fastseq.errors import UserError
+from fastseq.errors import SuggestingParser, UserError
 from fastseq.ops.common.triton.runtime import CHIPS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,7 +98,7 @@ def _attention(score: str, A: int, D: int, dtype, device) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of ``fastseq warmup``."""
-    parser = argparse.ArgumentParser(prog="fastseq warmup", description=__doc__.replace("``", ""))
+    parser = SuggestingParser(prog="fastseq warmup", description=__doc__.replace("``", ""))
     parser.add_argument("--hidden-size", type=int, required=True, metavar="H")
     parser.add_argument("--attention-size", type=int, metavar="A", help="default: the hidden size")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")

@@ -18,6 +18,7 @@ from fastseq.bench.memory import Saved, measure_memory
 from fastseq.bench.timing import Setup, Timing, measure
 from fastseq.console import Bar, chosen_names, environment, load_average, markdown_table, quiet_torch
 from fastseq.dispatch import BACKENDS
+from fastseq.errors import SuggestingParser
 
 EPILOG = """\
 how it measures:
@@ -148,7 +149,7 @@ def noise(rows: list[dict]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="fastseq bench",
         description=__doc__.replace("``", ""),
         epilog=EPILOG,

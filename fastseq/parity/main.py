@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastseq.console import Bar, chosen_names, environment, markdown_table, quiet_torch
 from fastseq.dispatch import BACKENDS
+from fastseq.errors import SuggestingParser
 from fastseq.parity.cases import GRIDS, PROBLEMS, ParityCase
 from fastseq.testing.numerics import (
     Comparison,
@@ -231,7 +232,7 @@ def to_json(row: Row) -> dict:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="fastseq parity",
         description=__doc__.replace("``", ""),
         epilog=EPILOG,

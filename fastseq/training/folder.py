@@ -20,7 +20,8 @@ class RunFolder:
     """Paths below a run folder.
 
     config.yaml, source_tokenizer.json, target_tokenizer.json, checkpoints/best.ckpt and last.ckpt, metrics.csv,
-    curves.png, tensorboard/; after `fastseq evaluate` also evaluation.json, predictions.tsv and attention/*.png.
+    curves.png, tensorboard/; while a process trains, train.lock; after `fastseq evaluate`, evaluation.json,
+    predictions.tsv and attention/*.png.
     """
 
     def __init__(self, path: str | Path) -> None:

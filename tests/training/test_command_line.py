@@ -147,6 +147,21 @@ def test_a_misspelt_command(capsys, given, near):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (["bench", "--sute", "cpu"], "--suite"),
+        (["parity", "--backed", "native"], "--backend"),
+        (["warmup", "--hidden-size", "8", "--dtpe", "fp32"], "--dtype"),
+    ],
+    ids=lambda value: value[0],
+)
+def test_a_misspelt_option(capsys, arguments, near):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert f"(did you mean {near}?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "error",
     [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA out")],
     ids=lambda error: type(error).__name__,
