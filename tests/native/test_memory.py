@@ -1,7 +1,9 @@
 """Memory of the compiled CPU operators: results that torch can free, exhausted memory, forks."""
 
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 
@@ -72,10 +74,10 @@ def test_results_of_modules_can_be_freed():
         t.detach().untyped_storage().resize_(0)
 
 
-def run(program: str) -> str:
-    """Run Python lines in a fresh process -> what it printed; fails if it does not end well within a minute."""
-    environment = os.environ | {"FASTSEQ_POISON": "0"}  # filling untouched memory would take seconds
-    command = [sys.executable, "-c", program]
+def run(program: str, *arguments: str, **variables: str) -> str:
+    """Run Python lines in a fresh process -> its output; fails if it does not end well within a minute."""
+    environment = os.environ | {"FASTSEQ_POISON": "0"} | variables  # filling untouched memory would take seconds
+    command = [sys.executable, "-c", program, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert result.returncode == 0, f"{result.returncode}\n{result.stdout}{result.stderr}"
     return result.stdout
@@ -131,40 +133,50 @@ def test_exhausted_memory_is_a_memory_error(call, outcomes):
     assert re.match(message, outcomes[call])
 
 
+SLOW_FREE = """
+#include <malloc.h>
+#include <unistd.h>
+extern "C" void __libc_free(void*);
+extern "C" volatile int state = 0;  // 1: the next free() of a large block takes 0.3 s; 2: it does now
+extern "C" void free(void* block) noexcept {
+  if (state == 1 && malloc_usable_size(block) >= 1 << 20) {
+    state = 2;
+    usleep(300000);
+  }
+  __libc_free(block);
+}
+"""
 FORK = """
-import os, signal, threading, torch, fastseq
+import ctypes, os, signal, sys, threading, time, torch, fastseq
 torch.set_num_threads(1)
 call = torch.zeros(64, 32, 8), *torch.zeros(2, 1, 32, 64).unbind(), [torch.zeros(256, 8), torch.zeros(256, 64)]
 
 def forward():
     return torch.ops.fastseq.lstm_forward(*call, None, None, False, True, True)
 
-emptying, stop = threading.Event(), threading.Event()
-
-def use_the_pool():
-    while not stop.is_set():
-        results = [forward() for _ in range(50)]
-        del results
-        emptying.set()
-        torch.ops.fastseq.cpu_empty_cache()  # holds the lock while it frees 125 MiB
-
-other = threading.Thread(target=use_the_pool)
+forward()  # leaves 2 MiB of activations in the pool
+state = ctypes.c_int.in_dll(ctypes.CDLL(sys.argv[1]), "state")
+state.value = 1
+other = threading.Thread(target=torch.ops.fastseq.cpu_empty_cache)  # frees with the lock held
 other.start()
-try:
-    for _ in range(5):
-        emptying.clear()
-        emptying.wait()
-        child = os.fork()
-        if child == 0:
-            signal.alarm(5)  # ends a child that waits for the lock
-            forward()
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0, "the child was blocked"
-finally:
-    stop.set()
-    other.join()
+while state.value != 2:
+    time.sleep(0.001)
+child = os.fork()
+if child == 0:
+    signal.alarm(3)  # ends a child that waits for the lock
+    forward()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0, "the child was blocked"
+other.join()
 """
 
 
-def test_fork_while_another_thread_holds_the_lock():
-    run(FORK)
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="replaces free() of glibc")
+def test_fork_while_another_thread_holds_the_lock(tmp_path):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source, library = tmp_path / "slow_free.cpp", tmp_path / "slow_free.so"
+    source.write_text(SLOW_FREE)
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+    run(FORK, str(library), LD_PRELOAD=str(library))
