@@ -14,7 +14,15 @@ from fastseq.training.options import train_parser
 
 READ = re.compile(r"(?:getenv\(|environ(?:\.get\(|\[)|switch\(|setdefault\()\s*[\"']([A-Z_0-9]+)[\"']")
 SWITCH = re.compile(r"(?<!-D)\b(FASTSEQ_[A-Z0-9_]+)(?==)")  # FASTSEQ_X=1 of a recipe or a sentence
-SOURCES = ("fastseq/**/*.py", "csrc/**/*.cpp", "csrc/**/*.h", "csrc/**/*.cu*", "benchmarks/*.py", "setup.py")
+SOURCES = (
+    "fastseq/**/*.py",
+    "csrc/**/*.cpp",
+    "csrc/**/*.h",
+    "csrc/**/*.cu*",
+    "benchmarks/*.py",
+    "setup.py",
+    "build_support/*.py",
+)
 PAGE = ROOT / "docs/benchmarks.md"
 MODES = ("inference", "training")
 RECIPES = ("Makefile", ".ci/run", "README.md", "CONTRIBUTING.md", "docs/**/*.md")
