@@ -1,5 +1,6 @@
 """Autocast: the backend that the same call in 16 bits takes, the result dtypes of ``nn.LSTM``, numbers, gradients."""
 
+import contextlib
 import copy
 import itertools
 
@@ -8,10 +9,13 @@ import torch
 from backends import serving_lstm
 from pairs import flat, pair
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from fastseq import LSTM, Attention, LSTMCell, dispatch, ops
 from fastseq.dispatch import select
 from fastseq.ops.lstm import native_cuda
+from fastseq.ops.lstm import rules as lstm_rules
 from fastseq.ops.lstm import torch as torch_backend
 from fastseq.ops.lstm.spec import LSTMCall, Stack
 from fastseq.ops.lstm.torch import runs_under_autocast
@@ -125,16 +129,14 @@ def test_auto_takes_under_autocast_what_the_same_call_in_16_bits_takes(monkeypat
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the compiled operators are not part of this install")
-def test_short_calls_that_train_take_the_casts_that_torch_caches(monkeypatch):
+def test_short_calls_of_many_sequences_train_on_torch(monkeypatch):
     monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda dtype: True)
-    call = LSTMCall("cpu", torch.bfloat16, 4, 5, batch=2, steps=4, autocast=True, fused=True, requires_grad=True)
+    monkeypatch.setattr(lstm_rules, "_instruction_set", lambda: "avx512_bf16")
+    monkeypatch.setattr(lstm_rules, "_amx", lambda: False)
+    dispatch.forget()
+    call = LSTMCall("cpu", torch.bfloat16, 4, 5, batch=5, steps=2, autocast=True, fused=True, requires_grad=True)
     assert select("lstm", "auto", call) == "torch"
-    changes = (
-        dict(steps=5),
-        dict(requires_grad=False),
-        dict(autocast=False, fused=False),
-        dict(packed=True, fused=False),
-    )
+    changes = (dict(steps=3), dict(batch=4), dict(autocast=False, fused=False), dict(packed=True, fused=False))
     assert [select("lstm", "auto", call._replace(**c)) for c in changes] == ["native"] * 4
     monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda dtype: False)
     dispatch.forget()
@@ -195,6 +197,53 @@ def test_a_nested_block_without_autocast_computes_in_float32(backend):
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", torch.float16):
         inner = module(x)[0] if backend != "torch" or runs_under_autocast(torch.float16) else None
     assert inner is None or inner.dtype == torch.float16
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of tensors of one shape to 16 bits."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        to_half = func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") in HALVES
+        self.count += to_half and args[0].shape == self.shape
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("backend", ["auto", *(name for name in BACKENDS if name not in ("auto", "torch"))])
+@pytest.mark.parametrize(("cache", "train", "casts"), [(True, True, 1), (False, True, 3), (True, False, 3)])
+def test_a_block_casts_each_matrix_once(backend, cache, train, casts):
+    module, x = LSTM(4, 5, backend=backend), torch.randn(1, 2, 4)
+    autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=cache)
+    with autocast, torch.set_grad_enabled(train), Casts((20, 5)) as counted:
+        outputs = [module(k * x)[0] for k in range(3)]
+    assert counted.count == casts
+    if train:
+        sum(outputs).sum().backward()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            loss = sum(module(k * x)[0] for k in range(3)).sum()
+        expected = torch.autograd.grad(loss, list(module.parameters()))
+        for p, g in zip(module.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, g, rtol=0, atol=3 * 2**-8 * float(g.abs().max()))
+
+
+@pytest.mark.parametrize("before", ["no_grad", "checkpoint", "hooks"])
+def test_cached_casts_lose_no_gradient(before):
+    """After a call without gradients in the same block, within a checkpoint, under hooks on saved tensors."""
+    module, x = LSTM(4, 5, backend="reference"), torch.randn(1, 2, 4)
+    expected = torch.autograd.grad(module(x)[0].sum(), list(module.parameters()))
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t)
+    with torch.autocast("cpu", torch.bfloat16), hooks if before == "hooks" else contextlib.nullcontext():
+        if before == "no_grad":
+            with torch.no_grad():
+                torch.mm(torch.ones(1, 20), module.weight_ih_l0)
+                module(x)
+        output = checkpoint(module, x, use_reentrant=False)[0] if before == "checkpoint" else module(x)[0]
+    grads = torch.autograd.grad(output.sum(), list(module.parameters()))
+    for grad, exact in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, exact, rtol=0, atol=0.02 * float(exact.abs().max()))
 
 
 @backends

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastseq import _native
 from fastseq.dispatch import implementation, select
-from fastseq.ops.common.autocast import autocast_enabled, cast, without_autocast
+from fastseq.ops.common.autocast import autocast_enabled, cast, cast_weights, without_autocast
 from fastseq.ops.common.autograd import forward_mode, vmapped
 from fastseq.ops.common.checks import as_lengths, readable
 from fastseq.ops.common.dtypes import tf32_allowed
@@ -105,8 +105,8 @@ def run(stack: Stack, cell_states: bool, backend: str | None) -> tuple[Tensor, T
 def _run(backend: str, call: LSTMCall, stack: Stack, cell_states: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """All layers by a backend that computes layer by layer, in ``call.dtype``."""
     if call.autocast:
-        input, h0, c0, *weights = cast(call.dtype, stack.input, stack.h0, stack.c0, *stack.weights)
-        stack = stack._replace(input=input, h0=h0, c0=c0, weights=weights)
+        input, h0, c0 = cast(call.dtype, stack.input, stack.h0, stack.c0)
+        stack = stack._replace(input=input, h0=h0, c0=c0, weights=cast_weights(call.dtype, *stack.weights))
     transposed = stack.batch_first and stack.batch_sizes is None
     input = stack.input.transpose(0, 1) if transposed else stack.input
     if stack.lengths is not None and not getattr(implementation("lstm", backend), "SKIPS_PADDING", False):
