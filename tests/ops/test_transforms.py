@@ -3,6 +3,7 @@
 import pytest
 import torch
 from backends import serving_attention, serving_lstm
+from seq2seq_cases import make_batch, make_model
 from torch import nn
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
@@ -158,6 +159,19 @@ def test_attention(backend, score):
     torch.testing.assert_close(jvp(of_module, tangent, tangent), jvp(of_plain, tangent, tangent))
     q = query[0].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda q: of_module(q, keys[0]), q, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("feeding", [True, False], ids=["feeding", "no feeding"])
+def test_batched_gradients_of_a_seq2seq_model(feeding):
+    model = make_model(input_feeding=feeding)
+    logits = model(*make_batch(model, steps=2)).logits.flatten()
+    parameters, cotangents = list(model.parameters()), draw(SAMPLES, logits.numel())
+
+    def gradients(cotangents, **options):
+        return torch.autograd.grad(logits, parameters, cotangents, retain_graph=True, **options)
+
+    each = zip(*map(gradients, cotangents), strict=True)
+    torch.testing.assert_close(gradients(cotangents, is_grads_batched=True), tuple(map(torch.stack, each)))
 
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
