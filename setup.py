@@ -120,7 +120,7 @@ def find_cuda() -> tuple[cuda.Toolkit | None, str]:
 
 
 def left_out() -> dict[str, str]:
-    """What the build leaves out: the part and the reason."""
+    """Parts that the build leaves out, each with the reason."""
     if reason := why_not_native():
         return {LEFT_OUT_OPERATORS: reason}
     parts = {}
@@ -228,7 +228,7 @@ def native_build() -> dict:
             self.jobs.append(compile.Job(src, obj, [*compiler, *cc_args, src, *extra_postargs]))
 
         def compile_all(self, one_by_one, *args, **kwargs) -> list[str]:
-            """Let distutils name the commands, then run them at once, with those of nvcc."""
+            """Collect the commands of distutils, then run them and nvcc's in one pool."""
             self.jobs = cuda.jobs(ROOT, cuda.architectures()[0]) if find_cuda()[0] else []
             one_by_one(*args, **kwargs)
             self.jobs.sort(key=lambda job: not job.source.startswith("csrc/cpu/isa/"))  # the longest first

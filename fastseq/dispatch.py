@@ -178,7 +178,7 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> str:
     The report holds for these inputs, the module's current mode, and gradients on or off as they are now.
 
     Args:
-        module: any module; the paths in the text are those of ``module.named_modules()``.
+        module: any module; the text names its submodules by their paths in ``module.named_modules()``.
         args, kwargs: the inputs of one forward.
 
     Returns:

@@ -25,7 +25,7 @@ def test_closest_reference_by_edits_then_order():
     assert metrics.closest("ab", ["a", "abc"]) == (1, 1)
 
 
-def test_error_rates_by_hand(words):
+def test_error_rates_of_worked_examples(words):
     predictions = ["a b c", "a  x", "q", "d"]
     references = [["a b", "a b c"], ["a b c d", "a b"], ["r s"], ["d"]]
     values = metrics.score(predictions, references, words)
