@@ -74,6 +74,16 @@ def test_the_environment_page_lists_every_variable():
     assert {name for name in rows if name.startswith("FASTSEQ_")} <= used
 
 
+def test_messages_quoted_in_troubleshooting_are_those_of_the_sources():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    quoted = [
+        text for text in re.findall(r'"([^"\n]+)"', re.sub(r"^```.*?^```", "", page, flags=re.S | re.M)) if " " in text
+    ]
+    sources = read(SOURCES).lower()
+    assert len(quoted) >= 5
+    assert [text for text in quoted if text.lower() not in sources] == []
+
+
 def test_the_api_pages_list_every_public_name():
     text = read(("docs/api/*.md",))
     listed = set(re.findall(r"^(?::::|  +heading:) (.+)$", text, re.MULTILINE))
