@@ -35,7 +35,8 @@ if TYPE_CHECKING or not _is_the_command():
     from fastseq._native import empty_cache
     from fastseq.dispatch import explain, use_backend
     from fastseq.info import info
-    from fastseq.nn import LSTM, Attention, LSTMCell, accelerate, restore
+    from fastseq.nn import LSTM, Attention, LSTMCell
+    from fastseq.nn.accelerate import accelerate, restore  # the function: mypy would take fastseq.nn's submodule
     from fastseq.seq2seq import Seq2Seq, Seq2SeqConfig, build_seq2seq_model
 else:
     _HOMES = {
