@@ -41,6 +41,7 @@ demo: $(READY)
 	$(BIN)/fastseq data cmudict $(DATA)
 	$(BIN)/fastseq train --config cmudict --train $(DATA)/train.tsv --valid $(DATA)/valid.tsv --run_dir $(RUN) --overwrite
 	OMP_NUM_THREADS=1 $(BIN)/fastseq evaluate $(RUN) --data $(DATA)/test.tsv
+	OMP_NUM_THREADS=1 $(BIN)/fastseq evaluate $(RUN) --data $(DATA)/test.tsv --num_beams 5 --output $(RUN)/beam5 --pictures 0
 
 test: $(READY)
 	$(BIN)/python tests/cuda/cuda_build.py
