@@ -26,7 +26,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
@@ -46,6 +46,7 @@ FLAGS = [
     "-Wno-psabi",
 ]
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")  # of the CPU kernels: csrc/cpu/isa/*.cpp
+SMALLEST_SETUPTOOLS = 77  # reads `license = "MIT"` of pyproject.toml; as in its build-system.requires
 TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that the built library loads in
 SMALLEST_COMPILERS = {"g++": 11, "clang++": 14}  # the oldest releases that were tried
 LEFT_OUT_OPERATORS, LEFT_OUT_CUDA = "compiled operators", "CUDA kernels"  # keys of _build.json, read by fastseq._native
@@ -266,12 +267,17 @@ def advice(error: Exception) -> str:
 
 
 def main() -> None:
+    if int(setuptools.__version__.split(".")[0]) < SMALLEST_SETUPTOOLS:
+        raise SystemExit(
+            f"fastseq: the build needs setuptools {SMALLEST_SETUPTOOLS} or later (this environment has "
+            f"{setuptools.__version__}). Install it first: pip install 'setuptools>={SMALLEST_SETUPTOOLS}'"
+        )
     reason = why_not_native()
     if switch("FASTSEQ_NATIVE") == "1" and reason:
         raise SystemExit(f"fastseq: FASTSEQ_NATIVE=1, but {reason}.")
     if switch("FASTSEQ_CUDA") == "1" and find_cuda()[0] is None:
         raise SystemExit(f"fastseq: FASTSEQ_CUDA=1, but {find_cuda()[1]}.")
-    setup(**native_build() if reason is None else {"cmdclass": {"build_py": BuildPython}})
+    setuptools.setup(**native_build() if reason is None else {"cmdclass": {"build_py": BuildPython}})
 
 
 if __name__ == "__main__":  # setuptools runs it so; tests read its functions

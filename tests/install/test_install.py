@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import setuptools
 import torch
 
 from fastseq import _native
@@ -142,6 +143,14 @@ def load_setup(monkeypatch):
     for name in ("TORCH_CUDA_ARCH_LIST", "FASTSEQ_CPU_KERNELS", "FASTSEQ_NATIVE", "FASTSEQ_CUDA"):
         monkeypatch.delenv(name, raising=False)
     return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_an_old_setuptools_is_refused_with_a_sentence(monkeypatch):
+    """Python 3.11 brings setuptools 65 to every new environment; pip uses it with --no-build-isolation."""
+    main = load_setup(monkeypatch)["main"]
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match=r"needs setuptools 77 or later \(this environment has 65\.5\.0\)"):
+        main()
 
 
 @pytest.mark.parametrize(
