@@ -30,7 +30,7 @@ import setuptools
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
-sys.path.insert(0, str(ROOT))  # a build front end does not put it there
+sys.path.insert(0, str(ROOT))  # build front ends leave it out
 from build_support import compile, cuda  # noqa: E402
 
 SWITCHES = ("", "0", "1")
@@ -67,7 +67,7 @@ def find_compiler() -> str | None:
 
 
 def too_old(compiler: str) -> str | None:
-    """The sentence that refuses an old release of g++ or clang++, or None; other compilers are not judged."""
+    """The sentence that refuses an old release of g++ or clang++, or None; any other compiler is accepted."""
     done = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True)
     text = done.stdout.partition("\n")[0]
     name = "clang++" if "clang" in text else "g++" if re.search(r"g\+\+|c\+\+|GCC", text) else None
@@ -146,7 +146,7 @@ def record(package: Path) -> None:
 
 
 class BuildPython(build_py):
-    """Adds _build.json to the package, and starts from an empty folder: a module that was deleted is not installed."""
+    """Adds _build.json to the package. Starts from an empty folder: deleted modules must not be installed again."""
 
     def run(self):
         package = ROOT / "fastseq" if self.editable_mode else Path(self.build_lib, "fastseq")
@@ -190,14 +190,16 @@ def native_build() -> dict:
     without = {ROOT / f"csrc/cpu/isa/{name}.cpp" for name in left_out_sets}
 
     class Build(BuildExtension):
-        """Torch decides the compiler's flags; build_support.compile runs the commands, nvcc's among them."""
+        """Takes the flags from torch; build_support.compile runs the commands, nvcc's among them."""
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs | {"use_ninja": False})
 
         def finalize_options(self):
             super().finalize_options()
-            self.force = True  # compile_all decides; distutils would keep a library that was built with other switches
+            self.force = (
+                True  # compile_all skips what is current; distutils would keep a library built with other switches
+            )
 
         def run(self):
             if self.editable_mode:  # else a temporary folder, in which nothing is found to be up to date
@@ -224,7 +226,7 @@ def native_build() -> dict:
                 raise SystemExit(f"fastseq: {error}; the output is above. {advice(error)}") from error
 
         def collect(self, obj, src, ext, cc_args, extra_postargs, pp_opts) -> None:
-            """Stands in for the compiler's method of this name: keeps the command in place of running it."""
+            """Stands in for the compiler's _compile: keeps the command instead of running it."""
             compiler = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
             self.jobs.append(compile.Job(src, obj, [*compiler, *cc_args, src, *extra_postargs]))
 
@@ -257,7 +259,7 @@ def native_build() -> dict:
 
 
 def advice(error: Exception) -> str:
-    """The way to install all the same."""
+    """The setting that lets the install succeed."""
     if find_cuda()[0] and not (isinstance(error, compile.Failed) and error.job.source.endswith(".cpp")):
         return (
             "Set FASTSEQ_CUDA=0 to install without the CUDA kernels, or TORCH_CUDA_ARCH_LIST to the architectures that "

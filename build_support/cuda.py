@@ -82,7 +82,7 @@ def candidates() -> Iterator[Path]:
 
 
 def describe(nvcc: Path) -> Toolkit:
-    """Release and folders of one nvcc, from its own account of them (--dryrun) and from the known layouts."""
+    """Release and folders of one nvcc: first the folders that --dryrun lists, then the known layouts."""
     version = re.search(r"release (\d+)\.(\d+)", run(nvcc, "--version"))
     if version is None:
         raise Unusable(f"{nvcc} --version names no release")
@@ -101,9 +101,9 @@ def describe(nvcc: Path) -> Toolkit:
     machine = platform.machine()
     targets = [f"targets/{name}-linux" for name in ((machine,) if machine != "aarch64" else ("sbsa", "aarch64"))]
 
-    own = option(settings, "INCLUDES", "-I")
+    listed = option(settings, "INCLUDES", "-I")
     places = [Path(top, name, "include") for top in tops for name in ("", *targets)]
-    include = find("cuda_runtime.h", [*own, *places])
+    include = find("cuda_runtime.h", [*listed, *places])
     if include is None:
         raise Unusable(
             f"{nvcc} has no cuda_runtime.h beside it (packages: cuda-cudart-dev, conda's cuda-cudart-dev, pip's "
@@ -117,7 +117,7 @@ def describe(nvcc: Path) -> Toolkit:
             f"{nvcc} has no libcudart_static.a beside it (packages: cuda-cudart-dev, conda's cuda-cudart-static, pip's "
             "nvidia-cuda-runtime)"
         )
-    known = {folder.resolve() for folder in own} | {Path("/usr/include")}
+    known = {folder.resolve() for folder in listed} | {Path("/usr/include")}
     # CUDA 13 keeps nv/target, which cuda_fp16.h includes, in include/cccl.
     flags = () if include.resolve() in known else (f"-I{include}", "-isystem", f"{include / 'cccl'}")
     programs = find("ptxas", [top / "bin" for top in tops]) or nvcc.parent

@@ -32,14 +32,14 @@ for ours, theirs in zip(ours.parameters(), theirs.parameters(), strict=True):
 
 
 def try_in(folder: Path, wheel: Path, python: str, torch: str, cuda: bool) -> None:
-    """Raises CalledProcessError where the wheel does not install, import or train."""
+    """Raises CalledProcessError if the wheel does not install, import or train."""
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
-    own = folder / "bin/python"
-    pip = [str(own), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:"]
+    interpreter = str(folder / "bin/python")
+    pip = [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:"]
     subprocess.run([*pip, f"torch=={torch}"], check=True)
     subprocess.run([*pip, "--no-deps", str(wheel)], check=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("FASTSEQ_", "PYTHON"))}
-    command = [str(own), "-c", CHECK.format(home=str(folder.resolve()), cuda=cuda)]
+    command = [interpreter, "-c", CHECK.format(home=str(folder.resolve()), cuda=cuda)]
     subprocess.run(command, check=True, cwd=folder, env=environment | {"PATH": str(folder / "empty")})
 
 
