@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -38,11 +39,15 @@ def jobs_at_once() -> int:
 def compile_all(jobs: list[Job], report: Callable[[str], None], folder: Path) -> None:
     """Run the jobs that are out of date, in the given order, in ``folder``. report: called with lines of progress."""
     stale = [job for job in jobs if not is_current(job, folder)]
-    begin, at_once, number = time.perf_counter(), jobs_at_once(), itertools.count(1)
+    begin, at_once, number, lock = time.perf_counter(), jobs_at_once(), itertools.count(1), threading.Lock()
+
+    def say(text: str) -> None:
+        with lock:  # warnings have many lines
+            report(text)
 
     def work(job: Job) -> None:
-        report(f"[{next(number)}/{len(stale)}] {job.source}")
-        run(job, report, folder)
+        say(f"[{next(number)}/{len(stale)}] {job.source}")
+        run(job, say, folder)
 
     with ThreadPoolExecutor(at_once) as pool:
         futures = [pool.submit(work, job) for job in stale]
