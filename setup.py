@@ -223,6 +223,8 @@ def native_build() -> dict:
             try:
                 super().build_extensions()
             except Exception as error:
+                if output := getattr(error, "output", None):  # also with --quiet
+                    print(output, file=sys.stderr)
                 raise SystemExit(f"fastseq: {error}; the output is above. {advice(error)}") from error
 
         def collect(self, obj, src, ext, cc_args, extra_postargs, pp_opts) -> None:

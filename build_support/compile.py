@@ -21,9 +21,9 @@ class Job(NamedTuple):
 
 
 class Failed(Exception):
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, output: str):
         super().__init__(f"{job.source} does not compile")
-        self.job = job
+        self.job, self.output = job, output
 
 
 def jobs_at_once() -> int:
@@ -68,8 +68,7 @@ def run(job: Job, report: Callable[[str], None], folder: Path) -> None:
     command = [*job.command, "-o", partial, "-MMD", "-MF", f"{job.out}.d"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
     if done.returncode:
-        report(f"{shlex.join(command)}\n{done.stdout}")
-        raise Failed(job)
+        raise Failed(job, f"{shlex.join(command)}\n{done.stdout}")
     if done.stdout.strip():  # warnings
         report(f"{job.source}:\n{done.stdout.strip()}")
     (folder / partial).rename(out)
