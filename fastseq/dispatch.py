@@ -1,4 +1,4 @@
-"""Select the backend of a call. No op, rule or kernel is named here: each op registers its own.
+"""Select the backend of a call. No op, rule or kernel is named here: each op registers its rules and backends.
 
 A backend of an op is a module ``fastseq.ops.<op>.<backend>`` with ``unsupported(call) -> str | None``: None, or a
 sentence with the limit and the way out. It computes by ``forward`` and ``backward``, or by ``run`` where torch itself
@@ -78,7 +78,7 @@ _default = check_name(os.environ.get("FASTSEQ_BACKEND") or "auto", "FASTSEQ_BACK
 def use_backend(name: str) -> Iterator[None]:
     """Use backend ``name`` in this block for every op and module whose ``backend`` is "auto".
 
-    Process-wide, like torch's own backend flags. The environment variable ``FASTSEQ_BACKEND`` sets the same for a whole
+    Process-wide, like torch's backend flags. The environment variable ``FASTSEQ_BACKEND`` sets the same for a whole
     run.
 
     Args:

@@ -67,7 +67,7 @@ def test_results_and_gradients_are_as_accurate_as_those_of_nn_lstm(backend, form
 @half
 @pytest.mark.parametrize("form", ["padded", "packed", "one length", "proj"])
 def test_result_dtypes_are_those_of_nn_lstm(backend, form, dtype):
-    """Whatever the dtypes of weights, input, h_0 and c_0; where torch cannot compute, ours need only compute."""
+    """All combinations of the dtypes of weights, input, h_0 and c_0. Where nn.LSTM raises, ours must compute."""
     compared = 0
     for weights, input, h0, c0 in itertools.product((torch.float32, dtype), FLOATS, (None, *FLOATS), FLOATS):
         theirs, ours = pair(4, 5, proj_size=3 if form == "proj" else 0, dtype=weights)

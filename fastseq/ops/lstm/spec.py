@@ -83,7 +83,7 @@ class Result(NamedTuple):
     h_n: Tensor  # (D, B, P)
     c_n: Tensor  # (D, B, H)
     cell_states: Tensor | None  # (T, B, D * H), or (N, D * H); None unless wanted
-    saved: tuple[Tensor, ...] = ()  # for ``backward``, in the backend's own layout
+    saved: tuple[Tensor, ...] = ()  # for ``backward``, in the backend's layout
 
 
 class Grads(NamedTuple):

@@ -1,4 +1,4 @@
-"""The ``torch`` backend of ``lstm_cell``: torch's own kernels, op by op, differentiated by torch."""
+"""The ``torch`` backend of ``lstm_cell``: torch's operators, differentiated by torch."""
 
 import torch
 from torch import Tensor
