@@ -105,6 +105,16 @@ def test_the_guide_names_options_that_exist():
     assert [name for name in named if name not in options] == []
 
 
+def test_the_guide_states_the_defaults():
+    options = train_parser().get_defaults()
+    guide = (ROOT / "docs/seq2seq.md").read_text()
+    table = re.findall(r"^\| (`(?:data|model|optim|trainer)\.\w+`.*?) \| (.+?) \|", guide, re.MULTILINE)
+    assert len(table) > 8
+    for names, stated in table:
+        values = [str(options[name]).lower() for name in re.findall(r"`([\w.]+)`", names)]
+        assert stated.split(", ") in (values, values[:1] if len(set(values)) == 1 else None), names
+
+
 def results(threads: str) -> dict[tuple[str, str], dict]:
     rows = json.loads((ROOT / f"benchmarks/results/cpu-zen4-{threads}.json").read_text())["rows"]
     return {(row["case"], row["mode"]): row for row in rows if row["candidate"] == "auto"}
