@@ -193,11 +193,12 @@ def test_auto_takes_the_kernels_where_cudnn_is_weak_and_marks_them_as_not_measur
 
     monkeypatch.setattr(_native, "why_not_cuda", lambda index=None: "")
     monkeypatch.setattr(native_cuda, "fits", lambda *_, **__: True)
-    for call in (CALL, CALL._replace(dtype=torch.float32), CALL._replace(dtype=torch.float16, packed=True)):
+    autocast = CALL._replace(autocast=True, fused=True)
+    for call in (CALL, autocast, CALL._replace(dtype=torch.float32), CALL._replace(dtype=torch.float16, packed=True)):
         backend, why = first_rule("lstm", call)
         assert backend == "native" and "not measured yet" in why
     small, half = CALL._replace(hidden_size=128), CALL._replace(dtype=torch.float16)
-    for call in (small, half, CALL._replace(autocast=True), CALL._replace(hidden_size=2048)):
+    for call in (small, half, half._replace(autocast=True, fused=True), CALL._replace(hidden_size=2048)):
         assert first_rule("lstm", call)[0] == "torch"
     monkeypatch.setattr(native_cuda, "fits", lambda *_, **__: False)
     assert first_rule("lstm", CALL)[0] == "torch"
