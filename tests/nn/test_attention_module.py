@@ -17,7 +17,10 @@ from attention_cases import (
 )
 from torch import nn
 
+from fastseq import _native
 from fastseq.nn.attention import Attention
+from fastseq.ops.attention import native
+from fastseq.ops.attention.spec import Inputs, Want
 
 
 def test_module_follows_the_formula_of_its_score():
@@ -154,6 +157,15 @@ class Readers(nn.Module):
 
 def random_batch(b, t, s):
     return torch.randn(b, t, 4, requires_grad=True), torch.randn(b, s, 4), torch.randint(0, s + 1, (b,))
+
+
+@pytest.mark.skipif(not _native.available(), reason=_native.why_not())
+def test_native_returns_the_saved_weights_themselves():
+    """The Function replaces repeated outputs, found by ``is``: in torch 2.11 a traced alias loses its gradient."""
+    query, keys = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    inputs = Inputs(query, keys, keys, torch.randn(4), torch.randn(4), None, None, None, 1.0)
+    result = native.forward(inputs, Want(weights=True, backward=True))
+    assert result.weights is result.saved[0]
 
 
 def test_compiles_into_one_graph_with_dynamic_sizes():

@@ -22,7 +22,10 @@ def forward(inputs: Inputs, want: Want) -> Result:
     context, weights = _native.operators.attention_forward.default(
         *_operator_inputs(inputs), inputs.scale, want.weights or want.backward
     )
-    wanted = weights.to(inputs.query.dtype) if want.weights else None
+    # Not .to() where it would return weights itself: TorchDynamo of torch 2.11 does not see, as the Function must, that
+    # both outputs are one tensor, and drops its gradient.
+    wanted = weights if weights.dtype == inputs.query.dtype else weights.to(inputs.query.dtype)
+    wanted = wanted if want.weights else None
     return Result(context, wanted, (weights,) if want.backward else ())
 
 

@@ -70,10 +70,10 @@ def fold(t: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
 
 def distinct(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Clone repeated gradients: users change gradients in place, so no two may share storage."""
-    seen, result = set(), []
-    for grad in grads:
-        result.append(grad.clone() if grad is not None and id(grad) in seen else grad)
-        seen.add(id(grad))
+    result = []
+    for k, grad in enumerate(grads):
+        repeated = grad is not None and any(grad is earlier for earlier in grads[:k])  # torch 2.11 cannot trace id()
+        result.append(grad.clone() if repeated else grad)
     return tuple(result)
 
 
