@@ -12,22 +12,20 @@ from fastseq.errors import did_you_mean
 LONGEST = 400  # characters of a sentence
 _REWRITES = (
     (r"; use sys.set_int_max_str_digits\(\) to increase the limit", ""),
+    (r" - Expected a <class 'NoneType'>(?:\. Got value: .*?)?(?= - | Given value type|$)", ""),
     (r"Does not validate against any of the Union subtypes.*?Errors: - ", ""),
     (r" Given value type: .*? Given value: ", "; got "),
     (r'^Parser key "(.*?)":', r"--\1:"),
-    (r"Not of type [\w-]+: (?:(\S+) )?does not conform to restriction (v\S+(?: and v\S+)*)", r"must be \2; got \1"),
-    (r"; got  - Expected a <class 'NoneType'>; got ", "; got "),
+    (r"Not of type [\w-]+: (?:(\S+) )?does not conform to restriction (v\S+(?: and v[^\s;]+)*)", r"must be \2; got \1"),
     (r"Expected a typing\.Literal\[(.*?)\]\. Got value: ", r"expected one of \1; got "),
     (r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1; got "),
+    (r"Expected a <class '(\w+)'>", r"expected \1"),
     (r"Not of type [\w-]+: invalid literal for (\w+)\(\) with base 10: ", r"expected \1; got "),
     (r"Not of type [\w-]+: could not convert string to float: ", "expected float; got "),
     (r"Not of type [\w-]+: (Exceeds the limit)", r"\1"),
-    (r"Expected a <class '(\w+)'> - Expected a <class 'NoneType'>", r"expected \1"),
-    (r"; got '[^']*' - [Ee]xpected (?:a <class ')?NoneType'?>?; got ", "; got "),
-    (r"; got '([^']*)' - expected NoneType; got [^;]*; got .*", r"; got \1"),
-    (r"(Exceeds the limit .*?) - \1; got .*", r"\1"),
-    (r"; got [^;]*(?=; got [^;]*$)", ""),
+    (r"(Exceeds the limit .*?)(?: - |; got ).*", r"\1"),
     (r"Unexpected config: .*|Unexpected config:$", "it holds no options: expected lines such as 'seed: 1'"),
+    (r"; got [^;]*(?=; got [^;]*$)", ""),
 )
 
 
