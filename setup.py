@@ -48,7 +48,7 @@ FLAGS = [
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")  # of the CPU kernels: csrc/cpu/isa/*.cpp
 SMALLEST_SETUPTOOLS = 77  # reads `license = "MIT"` of pyproject.toml; as in its build-system.requires
 TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that the built library loads in
-SMALLEST_COMPILERS = {"g++": 11, "clang++": 14}  # the oldest releases that were tried
+SMALLEST_COMPILERS = {"g++": 12, "clang++": 14}  # GCC 12 is the first with __builtin_shufflevector
 LEFT_OUT_OPERATORS, LEFT_OUT_CUDA = "compiled operators", "CUDA kernels"  # keys of _build.json, read by fastseq._native
 
 

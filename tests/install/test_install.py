@@ -160,13 +160,13 @@ def test_an_old_setuptools_is_refused_with_a_sentence(monkeypatch):
         ({"TORCH_CUDA_ARCH_LIST": "7.0"}, "CUDA kernels", r"they need compute capability 8\.0"),
         ({"FASTSEQ_CPU_KERNELS": "avx2,avx512"}, "CPU kernels for baseline, avx512_bf16", "FASTSEQ_CPU_KERNELS=avx2,"),
         ({"FASTSEQ_NATIVE": "0"}, "compiled operators", "FASTSEQ_NATIVE=0"),
-        ({"CXX": "{old}"}, "compiled operators", r"old-g\+\+ is g\+\+ 9; g\+\+ 11 or later is needed \(set CXX\)"),
+        ({"CXX": "{old}"}, "compiled operators", r"old-g\+\+ is g\+\+ 11; g\+\+ 12 or later is needed \(set CXX\)"),
     ],
     ids=["switch", "architecture", "instruction set", "no operators", "old compiler"],
 )
 def test_the_build_records_what_it_leaves_out(environment, part, reason, tmp_path, monkeypatch):
     """In _build.json, which _native reads, and which `fastseq info` shows."""
-    (tmp_path / "old-g++").write_text("#!/bin/sh\necho 'g++ (Ubuntu 9.4.0-1ubuntu1~20.04.2) 9.4.0'\n")
+    (tmp_path / "old-g++").write_text("#!/bin/sh\necho 'g++ (Ubuntu 11.4.0-1ubuntu1~22.04) 11.4.0'\n")
     (tmp_path / "old-g++").chmod(0o755)
     setup = load_setup(monkeypatch)
     for name, value in environment.items():
