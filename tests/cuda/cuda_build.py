@@ -7,7 +7,8 @@ of the tests. Triton brings the tools that read objects.
 import contextlib
 import fcntl
 import functools
-import importlib
+import hashlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -60,12 +61,16 @@ def binaries(architecture: int) -> tuple[Path, ...]:
         return objects()
 
     def assemble(number: int, text: str) -> Path:
-        source, cubin = FOLDER / f"{number}.ptx", FOLDER / f"{number}-sm_{architecture}.cubin"
-        source.write_text(text)
-        run(cuda.find_toolkit().programs / "ptxas", "-O3", f"-arch=sm_{architecture}", source, "-o", cubin)
+        source = FOLDER / f"{number}-{hashlib.sha256((version + text).encode()).hexdigest()[:16]}.ptx"
+        cubin = source.with_suffix(f".sm_{architecture}.cubin")
+        if not cubin.exists():
+            source.write_text(text)
+            run(ptxas, "-O3", f"-arch=sm_{architecture}", source, "-o", source.with_suffix(".partial"))
+            source.with_suffix(".partial").rename(cubin)
         return cubin
 
-    texts = ptx(nearest_ptx(architecture))
+    texts, ptxas = ptx(nearest_ptx(architecture)), cuda.find_toolkit().programs / "ptxas"
+    version = run(ptxas, "--version").stdout
     with building(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         return tuple(pool.map(assemble, range(len(texts)), texts))
 
@@ -121,7 +126,9 @@ def run(*command) -> subprocess.CompletedProcess:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(ROOT / "tests/triton"))  # nvidia_binaries; pytest has it from pyproject.toml
     try:
-        objects()
+        for architecture in ARCHITECTURES if importlib.util.find_spec("triton") else ():
+            binaries(architecture)
     except cuda.Unusable as reason:
         print(f"The CUDA kernels are not compiled: {reason}.")

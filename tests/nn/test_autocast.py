@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fastseq import LSTM, Attention, LSTMCell, dispatch, ops
+from fastseq import LSTM, Attention, LSTMCell, _native, dispatch, ops
 from fastseq.dispatch import select
+from fastseq.ops.common.triton import runtime
 from fastseq.ops.lstm import native_cuda
 from fastseq.ops.lstm import rules as lstm_rules
 from fastseq.ops.lstm import torch as torch_backend
@@ -107,6 +108,9 @@ def test_cell_states_have_the_dtype_of_c_n(form):
 def test_auto_takes_under_autocast_what_the_same_call_in_16_bits_takes(monkeypatch):
     monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda dtype: True)
     monkeypatch.setattr(native_cuda, "fits", lambda *args, **kwargs: True)
+    monkeypatch.setattr(_native, "why_not_cuda", lambda index=None: "")
+    monkeypatch.setattr(runtime, "_installed", lambda: False)  # Triton would look for the GPU
+    dispatch.forget()
     changes = {
         "device": ("cpu", "cuda"),
         "dtype": HALVES,

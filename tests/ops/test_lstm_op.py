@@ -36,7 +36,7 @@ def call(tensors, form: str, **options):
 def test_gradients_of_first_and_second_order(backend, form, reverse, extra):
     options = {"proj_size": 2 if extra == "projection" else 0, "return_cell_states": extra == "cell_states"}
     if backend not in serving_lstm(**options):
-        pytest.skip(f"the {backend} backend refuses {extra}, which test_backend.py checks")
+        pytest.skip(f"the {backend} backend refuses {extra}, which test_dispatch.py checks")
     tensors = arguments(form, projection=2 if extra == "projection" else 0)
 
     def run(*given):
