@@ -23,7 +23,7 @@ class Owner(NamedTuple):
 
     pid: int
     host: str
-    boot: str  # one running kernel, which containers share
+    boot: str  # id of the running kernel, equal in all containers of a machine
 
     @classmethod
     def current(cls) -> Owner:
@@ -37,7 +37,7 @@ class Owner(NamedTuple):
         return self.host != here.host and self.boot != here.boot
 
     def alive(self) -> bool:
-        """True while a process with this number runs on this machine."""
+        """True if a process with this pid runs on this machine."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -51,8 +51,8 @@ class Owner(NamedTuple):
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder, made if missing. Raises UserError, naming the owner, while another process does.
 
-    The kernel drops the lock of a process that ends in any way, so a lock file left behind on this machine is taken
-    over. One of another machine is not: whether its owner lives cannot be seen from here.
+    The kernel drops a process's lock however the process ends, so a lock file that is left behind on this machine is
+    taken over. A lock from another machine is refused, because this machine cannot see whether its owner lives.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
@@ -64,7 +64,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # while it is locked: a process that waits for it sees that it is gone
+            path.unlink(missing_ok=True)  # before the unlock: a process that has opened it finds it gone and retries
 
 
 @contextlib.contextmanager
