@@ -107,7 +107,8 @@ __device__ void init_barriers(uint64_t* barriers, int count) {
   cluster_sync();
 }
 
-// Sends 16 bytes to block `rank`: to the address of `here`, completing on `barrier`, both in that block's shared memory.
+// Sends 16 bytes to block `rank`: to the address of `here`, completing on `barrier`, both in that block's shared
+// memory.
 __device__ void send(const uint4* here, const uint64_t* barrier, uint32_t rank, uint32_t value) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %1, %1, %1}, [%2];" ::"r"(
                    address_in(shared_address(here), rank)),
@@ -151,7 +152,8 @@ __global__ void remote_round_trip(int steps) {
 #endif
 }
 
-// Every step, each of the `blocks` of a cluster sends `words` x 16 bytes to all blocks, alternating between two buffers.
+// Every step, each of the `blocks` of a cluster sends `words` x 16 bytes to all blocks, alternating between two
+// buffers.
 __global__ void remote_gather(int steps, int blocks, int words) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ uint4 buffers[];  // (2, blocks, words)
@@ -216,14 +218,14 @@ void measure_grid(int multiprocessors) {
   for (const int blocks : {multiprocessors / 2, multiprocessors})
     for (const auto& [what, kernel] : kernels)
       report(what, std::to_string(blocks) + " blocks",
-           step_us(what,
-                   [&, kernel = kernel](int steps) {
-                     void* arguments[] = {&flags, &steps};
-                     cudaMemsetAsync(flags, 0, kBytes);
-                     cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel), blocks, kThreads, arguments, 0,
-                                                 nullptr);
-                   }),
-           "µs");
+             step_us(what,
+                     [&, kernel = kernel](int steps) {
+                       void* arguments[] = {&flags, &steps};
+                       cudaMemsetAsync(flags, 0, kBytes);
+                       cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel), blocks, kThreads, arguments, 0,
+                                                   nullptr);
+                     }),
+             "µs");
   check(cudaFree(flags), "flags");
 }
 
@@ -242,7 +244,7 @@ void measure_launches() {
   };
   const cudaGraphExec_t few = graph_of(16), many = graph_of(2016);
   report("kernel boundary in a CUDA graph", "1 block",
-       step_us("CUDA graph", [&](int steps) { cudaGraphLaunch(steps == 16 ? few : many, nullptr); }), "µs");
+         step_us("CUDA graph", [&](int steps) { cudaGraphLaunch(steps == 16 ? few : many, nullptr); }), "µs");
 }
 
 void measure_clusters(int largest_shared) {
@@ -269,8 +271,8 @@ void measure_clusters(int largest_shared) {
     }
     auto time = [&](const char* what, const std::string& detail, size_t shared, auto kernel, auto... more) {
       config.dynamicSmemBytes = shared;
-      report(what, where + detail, step_us(what, [&](int steps) { cudaLaunchKernelEx(&config, kernel, steps, more...); }),
-           "µs");
+      report(what, where + detail,
+             step_us(what, [&](int steps) { cudaLaunchKernelEx(&config, kernel, steps, more...); }), "µs");
     };
     time("cluster barrier", "", 0, cluster_barrier);
     time("st.async round trip, 16 bytes", "", 0, remote_round_trip);
