@@ -5,6 +5,19 @@ import torch
 B, T, S, A, D = 3, 4, 5, 6, 7
 SCORES = ("dot", "general", "additive", "normed_additive")
 PADDINGS = ("none", "lengths", "mask", "step_mask")
+# name: (arguments to change in a valid call with B 2, T 3, S 5, A 4, D 6; the message of the refusal)
+REFUSED_CALLS = {
+    "rank": (dict(query=torch.zeros(3, 4)), r"query must have the shape \(B, T, A\), got \(3, 4\)"),
+    "batch": (dict(keys=torch.zeros(3, 5, 4)), r"keys must have the shape \(2, 5, 4\), got \(3, 5, 4\)"),
+    "size": (dict(query=torch.zeros(2, 3, 5)), r"query must have the shape \(2, 3, 4\), got \(2, 3, 5\)"),
+    "positions": (dict(values=torch.zeros(2, 4, 6)), r"values must have the shape \(2, 5, 6\), got \(2, 4, 6\)"),
+    "dtype": (dict(values=torch.zeros(2, 5, 6).double()), "values must have the dtype Float, got Double"),
+    "weight": (dict(weight=torch.zeros(5)), r"weight must have the shape \(4,\)"),
+    "lengths": (dict(lengths=torch.zeros(2).int()), "lengths must have the dtype Long"),
+    "mask": (dict(mask=torch.ones(2, 2, 5).bool()), r"mask must have the shape \(2, 3, 5\), got \(2, 2, 5\)"),
+    "mask dtype": (dict(mask=torch.ones(2, 1, 5)), "mask must have the dtype Bool"),
+    "both": (dict(lengths=torch.ones(2).long(), mask=torch.ones(2, 1, 5).bool()), "exclude each other; pass one"),
+}
 
 
 def make_inputs(score, *, b=B, t=T, s=S, a=A, d=D, dtype=torch.float64, spread=1.0):

@@ -5,7 +5,7 @@ import math
 import emulator
 import pytest
 import torch
-from attention_cases import allowed_positions, make_padding
+from attention_cases import REFUSED_CALLS, allowed_positions, make_padding
 from cuda_cases import DTYPES, on, place_of
 
 from fastseq import _native
@@ -293,18 +293,8 @@ def test_nothing_is_prepared(place):
         place.operators.attention_forward(query, keys, keys, weight, None, None, None, keys, 1.0, False)
 
 
-BAD_CALLS = {
-    "rank": (dict(query=torch.zeros(3, 4)), r"query must have the shape \(B, T, A\), got \(3, 4\)"),
-    "batch": (dict(keys=torch.zeros(3, 5, 4)), r"keys must have the shape \(2, 5, 4\), got \(3, 5, 4\)"),
-    "size": (dict(query=torch.zeros(2, 3, 5)), r"query must have the shape \(2, 3, 4\), got \(2, 3, 5\)"),
-    "positions": (dict(values=torch.zeros(2, 4, 6)), r"values must have the shape \(2, 5, 6\), got \(2, 4, 6\)"),
-    "dtype": (dict(values=torch.zeros(2, 5, 6).double()), "values must have the dtype Float, got Double"),
-    "weight": (dict(weight=torch.zeros(5)), r"weight must have the shape \(4,\)"),
+BAD_CALLS = REFUSED_CALLS | {
     "bias of dot": (dict(weight=None, bias=torch.zeros(4)), "belongs to the additive score; pass weight"),
-    "lengths": (dict(lengths=torch.zeros(2).int()), "lengths must have the dtype Long"),
-    "mask": (dict(mask=torch.ones(2, 2, 5).bool()), r"mask must have the shape \(2, 3, 5\), got \(2, 2, 5\)"),
-    "mask dtype": (dict(mask=torch.ones(2, 1, 5)), "mask must have the dtype Bool"),
-    "both": (dict(lengths=torch.ones(2).long(), mask=torch.ones(2, 1, 5).bool()), "exclude each other; pass one"),
     "double": (
         {n: torch.zeros(s).double() for n, s in (("query", (2, 3, 4)), ("keys", (2, 5, 4)), ("values", (2, 5, 6)))}
         | {"weight": None},

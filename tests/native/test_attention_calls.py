@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from attention_cases import gradients
+from attention_cases import REFUSED_CALLS, gradients
 from test_attention_native import PADDINGS, SCORES, make_inputs, padding_for
 
 from fastseq import _native
@@ -15,18 +15,8 @@ from fastseq.ops.attention.spec import AttentionCall
 pytestmark = pytest.mark.skipif(not _native.available(), reason=f"{_native.why_not()}")
 ops = torch.ops.fastseq
 
-BAD_CALLS = {
-    "rank": (dict(query=torch.zeros(3, 4)), r"query must have the shape \(B, T, A\), got \(3, 4\)"),
-    "batch": (dict(keys=torch.zeros(3, 5, 4)), r"keys must have the shape \(2, 5, 4\), got \(3, 5, 4\)"),
-    "size": (dict(query=torch.zeros(2, 3, 5)), r"query must have the shape \(2, 3, 4\), got \(2, 3, 5\)"),
-    "positions": (dict(values=torch.zeros(2, 4, 6)), r"values must have the shape \(2, 5, 6\), got \(2, 4, 6\)"),
-    "dtype": (dict(values=torch.zeros(2, 5, 6).double()), "values must have the dtype Float, got Double"),
-    "weight": (dict(weight=torch.zeros(5)), r"weight must have the shape \(4,\)"),
+BAD_CALLS = REFUSED_CALLS | {
     "bias of dot": (dict(weight=None, bias=torch.zeros(4)), "belong to the additive score; pass weight"),
-    "lengths": (dict(lengths=torch.zeros(2).int()), "lengths must have the dtype Long"),
-    "mask": (dict(mask=torch.ones(2, 2, 5).bool()), r"mask must have the shape \(2, 3, 5\), got \(2, 2, 5\)"),
-    "mask dtype": (dict(mask=torch.ones(2, 1, 5)), "mask must have the dtype Bool"),
-    "both": (dict(lengths=torch.ones(2).long(), mask=torch.ones(2, 1, 5).bool()), "exclude each other; pass one"),
     "prepared": (dict(prepared=torch.zeros(2, 5, 4)), r"prepared must have the shape \(2, 5, 32\)"),
     "integers": (
         dict(query=torch.zeros(2, 3, 4).int(), keys=torch.zeros(2, 5, 4).int(), values=torch.zeros(2, 5, 6).int())

@@ -7,12 +7,11 @@ other dtypes.
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastseq import _native
 from fastseq.dispatch import Rule
 from fastseq.ops.attention import native
-from fastseq.ops.common.autograd import peek_transform
+from fastseq.ops.common.autograd import untracked
 
 CPU_RESULTS = "benchmarks/results/cpu-xeon-1thread.json"
 
@@ -116,7 +115,7 @@ def fast_path(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tens
     Plain: float32 on the CPU; no gradient, autocast, trace or transform; shapes that fit. A step of 32 sentences takes
     130 us; checks, call record and rules would add 20 us. ``test_attention.py`` holds this to RULES.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0 or peek_transform():
+    if not untracked():
         return None
     query_shape, key_shape, value_shape = query.shape, keys.shape, values.shape
     plain = (

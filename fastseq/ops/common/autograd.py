@@ -30,6 +30,11 @@ def transformed() -> bool:
     return not is_compiling() and peek_transform() is not None
 
 
+def untracked() -> bool:
+    """True if no gradient, trace, forward-mode level or transform is active, so that no Function is needed."""
+    return not (torch.is_grad_enabled() or is_compiling() or forward_mode() or peek_transform())
+
+
 def recompute(grads: Sequence[Tensor | None]) -> bool:
     """True if a backward must use ``differentiable_backward``: its result is differentiated, or batched by vmap."""
     if torch.is_grad_enabled() or transformed():

@@ -6,11 +6,10 @@ A ratio is the time of the torch backend over the time of the row's backend, mea
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastseq import _native
 from fastseq.dispatch import Rule, takes_auto
-from fastseq.ops.common.autograd import peek_transform
+from fastseq.ops.common.autograd import peek_transform, untracked
 from fastseq.ops.lstm_cell import native
 
 XEON_AND_ZEN4 = "benchmarks/results/cpu-xeon-1thread.json, benchmarks/results/cpu-zen4-1thread.json"
@@ -75,7 +74,7 @@ def fast_update(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor] | None:
     Plain: float32 gates (N, 4H) and c (N, H) on the CPU; no gradient, trace or transform.
     ``test_the_fast_update_takes_the_backend_of_the_rules`` holds this to RULES.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0 or peek_transform():
+    if not untracked():
         return None
     plain = (
         gates.dtype == c.dtype == torch.float32
