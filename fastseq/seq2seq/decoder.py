@@ -14,14 +14,14 @@ from fastseq.seq2seq.encoder import EncoderOutput, embedding
 
 
 class DecoderState(NamedTuple):
-    """The complete state of a decoder between two steps, immutable."""
+    """The complete state of a decoder between two steps, immutable. N rows: one or several of each sentence."""
 
-    h: Tensor  # (L, B, H)
-    c: Tensor  # (L, B, H)
-    feed: Tensor | None  # (B, H) last attentional vector; None without input feeding
+    h: Tensor  # (L, N, H)
+    c: Tensor  # (L, N, H)
+    feed: Tensor | None  # (N, H) last attentional vector; None without input feeding
 
     def index_select(self, rows: Tensor) -> "DecoderState":
-        """The sentences ``rows`` (N,), in that order, repeats allowed. Beam search reorders its hypotheses by it."""
+        """The rows ``rows`` (M,), in that order, repeats allowed. Beam search reorders its hypotheses by it."""
         feed = None if self.feed is None else self.feed.index_select(0, rows)
         return DecoderState(self.h.index_select(1, rows), self.c.index_select(1, rows), feed)
 
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
     def step(
         self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, need_weights: bool
     ) -> tuple[Tensor, DecoderState, Tensor | None]:
-        """tokens (B,) -> logits (B, V), next state, weights (B, S) or None."""
+        """tokens (N,) -> logits (N, V), next state, weights (N, S) or None; N = B * K, K rows a sentence."""
         layers = self._layers()
         gates = self._input_gates(tokens, layers)
         h, c = state.h.unbind(0), state.c.unbind(0)
@@ -158,10 +158,19 @@ class Decoder(nn.Module):
         return self.embed_dropout(self.embedding(tokens))
 
     def _attend(self, query: Tensor, enc: EncoderOutput, need_weights: bool) -> tuple[Tensor, Tensor | None]:
-        """query (B, H) or (B, T, H) -> attentional vectors of the same shape, weights or None."""
+        """query (N, H) or (B, T, H) -> attentional vectors of the same shape, weights or None.
+
+        The K = N / B rows of a sentence are K query steps, which read its keys and memory once.
+        """
         if self.attention is None:
             return query, None
-        context, weights = self.attention(query, enc.keys, enc.memory, lengths=enc.lengths, need_weights=need_weights)
+        batch = enc.memory.size(0)
+        shared = query.dim() == 2 and query.size(0) != batch
+        steps = query.unflatten(0, (batch, -1)) if shared else query
+        context, weights = self.attention(steps, enc.keys, enc.memory, lengths=enc.lengths, need_weights=need_weights)
+        if shared:
+            context = context.flatten(0, 1)
+            weights = None if weights is None else weights.flatten(0, 1)
         return torch.tanh(self.combine(torch.cat((context, query), -1))), weights
 
     def _project(self, vectors: Tensor) -> Tensor:

@@ -130,24 +130,29 @@ class Seq2Seq(nn.Module):
     def decode_step(
         self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, *, need_weights: bool = True
     ) -> tuple[Tensor, DecoderState, Tensor | None]:
-        """Advance every sentence by one token: exactly what :meth:`forward` computes at that step.
+        """Advance every row by one token: exactly what :meth:`forward` computes at that step.
+
+        Row n belongs to sentence n // K of B sentences, where N = B * K and K >= 1: the K rows of a sentence (beams,
+        samples) share its keys and memory, which are not repeated.
 
         Args:
-            tokens: (B,) integers, the tokens just chosen (bos at the first step).
-            state: from :meth:`start` or from the step before.
-            enc: from :meth:`encode`, with the same B rows.
+            tokens: (N,) integers, the tokens just chosen (bos at the first step).
+            state: of N rows, from :meth:`start` or from the step before.
+            enc: from :meth:`encode`, with B sentences.
             need_weights: return the attention weights; without them a faster kernel may run.
 
         Returns:
-            logits (B, V), the next state, attention (B, S) or None.
+            logits (N, V), the next state, attention (N, S) or None.
 
         Raises:
             ValueError: shapes that do not fit, or token ids outside the vocabulary (checked on the CPU only).
         """
-        if tokens.dim() != 1 or tokens.size(0) != state.h.size(1) or tokens.size(0) != enc.memory.size(0):
+        rows, sentences = state.h.size(1), enc.memory.size(0)
+        fits = rows == sentences or (0 < sentences < rows and rows % sentences == 0)
+        if tokens.dim() != 1 or tokens.size(0) != rows or not fits:
             raise ValueError(
-                "Seq2Seq: decode_step needs one token, one state and one source per sentence, got tokens "
-                f"{tuple(tokens.shape)}, a state of {state.h.size(1)} and an encoder output of {enc.memory.size(0)}"
+                "Seq2Seq: decode_step needs one token and one state per row, and K >= 1 rows per sentence, got tokens "
+                f"{tuple(tokens.shape)}, a state of {rows} rows and an encoder output of {sentences} sentences"
             )
         try:
             return self.decoder.step(tokens, state, enc, need_weights)

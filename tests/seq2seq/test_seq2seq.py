@@ -97,6 +97,23 @@ def test_decode_step_is_forward_at_that_step(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_of_a_sentence_share_its_keys_as_if_repeated(variant):
+    model = make_model(**VARIANTS[variant])
+    src, *_ = make_batch(model)
+    enc = model.encode(src, torch.tensor([5, 0, 4]))
+    tokens = torch.arange(4, 13)
+    repeated, shared = enc.repeat_interleave(3), enc
+    state = model.start(repeated)
+    for _ in range(2):
+        expected = model.decode_step(tokens, state, repeated)
+        actual = model.decode_step(tokens, state, shared)
+        torch.testing.assert_close(actual[0], expected[0])
+        torch.testing.assert_close(tuple(actual[1]), tuple(expected[1]))
+        torch.testing.assert_close(actual[2], expected[2])
+        state, tokens = actual[1], tokens.flip(0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_parameter_gets_the_gradient_of_the_textbook_model(variant):
     model = make_model(**VARIANTS[variant])
     src, lengths, tgt = make_batch(model, lengths=(3, 3))
@@ -299,8 +316,11 @@ def test_features_and_steps_are_checked_too():
         with pytest.raises(ValueError, match=r"src must hold features \(B, S, 5\)"):
             model.encode(src)
     enc = model.encode(torch.ones(2, 3, 5).double())
-    with pytest.raises(ValueError, match=r"tokens \(3,\), a state of 2 and an encoder output of 2"):
+    with pytest.raises(ValueError, match=r"tokens \(3,\), a state of 2 rows and an encoder output of 2"):
         model.decode_step(torch.tensor([1, 1, 1]), model.start(enc), enc)
+    state = model.start(enc).index_select(torch.tensor([0, 0, 1]))
+    with pytest.raises(ValueError, match=r"K >= 1 rows per sentence.*a state of 3 rows and an encoder output of 2"):
+        model.decode_step(torch.tensor([1, 1, 1]), state, enc)
 
 
 @pytest.mark.parametrize("feeding", [True, False], ids=["feeding", "no feeding"])
