@@ -82,11 +82,28 @@ class Decoder(nn.Module):
         self, tokens: Tensor, enc: EncoderOutput, teacher_forcing_ratio: float, need_weights: bool
     ) -> tuple[Tensor, Tensor | None, DecoderState]:
         """tokens (B, T) -> logits (B, T, V), weights (B, T, S) or None, state after the last step."""
+        vectors, weights, state = self.vectors(tokens, enc, teacher_forcing_ratio, need_weights)
+        return self.output(vectors), weights, state
+
+    def vectors(
+        self,
+        tokens: Tensor,
+        enc: EncoderOutput,
+        teacher_forcing_ratio: float,
+        need_weights: bool,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, DecoderState]:
+        """The inputs of the output projection, dropout applied: (B, T, H), weights (B, T, S) or None, the last state.
+
+        lengths: (B,) or None for all T. Steps past them hold arbitrary finite values, and whole targets skip them.
+        """
         if self.by_steps(teacher_forcing_ratio):
-            return self._step_by_step(tokens, enc, teacher_forcing_ratio, need_weights)
-        output, (h, c) = self.lstm(self._embed(tokens), (enc.h, enc.c))
-        vectors, weights = self._attend(output, enc, need_weights)
-        return self._project(vectors), weights, DecoderState(h, c, None)
+            vectors, weights, state = self._step_by_step(tokens, enc, teacher_forcing_ratio, need_weights)
+        else:
+            output, (h, c) = self.lstm(self._embed(tokens), (enc.h, enc.c), lengths=lengths)
+            (vectors, weights), state = self._attend(output, enc, need_weights), DecoderState(h, c, None)
+            vectors = self.output_dropout(vectors)
+        return vectors, weights, state
 
     def step(
         self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, need_weights: bool
@@ -99,22 +116,23 @@ class Decoder(nn.Module):
         return self._project(vector), self._state(h, c, vector), weights
 
     def _step_by_step(self, tokens: Tensor, enc: EncoderOutput, teacher_forcing_ratio: float, need_weights: bool):
+        """As :meth:`vectors`; below a ratio of 1 each step is also projected, for the prediction."""
         layers = self._layers()
         state = self.start(enc)
         h, c, vector = state.h.unbind(0), state.c.unbind(0), state.feed
         gates = self._input_gates(tokens.t(), layers)  # (T, B, 4H): the embeddings' part of all steps in one GEMM
-        vectors, logits, weights = [], [], []
+        vectors, weights = [], []
         for t, step_gates in enumerate(gates.unbind(0)):
             if t > 0 and teacher_forcing_ratio < 1:
-                predicted_gates = self._input_gates(logits[-1].argmax(-1), layers)
-                step_gates = _choose(step_gates, predicted_gates, teacher_forcing_ratio)
+                predicted = self.output(vectors[-1]).argmax(-1)
+                step_gates = _choose(step_gates, self._input_gates(predicted, layers), teacher_forcing_ratio)
             feed = vector if self.input_feeding else None
             h, c, vector, step_weights = self._advance(step_gates, h, c, feed, enc, layers, need_weights)
-            vectors.append(vector)
+            vectors.append(self.output_dropout(vector) if teacher_forcing_ratio < 1 else vector)
             weights.append(step_weights)
-            if teacher_forcing_ratio < 1:
-                logits.append(self._project(vector))
-        stacked = torch.stack(logits, 1) if logits else self._project(torch.stack(vectors, 1))
+        stacked = torch.stack(vectors, 1)
+        if teacher_forcing_ratio == 1:
+            stacked = self.output_dropout(stacked)
         return stacked, None if weights[0] is None else torch.stack(weights, 1), self._state(h, c, vector)
 
     def _advance(
