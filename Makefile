@@ -5,10 +5,11 @@
 # make sanitize   random calls of the compiled operators under AddressSanitizer and UBSan
 # make wheel   build a wheel for other machines in dist/, audit it and try it in fresh environments
 # make latencies   compile benchmarks/latencies.cu for a machine that has a GPU but no nvcc
+# make gpu-bundle   compile what benchmarks/gpu_check.py needs on such a machine, for one GPU (CHIP=9.0)
 # make triton-versions   the Triton tests on each version of Triton that a supported torch brings
 #
 # Variables: PYTHON, TORCH (a pip requirement; add an index with --index-url), TRITON (the same; empty for none),
-# TRITON_VERSIONS, WHEEL_PYTHONS, WHEEL_TORCHES, CUDA, DATA, RUN, PYTEST_ARGS, FUZZ_ARGS, MUTATE_ARGS (--help lists them).
+# TRITON_VERSIONS, WHEEL_PYTHONS, WHEEL_TORCHES, CHIP, CUDA, DATA, RUN, PYTEST_ARGS, FUZZ_ARGS, MUTATE_ARGS (--help lists them).
 # CUDA=1 compiles the CUDA kernels, CUDA=0 does not; unset, they are compiled if a GPU is visible and nvcc is found.
 # make test compiles them for their tests, with either, if nvcc is found.
 
@@ -18,6 +19,7 @@ TRITON ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),triton==3.
 TRITON_VERSIONS ?= 3.6.0 3.7.1
 WHEEL_PYTHONS ?= $(PYTHON)
 WHEEL_TORCHES ?= 2.13.0
+CHIP ?= 9.0
 CUDA ?= $(or $(FASTSEQ_CUDA),$(if $(wildcard /dev/nvidia0 /dev/dxg),auto,0))
 DATA ?= data/cmudict
 RUN ?= runs/cmudict
@@ -35,7 +37,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/native/*.cpp tests/cuda/*/*.cpp tests/cuda/*/*.h benchmarks/*.cu)
 
-.PHONY: demo test lint docs mutate sanitize triton-versions wheel latencies clean
+.PHONY: demo test lint docs mutate sanitize triton-versions wheel latencies gpu-bundle clean
 
 demo: $(READY)
 	$(BIN)/fastseq data cmudict $(DATA)
@@ -101,6 +103,11 @@ wheel: $(READY)
 	$(BIN)/python build_support/try_wheel.py dist/*.whl --python $(WHEEL_PYTHONS) --torch $(WHEEL_TORCHES)
 
 latencies: build/latencies
+
+# In a checkout of the same commit, these two files are all that benchmarks/gpu_check.py looks for.
+gpu-bundle: $(READY) latencies
+	FASTSEQ_NATIVE=1 FASTSEQ_CUDA=1 TORCH_CUDA_ARCH_LIST=$(CHIP) $(BIN)/python setup.py --quiet build_ext --inplace
+	@echo "copy into a checkout of this commit:" && du -h fastseq/_C.abi3.so build/latencies
 
 # The same architectures as in gpu_check.py, which compiles the file itself where it finds nvcc.
 build/latencies: benchmarks/latencies.cu

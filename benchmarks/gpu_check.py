@@ -9,7 +9,6 @@ import importlib.util
 import itertools
 import json
 import os
-import random
 import re
 import shlex
 import shutil
@@ -19,15 +18,18 @@ import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's fastseq, installed or not
 
+import gpu_tasks
+from gpu_cases import SIMULATED, parity_case_list
 from gpu_process import Lost, Worker, end_group
 from gpu_report import Report
-from gpu_worker import BACKEND_KEY, SIMULATED, bench_case_list, parity_case_list
+from gpu_worker import BACKEND_KEY
 
 from fastseq.bench.cases import HIDDEN_SIZES
 from fastseq.console import Bar
@@ -36,8 +38,8 @@ from fastseq.ops.common.triton.runtime import CHIPS
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = [sys.executable, str(ROOT / "benchmarks" / "gpu_worker.py")]
 START_SECONDS = 300.0  # until a worker's first answer: imports, a CUDA context, compiling the host-side device
-BACKENDS = ["native", "triton"]
-TOO_OFTEN = 2  # hangs or crashes after which a backend gets no further task
+TOO_OFTEN = 2  # hangs or crashes of a backend in one family of tasks after which it gets no further task of it
+NATIVE_SILENCE = 10.0  # seconds; a native kernel with code for this GPU takes milliseconds
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FINDING = 9  # their exit code for a finding
 SMALLEST = (
@@ -49,18 +51,25 @@ SMALLEST = (
 NVCC_FLAGS = ["-O3", "-std=c++17", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a")),
               "-gencode=arch=compute_90,code=compute_90"]  # fmt: skip
 EPILOG = """\
-stages, each with its share of the time; time left over passes to the next stage:
+stages, each with its share of the time; time left over passes to the next stage. The first five, about two minutes,
+decide whether the native kernels run, are right and are fast; each prints its table at once.
   environment   versions, GPU, packages; builds the CUDA kernels if they are missing and nvcc is installed
-  compile       starts compiling the Triton kernels ahead of time, in the background
-  parity        the quick grid of `fastseq parity`: native and triton, float32, bfloat16, float16
-  parity-full   the rest of the full grid
-  sanitizer     compute-sanitizer memcheck, racecheck, synccheck, initcheck on the smallest cases
   latencies     grid and cluster barriers, flags, distributed shared memory, how many clusters fit (latencies.cu)
-  bench         LSTMs, decoding steps, attention: inference, training, CUDA graphs
+  kernels       every native recurrence once, at a few steps, against float64: all dtypes, TF32, H 64 to 2048
+  smoke         cluster and grid kernel against cuDNN: H 256 to 1024, B 1 to 128, bfloat16, TF32, torch's own flags
+  load          the same bits beside other work; two cooperative kernels on two streams
+  parity        the quick grid of `fastseq parity`, native: float32, bfloat16, float16
+  sanitizer     compute-sanitizer memcheck, racecheck, synccheck, initcheck on the smallest cases
+  bench         native and auto: LSTMs, decoding steps, attention: inference, training, CUDA graphs
+  compile       starts compiling the Triton kernels ahead of time, in the background
+  parity-triton the quick grid for triton
+  parity-full   the rest of the full grid, native and triton
+  bench-triton  the cases of bench for triton
 
 output: report.json and report.md in --out, rewritten after every finding, so an interrupted run keeps its findings;
-log.txt with the output of the tools. All work on the GPU runs in a child process. If a kernel hangs, that process is
-killed and the report says so; only the figures of that kernel are missing.
+log.txt with the output of the tools; at the end the tables again on standard output, in at most 12,000 characters. All
+work on the GPU runs in a child process. If a kernel hangs, that process is killed and the report says so; only the
+figures of that kernel are missing.
 
 examples:
   python benchmarks/gpu_check.py                            # everything, 9 minutes
@@ -78,7 +87,7 @@ class Check:
     def __init__(self, args: argparse.Namespace, command: str):
         self.args, self.report, self.log = args, Report(args.out, command), args.out / "log.txt"
         self.end = self.stage_end = time.monotonic() + 60 * args.minutes
-        self.lost: Counter[str] = Counter()
+        self.lost: Counter[tuple[str, ...]] = Counter()  # family of tasks -> hangs and crashes
         self.compilers: list[subprocess.Popen] = []
         self.outputs = tempfile.TemporaryDirectory(prefix="gpu_check-")  # of the tools; appended to log.txt at the end
         self._worker: Worker | None = None
@@ -95,12 +104,19 @@ class Check:
             self._worker = Worker(WORKER, self.log, **({"TRITON_INTERPRET": "1"} if SIMULATED else {}))
             start = START_SECONDS
         try:
-            for message in self._worker.request(task, min(self.args.silence, left), min(start, left)):
+            silences = {"native": min(self.native_silence(), left)}
+            silence = min(self.args.silence, left)
+            for message in self._worker.request(task, silence, min(start, left), silences):
                 if "row" in message:
                     yield message["row"]
         except Lost:
             self.drop_worker()
             raise
+
+    def native_silence(self) -> float:
+        """Seconds after which a silent native kernel counts as hung; more where the driver compiles PTX first."""
+        compiled = self.report.data["environment"].get("compiled_for_this_gpu", False)
+        return min(NATIVE_SILENCE, self.args.silence) if compiled else self.args.silence
 
     def drop_worker(self) -> None:
         """Kill the worker, if there is one."""
@@ -111,12 +127,13 @@ class Check:
     def run_tasks(self, tasks: list[dict], section: str) -> str:
         """Run the tasks in order until the stage's time is up -> a note for the report.
 
-        A lost task is repeated without the backend that lost it; a backend that loses too many gets no more.
+        A lost task is repeated without the backend that lost it. A backend that loses too many of a family, that is an
+        op, a kernel and a dtype, gets no more tasks of that family.
         """
         waiting, bar = deque(tasks), Bar(max(1, len(tasks)))
-        while waiting and self.seconds_left() > 0 and self.lost["starting"] < TOO_OFTEN:
+        while waiting and self.seconds_left() > 0 and self.lost["starting",] < TOO_OFTEN:
             task = waiting.popleft()
-            task["backends"] = [name for name in task["backends"] if self.lost[name] < TOO_OFTEN]
+            task["backends"] = [name for name in task["backends"] if self.lost[family(task, name)] < TOO_OFTEN]
             bar.show(f"{task['task']} {task['case']}")
             try:
                 for row in self.request(task) if task["backends"] else ():
@@ -129,15 +146,16 @@ class Check:
                     continue
             bar.step()
         bar.close()
-        given_up = [name for name, count in self.lost.items() if count >= TOO_OFTEN]
+        given_up = [" ".join(part for part in key if part) for key, count in self.lost.items() if count >= TOO_OFTEN]
         suffix = f"; given up: {', '.join(given_up)}" if given_up else ""
         suffix = "; no worker starts, see log.txt" if "starting" in given_up else suffix
         return f"{bar.done} of {len(tasks)} tasks{suffix}"
 
     def _keep_loss(self, lost: Lost, task: dict, section: str) -> None:
-        self.lost[lost.doing] += 1
-        row = {key: task[key] for key in ("op", "case", "dtype", "mode") if key in task}
-        self.report.add(section, row | {BACKEND_KEY[section]: lost.doing, "verdict": "lost", "detail": lost.reason})
+        self.lost[family(task, lost.doing) if lost.doing in task["backends"] else (lost.doing,)] += 1
+        row = {key: task[key] for key in ("op", "case", "dtype", "mode", "kernel") if key in task}
+        row[BACKEND_KEY[task["task"]]] = lost.doing
+        self.report.add(section, row | {"verdict": "lost", "detail": lost.reason})
 
     def close(self) -> None:
         """Kill the running processes, and append the tools' outputs to log.txt."""
@@ -149,6 +167,11 @@ class Check:
             for path in sorted(Path(self.outputs.name).iterdir()):
                 log.write(f"\n{path.name}:\n".encode() + path.read_bytes())
         self.outputs.cleanup()
+
+
+def family(task: dict, backend: str) -> tuple[str, ...]:
+    """The backend, op, kernel and dtype of a task: losses are counted for each family on its own."""
+    return backend, task["op"], task.get("kernel", ""), task["dtype"]
 
 
 def find_toolkit() -> None:
@@ -220,21 +243,9 @@ def keep_compiled(check: Check) -> None:
             check.report.add("compile", {"H": int(H), "dtype": dtype, "s": float(seconds)})
 
 
-def parity_stage(grid: str) -> Callable[[Check], str]:
-    """A stage that checks a grid's cases in shuffled order: even interrupted, it has covered every op."""
-
-    def stage(check: Check) -> str:
-        cases = list(enumerate(parity_case_list(grid)))
-        random.Random(0).shuffle(cases)
-        tasks = [
-            {"task": "parity", "grid": grid, "index": index, "op": case.op, "case": case.name, "dtype": dtype}
-            | {"backends": list(BACKENDS)}
-            for index, case in cases
-            for dtype in (("float32",) if SIMULATED else ("float32", "bfloat16", "float16"))
-        ]
-        return check.run_tasks(tasks, "parity")
-
-    return stage
+def stage_of(section: str, tasks: Callable[[], list[dict]]) -> Callable[[Check], str]:
+    """A stage that runs tasks and puts their rows into a section of the report."""
+    return lambda check: check.run_tasks(tasks(), section)
 
 
 def run_sanitizers(check: Check) -> str:
@@ -303,30 +314,26 @@ def measure_latencies(check: Check) -> str:
     return "done" if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"
 
 
-def run_benchmarks(check: Check) -> str:
-    """Time every case in every mode, until the time is up."""
-    tasks = []
-    for index, case in enumerate(bench_case_list()):
-        modes = ["inference", "training"]
-        if not SIMULATED and case.layers == 1 and case.kind != "packed":
-            modes.append("CUDA graph")
-        tasks += [
-            {"task": "bench", "index": index, "case": case.name, "mode": mode, "seconds": 0.0 if SIMULATED else 0.3}
-            | {"backends": [*BACKENDS, "auto"]}
-            for mode in modes
-        ]
-    return check.run_tasks(tasks, "bench")
-
-
 STAGES: dict[str, tuple[Callable[[Check], str], float]] = {  # name -> function, largest share of the time
-    "environment": (check_environment, 0.4),
-    "compile": (start_compiling, 0.1),
-    "parity": (parity_stage("quick"), 0.2),
-    "parity-full": (parity_stage("full"), 0.1),
-    "sanitizer": (run_sanitizers, 0.15),
-    "latencies": (measure_latencies, 0.05),
-    "bench": (run_benchmarks, 1.0),
+    "environment": (check_environment, 0.3),
+    "latencies": (measure_latencies, 0.04),
+    "kernels": (stage_of("kernels", gpu_tasks.kernels), 0.08),
+    "smoke": (stage_of("smoke", gpu_tasks.smoke), 0.12),
+    "load": (stage_of("load", gpu_tasks.load), 0.04),
+    "parity": (stage_of("parity", partial(gpu_tasks.parity, "quick", "native")), 0.08),
+    "sanitizer": (run_sanitizers, 0.1),
+    "bench": (stage_of("bench", partial(gpu_tasks.bench, "native", "auto")), 0.35),
+    "compile": (start_compiling, 0.05),
+    "parity-triton": (stage_of("parity", partial(gpu_tasks.parity, "quick", "triton")), 0.1),
+    "parity-full": (stage_of("parity", partial(gpu_tasks.parity, "full", "native", "triton")), 0.08),
+    "bench-triton": (stage_of("bench", partial(gpu_tasks.bench, "triton")), 1.0),
 }
+TABLES = {
+    "latencies": "Latencies",
+    "kernels": "Kernels against float64",
+    "smoke": "Smoke",
+    "load": "Beside other work",
+}  # fmt: skip  printed after their stage
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -361,6 +368,8 @@ def run_stage(check: Check, name: str) -> None:
         note = f"broken off: {error}"
     check.report.stage(name, time.monotonic() - start, note)
     print(f"{name}: {time.monotonic() - start:.0f} s, {note}", file=sys.stderr, flush=True)
+    if name in TABLES:
+        print(check.report.tables()[TABLES[name]], flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -380,6 +389,7 @@ def main(argv: list[str] | None = None) -> int:
         check.close()
         check.report.write()
     wrong, broken = check.report.wrong(), not check.report.data["environment"]
+    print(check.report.summary())
     print(f"{args.out / 'report.md'}: {len(wrong)} findings are wrong" + (", no worker started" if broken else ""))
     return 1 if wrong or broken else 0
 

@@ -47,12 +47,15 @@ class Worker:
             self._lines.put(line)
         self._lines.put(None)
 
-    def request(self, task: dict, silence: float, start: float = 0.0) -> Iterator[dict]:
+    def request(
+        self, task: dict, silence: float, start: float = 0.0, silences: dict[str, float] | None = None
+    ) -> Iterator[dict]:
         """Send a task and yield the worker's messages until it reports the task done.
 
         Args:
             silence: seconds between two messages after which the worker counts as hung.
             start: the same for the first message, if longer.
+            silences: the same after the announcement of certain steps, by their names.
 
         Raises:
             Lost: no message within the timeout, and the worker was killed; or it ended by itself.
@@ -67,7 +70,6 @@ class Worker:
             except queue.Empty:
                 self.kill()
                 raise Lost(doing, f"hung: nothing for {timeout:.0f} s while doing {doing}; killed") from None
-            timeout = silence
             if line is None:
                 raise Lost(doing, f"died with exit code {self._process.wait()} while doing {doing}")
             try:
@@ -78,6 +80,7 @@ class Worker:
             if "done" in message:
                 return
             doing = message.get("doing", doing)
+            timeout = (silences or {}).get(doing, silence)
             yield message
 
     def close(self, seconds: float) -> int | None:

@@ -7,6 +7,9 @@ from pathlib import Path
 from fastseq.console import markdown_table
 
 WRONG = ("WRONG", "failed", "lost", "FOUND")  # verdicts that end in exit code 1
+SECTIONS = ("kernels", "smoke", "load", "parity", "sanitizer", "bench")  # whose rows have verdicts
+MOST_PRINTED = 12_000  # characters of the summary
+HEADER_LINES = 4  # of a table: title, blank line, names, rule
 LEGEND = """\
 Times are medians between CUDA events, in microseconds per time step (decoding and attention: per step of the query);
 the candidates took turns. ratio: speed-up over the baseline, the median over rounds. limit: a modelled lower bound of
@@ -20,7 +23,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._start = folder, time.monotonic()
         self.data = {"command": command, "finished": False, "environment": {}, "stages": []}
-        self.data |= {name: [] for name in ("compile", "parity", "sanitizer", "latencies", "bench")}
+        self.data |= {name: [] for name in ("compile", "latencies", *SECTIONS)}
 
     def add(self, section: str, row: dict) -> None:
         """Append a finding and write the files."""
@@ -33,8 +36,7 @@ class Report:
 
     def wrong(self) -> list[dict]:
         """The findings that end in exit code 1."""
-        sections = ("parity", "sanitizer", "bench")
-        return [row for section in sections for row in self.data[section] if row.get("verdict") in WRONG]
+        return [row for section in SECTIONS for row in self.data[section] if row.get("verdict") in WRONG]
 
     def write(self) -> None:
         """Write both files, each as a .partial file that replaces the old one."""
@@ -53,25 +55,53 @@ class Report:
         state = "" if data["finished"] else " (not finished: findings up to here)"
         title = "GPU check" + (", simulated: its times mean nothing" if "simulation" in self._facts() else "")
         facts = "\n".join(f"- {key}: {value}" for key, value in self._facts().items())
-        stages = [(s["stage"], f"{s['seconds']}", s["note"]) for s in data["stages"]]
         parts = [
             f"# {title}, {data['seconds']:.0f} s{state}",
             facts,
-            _section("Stages", ("stage", "s", "note"), stages),
-            _section("Wrong", ("where", "candidate", "verdict", "detail"), [_wrong_line(row) for row in self.wrong()]),
-            _section("Parity", PARITY, parity_lines(data["parity"])),
-            _section("Refusals", ("backend", "sentence"), refusals(data["parity"] + data["bench"])),
-            _section(
-                "Sanitizer", ("tool", "verdict", "detail"), _columns(data["sanitizer"], "tool", "verdict", "detail")
-            ),
-            _section(
-                "Latencies", ("quantity", "where", "value"), _columns(data["latencies"], "quantity", "where", "value")
-            ),
-            _section("Ahead-of-time compilation", ("H", "dtype", "s"), _columns(data["compile"], "H", "dtype", "s")),
-            _section("Speed", BENCH, bench_lines(data["bench"])),
-            LEGEND if data["bench"] else "",
+            *self.tables().values(),
+            LEGEND if data["bench"] or data["smoke"] else "",
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
+
+    def tables(self) -> dict[str, str]:
+        """Title -> table, the most informative first; "" for one without rows."""
+        data = self.data
+        stages = [(s["stage"], f"{s['seconds']}", s["note"]) for s in data["stages"]]
+        sections = {
+            "Stages": (("stage", "s", "note"), stages),
+            "Wrong": (("where", "candidate", "verdict", "detail"), [_wrong_line(row) for row in self.wrong()]),
+            "Smoke": (SMOKE, smoke_lines(data["smoke"])),
+            "Kernels against float64": (PARITY, parity_lines(data["kernels"])),
+            "Beside other work": (
+                ("case", "verdict", "detail"),
+                _columns(data["load"], "case", "verdict", "detail"),
+            ),
+            "Latencies": (
+                ("quantity", "where", "value"),
+                _columns(data["latencies"], "quantity", "where", "value"),
+            ),
+            "Speed": (BENCH, bench_lines(data["bench"])),
+            "Parity": (PARITY, parity_lines(data["parity"])),
+            "Sanitizer": (("tool", "verdict", "detail"), _columns(data["sanitizer"], "tool", "verdict", "detail")),
+            "Refusals": (("backend", "sentence"), refusals([r for name in SECTIONS for r in data[name]])),
+            "Ahead-of-time compilation": (("H", "dtype", "s"), _columns(data["compile"], "H", "dtype", "s")),
+        }
+        return {title: _section(title, header, lines) for title, (header, lines) in sections.items()}
+
+    def summary(self, most: int = MOST_PRINTED) -> str:
+        """The tables in at most ``most`` characters, the most informative first; each may take a third of them."""
+        text, left_out = "", []
+        for title, table in self.tables().items():
+            room, kept = min(most // 3, most - 200 - len(text)), []
+            for line in table.splitlines():
+                room -= len(line) + 1
+                if room < 0:
+                    break
+                kept.append(line)
+            if len(kept) < len(table.splitlines()):
+                left_out.append(title)
+            text += "\n".join(kept) + "\n\n" if len(kept) > HEADER_LINES else ""
+        return text.rstrip() + (f"\n(cut: {', '.join(left_out)})" if left_out else "") + "\n"
 
 
 def _section(title: str, header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
@@ -87,7 +117,7 @@ def _short(text: str) -> str:
 
 
 def _wrong_line(row: dict) -> tuple[str, ...]:
-    where = " ".join(str(row[k]) for k in ("tool", "op", "case", "dtype", "mode") if k in row)
+    where = " ".join(str(row[k]) for k in ("tool", "op", "case", "dtype", "mode", "kernel") if k in row)
     candidate = row.get("backend") or row.get("candidate", "")
     return where, candidate, row["verdict"], _short(row.get("detail", ""))
 
@@ -99,7 +129,8 @@ def parity_lines(rows: list[dict]) -> list[tuple[str, ...]]:
     """A line for each op, dtype and backend."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["op"], row["dtype"], row["backend"]), []).append(row)
+        backend = f"{row['backend']} {row.get('kernel', '')}".strip()
+        groups.setdefault((row["op"], row["dtype"], backend), []).append(row)
     lines = []
     for key, several in groups.items():
         counts = [sum(row["verdict"] in kinds for row in several) for kinds in (("ok",), ("refused",), WRONG)]
@@ -115,6 +146,29 @@ def refusals(rows: list[dict]) -> list[tuple[str, ...]]:
         (row.get("backend") or row.get("candidate"), row["detail"]) for row in rows if row["verdict"] == "refused"
     }
     return [(backend, _short(sentence)) for backend, sentence in sorted(sentences)]
+
+
+SMOKE = ("case", "mode", "cuDNN µs/step", "cluster µs/step", "ratio", "grid µs/step", "ratio")
+
+
+def smoke_lines(rows: list[dict]) -> list[tuple[str, ...]]:
+    """A line for each case and mode: the baseline beside both kernels; a verdict in place of a missing figure."""
+    cells: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        cells.setdefault((row["case"], row["mode"]), {})[row["candidate"]] = row
+    lines = []
+    for key, found in cells.items():
+        baseline = next((row for name, row in found.items() if name == row.get("baseline")), {})
+        line = [*key, _figure(baseline)]
+        for name in ("native cluster", "native grid"):
+            row = found.get(name, {})
+            line += [_figure(row), f"{row['ratio']:.2f}" if "ratio" in row else ""]
+        lines.append(tuple(line))
+    return lines
+
+
+def _figure(row: dict) -> str:
+    return f"{row['us_per_step']:.3g}" if "us_per_step" in row else row.get("verdict", "")
 
 
 BENCH = (

@@ -8,9 +8,10 @@ import contextlib
 import json
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; gives the same bits in every run
@@ -19,19 +20,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's fastseq, installed or not
 
+from gpu_cases import SIMULATED, bench_case_list, dtype_of, parity_case_list
 from hopper_model import limit_us, on_hopper
 
 from fastseq import _native
-from fastseq.bench.cases import CUDA_CASES, BenchCase
 from fastseq.bench.timing import Candidate, Setup, candidates, time_candidates
 from fastseq.console import environment, gpu_facts, quiet_torch
+from fastseq.dispatch import BACKENDS
 from fastseq.info import info
 from fastseq.parity import main as parity
-from fastseq.parity.cases import GRIDS, ParityCase
-from fastseq.testing.numerics import float32_products
+from fastseq.testing.numerics import Results, float32_products
 
 ROOT = Path(__file__).resolve().parents[1]
-SIMULATED = os.environ.get("FASTSEQ_SIM") == "1"
 DEVICE = "cpu" if SIMULATED else "cuda"
 Send = Callable[[dict], None]
 
@@ -45,26 +45,15 @@ def stand_in() -> contextlib.AbstractContextManager:
     return emulator.as_native()
 
 
-def bench_case_list() -> list[BenchCase]:
-    """The GPU cases, most informative first; in a simulation the first of each kind, tiny."""
-    if not SIMULATED:
-        return list(CUDA_CASES)
-    kinds: dict[tuple, BenchCase] = {}
-    for case in CUDA_CASES:
-        kinds.setdefault((case.kind, case.layers), case)
-    small = {"device": "cpu", "batch": 2, "input_size": 8, "hidden_size": 8}
-    return [replace(case, steps=min(case.steps, 3), keys=min(case.keys, 5), **small) for case in kinds.values()]
-
-
-def parity_case_list(grid: str) -> list[ParityCase]:
-    """The cases of a grid ("full": without the "quick" ones); in a simulation a cheap one of each op."""
-    quick = GRIDS["quick"]()
-    cases = quick if grid == "quick" else GRIDS["full"]()[len(quick) :]
-    if not SIMULATED:
-        return cases
-    served = (c for c in cases if not (c.slices or "spread" in c.options or c.options.get("proj_size")))
-    cheap = (c for c in served if 4 <= max(c.options.get("shape", (99,))) <= 7)
-    return list({case.op: case for case in cheap}.values())[: 3 if grid == "quick" else 1]
+@contextlib.contextmanager
+def only_kernel(name: str | None) -> Iterator[None]:
+    """Restrict the native recurrence to one kernel, "cluster" or "grid"; None: no restriction."""
+    if name is not None:
+        os.environ["FASTSEQ_LSTM_KERNEL"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("FASTSEQ_LSTM_KERNEL", None)
 
 
 def report_environment(task: dict, send: Send) -> None:
@@ -75,38 +64,72 @@ def report_environment(task: dict, send: Send) -> None:
     else:
         major, minor = torch.cuda.get_device_capability()
         facts["chip"] = f"sm_{major}{minor}"
-    send({"row": {"facts": facts, "info": info(), "cuda_kernels": not _native.why_not_cuda()}})
+        spin_up()
+    row = {"facts": facts, "info": info(), "cuda_kernels": not _native.why_not_cuda()}
+    send({"row": row | {"compiled_for_this_gpu": _compiled_for(facts.get("chip", ""))}})
+
+
+def _compiled_for(chip: str) -> bool:
+    """True if the library holds machine code for "sm_90": code for 8.0 also runs on 8.6; other GPUs compile PTX."""
+    built = {name.removesuffix("+PTX").split(".")[0] for name in _native.build_info().get("cuda_architectures", ())}
+    return chip[3:-1] in built
+
+
+def spin_up() -> None:
+    """Multiply matrices for half a second: an idle GPU runs at a fraction of its clock."""
+    square, end = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16), time.monotonic() + 0.5
+    while time.monotonic() < end:
+        square @ square
+        torch.cuda.synchronize()
 
 
 def check_parity(task: dict, send: Send) -> None:
-    """Check one case of ``fastseq parity`` in one dtype on each backend of the task."""
+    """Check one case in one precision on each backend of the task, and on one kernel if the task names it."""
     case = parity_case_list(task["grid"])[task["index"]]
-    for backend in task["backends"]:
-        send({"doing": backend})
-        options = {key: task[key] for key in ("draws", "fill") if key in task}
-        (row,) = parity.check(case, getattr(torch, task["dtype"]), (backend,), DEVICE, **options)
+    dtype, tf32 = dtype_of(task["dtype"])
+    options = {key: task[key] for key in ("draws", "fill") if key in task}
+    send({"doing": "float64 on the CPU"})
+    with only_kernel(task.get("kernel")):
+        rows = parity.check(
+            case,
+            dtype,
+            tuple(task["backends"]),
+            DEVICE,
+            tf32=bool(tf32),
+            starting=lambda backend: send({"doing": backend}),
+            **options,
+        )
+    for row in rows:
         worst = row.worst
         verdict = "refused" if row.refusal else "failed" if row.failure else "ok" if row.ok else "WRONG"
         detail = row.refusal or row.failure or "; ".join(str(c) for c in row.comparisons if not c.ok)
-        finding = {"op": row.op, "case": row.case, "dtype": row.dtype, "backend": backend, "verdict": verdict}
+        finding = {"op": row.op, "case": row.case, "dtype": task["dtype"], "backend": row.backend, "verdict": verdict}
+        finding |= {"kernel": task["kernel"]} if "kernel" in task else {}
         if worst is not None:
             finding |= {"result": worst.name, "error": worst.error, "torch_error": worst.torch_error}
             finding["of_bound"] = parity.of_bound(worst)
         send({"row": finding | {"detail": detail}})
-        if row.failure:
-            check_device()
+    if any(row.failure for row in rows):
+        check_device()
 
 
 def bench(task: dict, send: Send) -> None:
-    """Time one case in one mode: check each backend alone, then interleave the accurate ones."""
-    case, mode = bench_case_list()[task["index"]], task["mode"]
+    """Time one case in one mode: check each candidate alone, then interleave the accurate ones.
+
+    A candidate is a backend, or "native cluster" and "native grid": the native backend restricted to that kernel.
+    """
+    case, mode = bench_case_list(task["suite"])[task["index"]], task["mode"]
     train, setup, entrants = mode == "training", Setup(case), []
     with float32_products(case.tf32):
-        for backend in task["backends"]:
-            send({"doing": backend})
-            key = {"case": case.name, "group": case.group, "mode": mode, "candidate": backend}
+        send({"doing": "float64 on the CPU"})
+        _ = setup.oracle
+        send({"doing": "torch"})
+        setup.baseline_results(train)
+        for name in task["backends"]:
+            send({"doing": name})
+            key = {"case": case.name, "group": case.group, "mode": mode, "candidate": name}
             try:
-                (baseline, *accurate), remarks = candidates(setup, (backend,), train)
+                (baseline, *accurate), remarks = _candidates(setup, name, train)
                 entrants += accurate
                 if remarks:
                     send({"row": key | {"verdict": "refused", "detail": remarks[0]}})
@@ -119,11 +142,32 @@ def bench(task: dict, send: Send) -> None:
         time_entrants(task, send, setup, [baseline, *entrants] if entrants else [])
 
 
+def _candidates(setup: Setup, name: str, train: bool) -> tuple[list[Candidate], list[str]]:
+    """The baseline and the checked candidate "BACKEND" or "BACKEND KERNEL", and the refusals."""
+    backend, _, kernel = name.partition(" ")
+    with only_kernel(kernel or None):
+        (baseline, *accurate), remarks = candidates(setup, (backend,), train)
+    return [baseline, *(c._replace(name=name) for c in accurate)], remarks
+
+
+def _run_of(setup: Setup, candidate: Candidate, train: bool) -> Callable[[], None]:
+    """The timed function, restricted to the candidate's kernel."""
+    step, kernel = setup.step(candidate.call, train), candidate.name.partition(" ")[2]
+    if candidate.name.split(" ")[0] not in BACKENDS or not kernel:
+        return step
+
+    def run() -> None:
+        with only_kernel(kernel):
+            step()
+
+    return run
+
+
 def time_entrants(task: dict, send: Send, setup: Setup, entrants: list[Candidate]) -> None:
     """Send a row for each candidate; the first is the baseline."""
     case, mode = setup.case, task["mode"]
     key = {"case": case.name, "group": case.group, "mode": mode}
-    runs = {c.name: setup.step(c.call, mode == "training") for c in entrants}
+    runs = {c.name: _run_of(setup, c, mode == "training") for c in entrants}
     for name in list(runs) if mode == "CUDA graph" else ():
         try:
             runs[name] = captured(runs[name])
@@ -154,14 +198,87 @@ def captured(run: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
+def repeat_under_load(task: dict, send: Send) -> None:
+    """Compare the bits of repeated training steps while a second stream multiplies matrices."""
+    case = bench_case_list("load")[task["index"]]
+    send({"doing": "native"})
+    with float32_products(case.tf32), busy_stream() as keep_busy:
+        setup = Setup(case)
+        call = setup.make("native")
+        first, repeats = setup.run(call, True), 3 if SIMULATED else 100
+        for count in range(repeats):
+            keep_busy()
+            differing = _differing(first, setup.run(call, True))
+            if differing:
+                detail = f"repeat {count + 1}: other bits in {', '.join(differing)}"
+                return send({"row": {"case": case.name, "backend": "native", "verdict": "WRONG", "detail": detail}})
+    send({"row": {"case": case.name, "backend": "native", "verdict": "ok", "detail": f"{repeats} repeats, same bits"}})
+
+
+def _differing(first: Results, again: Results) -> list[str]:
+    pairs = [(f"{kind}{name}", t, after[name]) for kind, before, after in
+             (("", first.outputs, again.outputs), ("grad ", first.gradients, again.gradients))
+             for name, t in before.items()]  # fmt: skip
+    return [name for name, before, after in pairs if not torch.equal(before, after)]
+
+
+@contextlib.contextmanager
+def busy_stream() -> Iterator[Callable[[], None]]:
+    """A function that gives a second stream about a millisecond of work; without a GPU it does nothing."""
+    if SIMULATED:
+        yield lambda: None
+        return
+    stream, square = torch.cuda.Stream(), torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
+
+    def keep_busy() -> None:
+        with torch.cuda.stream(stream):
+            square @ square
+
+    yield keep_busy
+    torch.cuda.synchronize()
+
+
+def two_streams(task: dict, send: Send) -> None:
+    """Run two grid kernels that each fill most of the GPU on two streams at once: they must not block each other.
+
+    Each is a cooperative launch, which the driver is believed to place as a whole; if it does not, this hangs.
+    """
+    case = bench_case_list("load")[task["index"]]
+    with float32_products(case.tf32), only_kernel("grid"), torch.no_grad():
+        setup = Setup(case)
+        call = setup.make("native")
+        expected = setup.run(call, False).outputs
+        send({"doing": "native"})
+        streams = [None, None] if SIMULATED else [torch.cuda.Stream() for _ in range(2)]
+        results = []
+        for count in range(2 if SIMULATED else 50):
+            with contextlib.nullcontext() if SIMULATED else torch.cuda.stream(streams[count % 2]):
+                results.append(setup.run(call, False).outputs)
+        check_device()
+    same = all(torch.equal(t, result[name]) for result in results for name, t in expected.items())
+    key = {"case": f"two streams, {case.name}", "backend": "native"}
+    send({"row": key | {"verdict": "ok" if same else "WRONG", "detail": f"{len(results)} runs"}})
+
+
 def check_device() -> None:
     """Raise if a failure left the CUDA context unusable: this process ends, and the next task starts a new one."""
     if not SIMULATED:
         torch.cuda.synchronize()
 
 
-TASKS = {"environment": report_environment, "parity": check_parity, "bench": bench}
-BACKEND_KEY = {"parity": "backend", "bench": "candidate"}  # task -> the key of its rows that names the backend
+TASKS = {
+    "environment": report_environment,
+    "parity": check_parity,
+    "bench": bench,
+    "repeats": repeat_under_load,
+    "streams": two_streams,
+}
+BACKEND_KEY = {  # task -> the key of its rows that names the backend
+    "parity": "backend",
+    "bench": "candidate",
+    "repeats": "backend",
+    "streams": "backend",
+}
 
 
 def serve(task: dict, send: Send) -> None:
@@ -179,7 +296,7 @@ def serve(task: dict, send: Send) -> None:
         if task["task"] not in BACKEND_KEY:
             raise
         traceback.print_exc()
-        row = {key: task[key] for key in ("op", "case", "dtype", "mode") if key in task}
+        row = {key: task[key] for key in ("op", "case", "dtype", "mode", "kernel") if key in task}
         row[BACKEND_KEY[task["task"]]] = doing
         send({"row": row | {"verdict": "failed", "detail": f"{type(error).__name__}: {error}"}})
         check_device()

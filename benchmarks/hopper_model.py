@@ -100,7 +100,7 @@ def limit_us(case: BenchCase, train: bool) -> float:
     backward's steps and, once each, the products for the gradients of inputs and weights. Decoding step: its weights
     from L2. Attention: the largest of its tensors from memory, its products, its exponentials.
     """
-    precision = "tf32" if case.tf32 else SHORT[case.dtype].strip() or "float32"
+    precision = "tf32" if case.tf32 is not False else SHORT[case.dtype].strip() or "float32"
     if case.keys:
         return _attention_us(case, train, precision)
     hidden, size = case.hidden_size, case.dtype.itemsize

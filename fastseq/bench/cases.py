@@ -33,7 +33,8 @@ class BenchCase:
         steps, batch, input_size, hidden_size: T, B, I, H; attention ignores I, and H is the size of queries, keys and
             values.
         keys: S, attention only.
-        tf32: allow TF32 in float32 products on a GPU; else they are full float32.
+        tf32: allow TF32 in float32 products on a GPU; False: they are full float32; None: torch's flags stay as they
+            are, by default TF32 in cuDNN and full float32 in matmul.
         goals: target ratios for inference and training; 0.97 means "no slower", less the noise.
     """
 
@@ -48,7 +49,7 @@ class BenchCase:
     proj_size: int = 0
     keys: int = 0
     dtype: torch.dtype = torch.float32
-    tf32: bool = False
+    tf32: bool | None = False
     device: str = "cpu"
     goals: tuple[float, float] = (0.97, 0.97)
 
@@ -60,7 +61,7 @@ class BenchCase:
         else:
             sizes = (self.steps, self.batch, self.input_size, self.hidden_size)
         sizes = sizes[1:] if self.kind == "cell" else sizes
-        short = " tf32" if self.tf32 else SHORT[self.dtype]
+        short = {True: " tf32", None: " default", False: SHORT[self.dtype]}[self.tf32]
         shape = f" {self.layers}-layer bidirectional" if self.bidirectional else ""
         place = f" {self.device}" if self.device != "cpu" else ""
         return f"{self.kind} {sizes}{short}{shape}" + (f" proj {self.proj_size}" if self.proj_size else "") + place
@@ -106,7 +107,9 @@ PRECISIONS = {
     "tf32": {"dtype": torch.float32, "tf32": True},
     "f16": {"dtype": torch.float16},
     "float32": {"dtype": torch.float32},
+    "default": {"dtype": torch.float32, "tf32": None},
 }
+CUDA_PRECISIONS = ("bf16", "tf32", "f16", "float32")
 HIDDEN_SIZES = (512, 1024, 256, 128, 768, 2048, 64, 192)
 LAYERS = {
     "one layer": {"kind": "lstm"},
@@ -126,7 +129,7 @@ def _cuda_cases() -> tuple[BenchCase, ...]:
         options |= PRECISIONS[precision] | {"device": "cuda"}
         ranked.append((rank, BenchCase(f"{precision} {group}", kind, steps, batch, hidden, hidden, **options)))
 
-    for rank, group, batch, hidden, precision in _ranked(LAYERS, (16, 64, 1, 128), HIDDEN_SIZES, PRECISIONS):
+    for rank, group, batch, hidden, precision in _ranked(LAYERS, (16, 64, 1, 128), HIDDEN_SIZES, CUDA_PRECISIONS):
         add(rank, group, steps=256, batch=batch, hidden=hidden, precision=precision, **LAYERS[group])
     for rank, batch, hidden, precision in _ranked((1, 16, 64), (512, 1024, 256), ("bf16", "float32")):
         add(rank, "decode step", "cell", 1, batch, hidden, precision)

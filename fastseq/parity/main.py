@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -82,20 +82,24 @@ def check(
     *,
     draws: int | None = None,
     fill: bool = True,
+    tf32: bool = False,
+    starting: Callable[[str], None] = lambda backend: None,
 ) -> list[Row]:
     """Compare one case on each backend: outputs with and without gradients, and the gradient of every leaf.
 
-    float64 is always computed on the CPU; plain torch in ``dtype`` runs on ``device``, float32 without TF32.
+    float64 is always computed on the CPU; plain torch in ``dtype`` runs on ``device``.
 
     Args:
         draws: number of random draws of the leaves; default: enough to make torch's error representative.
         fill: fill new memory with NaN, which shows elements that a kernel leaves unwritten; False under a tool that
             detects unwritten memory itself.
+        tf32: allow TF32 in float32 products on CUDA, for torch and fastseq alike.
+        starting: called with the name of each backend before it runs.
     """
     rounded = [(p, {name: t.to(dtype).double() for name, t in x.items()}) for p, x in _draws(case)[:draws]]
     modes = (False,) if dtype == torch.float64 and not _well_conditioned(case) else (False, True)
     # many small calls: more threads gain nothing, and cost much on an oversubscribed machine
-    with one_thread(), float32_products(tf32=False):
+    with one_thread(), float32_products(tf32):
         try:
             oracle = {train: _run(rounded, None, torch.float64, case, train, "cpu") for train in modes}
             baseline = {train: _run(rounded, None, dtype, case, train, device) for train in modes}
@@ -103,8 +107,12 @@ def check(
             failure = f"torch's own computation: {type(error).__name__}: {error}"
             key = (case.op, case.name, str(dtype).removeprefix("torch."))
             return [Row(*key, backend, failure=failure) for backend in backends]
-    with float32_products(tf32=False), nan_filled_memory() if fill else contextlib.nullcontext():
-        return [_row(case, dtype, backend, rounded, oracle, baseline, device) for backend in backends]
+    rows = []
+    with float32_products(tf32), nan_filled_memory() if fill else contextlib.nullcontext():
+        for backend in backends:
+            starting(backend)
+            rows.append(_row(case, dtype, backend, rounded, oracle, baseline, device))
+    return rows
 
 
 @contextlib.contextmanager

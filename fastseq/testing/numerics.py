@@ -187,8 +187,14 @@ def nan_filled_memory() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def float32_products(tf32: bool) -> Iterator[None]:
-    """Set float32 products of cuBLAS, cuDNN and fastseq on CUDA to TF32 or full float32; torch's default mixes both."""
+def float32_products(tf32: bool | None) -> Iterator[None]:
+    """Set float32 products of cuBLAS, cuDNN and fastseq on CUDA to TF32 or full float32; None changes nothing.
+
+    torch's default mixes both: TF32 in cuDNN, full float32 in matmul.
+    """
+    if tf32 is None:
+        yield
+        return
     flags = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [flag.allow_tf32 for flag in flags]
     for flag in flags:

@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import gpu_cases
 import gpu_check
 import gpu_report
+import gpu_tasks
 import gpu_worker
 import pytest
 import torch
@@ -35,7 +37,7 @@ def read(folder: Path) -> dict:
 @needs_triton
 def test_the_simulated_command_walks_everything(tmp_path):
     process = start("--out", tmp_path, "--minutes", 60, FASTSEQ_SIM="1", OMP_NUM_THREADS="1")
-    _, errors = process.communicate()
+    printed, errors = process.communicate()
     assert process.returncode == 0, errors + (tmp_path / "log.txt").read_text()
     data, text = read(tmp_path), (tmp_path / "report.md").read_text()
     assert data["finished"]
@@ -51,9 +53,19 @@ def test_the_simulated_command_walks_everything(tmp_path):
     assert row["us_per_step"] == pytest.approx(1e3 * row["median_ms"] / 3)
     assert row["over_limit"] == pytest.approx(row["us_per_step"] / row["limit_us_per_step"])
     assert "its times mean nothing" in text.splitlines()[0]
-    for title in ("## Stages", "## Parity", "## Speed"):
+    kernels = {(row["kernel"], row["dtype"]) for row in data["kernels"] if row["verdict"] == "ok"}
+    assert kernels == {("cluster", "bf16"), ("grid", "bf16"), ("grid", "float32")}
+    timed = {(row["case"], row["mode"], row["candidate"]) for row in data["smoke"] if "us_per_step" in row}
+    for mode in ("inference", "training"):
+        for name in ("nn.LSTM", "native cluster", "native grid"):
+            assert ("lstm (3, 2, 8, 8) bf16", mode, name) in timed
+        assert ("lstm (3, 2, 8, 8)", mode, "native cluster") not in timed, "clusters have no full float32 products"
+    assert [row["verdict"] for row in data["load"]] == ["ok"] * 3, "two repeats, two streams"
+    for title in ("## Stages", "## Smoke", "## Kernels against float64", "## Parity", "## Speed"):
         assert title in text
     assert "## Wrong" not in text
+    for title in ("## Smoke", "## Kernels against float64", "## Beside other work"):
+        assert printed.count(title) == 2, "at once and at the end"
 
 
 def test_a_cut_run_leaves_whole_files(tmp_path):
@@ -131,7 +143,7 @@ def stub(monkeypatch, tmp_path):
         script.write_text(STUB.replace("FATE", fate))
         monkeypatch.setattr(gpu_check, "WORKER", [sys.executable, str(script), *arguments])
         monkeypatch.setattr(gpu_check, "START_SECONDS", 20.0)
-        for module in (gpu_check, gpu_worker):
+        for module in (gpu_cases, gpu_check, gpu_tasks, gpu_worker):
             monkeypatch.setattr(module, "SIMULATED", True)
 
     return replace
@@ -141,22 +153,70 @@ FATES = {"time.sleep(99)": "hung: nothing for 3 s while doing native; killed",
          "os._exit(7)": "died with exit code 7 while doing native"}  # fmt: skip
 
 
-@pytest.mark.parametrize("fate", FATES)
-@pytest.mark.parametrize("stage", ["parity", "bench"])
-def test_a_lost_worker_costs_its_own_task_only(stage, fate, stub, tmp_path, capsys):
+@pytest.mark.parametrize(("stage", "fate"), list(zip(("parity-full", "bench"), FATES, strict=True)))
+def test_a_lost_worker_costs_its_own_family_only(stage, fate, stub, tmp_path, monkeypatch):
+    """A family in the full grid is one op here; in bench it is one kind of case, with two modes."""
     stub(fate)
     silence = "3" if "sleep" in fate else "60"  # longer than a slow but working stub
+    monkeypatch.setattr(gpu_check, "TOO_OFTEN", 1)
     code = gpu_check.main(["--out", str(tmp_path), "--only", stage, "--silence", silence, "--minutes", "60"])
     assert code == 1
-    rows = read(tmp_path)[stage]
+    section, other = ("parity", "triton") if stage == "parity-full" else ("bench", "auto")
+    rows = read(tmp_path)[section]
     lost = [row for row in rows if row["verdict"] == "lost"]
-    assert [row["detail"] for row in lost] == [FATES[fate]] * gpu_check.TOO_OFTEN, "then native gets no more tasks"
-    tasks = int(read(tmp_path)["stages"][-1]["note"].split(" ")[0])
-    assert read(tmp_path)["stages"][-1]["note"] == f"{tasks} of {tasks} tasks; given up: native"
-    key = "backend" if stage == "parity" else "candidate"
-    assert sum(row[key] == "triton" and row["verdict"] == "ok" for row in rows) == tasks
+    tasks = gpu_tasks.parity("full", "native", "triton") if section == "parity" else gpu_tasks.bench("native", "auto")
+    families = dict.fromkeys(" ".join(p for p in gpu_check.family(task, "native") if p) for task in tasks)
+    assert [row["detail"] for row in lost] == [FATES[fate]] * len(families), "one loss each, then no more tasks"
+    note = f"{len(tasks)} of {len(tasks)} tasks; given up: {', '.join(families)}"
+    assert read(tmp_path)["stages"][-1]["note"] == note
+    key = "backend" if section == "parity" else "candidate"
+    assert sum(row[key] == other and row["verdict"] == "ok" for row in rows) == len(tasks)
     text = (tmp_path / "report.md").read_text()
     assert "## Wrong" in text and FATES[fate] in text
+
+
+def test_losses_of_one_kernel_leave_the_other(stub, tmp_path, monkeypatch):
+    """The first witness: two hangs of the cluster kernel in one dtype took all native work from the run."""
+    stub('if task.get("kernel") == "cluster" and task["dtype"] == "bf16": os._exit(7)')
+    monkeypatch.setattr(gpu_check, "TOO_OFTEN", 1)
+    assert gpu_check.main(["--out", str(tmp_path), "--only", "kernels", "--minutes", "60"]) == 1
+    rows = read(tmp_path)["kernels"]
+    verdicts = {(row.get("kernel"), row["dtype"], row["verdict"]) for row in rows}
+    assert ("cluster", "bf16", "lost") in verdicts and ("cluster", "bf16", "ok") not in verdicts
+    served = [row for row in rows if row["verdict"] == "ok"]
+    assert len(served) == sum(task["kernel"] == "grid" for task in gpu_tasks.kernels())
+
+
+def test_native_hangs_are_noticed_sooner_than_a_compiling_backend(stub, tmp_path):
+    check = gpu_check.Check(gpu_check.parse(["--out", str(tmp_path)]), "")
+    assert check.native_silence() == 90, "the driver may be compiling PTX"
+    check.report.data["environment"] = {"compiled_for_this_gpu": True}
+    assert check.native_silence() == gpu_check.NATIVE_SILENCE
+    stub("time.sleep(99)")
+    worker = gpu_check.Worker(gpu_check.WORKER, tmp_path / "log.txt")
+    with pytest.raises(gpu_check.Lost, match="nothing for 1 s while doing native"):
+        list(worker.request({"task": "parity", "backends": ["native"]}, 20.0, 20.0, {"native": 1.0}))
+
+
+def test_the_order_decides_the_most_first():
+    """The native kernels are judged before anything of Triton runs, and Triton compiles last."""
+    stages = list(gpu_check.STAGES)
+    assert stages[:5] == ["environment", "latencies", "kernels", "smoke", "load"]
+    assert stages.index("bench") < stages.index("compile") < stages.index("parity-triton")
+
+
+def test_on_a_gpu_the_smoke_reaches_every_kernel(monkeypatch):
+    for module in (gpu_cases, gpu_tasks):
+        monkeypatch.setattr(module, "SIMULATED", False)
+    kernels = {(task["kernel"], task["dtype"]) for task in gpu_tasks.kernels()}
+    assert kernels == {
+        *(("grid", dtype) for dtype in ("bf16", "f16", "tf32", "float32")),
+        *(("cluster", dtype) for dtype in ("bf16", "f16", "tf32")),
+    }
+    sizes = {case.options["shape"][-1] for case in gpu_cases.parity_case_list("kernels")}
+    assert min(sizes) == 64 and max(sizes) == 2048
+    timed = {(task["dtype"], name) for task in gpu_tasks.smoke() for name in task["backends"]}
+    assert {("default", "native grid"), ("default", "native cluster"), ("bf16", "native cluster")} <= timed
 
 
 def test_an_exception_in_a_task_is_a_row_and_the_worker_goes_on(monkeypatch):
@@ -186,7 +246,9 @@ def test_a_worker_that_never_starts(stub, tmp_path, monkeypatch):
     assert gpu_check.main(["--out", str(tmp_path), "--only", "parity", "--minutes", "5"]) == 1
     notes = [stage["note"] for stage in read(tmp_path)["stages"]]
     assert notes[0] == "broken off: died with exit code 3 while doing starting"
-    assert notes[1] == f"{gpu_check.TOO_OFTEN} of 3 tasks; no worker starts, see log.txt"
+    assert notes[1].startswith(f"{gpu_check.TOO_OFTEN} of 3 tasks") and notes[1].endswith(
+        "no worker starts, see log.txt"
+    )
     assert gpu_check.main(["--out", str(tmp_path), "--only", "latencies"]) == 1
 
 
@@ -218,8 +280,8 @@ def test_a_wrong_kernel_is_exit_code_1(tmp_path, monkeypatch, stub):
     monkeypatch.setattr(gpu_check, "WORKER", [sys.executable, str(script)])
     monkeypatch.setenv("FASTSEQ_SIM", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(gpu_check, "BACKENDS", ["native"])
-    monkeypatch.delitem(gpu_check.STAGES, "compile")
+    for name in ("compile", "parity-triton", "parity-full", "bench-triton"):
+        monkeypatch.delitem(gpu_check.STAGES, name)
     assert gpu_check.main(["--out", str(tmp_path), "--minutes", "60", "--silence", "600"]) == 1
     data = read(tmp_path)
     verdicts = {row["op"]: row["verdict"] for row in data["parity"] if row["op"] in ("lstm", "attention")}
@@ -251,7 +313,7 @@ def test_sanitizers(name, stub, tmp_path, monkeypatch):
     tool.write_text(f"#!/bin/sh\n{skip}{script}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
-    for module in (gpu_check, gpu_worker):
+    for module in (gpu_cases, gpu_check, gpu_tasks, gpu_worker):
         monkeypatch.setattr(module, "SIMULATED", False)
     check = gpu_check.Check(gpu_check.parse(["--out", str(tmp_path / "out")]), "")
     assert gpu_check.run_sanitizers(check) == "done"
@@ -291,6 +353,21 @@ def test_latencies_become_rows(tmp_path, monkeypatch, stub):
     check = gpu_check.Check(gpu_check.parse(["--out", str(tmp_path / "out")]), "")
     assert gpu_check.measure_latencies(check) == "exit code 1: st.async: trapped"
     assert check.report.data["latencies"] == [row], "rows before the failure are kept"
+
+
+def test_the_summary_fits_a_terminal(tmp_path):
+    """The printed tables are cut by whole rows, and the most informative ones stay."""
+    report = gpu_report.Report(tmp_path, "gpu_check.py")
+    for number in range(300):
+        key = {"case": f"lstm {number}", "mode": "inference", "group": "g"}
+        report.data["bench"].append(key | {"candidate": "native", "verdict": "WRONG", "detail": "x" * 400})
+    smoke = {"case": "lstm", "mode": "training", "candidate": "native grid", "us_per_step": 1.5, "ratio": 2.0}
+    report.data["smoke"].append(smoke | {"baseline": "nn.LSTM", "verdict": "ok"})
+    report.stage("smoke", 1.0, "done")
+    text = report.summary()
+    assert 4000 < len(text) <= gpu_report.MOST_PRINTED
+    assert "## Stages" in text and "## Smoke" in text and text.endswith("(cut: Wrong)\n")
+    assert all(line.startswith(("|", "#", "(")) for line in text.splitlines() if line)
 
 
 def test_the_report_survives_odd_text(tmp_path):
