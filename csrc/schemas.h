@@ -65,6 +65,18 @@ void define_operators(Library& m) {
   // Precomputes the function of the keys (B, S, A), up to the lengths (B,), that the additive score needs, for many
   // calls with these keys. Returns (B, S, A16 + 16) acc, where A16 is A rounded up to 16; on CUDA (0,).
   m.def("attention_prepare(Tensor keys, Tensor? lengths) -> Tensor");
+  // input (N, H), weight (V, H), bias (V,), target (N,) int64 in [0, V) or ignore_index. losses (N,) acc; statistics
+  // (2, N) acc: largest logit, log of the sum of exp(logit - largest). Gradients of the sum of the losses: grad_input
+  // (N, H), grad_weight (V, H) acc, grad_bias (V,) acc; those not needed have shape (0,).
+  m.def(
+      "linear_cross_entropy_forward(Tensor input, Tensor weight, Tensor? bias, Tensor target, int ignore_index, "
+      "float label_smoothing, bool need_input, bool need_weight, bool need_bias) "
+      "-> (Tensor losses, Tensor statistics, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  // grad (N,) acc, of each loss.
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad, Tensor statistics, Tensor input, Tensor weight, Tensor? bias, "
+      "Tensor target, int ignore_index, float label_smoothing, bool need_input, bool need_weight, bool need_bias) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   // Frees the memory that the pool keeps for later calls. Returns the number of bytes.
   m.def("cpu_empty_cache() -> int");
   // Runs multiply-adds in the dtype of `example` on all threads, `steps` rounds each. Returns the number of operations.

@@ -18,6 +18,7 @@ __all__ = [
     "empty_cache",
     "explain",
     "info",
+    "linear_cross_entropy",
     "ops",
     "restore",
     "use_backend",
@@ -37,6 +38,7 @@ if TYPE_CHECKING or not _is_the_command():
     from fastseq.info import info
     from fastseq.nn import LSTM, Attention, LSTMCell
     from fastseq.nn.accelerate import accelerate, restore  # the function: mypy would take fastseq.nn's submodule
+    from fastseq.ops import linear_cross_entropy
     from fastseq.seq2seq import Seq2Seq, Seq2SeqConfig, build_seq2seq_model
 else:
     _HOMES = {
@@ -45,6 +47,7 @@ else:
         **dict.fromkeys(("explain", "use_backend"), "fastseq.dispatch"),
         "empty_cache": "fastseq._native",
         "info": "fastseq.info",
+        "linear_cross_entropy": "fastseq.ops",
         "ops": "fastseq",
     }
 

@@ -9,6 +9,7 @@ import torch
 from fastseq import _native
 from fastseq.dispatch import BACKENDS, objection, refusals
 from fastseq.ops.attention.spec import AttentionCall
+from fastseq.ops.linear_cross_entropy.spec import LinearCrossEntropyCall
 from fastseq.ops.lstm.spec import LSTMCall
 from fastseq.ops.lstm_cell.spec import LSTMCellCall
 
@@ -18,6 +19,7 @@ def _example_calls(device: str, dtype: torch.dtype) -> dict[str, object]:
         "lstm_cell": LSTMCellCall(device, dtype, hidden_size=256),
         "lstm": LSTMCall(device, dtype, input_size=256, hidden_size=256, batch=32, steps=50),
         "attention": AttentionCall("additive", device, dtype),
+        "linear_cross_entropy": LinearCrossEntropyCall(device, dtype, hidden_size=256, classes=16384, rows=1600),
     }
 
 
@@ -62,10 +64,10 @@ def _table(calls: dict[str, object]) -> list[str]:
     rows, objections = [], []
     for op in calls:
         sentences = {name: objection(op, name, calls[op]) for name in names}
-        rows.append(f"  {op:<12}" + "".join(f"{'yes' if sentences[name] is None else 'no':<12}" for name in names))
+        rows.append(f"  {op:<22}" + "".join(f"{'yes' if sentences[name] is None else 'no':<12}" for name in names))
         objections += [(op, name, sentence) for name, sentence in sentences.items() if sentence is not None]
     reasons = (f"  {line}" for line in refusals(objections))
-    return [f"  {'':<12}" + "".join(f"{name:<12}" for name in names), *rows, *reasons]
+    return [f"  {'':<22}" + "".join(f"{name:<12}" for name in names), *rows, *reasons]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,7 +19,14 @@ from fastseq.ops.common.triton.runtime import CHIPS
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def warmup(hidden_size: int, dtype: torch.dtype, *, attention_size: int | None = None, chip: str | None = None) -> None:
+def warmup(
+    hidden_size: int,
+    dtype: torch.dtype,
+    *,
+    attention_size: int | None = None,
+    classes: int | None = None,
+    chip: str | None = None,
+) -> None:
     """Run forward and backward of each Triton op on zeros, in every variant that training can reach.
 
     Losses on all results, on the outputs only, on the last states only. float32 products follow torch's current
@@ -29,6 +36,7 @@ def warmup(hidden_size: int, dtype: torch.dtype, *, attention_size: int | None =
         hidden_size: H of ``lstm`` and ``lstm_cell``; D of ``attention``.
         dtype: float32, bfloat16 or float16.
         attention_size: A of ``attention``; default: the hidden size.
+        classes: V of ``linear_cross_entropy``; None: leave it out.
         chip: a key of ``fastseq.ops.common.triton.runtime.CHIPS``, to compile for without running. Default: this GPU.
 
     Raises:
@@ -45,6 +53,8 @@ def warmup(hidden_size: int, dtype: torch.dtype, *, attention_size: int | None =
     for score in ("dot", "additive"):
         sizes = attention_size or hidden_size, hidden_size
         runs[f"{score} attention"] = partial(_attention, score, *sizes, dtype, device)
+    if classes is not None:
+        runs["linear_cross_entropy"] = partial(_loss, classes, hidden_size, dtype, device)
     bar = Bar(len(runs))
     with contextlib.nullcontext() if chip is None else compiling_for(CHIPS[chip]), torch.enable_grad():
         for name, run in runs.items():
@@ -96,16 +106,27 @@ def _attention(score: str, A: int, D: int, dtype, device) -> None:
             (context.sum() if weights is None else context.sum() + weights.sum()).backward()
 
 
+def _loss(V: int, H: int, dtype, device) -> None:
+    target = torch.zeros(2, dtype=torch.int64, device=device)
+    for reduction in ("sum", "none"):
+        input, weight, bias = _zeros(dtype, device, (2, H), (V, H), (V,))
+        options = {"label_smoothing": 0.1, "reduction": reduction, "backend": "triton"}
+        ops.linear_cross_entropy(input, weight, target, bias, **options).sum().backward()
+        with torch.no_grad():
+            ops.linear_cross_entropy(input, weight, target, bias, **options)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line of ``fastseq warmup``."""
     parser = SuggestingParser(prog="fastseq warmup", description=__doc__.replace("``", ""))
     parser.add_argument("--hidden-size", type=int, required=True, metavar="H")
     parser.add_argument("--attention-size", type=int, metavar="A", help="default: the hidden size")
+    parser.add_argument("--classes", type=int, metavar="V", help="vocabulary of the loss; default: leave the loss out")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--tf32", action="store_true", help="for set_float32_matmul_precision('high'): fp32 in TF32")
     parser.add_argument("--chip", choices=sorted(CHIPS), help="compile for the GPU of another machine")
     args = parser.parse_args(argv)
-    if args.hidden_size < 1 or (args.attention_size or 1) < 1:
+    if min(args.hidden_size, args.attention_size or 1, 1 if args.classes is None else args.classes) < 1:
         parser.error("sizes must be at least 1")
     if args.chip is None and not torch.cuda.is_available():
         raise UserError(f"this machine has no GPU; name one to compile for: --chip {', '.join(sorted(CHIPS))}")
@@ -113,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_float32_matmul_precision("high")
     start = time.perf_counter()
     try:
-        warmup(args.hidden_size, DTYPES[args.dtype], attention_size=args.attention_size, chip=args.chip)
+        sizes = {"attention_size": args.attention_size, "classes": args.classes}
+        warmup(args.hidden_size, DTYPES[args.dtype], **sizes, chip=args.chip)
     except ModuleNotFoundError as error:
         if not str(error.name).startswith("triton"):
             raise

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastseq.testing.problems import Problem
 from fastseq.testing.problems.modules import lstm_cell_module_problem, lstm_module_problem
-from fastseq.testing.problems.ops import context_problem
+from fastseq.testing.problems.ops import context_problem, loss_problem
 
 MODES = ("inference", "training")
 KINDS = {  # kind -> the baseline that ratios refer to, and the measured call
@@ -18,6 +18,7 @@ KINDS = {  # kind -> the baseline that ratios refer to, and the measured call
     "cell": ("nn.LSTMCell", "one decode step from given states"),
     "additive": ("eager", "additive attention on projected queries and keys"),
     "dot": ("SDPA", "dot attention"),
+    "loss": ("F.linear + F.cross_entropy", "output layer and label-smoothed loss of B rows"),
 }
 
 SHORT = {torch.float32: "", torch.bfloat16: " bf16", torch.float16: " f16", torch.float64: " f64"}
@@ -33,6 +34,7 @@ class BenchCase:
         steps, batch, input_size, hidden_size: T, B, I, H; attention ignores I, and H is the size of queries, keys and
             values.
         keys: S, attention only.
+        classes: V, the loss only; its B rows have size H.
         tf32: allow TF32 in float32 products on a GPU; False: they are full float32; None: torch's flags stay as they
             are, by default TF32 in cuDNN and full float32 in matmul.
         goals: target ratios for inference and training; 0.97 means "no slower", less the noise.
@@ -48,6 +50,7 @@ class BenchCase:
     bidirectional: bool = False
     proj_size: int = 0
     keys: int = 0
+    classes: int = 0
     dtype: torch.dtype = torch.float32
     tf32: bool | None = False
     device: str = "cpu"
@@ -55,9 +58,11 @@ class BenchCase:
 
     @property
     def name(self) -> str:
-        """For example "lstm (50, 32, 256, 256) bf16": T, B, I, H; for attention B, T, S, H."""
+        """For example "lstm (50, 32, 256, 256) bf16": T, B, I, H; for attention B, T, S, H; for the loss B, V, H."""
         if self.keys:
             sizes = (self.batch, self.steps, self.keys, self.hidden_size)
+        elif self.classes:
+            sizes = (self.batch, self.classes, self.hidden_size)
         else:
             sizes = (self.steps, self.batch, self.input_size, self.hidden_size)
         sizes = sizes[1:] if self.kind == "cell" else sizes
@@ -85,6 +90,15 @@ def _attention(kind: str, size: tuple[int, int, int, int], training_goal: float 
     return BenchCase(f"{kind} attention", kind, steps, batch, hidden, hidden, keys=keys, goals=(0.97, training_goal))
 
 
+LOSS_CASES = tuple(
+    BenchCase("loss", "loss", 1, rows, hidden, hidden, classes=classes, dtype=dtype, goals=goals)
+    for rows, classes, hidden, dtype, goals in (
+        (2560, 64, 256, torch.float32, (0.97, 0.97)),
+        (1600, 16384, 512, torch.float32, (1.2, 1.4)),
+        (400, 32000, 256, torch.float32, (1.2, 1.4)),
+        (1600, 16384, 512, torch.bfloat16, (0.97, 0.97)),
+    )
+)
 CPU_CASES = (
     *(BenchCase("float32", "lstm", *size, goals=goals) for size, goals in SIZES.items()),
     *(BenchCase("2-layer bidirectional", "lstm", *s, layers=2, bidirectional=True, goals=(1.1, 1.1)) for s in SIZES),
@@ -166,6 +180,7 @@ SUITES = {  # name -> cases, description
         "the rows of the README, half a minute",
     ),
     "cpu": (CPU_CASES, "everything on the CPU, about six minutes"),
+    "loss": (LOSS_CASES, "output layer and loss on the CPU, about a minute"),
     "cuda": (CUDA_CASES[:40], "the most informative cases on a GPU, some minutes"),
     "cuda-full": (CUDA_CASES, "everything on a GPU, about an hour"),
 }
@@ -182,6 +197,9 @@ def make_problem(case: BenchCase) -> Problem:
 
     if case.keys:
         return context_problem(draw, (case.batch, case.steps, case.keys, case.hidden_size), case.kind)
+    if case.classes:
+        shape = (case.batch, case.classes, case.hidden_size)
+        return loss_problem(draw, shape, label_smoothing=0.1)
     if case.kind == "cell":
         return lstm_cell_module_problem(draw, (case.batch, case.input_size, case.hidden_size))
     shape = (case.steps, case.batch, case.input_size, case.hidden_size)

@@ -24,18 +24,17 @@ def roofline_ms(case: BenchCase, train: bool) -> float:
     Per layer and direction: the input part, max(flops / peak, bytes of W_ih / bandwidth), and one max(flops / peak,
     bytes of W_hh / bandwidth) per step over its valid rows. Training adds the backward's products: the gradients of
     inputs and states cost the same again, the gradients of the weights are one product over all steps. Element-wise
-    work, packing and the memory traffic of activations are not counted.
+    work, packing and the memory traffic of activations are not counted. The loss: one product, or three in training.
     """
+    if case.classes:
+        return 1e3 * (3 if train else 1) * _product(case, case.batch, case.classes, case.hidden_size)
     lengths = case_lengths(case)
     rows = [int((lengths > t).sum()) for t in range(int(lengths.max()))]
-    hidden, size = case.hidden_size, case.dtype.itemsize
+    hidden = case.hidden_size
     recurrent = case.proj_size or hidden
     directions = 2 if case.bidirectional else 1
 
-    def product(m: int, n: int, k: int) -> float:
-        """Seconds of an (m, k) by (k, n) product whose second factor is read once."""
-        return max(2 * m * n * k / peak(case.dtype), n * k * size / bandwidth(n * k * size))
-
+    product = partial(_product, case)
     seconds = 0.0
     for layer in range(case.layers):
         inputs = case.input_size if layer == 0 else directions * recurrent
@@ -47,6 +46,12 @@ def roofline_ms(case: BenchCase, train: bool) -> float:
             weights += product(sum(rows), case.proj_size, hidden)
         seconds += directions * (3 * batched + 2 * steps + weights if train else batched + steps)
     return 1e3 * seconds
+
+
+def _product(case: BenchCase, m: int, n: int, k: int) -> float:
+    """Seconds of an (m, k) by (k, n) product whose second factor is read once."""
+    size = n * k * case.dtype.itemsize
+    return max(2 * m * n * k / peak(case.dtype), size / bandwidth(size))
 
 
 @cache

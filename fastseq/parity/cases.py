@@ -10,6 +10,7 @@ PROBLEMS = {
     "lstm_cell": ops.lstm_cell_problem,
     "lstm": ops.lstm_problem,
     "attention": ops.attention_problem,
+    "linear_cross_entropy": ops.loss_problem,
     "LSTMCell": modules.lstm_cell_module_problem,
     "LSTM": modules.lstm_module_problem,
     "Attention": modules.attention_module_problem,
@@ -64,12 +65,26 @@ def _quick() -> list[ParityCase]:
         dict(shape=(2, 3, 4, 5), score="dot", spread=100.0),
         dict(shape=(2, 9, 70, 33), score="additive", padding="lengths"),
     ]
-    grid = {"lstm_cell": cell, "lstm": sequence, "attention": attentions, **_quick_modules()}
+    losses = [
+        dict(shape=(1, 1, 1)),
+        dict(shape=(5, 257, 7), reduction="sum", label_smoothing=0.1, ignored=True),
+        dict(shape=(37, 63, 16), reduction="none", label_smoothing=0.1, bias=False, ignored=True),
+        dict(shape=(5, 40, 7), spread=30.0),
+        dict(shape=(9, 33, 5), reduction="none", spread=30.0),
+    ]
+    grid = {
+        "lstm_cell": cell,
+        "lstm": sequence,
+        "attention": attentions,
+        "linear_cross_entropy": losses,
+        **_quick_modules(),
+    }
     cases = [ParityCase(op, options) for op, several in grid.items() for options in several]
     sliced = {
         "lstm_cell": [cell[2]],
         "lstm": [sequence[k] for k in (2, 5, 8)],
         "attention": [attentions[2], attentions[4]],
+        "linear_cross_entropy": losses[1:3],
     }
     return cases + [ParityCase(op, options, slices=True) for op, several in sliced.items() for options in several]
 
@@ -116,6 +131,10 @@ def _full() -> list[ParityCase]:
         "attention": (60, dict(
             shape=[(1, 1, 1, 1), (3, 4, 5, 6), (2, 3, 17, 257), (33, 1, 50, 64), (2, 20, 130, 33)],
             score=["dot", "general", "additive", "normed_additive"], padding=["none", "lengths", "mask", "step_mask"],
+        )),
+        "linear_cross_entropy": (60, dict(
+            shape=[(1, 1, 1), (5, 257, 7), (70, 63, 16), (300, 16, 33), (3, 5000, 4)], bias=both, ignored=both,
+            reduction=["mean", "sum", "none"], label_smoothing=[0.0, 0.1, 1.0],
         )),
         "LSTMCell": (20, dict(
             shape=[(1, 1, 1), (2, 4, 63), (40, 5, 16), (3, 300, 257)], states=both, bias=both,

@@ -88,9 +88,8 @@ def evaluate(outputs: dict[str, Tensor], leaves: dict[str, Tensor], strided: boo
     generator = torch.Generator().manual_seed(3)
     factors = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in outputs.values()]
     if strided:
-        factors = [
-            f.permute(*reversed(range(f.dim()))).contiguous().permute(*reversed(range(f.dim()))) for f in factors
-        ]
+        orders = (tuple(reversed(range(f.dim()))) for f in factors)
+        factors = [f.permute(order).contiguous().permute(order) for f, order in zip(factors, orders, strict=True)]
     grads = torch.autograd.grad(
         list(outputs.values()), list(leaves.values()), factors, allow_unused=True, materialize_grads=True
     )

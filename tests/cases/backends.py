@@ -4,6 +4,7 @@ import torch
 
 from fastseq.dispatch import BACKENDS, objection
 from fastseq.ops.attention.spec import AttentionCall
+from fastseq.ops.linear_cross_entropy.spec import LinearCrossEntropyCall
 from fastseq.ops.lstm.spec import LSTMCall
 
 
@@ -17,3 +18,9 @@ def serving_attention(**changes) -> list[str]:
     """Names of the backends without objection to this attention call."""
     call = AttentionCall("additive", "cpu", torch.float32, batch=2, steps=3, positions=4)._replace(**changes)
     return [name for name in BACKENDS[1:] if objection("attention", name, call) is None]
+
+
+def serving_loss(**changes) -> list[str]:
+    """Names of the backends without objection to this linear_cross_entropy call."""
+    call = LinearCrossEntropyCall("cpu", torch.float32, hidden_size=4, classes=7, rows=5)._replace(**changes)
+    return [name for name in BACKENDS[1:] if objection("linear_cross_entropy", name, call) is None]

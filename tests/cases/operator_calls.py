@@ -65,8 +65,17 @@ def attention_prepare(B=2, S=5, A=4) -> tuple:
     return torch.randn(B, S, A), torch.full((B,), S)
 
 
+def linear_cross_entropy_forward(N=5, V=7, H=4) -> tuple:
+    tensors = torch.randn(N, H), torch.randn(V, H), torch.randn(V), torch.randint(V, (N,))
+    return *tensors, -100, 0.1, True, True, True
+
+
+def linear_cross_entropy_backward(N=5, V=7, H=4) -> tuple:
+    return torch.randn(N), torch.rand(2, N), *linear_cross_entropy_forward(N, V, H)
+
+
 BOTH = (lstm_cell_forward, lstm_cell_backward, lstm_step, attention_forward, attention_backward, attention_prepare)
-CPU = (lstm_forward, lstm_backward, *BOTH)
+CPU = (lstm_forward, lstm_backward, linear_cross_entropy_forward, linear_cross_entropy_backward, *BOTH)
 CUDA = (lstm_recurrence_forward, lstm_recurrence_backward, *BOTH)
 
 

@@ -18,6 +18,7 @@ from fastseq import _native, dispatch, ops
 from fastseq.dispatch import objection, select
 from fastseq.ops.attention.spec import AttentionCall
 from fastseq.ops.common.triton import runtime
+from fastseq.ops.linear_cross_entropy.spec import LinearCrossEntropyCall
 from fastseq.ops.lstm.spec import LSTMCall
 from fastseq.ops.lstm_cell.spec import LSTMCellCall
 
@@ -27,6 +28,7 @@ CALLS = {
     "lstm_cell": LSTMCellCall("cuda", torch.float32, 16),
     "lstm": LSTMCall("cuda", torch.float32, 4, 16, batch=2, steps=3),
     "attention": AttentionCall("additive", "cuda", torch.float32),
+    "linear_cross_entropy": LinearCrossEntropyCall("cuda", torch.float32, 16, 1 << 14, rows=1 << 14),
 }
 
 
@@ -37,7 +39,7 @@ def run(*command, **environment) -> subprocess.CompletedProcess:
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["triton_lstm_cell.py", "triton_lstm.py", "triton_attention.py"])
+@pytest.mark.parametrize("suite", ["triton_lstm_cell.py", "triton_lstm.py", "triton_attention.py", "triton_loss.py"])
 def test_in_the_interpreter(suite):
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist")
     process = run("-m", "pytest", *options, str(TESTS / suite), TRITON_INTERPRET="1")
@@ -101,6 +103,9 @@ def test_auto_on_cuda_without_compiled_kernels(a_gpu, monkeypatch):
     assert select("attention", "auto", attention._replace(score="dot")) == "torch"
     assert select("attention", "auto", attention._replace(compiling=True)) == "reference"
     assert select("attention", "auto", attention._replace(device="cpu")) != "triton"
+    loss = CALLS["linear_cross_entropy"]
+    assert select("linear_cross_entropy", "auto", loss) == "triton"
+    assert select("linear_cross_entropy", "auto", loss._replace(rows=1 << 13)) == "torch"
     for op, call in CALLS.items():
         assert dispatch.objection(op, "triton", call) is None  # `fastseq info` shows "yes"
 

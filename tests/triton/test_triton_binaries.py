@@ -56,6 +56,13 @@ def attention(score, A, D, dtype, T=3, S=4, B=2):
     (context.sum() + weights.sum()).backward()
 
 
+def loss(V, H, dtype, N=3):
+    input, weight, bias = zeros(dtype, (N, H), (V, H), (V,))
+    target, options = torch.zeros(N, dtype=torch.int64), {"label_smoothing": 0.1, "backend": "triton"}
+    ops.linear_cross_entropy(input, weight, target, bias, reduction="sum", **options).backward()
+    ops.linear_cross_entropy(input, weight, target, bias, reduction="none", **options).sum().backward()
+
+
 CASES = {
     "lstm_cell 512 float32": lambda: cell(512, F32),
     "lstm_cell 512 bfloat16": lambda: cell(512, BF16),
@@ -74,8 +81,11 @@ CASES = {
     "attention dot 257 300 float32": lambda: attention("dot", 257, 300, F32),
     "attention additive 257 300 float16": lambda: attention("additive", 257, 300, F16),
     "attention additive 256 512 float32": lambda: attention("additive", 256, 512, F32),
+    "loss 16384 float32": lambda: loss(16384, 16, F32),
+    "loss 16384 bfloat16": lambda: loss(16384, 16, BF16),
+    "loss 257 float32": lambda: loss(257, 16, F32),
 }
-NO_PRODUCT = ("lstm_cell_", "attention_additive_")  # kernels without tl.dot
+NO_PRODUCT = ("lstm_cell_", "attention_additive_", "cross_entropy_")  # kernels without tl.dot
 
 
 def build(case: str, target: str) -> dict[str, dict[str, int]]:

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/kernels/attention_params.h"
+#include "cpu/kernels/cross_entropy_params.h"
 #include "cpu/kernels/lstm_cell_params.h"
 #include "cpu/kernels/lstm_params.h"
 #include "cpu/runtime/sequences.h"
@@ -57,6 +58,8 @@ struct Kernels {
   void (*attention_forward)(const AttentionForwardParams<S>&, int64_t begin, int64_t end, void* scratch);
   void (*attention_backward)(const AttentionBackwardParams<S>&, int64_t begin, int64_t end, void* scratch);
   void (*attention_prepare)(const AttentionPrepareParams<S>&, int64_t begin, int64_t end, void* scratch);
+
+  void (*cross_entropy)(const CrossEntropyParams<S>&, int64_t begin, int64_t end);  // tasks of kCrossEntropyRows rows
 };
 
 // The table of machine_isa(), for S = float, double, BFloat16 and Half.

@@ -1,4 +1,4 @@
-"""Problems of the ops: lstm_cell, lstm and attention, each beside the same computation in plain torch."""
+"""Problems of the ops, each beside the same computation in plain torch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -269,3 +269,45 @@ def make_padding(kind: str, batch: int, steps: int, keys: int) -> dict[str, Tens
     mask = torch.rand(batch, steps, keys, generator=torch.Generator().manual_seed(1)) < 0.6
     mask[0, 0] = False
     return {"mask": mask}
+
+
+def loss_problem(
+    draw: Draw,
+    shape: tuple[int, int, int],
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    bias: bool = True,
+    ignored: bool = False,
+    spread: float = 1.0,
+) -> Problem:
+    """``ops.linear_cross_entropy``. ``shape``: N, V, H. ``ignored``: every third target is ``ignore_index``.
+
+    With a ``spread``, the logits are whole numbers, exact in every dtype: see ``attention_problem``.
+    """
+    rows, classes, size = shape
+    inputs = {"input": draw(rows, size) * spread, "weight": draw(classes, size)}
+    if bias:
+        inputs["bias"] = draw(classes)
+    if spread != 1:
+        inputs = {name: t.round() for name, t in inputs.items()}
+    else:
+        inputs["weight"] = inputs["weight"] / size**0.5
+    targets = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(1))
+    if ignored:
+        targets[::3] = -100
+    options = {"label_smoothing": label_smoothing, "reduction": reduction}
+
+    def make(backend: str | None, dtype: torch.dtype) -> Callable[..., object]:
+        call = torch_loss if backend is None else partial(ops.linear_cross_entropy, backend=backend)
+        return partial(call, **options)
+
+    def arguments(x: Leaves) -> dict[str, object]:
+        return x | {"target": targets.to(x["input"].device)}
+
+    return Problem(inputs, make, arguments, lambda result: {"loss": result})
+
+
+def torch_loss(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, **options) -> Tensor:
+    """Output layer and cross-entropy as plain torch code writes them: all logits, then the loss in float32 at least."""
+    logits = F.linear(input, weight, bias)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, **options)

@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from fastseq.ops.common.triton.runtime import Chip, compile_only
 
-KERNELS = tuple(f"fastseq.ops.{op}.triton_kernels" for op in ("lstm_cell", "lstm", "attention"))
+KERNELS = tuple(f"fastseq.ops.{op}.triton_kernels" for op in ("lstm_cell", "lstm", "attention", "linear_cross_entropy"))
 
 
 class _NoDevice(DriverBase):
