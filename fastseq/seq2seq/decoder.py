@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from fastseq.nn.attention import Attention
 from fastseq.nn.lstm import LSTM
+from fastseq.ops.common.dtypes import accumulate_dtype
+from fastseq.ops.linear_cross_entropy import linear_cross_entropy
 from fastseq.ops.lstm_cell import lstm_cell
 from fastseq.seq2seq.config import Seq2SeqConfig
 from fastseq.seq2seq.encoder import EncoderOutput, embedding
@@ -104,6 +106,17 @@ class Decoder(nn.Module):
             (vectors, weights), state = self._attend(output, enc, need_weights), DecoderState(h, c, None)
             vectors = self.output_dropout(vectors)
         return vectors, weights, state
+
+    def loss(self, vectors: Tensor, labels: Tensor, **options) -> Tensor:
+        """The loss of labels (B, T) from :meth:`vectors`; ``options``: of linear_cross_entropy."""
+        output = self.output
+        hooked = output._forward_hooks or output._forward_pre_hooks
+        if type(output).forward is nn.Linear.forward and not hooked:
+            return linear_cross_entropy(vectors, output.weight, labels, output.bias, **options)
+        logits = output(vectors)  # a layer that a user put there, or one that changes its weight in a hook
+        reduction = options["reduction"]
+        loss = F.cross_entropy(logits.flatten(0, 1).to(accumulate_dtype(logits.dtype)), labels.flatten(), **options)
+        return loss.view(labels.shape) if reduction == "none" else loss
 
     def step(
         self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, need_weights: bool

@@ -73,20 +73,71 @@ class Seq2Seq(nn.Module):
             ValueError: wrong shapes, dtypes, lengths, ratio, or token ids outside the vocabulary (ids are checked
                 on the CPU only).
         """
+        enc = self._encode_for(tgt_in, src, src_lengths, teacher_forcing_ratio)
+        return Seq2SeqOutput(*self.decoder(tgt_in, enc, teacher_forcing_ratio, need_weights))
+
+    if TYPE_CHECKING:  # nn.Module declares __call__ without types
+        __call__ = forward
+
+    def loss(
+        self,
+        src: Tensor,
+        src_lengths: Tensor | Sequence[int] | None,
+        tgt_in: Tensor,
+        labels: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        teacher_forcing_ratio: float = 1.0,
+    ) -> Tensor:
+        """The cross-entropy of the labels, without the logits of all steps in memory; for training and scoring.
+
+        Equals ``F.cross_entropy(model(src, src_lengths, tgt_in).logits.flatten(0, 1).float(), labels.flatten(),
+        ignore_index=pad_id, ...)``: see :func:`fastseq.linear_cross_entropy`. The decoder skips the padding after the
+        last label of a sentence. Call it within the forward of a module that DDP or FSDP wraps.
+
+        Args:
+            src, src_lengths, tgt_in, teacher_forcing_ratio: as in :meth:`forward`.
+            labels: (B, T) integer tokens, the target, closed by eos; pad where there is none.
+            label_smoothing: s in [0, 1], of the target distribution (1 - s) onehot(label) + s / V.
+            reduction: "mean" over the labels other than pad, "sum", or "none" for a loss of each label: its negative
+                log-probability, without label smoothing.
+
+        Returns:
+            The loss, float32 at least: (), or (B, T) for "none" with 0 at pad.
+
+        Raises:
+            ValueError: as :meth:`forward`; labels of another shape; unknown reduction; label_smoothing outside [0, 1].
+        """
+        _check_tokens("labels", labels, self.config.tgt_vocab_size, "(B, T)")
+        if labels.shape != tgt_in.shape:
+            raise ValueError(
+                f"Seq2Seq: labels must have the shape of tgt_in, got {tuple(labels.shape)} and {tuple(tgt_in.shape)}"
+            )
+        enc = self._encode_for(tgt_in, src, src_lengths, teacher_forcing_ratio)
+        lengths = _lengths_to_last(labels != self.config.pad_id)
+        vectors = self.decoder.vectors(tgt_in, enc, teacher_forcing_ratio, False, lengths)[0]
+        options = {
+            "ignore_index": self.config.pad_id,
+            "label_smoothing": label_smoothing,
+            "reduction": reduction,
+        }
+        return self.decoder.loss(vectors, labels, **options)
+
+    def _encode_for(
+        self, tgt_in: Tensor, src: Tensor, src_lengths: Tensor | Sequence[int] | None, teacher_forcing_ratio: float
+    ) -> EncoderOutput:
+        """Check the target, and encode the source for one pass over it."""
         if not 0 <= teacher_forcing_ratio <= 1:
             raise ValueError(f"Seq2Seq: teacher_forcing_ratio must lie in [0, 1], got {teacher_forcing_ratio}")
         _check_tokens("tgt_in", tgt_in, self.config.tgt_vocab_size, "(B, T)")
-        by_steps = self.decoder.by_steps(teacher_forcing_ratio)
-        enc = self.encode(src, src_lengths, single_steps=by_steps)
+        enc = self.encode(src, src_lengths, single_steps=self.decoder.by_steps(teacher_forcing_ratio))
         if tgt_in.size(0) != src.size(0) or tgt_in.size(1) == 0:
             raise ValueError(
                 "Seq2Seq: tgt_in must have the batch size of src and at least one step, "
                 f"got tgt_in {tuple(tgt_in.shape)} for src {tuple(src.shape)}"
             )
-        return Seq2SeqOutput(*self.decoder(tgt_in, enc, teacher_forcing_ratio, need_weights))
-
-    if TYPE_CHECKING:  # nn.Module declares __call__ without types
-        __call__ = forward
+        return enc
 
     def encode(
         self, src: Tensor, src_lengths: Tensor | Sequence[int] | None = None, *, single_steps: bool = True
@@ -189,6 +240,13 @@ def build_seq2seq_model(vocab_size: int, embedding_dim: int, hidden_units: int) 
             dropout=0.0,
         )
     )
+
+
+def _lengths_to_last(present: Tensor) -> Tensor | None:
+    """present (B, T) bool -> the number of steps up to the last True, (B,); None if that is T in every row."""
+    steps = torch.arange(1, present.size(1) + 1, device=present.device)
+    lengths = (present * steps).amax(1)
+    return None if readable(lengths) and bool((lengths == present.size(1)).all()) else lengths
 
 
 def _check_tokens(name: str, tokens: Tensor, vocab_size: int, shape: str) -> None:

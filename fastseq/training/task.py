@@ -6,7 +6,6 @@ import math
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.seq2seq.model import Seq2Seq
@@ -63,15 +62,14 @@ class Seq2SeqTask(L.LightningModule):
         return self.trainer.world_size > 1
 
     def _loss_sum(self, batch: Batch, *, label_smoothing: float = 0.0, teacher_forcing_ratio: float = 1.0) -> Tensor:
-        logits = self.model(
-            batch.source, batch.source_lengths, batch.target_in, teacher_forcing_ratio=teacher_forcing_ratio
-        ).logits  # (B, T, V)
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            batch.labels.flatten(),
-            ignore_index=PAD,
+        return self.model.loss(
+            batch.source,
+            batch.source_lengths,
+            batch.target_in,
+            batch.labels,
             label_smoothing=label_smoothing,
             reduction="sum",
+            teacher_forcing_ratio=teacher_forcing_ratio,
         )
 
     def on_train_epoch_start(self) -> None:
