@@ -77,6 +77,13 @@ void define_operators(Library& m) {
       "linear_cross_entropy_backward(Tensor grad, Tensor statistics, Tensor input, Tensor weight, Tensor? bias, "
       "Tensor target, int ignore_index, float label_smoothing, bool need_input, bool need_weight, bool need_bias) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  // The `count` best continuations of each sentence by score + log_softmax(logits), best first; of equals the lowest
+  // (beam, token). logits (B * K, V); scores (B, K) acc, zeros (B * K, 1) if not given; forbidden (F,) or (B * K, F)
+  // int64: columns that count as -inf; last_resort is allowed in a row where every column is forbidden. totals (B,
+  // count) acc; beams, tokens (B, count) int64.
+  m.def(
+      "candidates(Tensor logits, Tensor? scores, Tensor? forbidden, int last_resort, int count) "
+      "-> (Tensor totals, Tensor beams, Tensor tokens)");
   // Frees the memory that the pool keeps for later calls. Returns the number of bytes.
   m.def("cpu_empty_cache() -> int");
   // Runs multiply-adds in the dtype of `example` on all threads, `steps` rounds each. Returns the number of operations.

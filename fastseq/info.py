@@ -9,6 +9,7 @@ import torch
 from fastseq import _native
 from fastseq.dispatch import BACKENDS, objection, refusals
 from fastseq.ops.attention.spec import AttentionCall
+from fastseq.ops.candidates.spec import CandidatesCall
 from fastseq.ops.linear_cross_entropy.spec import LinearCrossEntropyCall
 from fastseq.ops.lstm.spec import LSTMCall
 from fastseq.ops.lstm_cell.spec import LSTMCellCall
@@ -20,6 +21,7 @@ def _example_calls(device: str, dtype: torch.dtype) -> dict[str, object]:
         "lstm": LSTMCall(device, dtype, input_size=256, hidden_size=256, batch=32, steps=50),
         "attention": AttentionCall("additive", device, dtype),
         "linear_cross_entropy": LinearCrossEntropyCall(device, dtype, hidden_size=256, classes=16384, rows=1600),
+        "candidates": CandidatesCall(device, dtype, count=10),
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastseq.bench import roofline
+from fastseq.bench import models, roofline
 from fastseq.bench.baselines import BASELINES, make_baselines
 from fastseq.bench.cases import KINDS, MEAN_GOALS, MODES, SUITES, BenchCase
 from fastseq.bench.memory import Saved, measure_memory
@@ -36,6 +36,7 @@ examples:
   fastseq bench --backends native,torch --mode training
   fastseq bench --baselines all --filter decode       # more baselines: loops of cells, torch.compile, onnxruntime
   fastseq bench --suite cuda --output gpu             # native, triton and auto against cuDNN, SDPA and eager torch
+  fastseq bench --suite seq2seq --quick --threads 1   # whole models beside plain PyTorch: training, greedy, beam 5
   fastseq bench --memory                              # bytes kept for the backward, instead of times
 
 Exit code: 0; 1 if an accuracy check failed, and then that case has no figure; 2 for an option that does not exist.
@@ -43,7 +44,7 @@ For figures to publish, run nothing else on the machine: the header shows the lo
 """
 
 
-WRONG = "WRONG"
+WRONG = models.WRONG
 BASELINE_BACKEND = "torch"  # runs the baseline's own kernels
 MEMORY = (
     "Storages that the forward saves for its backward, without inputs and parameters; a ratio above 1 saves memory."
@@ -148,6 +149,11 @@ def noise(rows: list[dict]) -> list[str]:
     ]
 
 
+def suites_of(quick: bool) -> dict[str, tuple[tuple, str]]:
+    """Every suite: name -> cases, description. quick: the smaller choice of whole models."""
+    return SUITES | {models.SUITE: (models.QUICK if quick else models.CASES, models.DESCRIPTION)}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = SuggestingParser(
         prog="fastseq bench",
@@ -155,8 +161,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    suites = "; ".join(f"{name}: {description}" for name, (_, description) in SUITES.items())
-    parser.add_argument("--suite", choices=SUITES, default="quick", help=f"{suites} (default: %(default)s)")
+    suites = "; ".join(f"{name}: {description}" for name, (_, description) in suites_of(quick=False).items())
+    names = suites_of(quick=False)
+    parser.add_argument("--suite", choices=names, default="quick", help=f"{suites} (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="fewer models and rounds; suite seq2seq only")
     parser.add_argument("--filter", default="", help="only cases whose group or name contains this text")
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="default: %(default)s")
     parser.add_argument(
@@ -178,7 +186,11 @@ def _parser() -> argparse.ArgumentParser:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[BenchCase]]:
     parser = _parser()
     args = parser.parse_args(argv)
-    suite, _ = SUITES[args.suite]
+    suite, _ = suites_of(args.quick)[args.suite]
+    if args.suite == models.SUITE and (args.memory or args.backends or args.baselines):
+        parser.error("--suite seq2seq times whole models: leave out --memory, --backends and --baselines")
+    if args.quick and args.suite != models.SUITE:
+        parser.error(f"--quick chooses models of --suite {models.SUITE}; the suite {args.suite} has no such choice")
     on_gpu = suite[0].device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         parser.error(f"--suite {args.suite} needs a GPU and a torch built for it; torch finds none: try --suite cpu.")
@@ -203,7 +215,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     facts = environment(["fastseq", "bench", *argv])
     with quiet_torch():
-        text, content = memory(args, cases, facts) if args.memory else times(args, cases, facts)
+        report = memory if args.memory else whole_models if args.suite == models.SUITE else times
+        text, content = report(args, cases, facts)
     print(text)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -230,6 +243,15 @@ def times(args: argparse.Namespace, cases: list[BenchCase], facts: dict) -> tupl
     bar.close()
     facts["load average at the end"] = load_average()
     remarks = list(dict.fromkeys([*remarks, *noise(rows)]))
+    content = {"environment": facts, "rows": rows, "summary": summarise(rows), "remarks": remarks}
+    return markdown(facts, rows, remarks, args.goals), content
+
+
+def whole_models(args: argparse.Namespace, cases: list[models.ModelCase], facts: dict) -> tuple[str, dict]:
+    """Time whole models; the report as Markdown, and as data. Baseline: the faster one of the two plain models."""
+    figures = {"training": models.FIGURES[:1], "inference": models.FIGURES[1:], "both": models.FIGURES}[args.mode]
+    rows, remarks = models.run(tuple(cases), args.seconds, models.QUICK_ROUNDS if args.quick else None, figures)
+    facts["load average at the end"] = load_average()
     content = {"environment": facts, "rows": rows, "summary": summarise(rows), "remarks": remarks}
     return markdown(facts, rows, remarks, args.goals), content
 

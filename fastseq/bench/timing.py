@@ -132,16 +132,19 @@ CLOCKS = {"cpu": wall_ms, "cuda": cuda_ms}
 
 
 def time_interleaved(
-    runs: dict[str, Callable[[], None]], seconds: float, clock: Callable[[Callable[[], None], int], float] = wall_ms
+    runs: dict[str, Callable[[], None]],
+    seconds: float,
+    clock: Callable[[Callable[[], None], int], float] = wall_ms,
+    rounds: int | None = None,
 ) -> dict[str, list[float]]:
-    """Milliseconds per call, the candidates taking turns; at least ``ROUNDS`` rounds.
+    """Milliseconds per call, the candidates taking turns; at least ``rounds`` rounds (default: ``ROUNDS``).
 
     Each round shuffles the order: otherwise every candidate would find the caches of the same predecessor.
     """
     repeats = {name: _calls_per_sample(run, clock) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     generator, order, end = random.Random(0), list(runs), time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[order[0]]) < ROUNDS:
+    while time.perf_counter() < end or len(times[order[0]]) < (rounds or ROUNDS):
         generator.shuffle(order)
         for name in order:
             times[name].append(clock(runs[name], repeats[name]) / repeats[name])

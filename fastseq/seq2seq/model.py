@@ -36,6 +36,8 @@ class Seq2Seq(nn.Module):
         config: a :class:`Seq2SeqConfig`.
     """
 
+    rows_share_sources = True  # decode_step takes several rows for each sentence of the encoder output
+
     def __init__(self, config: Seq2SeqConfig) -> None:
         super().__init__()
         self.config = config

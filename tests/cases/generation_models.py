@@ -24,6 +24,9 @@ class FakeEncoded(NamedTuple):
     def repeat_interleave(self, k):
         return FakeEncoded(*(x.repeat_interleave(k, 0) for x in self))
 
+    def index_select(self, rows):
+        return FakeEncoded(*(x.index_select(0, rows) for x in self))
+
 
 class FakeState(NamedTuple):
     prefix: Tensor  # (N,) a hash of the source and of all tokens so far

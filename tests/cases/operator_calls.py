@@ -74,8 +74,13 @@ def linear_cross_entropy_backward(N=5, V=7, H=4) -> tuple:
     return torch.randn(N), torch.rand(2, N), *linear_cross_entropy_forward(N, V, H)
 
 
+def candidates(B=2, K=3, V=5) -> tuple:
+    return torch.randn(B * K, V), torch.randn(B, K), torch.zeros(B * K, 2, dtype=torch.int64), 0, 4
+
+
 BOTH = (lstm_cell_forward, lstm_cell_backward, lstm_step, attention_forward, attention_backward, attention_prepare)
-CPU = (lstm_forward, lstm_backward, linear_cross_entropy_forward, linear_cross_entropy_backward, *BOTH)
+LOSS = (linear_cross_entropy_forward, linear_cross_entropy_backward)
+CPU = (lstm_forward, lstm_backward, *LOSS, *BOTH, candidates)
 CUDA = (lstm_recurrence_forward, lstm_recurrence_backward, *BOTH)
 
 

@@ -28,6 +28,7 @@ LARGE = {
     "attention_forward": (calls.attention_forward(2, 128, 128, 128, 128), set()),
     "attention_backward": (calls.attention_backward(2, 128, 128, 128, 128), set()),
     "attention_prepare": (calls.attention_prepare(2, 128, 128), set()),
+    "candidates": ((*calls.candidates(128, 2, 100)[:4], 100), set()),
 }
 
 
@@ -54,7 +55,7 @@ def test_results_can_be_resized_and_freed(name):
     for label in results.keys() - saved:
         for change in (
             lambda t: t.resize_(t.numel() + 1000),
-            lambda t: torch.cat([torch.ones(t.numel()), torch.ones(9)], out=t.resize_(0)),
+            lambda t: torch.cat([torch.ones(t.numel() + 9, dtype=t.dtype)], out=t.resize_(0)),
             lambda t: t.untyped_storage().resize_(0),
         ):
             change(results_of(name, arguments)[label])  # raises if torch does not own the memory

@@ -2,6 +2,8 @@
 
 import inspect
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from generation_models import (
     slow_beam_search,
 )
 
-from fastseq.seq2seq import generation
+from fastseq.ops.candidates.api import forbidden_mask
+from fastseq.seq2seq import generation, search
 from fastseq.seq2seq.generation import generate
+from fastseq.seq2seq.model import Seq2Seq
 
 
 @pytest.fixture
@@ -127,7 +131,7 @@ def test_never_stopping_early_loses_nothing(fake, monkeypatch, kind, power):
     options = {"num_beams": 3, "num_return_sequences": 3, "length_penalty": power, "length_penalty_type": kind}
     output = generate(fake, src, max_new_tokens=7, early_stopping="never", **options)
     undecided = torch.zeros(len(src), dtype=torch.bool)
-    monkeypatch.setattr(generation, "_decided", lambda *_: undecided)
+    monkeypatch.setattr(search, "_decided", lambda *_: undecided)
     assert rows(output) == rows(generate(fake, src, max_new_tokens=7, **options))
 
 
@@ -144,7 +148,7 @@ def test_beam_of_one_is_greedy(seq2seq, early_stopping):
 def test_beam_search_of_width_one_is_greedy(seq2seq, monkeypatch, options):
     src = torch.randint(4, 8, (12, 5))
     greedy = generate(seq2seq, src, max_new_tokens=9, **options)
-    monkeypatch.setattr(generation, "_decode_rows", generation._beam_search)
+    monkeypatch.setattr(generation, "decode_rows", search.beam_search)
     beam = generate(seq2seq, src, max_new_tokens=9, **options)
     assert len({len(s) for s in rows(greedy)}) > 1
     assert torch.equal(beam.sequences, greedy.sequences)
@@ -191,25 +195,98 @@ def test_batched_equals_one_by_one(model, options):
 def test_steps_after_the_end_change_nothing(fake, monkeypatch, options):
     output = generate(fake, SOURCES, LENGTHS, max_new_tokens=40, output_attentions=True, **options)
     steps, fake.steps = fake.steps, 0
-    monkeypatch.setattr(generation, "_all_done", lambda done, step: False)
+    monkeypatch.setattr(search, "_number_done", lambda done, step: 0)
     longer = generate(fake, SOURCES, LENGTHS, max_new_tokens=40, output_attentions=True, **options)
     assert steps < fake.steps == 40
     for a, b in zip(output, longer, strict=True):
         assert torch.equal(a, b)
 
 
-def test_an_accelerator_is_asked_only_now_and_then(monkeypatch):
+def test_an_accelerator_is_asked_only_now_and_then():
     class Done:
-        device, asked = torch.device("cuda"), 0
+        device, shape, asked = torch.device("cuda"), (3, 1), 0
 
-        def all(self):
+        def sum(self):
             self.asked += 1
-            return True
+            return torch.tensor(2)
 
     done = Done()
-    assert [generation._all_done(done, step) for step in range(9)] == [False] * 7 + [True, False]
+    assert [search._number_done(done, step) for step in range(9)] == [0] * 7 + [2, 0]
     assert done.asked == 1
-    assert generation._all_done(torch.tensor([True]), 0)
+    assert search._number_done(torch.tensor([[True], [False]]), 0) == 1
+    assert search._number_done(torch.tensor([[True, False], [True, True]]), 0) == 1
+
+
+class CountingModel(FakeModel):
+    """Keeps the number of decoder rows of each step."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.rows = []
+
+    def decode_step(self, tokens, state, enc, **options):
+        self.rows.append(len(tokens))
+        assert len(enc.seed) == len(tokens)
+        return super().decode_step(tokens, state, enc, **options)
+
+
+LEAVING = {**MODES, "samples": {"do_sample": True, "num_return_sequences": 2, "top_k": 1}}
+
+
+@pytest.mark.parametrize("options", LEAVING.values(), ids=LEAVING)
+def test_sentences_that_are_done_leave_the_batch(monkeypatch, options):
+    src = torch.randint(3, 6, (40, 5))
+    model = CountingModel(eos_bonus=0.5).eval()
+    output = generate(model, src, output_attentions=True, **options)
+    rows_of_a_sentence = model.rows[1] // len(src)
+    assert len(set(model.rows[1:])) > 3
+    assert model.rows[1:] == sorted(model.rows[1:], reverse=True)
+    for before, after in zip(model.rows[1:], model.rows[2:], strict=False):
+        assert after == before or before - after >= search.DONE_BEFORE_LEAVING * before
+        assert after % rows_of_a_sentence == 0
+    leaving, model.rows = model.rows, []
+    monkeypatch.setattr(search, "DONE_BEFORE_LEAVING", 2.0)
+    staying = generate(model, src, output_attentions=True, **options)
+    assert len(set(model.rows[1:])) == 1
+    assert len(model.rows) == len(leaving)
+    for a, b in zip(output, staying, strict=True):
+        assert torch.equal(a, b)
+
+
+class RepeatingModel(Seq2Seq):
+    """A model whose decode_step needs a sentence for each row, and whose sentences cannot leave the batch."""
+
+    rows_share_sources = False
+
+    def encode(self, *args, **options):
+        enc = super().encode(*args, **options)
+        return SimpleNamespace(enc=enc, lengths=enc.lengths, repeat_interleave=partial(self.repeated, enc))
+
+    @staticmethod
+    def repeated(enc, k):
+        return SimpleNamespace(enc=enc.repeat_interleave(k))
+
+    def start(self, enc):
+        return super().start(enc.enc)
+
+    def decode_step(self, tokens, state, enc, **options):
+        assert len(enc.enc.lengths) == len(tokens)
+        return super().decode_step(tokens, state, enc.enc, **options)
+
+
+@pytest.mark.parametrize("options", LEAVING.values(), ids=LEAVING)
+def test_rows_that_share_sources_give_the_results_of_repeated_sources(seq2seq, options):
+    src, lengths = torch.randint(4, 8, (12, 5)), torch.randint(1, 6, (12,))
+    asked = []
+    step = seq2seq.decode_step
+    seq2seq.decode_step = lambda tokens, state, enc, **more: asked.append(enc) or step(tokens, state, enc, **more)
+    shared = generate(seq2seq, src, lengths, output_attentions=True, **options)
+    assert max(len(enc.lengths) for enc in asked) == len(src)
+    repeating = RepeatingModel(seq2seq.config).double().eval()
+    repeating.load_state_dict(seq2seq.state_dict())
+    repeated = generate(repeating, src, lengths, output_attentions=True, **options)
+    assert rows(shared) == rows(repeated)
+    torch.testing.assert_close(shared, repeated)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 5, "num_return_sequences": 5}, {"do_sample": True}, {}], ids=str)
@@ -262,7 +339,8 @@ def test_no_repeat_ngram_leaves_exactly_the_sequences_without_repeats(fake, size
 def test_ngrams_are_compared_in_full():
     history = torch.tensor([[3, 4, 3, 5, 3], [3, 3, 3, 3, 3], [4, 5, 6, 7, 3]])
     for size in (1, 2, 3, 5, 6):
-        forbidden = generation._repeats(history, size, 8)
+        repeats = search._repeats(history, size)
+        forbidden = forbidden_mask(8, repeats)
         for row, tokens in zip(forbidden, history.tolist(), strict=True):
             seen = {tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)}
             begun = tuple(tokens[len(tokens) - size + 1 :])

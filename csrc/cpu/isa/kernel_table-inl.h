@@ -6,6 +6,7 @@
 #include "cpu/kernels/attention_backward-inl.h"
 #include "cpu/kernels/attention_forward-inl.h"
 #include "cpu/kernels/attention_tanh-inl.h"
+#include "cpu/kernels/candidates-inl.h"
 #include "cpu/kernels/cross_entropy-inl.h"
 #include "cpu/kernels/gemm-inl.h"
 #include "cpu/kernels/lstm_backward-inl.h"
@@ -41,6 +42,7 @@ Kernels<S> make_kernels() {
   table.attention_backward = attention_backward<S>;
   table.attention_prepare = attention_prepare<S>;
   table.cross_entropy = cross_entropy<S>;
+  table.candidates = candidates<S>;
   return table;
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/kernels/attention_params.h"
+#include "cpu/kernels/candidates_params.h"
 #include "cpu/kernels/cross_entropy_params.h"
 #include "cpu/kernels/lstm_cell_params.h"
 #include "cpu/kernels/lstm_params.h"
@@ -60,6 +61,7 @@ struct Kernels {
   void (*attention_prepare)(const AttentionPrepareParams<S>&, int64_t begin, int64_t end, void* scratch);
 
   void (*cross_entropy)(const CrossEntropyParams<S>&, int64_t begin, int64_t end);  // tasks of kCrossEntropyRows rows
+  void (*candidates)(const CandidatesParams<S>&, int64_t begin, int64_t end);       // sentences
 };
 
 // The table of machine_isa(), for S = float, double, BFloat16 and Half.

@@ -1,0 +1,383 @@
+"""The loops behind ``generate``: greedy decoding, sampling and beam search, on the model's device.
+
+Shapes: B sentences, b of them still decoded, K decoder rows of a sentence (beams or returned samples, side by side),
+N = b * K, R returned sequences per sentence, V target vocabulary, S source positions, T decoding steps, L longest
+returned sequence.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastseq.ops.candidates.api import candidates, forbidden_mask
+
+STEPS_BETWEEN_CHECKS = 8  # on a GPU the check "how many sentences are done" synchronises; on the CPU every step checks
+DONE_BEFORE_LEAVING = 0.25  # of the sentences: fewer stay in the batch, since selecting the others copies their sources
+MINUS_INFINITY = float("-inf")
+
+
+class GenerateOutput(NamedTuple):
+    """Rows ``b * R`` to ``b * R + R - 1`` belong to sentence b: best first in beam search, as drawn in sampling."""
+
+    sequences: Tensor  # (B * R, L) int64: no bos; eos kept; pad after it
+    sequences_scores: Tensor  # (B * R,) log-probability, eos included, divided by the length penalty; float32 or wider
+    lengths: Tensor  # (B * R,) int64: number of tokens, eos included
+    cross_attentions: Tensor | None  # (B * R, L, S) weights behind each token, 0 past the length; None unless requested
+
+
+class Options(NamedTuple):
+    """The options of one ``generate`` call, with the special tokens of the model."""
+
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    forbidden_ids: tuple[int, ...]
+    max_new_tokens: int | None
+    max_length_ratio: float
+    min_new_tokens: int
+    num_beams: int
+    num_return_sequences: int
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    length_penalty: float
+    length_penalty_type: str
+    no_repeat_ngram_size: int
+    early_stopping: bool | str
+    output_attentions: bool
+    generator: torch.Generator | None
+
+
+class Batch:
+    """The sentences that are still decoded: encoder output, decoder state, limits, and which of their rows are done.
+
+    Attributes:
+        sentences: (b,) their numbers in the batch of ``generate``.
+        limits: (b,) limit on the tokens of each.
+        done: (b, K) in sampling, (b, 1) in beam search.
+        rows: K, 1 until ``widen``.
+    """
+
+    def __init__(self, model: nn.Module, enc: Any, limits: Tensor, options: Options):
+        self.model, self.enc, self.limits, self.options = model, enc, limits, options
+        self.state, self.rows = model.start(enc), 1
+        self.sentences = torch.arange(len(limits), device=limits.device)
+        self.done = limits.new_zeros(len(limits), 1, dtype=torch.bool)
+        self.ends = set(limits.tolist())  # steps at which a sentence reaches its limit
+        self.history = limits.new_empty(len(limits), 0)  # (N, T), T > step, kept for n-gram blocking only
+        self.always = limits.new_tensor(options.forbidden_ids)
+        self.at_first = limits.new_tensor((*options.forbidden_ids, options.eos_id))
+        self.repeated = False
+
+    def __len__(self) -> int:
+        return len(self.limits)
+
+    def widen(self, rows: int) -> None:
+        """Let each sentence have ``rows`` decoder rows. The caller selects them from the state."""
+        self.rows = rows
+        self.repeated = rows > 1 and not getattr(self.model, "rows_share_sources", False)
+        if self.repeated:
+            self.enc = self.enc.repeat_interleave(rows)
+
+    def advance(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One step of the model for tokens (N,): logits (N, V), attention (N, S) if requested."""
+        wanted = self.options.output_attentions
+        logits, self.state, attention = self.model.decode_step(tokens, self.state, self.enc, need_weights=wanted)
+        if wanted and attention is None:
+            raise ValueError("generate: output_attentions=True needs a model with attention; this one has none.")
+        return logits, attention if wanted else None
+
+    def forbidden(self, step: int) -> Tensor:
+        """(F,) or (N, F) tokens that may not follow the ``step`` tokens so far; -1 forbids nothing."""
+        fixed = self.at_first if step < self.options.min_new_tokens else self.always
+        size = self.options.no_repeat_ngram_size
+        if not size:
+            return fixed
+        repeats = _repeats(self.history[:, :step], size)
+        return torch.cat([fixed.expand(len(repeats), -1), repeats], 1)
+
+    def append(self, tokens: Tensor, step: int) -> None:
+        """Remember tokens (N,), the ones of this step."""
+        if self.options.no_repeat_ngram_size:
+            self.history = _with_room(self.history, step, self.options.pad_id)
+            self.history[:, step] = tokens
+
+    def at_limit(self, step: int) -> Tensor:
+        """(b, 1) bool: this step is the last one of the sentence."""
+        return (self.limits == step + 1)[:, None]
+
+    def row_numbers(self, sentences: Tensor) -> Tensor:
+        """The numbers of the rows of ``sentences`` (n,), side by side: (n * K,)."""
+        return (sentences[:, None] * self.rows + torch.arange(self.rows, device=sentences.device)).flatten()
+
+    def remaining(self, step: int) -> Tensor | None:
+        """The places (0..b-1) of the sentences that are not done; None while too few are done to let them leave."""
+        number = _number_done(self.done, step)
+        leave = number >= DONE_BEFORE_LEAVING * len(self) and hasattr(self.enc, "index_select")
+        return (~self.done.all(1)).nonzero()[:, 0] if number == len(self) or (number and leave) else None
+
+    def keep(self, places: Tensor) -> None:
+        """Let all sentences leave but those at ``places`` (n,). The caller selects the rows of the state."""
+        self.enc = self.enc.index_select(self.row_numbers(places) if self.repeated else places)
+        self.sentences, self.limits = self.sentences.index_select(0, places), self.limits.index_select(0, places)
+        self.done = self.done.index_select(0, places)
+
+    def select(self, rows: Tensor) -> None:
+        """Let the decoder go on with ``rows`` (M,) of its state, in that order, repeats allowed."""
+        self.state = self.state.index_select(rows)
+        if self.options.no_repeat_ngram_size:
+            self.history = self.history.index_select(0, rows)
+
+
+def _number_done(done: Tensor, step: int) -> int:
+    """The number of sentences whose rows are all done: the only synchronisation of a step. On a GPU 0 in most steps."""
+    if done.device.type != "cpu" and (step + 1) % STEPS_BETWEEN_CHECKS:
+        return 0
+    return int((done if done.shape[1] == 1 else done.all(1)).sum())
+
+
+def _with_room(tokens: Tensor, step: int, fill: int) -> Tensor:
+    """tokens (N, T) with a column for ``step``: doubled where it is full, since few sequences reach their limit."""
+    if step < tokens.shape[1]:
+        return tokens
+    return torch.cat([tokens, tokens.new_full((len(tokens), max(step, 32)), fill)], 1)
+
+
+def _repeats(history: Tensor, size: int) -> Tensor:
+    """(N, step - size + 1) the tokens that would complete an n-gram which history (N, step) already holds, or -1."""
+    if history.shape[1] < size:
+        return history[:, :0]
+    ngrams = history.unfold(1, size, 1)  # (N, step - size + 1, size)
+    begun = history[:, None, history.shape[1] - size + 1 :]  # (N, 1, size - 1) start of the n-gram to come
+    return ngrams[..., -1].where((ngrams[..., :-1] == begun).all(-1), -1)
+
+
+def _choose(logits: Tensor, forbidden: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """The next token of each row of logits (N, V) and its log-probability: (N, 1) each."""
+    limits = {"forbidden": forbidden, "last_resort": options.eos_id}
+    if not options.do_sample:
+        log_probs, _, tokens = candidates(logits, 1, **limits)
+        return log_probs, tokens
+    if options.top_k:
+        log_probs, _, tokens = candidates(logits, min(options.top_k, logits.shape[1]), **limits)
+        drawn = _sample(log_probs, options)
+        return log_probs.gather(1, drawn), tokens.gather(1, drawn)
+    log_probs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    log_probs.masked_fill_(forbidden_mask(logits.shape[1], **limits), MINUS_INFINITY)
+    tokens = _sample(log_probs, options)
+    return log_probs.gather(1, tokens), tokens
+
+
+def _sample(log_probs: Tensor, options: Options) -> Tensor:
+    """(N, 1) columns drawn from log-probabilities (N, C) after temperature and top-p."""
+    temperature = max(options.temperature, torch.finfo(log_probs.dtype).tiny)  # its reciprocal is finite
+    log_probs = (log_probs - log_probs.amax(1, keepdim=True)) / temperature
+    if options.top_p == 1:
+        return log_probs.softmax(1).multinomial(1, generator=options.generator)
+    log_probs, columns = log_probs.sort(1, descending=True)
+    probs = log_probs.softmax(1)
+    probs = probs.masked_fill(probs.cumsum(1) - probs >= options.top_p, 0.0)  # the tokens before make up top_p
+    return columns.gather(1, probs.multinomial(1, generator=options.generator))
+
+
+class _Chosen(NamedTuple):
+    """One step of decoding without beams. A row that is done goes on; its later tokens are dropped at the end."""
+
+    tokens: Tensor  # (N,)
+    scores: Tensor  # (N, 1) log-probability of the row's tokens so far
+    attention: Tensor | None  # (N, S)
+
+
+def decode_rows(model: nn.Module, enc: Any, limits: Tensor, options: Options) -> GenerateOutput:
+    """Greedy decoding and sampling: rows are independent. limits (B,)."""
+    batch, returned = Batch(model, enc, limits, options), options.num_return_sequences
+    if returned > 1:
+        batch.select(batch.sentences.repeat_interleave(returned))
+        batch.widen(returned)
+        batch.done = batch.done.expand(-1, returned).clone()
+    tokens = limits.new_full((len(limits) * returned,), options.bos_id)
+    scores, steps, parts = 0.0, [], []  # parts: row numbers and steps between two changes of the batch
+    for step in range(max(batch.ends)):
+        logits, attention = batch.advance(tokens)
+        log_probs, chosen = _choose(logits, batch.forbidden(step), options)
+        tokens, scores = chosen.flatten(), scores + log_probs
+        steps.append(_Chosen(tokens, scores, attention))
+        batch.append(tokens, step)
+        batch.done |= (tokens == options.eos_id).view_as(batch.done)
+        if step + 1 in batch.ends:
+            batch.done |= batch.at_limit(step)
+        places = batch.remaining(step)
+        if places is None:
+            continue
+        parts.append((batch.row_numbers(batch.sentences), steps))
+        steps = []
+        if len(places) == 0:
+            break
+        rows = batch.row_numbers(places)
+        batch.select(rows)
+        batch.keep(places)
+        tokens, scores = tokens.index_select(0, rows), scores.index_select(0, rows)
+    if steps:  # on a GPU the last steps may be unchecked
+        parts.append((batch.row_numbers(batch.sentences), steps))
+    return _join(parts, limits.repeat_interleave(returned), options)
+
+
+def _join(parts: list[tuple[Tensor, list[_Chosen]]], limits: Tensor, options: Options) -> GenerateOutput:
+    """Put the parts of the rows together; limits (B * R,). Each row ends at its first eos or at its limit."""
+    length, first = sum(len(steps) for _, steps in parts), parts[0][1][0]
+    sequences = limits.new_full((len(limits), length), options.pad_id)
+    scores = first.scores.new_zeros(sequences.shape)
+    attentions = (
+        None if first.attention is None else first.attention.new_zeros(*sequences.shape, first.attention.shape[1])
+    )
+    start = 0
+    for rows, steps in parts:
+        span = slice(start, start := start + len(steps))
+        sequences[rows, span] = torch.stack([step.tokens for step in steps], 1)
+        scores[rows, span] = torch.cat([step.scores for step in steps], 1)
+        if attentions is not None:
+            attentions[rows, span] = torch.stack([step.attention for step in steps], 1)
+    is_eos = sequences == options.eos_id
+    lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, length).minimum(limits)
+    longest = int(lengths.max())
+    outside = torch.arange(longest, device=limits.device) >= lengths[:, None]  # (B * R, L)
+    return GenerateOutput(
+        sequences[:, :longest].masked_fill(outside, options.pad_id),
+        _penalised(scores.gather(1, lengths[:, None] - 1)[:, 0], lengths, options),
+        lengths,
+        None if attentions is None else attentions[:, :longest].masked_fill(outside[..., None], 0.0),
+    )
+
+
+class _Step(NamedTuple):
+    """One step of beam search. A candidate is a beam with one more token; each sentence keeps its 2K best."""
+
+    beams: Tensor  # (b, 2K) the beam (0..K-1) that each candidate extends
+    tokens: Tensor  # (b, 2K) the token that it adds
+    survivors: Tensor  # (b, K) the candidates that are the beams of the next step
+    attention: Tensor | None  # (b * K, S) weights of the beams before the step; (b, S) before the first one
+    places: Tensor | None  # (B,) the place of each sentence, 0 for those that have left; None: all are there, in order
+
+    def of_all(self, t: Tensor) -> Tensor:
+        """The rows of t (b, ...) for all B sentences; those that have left get the rows of another one."""
+        return t if self.places is None else t.index_select(0, self.places)
+
+
+class _Pool(NamedTuple):
+    """The K best finished hypotheses of each sentence, best first; a free place has the score -inf."""
+
+    scores: Tensor  # (b, K) divided by the length penalty
+    lengths: Tensor  # (b, K) hypothesis ended in step lengths - 1 ...
+    candidates: Tensor  # (b, K) ... as this candidate
+
+    def index_select(self, places: Tensor) -> "_Pool":
+        """The sentences at ``places`` (n,)."""
+        return _Pool(*(t.index_select(0, places) for t in self))
+
+
+def beam_search(model: nn.Module, enc: Any, limits: Tensor, options: Options) -> GenerateOutput:
+    """Beam search over all sentences at once; limits (B,). A sentence that is done keeps its pool from then on.
+
+    Before the first step the beams of a sentence are equal, so that step runs one row a sentence.
+    """
+    batch, beams = Batch(model, enc, limits, options), options.num_beams
+    tokens, scores, steps = limits.new_full((len(limits),), options.bos_id), None, []
+    free = limits.new_zeros(len(limits), beams)
+    pool = _Pool(free.float() + MINUS_INFINITY, free, free)
+    pools, places = [], None  # pools: numbers and pools of the sentences that have left, and at the end of all others
+    for step in range(max(batch.ends)):
+        logits, attention = batch.advance(tokens)
+        limits_of_step = {"forbidden": batch.forbidden(step), "last_resort": options.eos_id}
+        best = candidates(logits, 2 * beams, scores, **limits_of_step)  # (b, 2K)
+        is_eos, at_limit = best.tokens == options.eos_id, batch.at_limit(step)
+        scores, survivors = best.totals.masked_fill(is_eos, MINUS_INFINITY).topk(beams)  # at most K of the 2K are eos
+        steps.append(_Step(best.beams, best.tokens, survivors, attention, places))
+
+        ended = (is_eos | at_limit) & ~batch.done
+        lengths = torch.full_like(pool.lengths, step + 1)
+        pool = _collect(pool, best.totals.masked_fill(~ended, MINUS_INFINITY)[:, :beams], lengths, options)
+        batch.done |= at_limit | _decided(pool, scores[:, 0], lengths[:, 0], batch.limits, options)[:, None]
+        rest = batch.remaining(step)
+        if rest is not None and len(rest) == 0:
+            break
+        first_rows = torch.arange(len(batch), device=limits.device)[:, None] * batch.rows
+        rows = first_rows + best.beams.gather(1, survivors)  # (b, K)
+        next_tokens = best.tokens.gather(1, survivors)
+        if rest is not None:
+            pools.append((batch.sentences, pool))
+            rows, next_tokens, scores = (t.index_select(0, rest) for t in (rows, next_tokens, scores))
+            batch.keep(rest)
+            pool, places = pool.index_select(rest), torch.zeros_like(limits)
+            places[batch.sentences] = torch.arange(len(batch), device=limits.device)
+        batch.select(rows.flatten())
+        if step == 0:
+            batch.widen(beams)
+        tokens = next_tokens.flatten()
+        batch.append(tokens, step)
+    pools.append((batch.sentences, pool))
+    return _trace_back(steps, _join_pools(pools), options)
+
+
+def _join_pools(pools: list[tuple[Tensor, _Pool]]) -> _Pool:
+    """The pool of each sentence as it was when the sentence left: the last one that it appears in. -> (B, K)."""
+    joined = pools[0][1]  # of all sentences
+    for sentences, pool in pools[1:]:
+        joined = _Pool(*(t.index_copy(0, sentences, part) for t, part in zip(joined, pool, strict=True)))
+    return joined
+
+
+def _penalised(scores: Tensor, lengths: Tensor, options: Options) -> Tensor:
+    """Log-probabilities divided by the length penalty; lengths broadcast against scores."""
+    if options.length_penalty_type == "none":
+        return scores
+    lengths = lengths.to(scores.dtype)
+    base = lengths if options.length_penalty_type == "avg" else (5 + lengths) / 6
+    return scores / base**options.length_penalty
+
+
+def _collect(pool: _Pool, scores: Tensor, lengths: Tensor, options: Options) -> _Pool:
+    """Put the K best candidates of a step, scores (B, K) and lengths (B, K), into the pool; -inf: not finished."""
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(lengths)
+    scores = torch.cat([pool.scores, _penalised(scores, lengths, options)], 1)  # (B, 2K)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)  # stable: equals stay, free places keep length 0
+    scores, order = scores[:, : places.shape[1]], order[:, : places.shape[1]]
+    lengths = torch.cat([pool.lengths, lengths], 1).gather(1, order)
+    return _Pool(scores, lengths, torch.cat([pool.candidates, places], 1).gather(1, order))
+
+
+def _decided(pool: _Pool, best: Tensor, lengths: Tensor, limits: Tensor, options: Options) -> Tensor:
+    """(B,) bool: by ``early_stopping`` the sentence is done. best, lengths (B,): its best beam."""
+    worst = pool.scores[:, -1]  # -inf while a place is free
+    if options.early_stopping != "never" and options.early_stopping:
+        return worst > MINUS_INFINITY
+    if options.early_stopping == "never" and options.length_penalty > 0:
+        lengths = limits  # log-probabilities only fall: none gets better than today's over the largest penalty
+    return _penalised(best, lengths, options) <= worst
+
+
+def _trace_back(steps: list[_Step], pool: _Pool, options: Options) -> GenerateOutput:
+    """Follow the best hypotheses of the pool from their last token to their first."""
+    scores = pool.scores[:, : options.num_return_sequences]  # (B, R)
+    lengths = pool.lengths[:, : options.num_return_sequences]
+    last = pool.candidates[:, : options.num_return_sequences]
+    beam = torch.zeros_like(last)  # (B, R) beam before step + 1 that the hypothesis came through
+    tokens, attentions = [], []
+    for number in range(int(lengths.max()), 0, -1):
+        step = steps[number - 1]
+        candidate = torch.where(lengths == number, last, step.of_all(step.survivors).gather(1, beam))
+        outside = lengths < number
+        tokens.append(step.of_all(step.tokens).gather(1, candidate).masked_fill(outside, options.pad_id))
+        beam = step.of_all(step.beams).gather(1, candidate)
+        if step.attention is not None:
+            weights = step.of_all(step.attention.unflatten(0, (len(step.tokens), -1)))  # (B, K, S)
+            weights = weights.gather(1, beam[..., None].expand(-1, -1, weights.shape[2]))
+            attentions.append(weights.masked_fill(outside[..., None], 0.0))
+    tokens, attentions = tokens[::-1], attentions[::-1]
+    return GenerateOutput(
+        torch.stack(tokens, 2).flatten(0, 1),
+        scores.flatten(),
+        lengths.flatten(),
+        torch.stack(attentions, 2).flatten(0, 1) if attentions else None,
+    )
