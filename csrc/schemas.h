@@ -84,6 +84,43 @@ void define_operators(Library& m) {
   m.def(
       "candidates(Tensor logits, Tensor? scores, Tensor? forbidden, int last_resort, int count) "
       "-> (Tensor totals, Tensor beams, Tensor tokens)");
+  // One step of a decoder for N rows, K of each of B sentences, without gradients. tokens (N,) int64; embedding (V, E);
+  // table (V, 4H): embedding times its columns of W_ih, computed before; h, c (L, N, H); feed (N, H); weights: W_ih,
+  // W_hh of each layer, biases: b_ih, b_hh of each; combine (H, D + H); query_weight (A, H), query_bias, score_weight
+  // (A,), gain (): additive score, with the norm of score_weight if gain is given; keys (B, P, A), memory (B, P, D),
+  // lengths (B,) int64; prepared: attention_prepare(keys, ...); output_weight (V, H), output_bias (V,). Weights of the
+  // layers, combine and query_weight also packed by decoder_pack. vector (N, H), logits (N, V), h_n, c_n (L, N, H),
+  // weights (N, P); results that are not computed have shape (0,).
+  m.def(
+      "decoder_step(Tensor tokens, Tensor embedding, Tensor? table, Tensor h, Tensor c, Tensor? feed, "
+      "Tensor[] weights, Tensor[] biases, Tensor? combine, Tensor? query_weight, Tensor? query_bias, "
+      "Tensor? score_weight, Tensor? gain, Tensor? keys, Tensor? memory, Tensor? lengths, Tensor? prepared, "
+      "Tensor? output_weight, Tensor? output_bias, float scale, bool need_weights) "
+      "-> (Tensor vector, Tensor logits, Tensor h_n, Tensor c_n, Tensor attention)");
+  // T steps with input feeding, for training. gates (T, N, 4H): the embeddings' part of the first layer's gates, bias
+  // included; weights: W_ih, W_hh of each layer, in the first the columns of the feed (4H, H); biases: b_ih, b_hh of
+  // the layers above; masks (L - 1, T, N, H): factors between the layers. vectors (T, N, H), attention (T, N, P),
+  // h_steps, cell_states (L, T, N, H), activations (L, T, N, 4H); inputs (L - 1, T, N, H) with masks, queries (T, N, A)
+  // of the additive score, else (0,); contexts (T, N, D).
+  m.def(
+      "decoder_forward(Tensor gates, Tensor h, Tensor c, Tensor feed, Tensor[] weights, Tensor[] biases, "
+      "Tensor? masks, Tensor combine, Tensor? query_weight, Tensor? query_bias, Tensor? score_weight, Tensor keys, "
+      "Tensor memory, Tensor? lengths, Tensor? prepared, float scale) -> (Tensor vectors, Tensor attention, "
+      "Tensor h_steps, Tensor cell_states, Tensor activations, Tensor inputs, Tensor queries, Tensor contexts)");
+  // The part of the backward that runs step by step. queries (T, N, A): for the dot score h of the last layer.
+  // grad_gates (L, T, N, 4H); grad_sums (T, N, H) of combine [context, h]; grad_joined (T, N, D + H) of [context, h];
+  // grad_queries (T, N, A); grad_scores (T, N, P) of the dot score; key_sums (B, P, A16), weight_sums (B, A16) of the
+  // additive score, where A16 is A rounded up to 16: gradients of keys, before the factor score_weight, and of
+  // score_weight; grad_h0, grad_c0 (L, N, H), grad_feed (N, H).
+  m.def(
+      "decoder_backward(Tensor grad_vectors, Tensor? grad_weights, Tensor? grad_h_n, Tensor? grad_c_n, Tensor h, "
+      "Tensor c, Tensor feed, Tensor[] weights, Tensor? masks, Tensor combine, Tensor? query_weight, "
+      "Tensor? score_weight, Tensor keys, Tensor memory, Tensor? lengths, Tensor? prepared, Tensor vectors, "
+      "Tensor attention_weights, Tensor cell_states, Tensor activations, Tensor queries, float scale) "
+      "-> (Tensor grad_gates, Tensor grad_sums, Tensor grad_joined, Tensor grad_queries, Tensor grad_scores, "
+      "Tensor key_sums, Tensor weight_sums, Tensor grad_h0, Tensor grad_c0, Tensor grad_feed)");
+  // Panels of a weight (M, K) for decoder_step, one dimension; is_gates: M = 4H.
+  m.def("decoder_pack(Tensor weight, bool is_gates) -> Tensor");
   // Frees the memory that the pool keeps for later calls. Returns the number of bytes.
   m.def("cpu_empty_cache() -> int");
   // Runs multiply-adds in the dtype of `example` on all threads, `steps` rounds each. Returns the number of operations.

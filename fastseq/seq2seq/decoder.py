@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from fastseq.nn.attention import Attention
 from fastseq.nn.lstm import LSTM
+from fastseq.ops.attention.api import ADDITIVE
 from fastseq.ops.common.dtypes import accumulate_dtype
+from fastseq.ops.decoder.api import Packed, Sequence, Source, State, Weights, decoder, one_operator, one_sequence
+from fastseq.ops.decoder.api import step as decoder_step
 from fastseq.ops.linear_cross_entropy import linear_cross_entropy
 from fastseq.ops.lstm_cell import lstm_cell
 from fastseq.seq2seq.config import Seq2SeqConfig
@@ -21,11 +24,12 @@ class DecoderState(NamedTuple):
     h: Tensor  # (L, N, H)
     c: Tensor  # (L, N, H)
     feed: Tensor | None  # (N, H) last attentional vector; None without input feeding
+    packed: Packed | None = None  # weights for later steps of many rows, opaque; renewed where a weight has changed
 
     def index_select(self, rows: Tensor) -> "DecoderState":
         """The rows ``rows`` (M,), in that order, repeats allowed. Beam search reorders its hypotheses by it."""
         feed = None if self.feed is None else self.feed.index_select(0, rows)
-        return DecoderState(self.h.index_select(1, rows), self.c.index_select(1, rows), feed)
+        return DecoderState(self.h.index_select(1, rows), self.c.index_select(1, rows), feed, self.packed)
 
 
 class _Layer(NamedTuple):
@@ -122,14 +126,96 @@ class Decoder(nn.Module):
         self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, need_weights: bool
     ) -> tuple[Tensor, DecoderState, Tensor | None]:
         """tokens (N,) -> logits (N, V), next state, weights (N, S) or None; N = B * K, K rows a sentence."""
+        if one_operator(state.h, self.backend) and self._is_plain():
+            return self._step_as_one(tokens, state, enc, need_weights)
         layers = self._layers()
         gates = self._input_gates(tokens, layers)
         h, c = state.h.unbind(0), state.c.unbind(0)
         h, c, vector, weights = self._advance(gates, h, c, state.feed, enc, layers, need_weights)
         return self._project(vector), self._state(h, c, vector), weights
 
+    def _steps_as_one(self, tokens: Tensor, enc: EncoderOutput, need_weights: bool):
+        """:meth:`_step_by_step` with the true tokens, by the decoder op."""
+        layers, attention, count = self._layers(), self.attention, self.lstm.num_layers
+        weights, gates = self.lstm.current_weights(), self._input_gates(tokens.t(), layers)  # (T, B, 4H)
+        query = bias = score = None
+        if attention.score in ADDITIVE:
+            query, bias, score = attention.query_proj.weight, attention.query_proj.bias, attention.v
+            if attention.score == "normed_additive":
+                score = attention.gain * F.normalize(score, dim=0)
+        masks = None
+        if self.training and self.dropout and count > 1:
+            masks = F.dropout(gates.new_ones(count - 1, *gates.shape[:2], enc.h.size(2)), self.dropout)
+        vectors, weights, h, c = decoder(
+            Sequence(
+                gates,
+                enc.h,
+                enc.c,
+                torch.zeros_like(enc.h[0]),
+                self.combine.weight,
+                query,
+                bias,
+                score,
+                enc.keys.projected,
+                enc.memory,
+                masks,
+                enc.lengths,
+                enc.keys.prepared_data(),
+                tuple(w for layer in layers for w in (layer.input, layer.hidden)),
+                tuple(w for k in range(1, count) for w in weights[4 * k + 2 : 4 * k + 4]),
+                1.0 if attention.scale is None else attention.scale,
+            )
+        )
+        weights = weights.transpose(0, 1) if need_weights else None
+        return self.output_dropout(vectors.transpose(0, 1)), weights, DecoderState(h, c, vectors[-1])
+
+    def _is_plain(self) -> bool:
+        """True if the parameters alone determine a step: no dropout, no replaced submodule, no hook."""
+        if self.training and (self.dropout or self.embed_dropout.p or self.output_dropout.p):
+            return False
+        if not (_is_plain(self.embedding, nn.Embedding) and _is_plain(self.output, nn.Linear)):
+            return False
+        return self.attention is None or self._has_plain_attention()
+
+    def _has_plain_attention(self) -> bool:
+        attention = self.attention
+        if attention is None or not (_is_plain(attention, Attention) and _is_plain(self.combine, nn.Linear)):
+            return False
+        return attention.score not in ADDITIVE or _is_plain(attention.query_proj, nn.Linear)
+
+    def _step_as_one(self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, need_weights: bool):
+        """:meth:`step` by the decoder op."""
+        h, c, feed, packed = state
+        result, packed = decoder_step(
+            tokens, State(h, c, feed), self._weights(), self._source(enc), packed, need_weights
+        )
+        feed = result.vector if self.input_feeding else None
+        return result.logits, DecoderState(result.h, result.c, feed, packed), result.attention
+
+    def _weights(self) -> Weights:
+        """The parameters of a step, as they are now."""
+        weights, attention, output = self.lstm.current_weights(), self.attention, self.output
+        matrices = tuple(w for k, w in enumerate(weights) if k % 4 < 2)
+        biases = tuple(w for k, w in enumerate(weights) if k % 4 >= 2)
+        given = self.embedding.weight, output.weight, output.bias, matrices, biases
+        if attention is None:
+            return Weights(*given)
+        if attention.score not in ADDITIVE:
+            return Weights(*given, self.combine.weight)
+        query = attention.query_proj
+        gain = attention.gain if attention.score == "normed_additive" else None
+        return Weights(*given, self.combine.weight, query.weight, query.bias, attention.v, gain)
+
+    def _source(self, enc: EncoderOutput) -> Source:
+        if self.attention is None:
+            return Source(None, None, None, None, 1.0)
+        scale = 1.0 if self.attention.scale is None else self.attention.scale
+        return Source(enc.keys.projected, enc.memory, enc.lengths, enc.keys.prepared_data(), scale)
+
     def _step_by_step(self, tokens: Tensor, enc: EncoderOutput, teacher_forcing_ratio: float, need_weights: bool):
         """As :meth:`vectors`; below a ratio of 1 each step is also projected, for the prediction."""
+        if teacher_forcing_ratio == 1 and one_sequence(enc.h, self.backend) and self._has_plain_attention():
+            return self._steps_as_one(tokens, enc, need_weights)
         layers = self._layers()
         state = self.start(enc)
         h, c, vector = state.h.unbind(0), state.c.unbind(0), state.feed
@@ -209,6 +295,11 @@ class Decoder(nn.Module):
 
     def _state(self, h, c, vector: Tensor) -> DecoderState:
         return DecoderState(torch.stack(tuple(h)), torch.stack(tuple(c)), vector if self.input_feeding else None)
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """True if calling the module runs the forward of ``kind`` and nothing else."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _choose(truth: Tensor, predicted: Tensor, ratio: float) -> Tensor:

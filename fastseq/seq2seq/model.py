@@ -209,7 +209,7 @@ class Seq2Seq(nn.Module):
             )
         try:
             return self.decoder.step(tokens, state, enc, need_weights)
-        except IndexError:  # the embedding's; a check before each step would cost more than the look-up
+        except (IndexError, RuntimeError):  # of the look-up; a check before each step would cost more
             _check_ids("tokens", tokens, self.config.tgt_vocab_size)
             raise
 

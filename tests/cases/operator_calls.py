@@ -78,9 +78,60 @@ def candidates(B=2, K=3, V=5) -> tuple:
     return torch.randn(B * K, V), torch.randn(B, K), torch.zeros(B * K, 2, dtype=torch.int64), 0, 4
 
 
+def decoder_step(N=6, B=3, P=4, H=8, E=5, A=7, V=9, dot=False) -> tuple:
+    """Two layers with input feeding; the additive score, or the dot score with A = H."""
+    draw, A = torch.randn, H if dot else A
+    matrices = [draw(4 * H, E + H), draw(4 * H, H), draw(4 * H, H), draw(4 * H, H)]
+    state = draw(2, N, H), draw(2, N, H), draw(N, H)
+    score = (None,) * 4 if dot else (draw(A, H), draw(A), draw(A), draw(()))
+    keys = draw(B, P, A)
+    prepared = None if dot else torch.zeros(B, P, (A + 15) // 16 * 16 + 16)
+    source = keys, draw(B, P, H), torch.full((B,), P), prepared
+    first = torch.arange(N), draw(V, E), draw(V, 4 * H), *state, matrices, [draw(4 * H) for _ in range(4)]
+    return *first, draw(H, 2 * H), *score, *source, draw(V, H), draw(V), 0.5, True
+
+
+def decoder_sequence(T, N, B, P, H, A, masked, dot) -> dict:
+    """The inputs of T steps of two layers by name, as both operators take them."""
+    draw, A = torch.randn, H if dot else A
+    keys = draw(B, P, A)
+    score = dict(query_weight=draw(A, H), query_bias=draw(A), score_weight=draw(A))
+    return {
+        "states": (draw(2, N, H), draw(2, N, H), draw(N, H)),
+        "matrices": [draw(4 * H, H) for _ in range(4)],
+        "biases": [draw(4 * H), draw(4 * H)],
+        "masks": torch.rand(1, T, N, H) if masked else None,
+        "combine": draw(H, 2 * H),
+        **(dict.fromkeys(score) if dot else score),
+        "source": (keys, draw(B, P, H), torch.full((B,), P)),
+        "prepared": None if dot else torch.zeros(B, P, (A + 15) // 16 * 16 + 16),
+    }
+
+
+def decoder_forward(T=3, N=6, B=3, P=4, H=8, A=7, masked=True, dot=False) -> tuple:
+    given = decoder_sequence(T, N, B, P, H, A, masked, dot)
+    gates = torch.randn(T, N, 4 * H)
+    states, matrices, biases, masks, combine, query, bias, score, source, prepared = given.values()
+    return gates, *states, matrices, biases, masks, combine, query, bias, score, *source, prepared, 0.5
+
+
+def decoder_backward(T=3, N=6, B=3, P=4, H=8, A=7, masked=True, dot=False) -> tuple:
+    given = decoder_sequence(T, N, B, P, H, A, masked, dot)
+    states, matrices, _, masks, combine, query, _, score, source, prepared = given.values()
+    draw, A = torch.randn, H if dot else A
+    grads = draw(T, N, H), draw(T, N, P), draw(2, N, H), draw(2, N, H)
+    saved = draw(T, N, H), torch.rand(T, N, P), draw(2, T, N, H), torch.rand(2, T, N, 4 * H), draw(T, N, A)
+    return *grads, *states, matrices, masks, combine, query, score, *source, prepared, *saved, 0.5
+
+
+def decoder_pack(M=12, K=5) -> tuple:
+    return torch.randn(M, K), True
+
+
 BOTH = (lstm_cell_forward, lstm_cell_backward, lstm_step, attention_forward, attention_backward, attention_prepare)
+DECODER = (decoder_step, decoder_pack, decoder_forward, decoder_backward)
 LOSS = (linear_cross_entropy_forward, linear_cross_entropy_backward)
-CPU = (lstm_forward, lstm_backward, *LOSS, *BOTH, candidates)
+CPU = (lstm_forward, lstm_backward, *DECODER, *LOSS, *BOTH, candidates)
 CUDA = (lstm_recurrence_forward, lstm_recurrence_backward, *BOTH)
 
 
@@ -94,6 +145,17 @@ def variants(call, prepared) -> list[tuple]:
     if call in (attention_forward, attention_backward):
         return [call(prepared=prepared), call(masked=True)]
     return [call()]
+
+
+LISTS = {  # names of the tensors of a list argument, in messages
+    ("lstm_forward", "weights"): ("weight_ih", "weight_hh", "bias_ih", "bias_hh"),
+    ("lstm_backward", "weights"): ("weight_ih", "weight_hh", "bias_ih", "bias_hh"),
+    ("decoder_step", "weights"): ("weight_ih", "weight_hh") * 2,
+    ("decoder_step", "biases"): ("bias_ih", "bias_hh") * 2,
+    ("decoder_forward", "weights"): ("weight_ih", "weight_hh") * 2,
+    ("decoder_forward", "biases"): ("bias_ih", "bias_hh"),
+    ("decoder_backward", "weights"): ("weight_ih", "weight_hh") * 2,
+}
 
 
 def tensors_of(operator, arguments: tuple) -> dict[str, Tensor]:
@@ -127,7 +189,7 @@ def check_damaged(operator, call, damage, prepared=None) -> set[str]:
             if rest:
                 k = int(rest.rstrip("]"))
                 changed[i][k] = damage(changed[i][k])
-                name = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[k]
+                name = LISTS[call.__name__, name][k]
             else:
                 changed[i] = damage(changed[i])
             with pytest.raises(RuntimeError, match=f"{call.__name__}: {name} .*storage of"):

@@ -27,6 +27,10 @@ LARGE = {
     "lstm_step": (calls.lstm_step(128, 128, 128), set()),
     "attention_forward": (calls.attention_forward(2, 128, 128, 128, 128), set()),
     "attention_backward": (calls.attention_backward(2, 128, 128, 128, 128), set()),
+    "decoder_step": (calls.decoder_step(128, 64, 128, 128, 128, 128, 128), set()),
+    "decoder_forward": (calls.decoder_forward(2, 128, 64, 128, 128, 128), set()),
+    "decoder_backward": (calls.decoder_backward(2, 128, 64, 128, 128, 128), set()),
+    "decoder_pack": (calls.decoder_pack(128, 128), set()),
     "attention_prepare": (calls.attention_prepare(2, 128, 128), set()),
     "candidates": ((*calls.candidates(128, 2, 100)[:4], 100), set()),
 }

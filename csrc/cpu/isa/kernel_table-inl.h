@@ -8,6 +8,9 @@
 #include "cpu/kernels/attention_tanh-inl.h"
 #include "cpu/kernels/candidates-inl.h"
 #include "cpu/kernels/cross_entropy-inl.h"
+#include "cpu/kernels/decoder_backward-inl.h"
+#include "cpu/kernels/decoder_forward-inl.h"
+#include "cpu/kernels/decoder_products-inl.h"
 #include "cpu/kernels/gemm-inl.h"
 #include "cpu/kernels/lstm_backward-inl.h"
 #include "cpu/kernels/lstm_cell-inl.h"
@@ -43,6 +46,11 @@ Kernels<S> make_kernels() {
   table.attention_prepare = attention_prepare<S>;
   table.cross_entropy = cross_entropy<S>;
   table.candidates = candidates<S>;
+  if constexpr (sizeof(S) == sizeof(Acc<S>)) {
+    table.decoder_pack = decoder_pack<S>;
+    table.decoder_forward = decoder_forward<S>;
+    table.decoder_backward = decoder_backward<S>;
+  }
   return table;
 }
 

@@ -6,6 +6,7 @@
 #include "cpu/kernels/attention_params.h"
 #include "cpu/kernels/candidates_params.h"
 #include "cpu/kernels/cross_entropy_params.h"
+#include "cpu/kernels/decoder_params.h"
 #include "cpu/kernels/lstm_cell_params.h"
 #include "cpu/kernels/lstm_params.h"
 #include "cpu/runtime/sequences.h"
@@ -51,6 +52,23 @@ struct Kernels {
       const LstmBackwardParams<S>&, int64_t direction, const ValidRows&, int64_t begin, int64_t end, void* scratch);
   void (*lstm_input_gradients)(
       const LstmBackwardParams<S>&, const ValidRows&, int64_t panel, int64_t begin, int64_t end);
+
+  // Decoder, for S = float and double; null for other types.
+  void (*decoder_pack)(const DecoderWeight<S>&, bool is_gates, int64_t panel, S* scratch, void* packed);
+  void (*decoder_forward)(const DecoderForwardParams<S>&,
+                          int64_t begin,  // sentences
+                          int64_t end,
+                          ThreadTeam& team,
+                          int64_t members,
+                          ThreadTeam::Share share,
+                          void* scratch);  // attention_scratch_bytes of this member
+  void (*decoder_backward)(const DecoderBackwardParams<S>&,
+                           int64_t begin,  // sentences
+                           int64_t end,
+                           ThreadTeam& team,
+                           int64_t members,
+                           ThreadTeam::Share share,
+                           void* scratch);  // attention_scratch_bytes of this member
 
   // Measures the peak: `steps` rounds of as many multiply-adds as registers hold. Returns floating-point operations.
   int64_t (*fma_chain)(int64_t steps);

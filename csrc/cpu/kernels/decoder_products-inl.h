@@ -1,0 +1,160 @@
+// Products x W^T of the decoder, for tiles of rows and one panel of W: weights packed, or read in place.
+//
+// A panel is four vectors of columns. Gates: the four gates of kLanes hidden units. Columns: 4 * kLanes neighbours.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa/region.h"
+#include "cpu/kernels/decoder_params.h"
+#include "cpu/kernels/dot-inl.h"
+#include "cpu/kernels/gemm-inl.h"
+#include "cpu/kernels/lstm_params.h"
+#include "cpu/kernels/pack-inl.h"
+#include "cpu/kernels/vector-inl.h"
+
+FASTSEQ_REGION_BEGIN
+namespace fastseq::cpu::FASTSEQ_ISA {
+
+// Rows of W behind the vectors of each panel.
+template <class S>
+struct PanelRows {
+  int64_t M;      // rows of W
+  bool is_gates;  // M = 4H, a panel holds kLanes hidden units; else 4 * kLanes neighbouring rows
+
+  int64_t panels() const {
+    const int64_t rows = is_gates ? M / 4 : M, width = is_gates ? kLanes<S> : 4 * kLanes<S>;
+    return (rows + width - 1) / width;
+  }
+  // First row of vector q.
+  int64_t first(int64_t panel, int64_t q) const {
+    return is_gates ? q * (M / 4) + panel * kLanes<S> : (panel * 4 + q) * kLanes<S>;
+  }
+  // Rows of vector q, at most kLanes; 0 or less past the end.
+  int64_t count(int64_t panel, int64_t q) const {
+    const int64_t rest = (is_gates ? (q + 1) * (M / 4) : M) - first(panel, q);
+    return rest < kLanes<S> ? rest : kLanes<S>;
+  }
+};
+
+// Operand rows of one factor of a sum of products: columns [begin, begin + depth) of W times `depth` columns of x.
+template <class S>
+struct DecoderSegment {
+  const DecoderWeight<S>* weight;
+  int64_t begin, depth;
+  const S* x;  // (rows, depth), rows `stride` elements apart
+  int64_t stride;
+  const int64_t* index;     // row r reads row index[r] of x; null: row r
+  const S* mask = nullptr;  // (rows, M) factors of the sum up to this segment, or null
+  const S* row(int64_t r) const { return x + (index ? index[r] : r) * stride; }
+};
+
+template <class S, int ROWS>
+FASTSEQ_INLINE void multiply_in_place(const DecoderSegment<S>& segment,
+                                      const S* const* a,  // (ROWS) rows of `depth` elements
+                                      const PanelRows<S>& rows,
+                                      int64_t panel,
+                                      Vec<S> (&total)[ROWS][4]) {
+  constexpr int GROUP = dot_group<S>(ROWS);
+  const DecoderWeight<S>& w = *segment.weight;
+  for (int64_t q = 0; q < 4; ++q) {
+    const int64_t count = rows.count(panel, q);
+    if (count <= 0) continue;
+    const S* const base = w.rows + rows.first(panel, q) * w.K + segment.begin;
+    Vec<S> sums[ROWS][kLanes<S>] = {};
+    for (int group = 0; group * GROUP < count; ++group) {
+      const S* row[GROUP];
+      for (int g = 0; g < GROUP; ++g) {
+        const int64_t u = group * GROUP + g;  // lanes past the last row repeat it
+        row[g] = base + (u < count ? u : count - 1) * w.K;
+      }
+      dot_group_sums<S, ROWS, GROUP>(a, row, segment.depth, sums, group);
+    }
+    for (int r = 0; r < ROWS; ++r) total[r][q] += reduce_lanes<kLanes<S> / 2>(sums[r]);
+  }
+}
+
+template <class S, int ROWS>
+FASTSEQ_INLINE void multiply_segment(const DecoderSegment<S>& segment,
+                                     int64_t first,
+                                     const PanelRows<S>& rows,
+                                     int64_t panel,
+                                     int64_t next,  // the panel to prefetch
+                                     Vec<S> (&total)[ROWS][4]) {
+  const S* a[ROWS];
+  for (int r = 0; r < ROWS; ++r) a[r] = segment.row(first + r);
+  if (segment.weight->packed) {
+    constexpr int64_t kWidth = 4 * kLanes<S>;
+    const auto at = [&](int64_t i) FASTSEQ_LAMBDA_INLINE {
+      return panel_at<S>(segment.weight->packed, i, segment.weight->K) + segment.begin * kWidth;
+    };
+    // Every tile of a panel prefetches its share of the lines of the next panel.
+    PrefetchCursor prefetch = prefetch_panel<S>(at(next), 0, segment.depth);
+    for (int64_t skipped = first; skipped >= kTileRows; skipped -= kTileRows) prefetch.take(segment.depth);
+    multiply_panel<S, ROWS>(a, at(panel), segment.depth, prefetch, total);
+  } else if constexpr (ROWS <= kSkinnyRows) {
+    multiply_in_place<S, ROWS>(segment, a, rows, panel, total);
+  }
+}
+
+// Multiplies the sums of a panel of columns by mask (rows, M).
+template <class S, int ROWS>
+void apply_mask(const S* mask, int64_t first, const PanelRows<S>& rows, int64_t panel, Vec<S> (&total)[ROWS][4]) {
+  for (int r = 0; r < ROWS; ++r) {
+    for (int64_t q = 0; q < 4; ++q) {
+      const int64_t column = rows.first(panel, q), n = rows.count(panel, q);
+      if (n > 0) total[r][q] = total[r][q] * vload(mask + (first + r) * rows.M + column, n);
+    }
+  }
+}
+
+// Calls finish(row, panel, sums) for rows [begin, end) and panels [first_panel, last_panel). sums: four vectors, the
+// sum over the segments of x W^T.
+template <class S, class Finish>
+FASTSEQ_INLINE void for_each_product(const DecoderSegment<S>* segments,
+                                     int64_t count,
+                                     const PanelRows<S>& rows,
+                                     int64_t begin,
+                                     int64_t end,
+                                     int64_t first_panel,
+                                     int64_t last_panel,
+                                     const Finish& finish) {
+  const bool packed = count > 0 && segments[0].weight->packed;
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    const int64_t next = panel + 1 < last_panel ? panel + 1 : first_panel;
+    const auto tile = [&](auto height, int64_t offset) FASTSEQ_NOINLINE {
+      constexpr int ROWS = decltype(height)::count;
+      const int64_t first = begin + offset;
+      Vec<S> total[ROWS][4] = {};
+      for (int64_t s = 0; s < count; ++s) {
+        multiply_segment<S, ROWS>(segments[s], first, rows, panel, next, total);
+        if (segments[s].mask) apply_mask<S, ROWS>(segments[s].mask, first, rows, panel, total);
+      }
+#pragma GCC unroll 1
+      for (int r = 0; r < ROWS; ++r) finish(first + r, panel, total[r]);
+    };
+    if (packed) {
+      for_each_tile(end - begin, tile);
+    } else {
+      for_each_tile<kSkinnyRows>(end - begin, tile);
+    }
+  }
+}
+
+// Packs panel `panel` of W (M, K). scratch: 4 * kLanes rows of K elements.
+template <class S>
+void decoder_pack(const DecoderWeight<S>& w, bool is_gates, int64_t panel, S* scratch, void* packed) {
+  constexpr int64_t kWidth = 4 * kLanes<S>;
+  if (is_gates) return pack_gates<S>(w.rows, w.M / 4, w.K, panel, packed);
+  const int64_t first = panel * kWidth, count = w.M - first < kWidth ? w.M - first : kWidth;
+  const S* rows = w.rows + first * w.K;
+  if (count < kWidth) {
+    std::memcpy(scratch, rows, count * w.K * sizeof(S));
+    fill_zero(scratch + count * w.K, (kWidth - count) * w.K);
+    rows = scratch;
+  }
+  pack_gates<S>(rows, kLanes<S>, w.K, 0, static_cast<S*>(packed) + panel * kWidth * w.K);
+}
+
+}  // namespace fastseq::cpu::FASTSEQ_ISA
+FASTSEQ_REGION_END

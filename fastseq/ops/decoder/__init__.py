@@ -1,0 +1,1 @@
+"""Decoder steps as one operator: stacked LSTM cells, attention and attentional vector."""

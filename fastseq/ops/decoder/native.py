@@ -1,0 +1,226 @@
+"""The ``native`` backend of the decoder op: C++ on the CPU (csrc/cpu/ops/decoder_forward.cpp)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastseq import _native
+from fastseq.ops.common.layout import contiguous
+from fastseq.ops.decoder.spec import Grads, Packed, Result, Sequence, Source, State, Step, Weights
+
+SKINNY_ROWS = 8  # up to here weights are read in place: packing them would cost more than it saves
+SKINNY_OUTPUT_ROWS = 4  # up to here the output projection reads its weight faster than torch's product
+
+
+def step_of_any_rows(
+    tokens: Tensor, state: State, weights: Weights, source: Source, packed: Packed | None, need_weights: bool
+) -> tuple[Step, Packed | None]:
+    """One step for tokens (N,) of any integer dtype. Packs the weights for many rows, unless ``packed`` has them."""
+    rows = state.h.shape[1]
+    if rows <= SKINNY_ROWS:
+        packed = None
+    elif packed is None or not fits(packed, weights):
+        packed = pack(weights, rows)
+    return step(tokens.to(torch.int64).contiguous(), state, weights, packed, source, need_weights), packed
+
+
+def step(tokens: Tensor, state: State, weights: Weights, packed: Packed | None, source: Source, need_weights) -> Step:
+    """One step for tokens (N,), without gradients."""
+    h, c, feed = state
+    table = None
+    if packed is not None:
+        weights, table = packed.weights, packed.table
+    with_logits = weights.output is not None and h.shape[1] <= SKINNY_OUTPUT_ROWS
+    vector, logits, h_n, c_n, attention = _native.operators.decoder_step.default(
+        tokens,
+        weights.embedding,
+        table,
+        h.contiguous(),
+        c.contiguous(),
+        None if feed is None else feed.contiguous(),
+        weights.matrices,
+        weights.biases,
+        weights.combine,
+        weights.query,
+        weights.query_bias,
+        weights.score,
+        weights.gain,
+        source.keys,
+        source.memory,
+        source.lengths,
+        source.prepared,
+        weights.output if with_logits else None,
+        weights.output_bias if with_logits else None,
+        source.scale,
+        need_weights,
+    )
+    if source.memory is None:
+        vector = h_n[-1]
+    if not with_logits:
+        logits = None if weights.output is None else F.linear(vector, weights.output, weights.output_bias)
+    return Step(vector, logits, h_n, c_n, attention if need_weights and source.memory is not None else None)
+
+
+def pack(weights: Weights, rows: int) -> Packed:
+    """The weights for steps of ``rows`` rows."""
+    first, *others = weights.matrices
+    vocabulary, size = weights.embedding.shape
+    table = weights.embedding @ first[:, :size].t() if vocabulary <= 4 * rows else None
+    packed = weights._replace(
+        matrices=tuple(_pack(w, True) for w in (first, *others)),
+        combine=None if weights.combine is None else _pack(weights.combine, False),
+        query=None if weights.query is None else _pack(weights.query, False),
+    )
+    sources = sources_of(weights)
+    return Packed(packed, table, sources, tuple(version(t) for t in sources))
+
+
+def fits(packed: Packed, weights: Weights) -> bool:
+    """True if ``packed`` was made from these weights as they are now."""
+    sources = sources_of(weights)
+    return len(sources) == len(packed.made_from) and all(
+        a is b and version(a) == v for a, b, v in zip(sources, packed.made_from, packed.versions, strict=True)
+    )
+
+
+def sources_of(weights: Weights) -> tuple[Tensor, ...]:
+    """The tensors that ``pack`` copies."""
+    given = (weights.embedding, *weights.matrices, weights.combine, weights.query)
+    return tuple(t for t in given if t is not None)
+
+
+def version(t: Tensor) -> int:
+    """The counter of changes in place; -1 for inference tensors, which have none."""
+    return -1 if t.is_inference() else t._version
+
+
+def _pack(weight: Tensor, is_gates: bool) -> Tensor:
+    return _native.operators.decoder_pack.default(weight.contiguous(), is_gates)
+
+
+def forward(s: Sequence) -> Result:
+    """T steps with input feeding. Saved: states, cell states, activations and attention's tensors of every step."""
+    vectors, attention, h_steps, *saved = _native.operators.decoder_forward.default(
+        s.gates.contiguous(),
+        s.h0.contiguous(),
+        s.c0.contiguous(),
+        s.feed.contiguous(),
+        [w.contiguous() for w in s.matrices],
+        [b.contiguous() for b in s.biases],
+        contiguous(s.masks),
+        s.combine.contiguous(),
+        contiguous(s.query),
+        contiguous(s.query_bias),
+        contiguous(s.score),
+        s.keys,
+        s.memory,
+        contiguous(s.lengths),
+        s.prepared,
+        s.scale,
+    )
+    return Result(vectors, attention, h_steps[:, -1].clone(), saved[0][:, -1].clone(), (h_steps, *saved))
+
+
+def backward(s: Sequence, saved: tuple[Tensor, ...], grads: Grads, needs: tuple[bool, ...]) -> tuple:
+    """The gradients of ``Sequence.tensors()``. saved: vectors, attention, then ``Result.saved``.
+
+    The operator runs the steps; the gradients of the weights follow by one product each over all steps.
+    """
+    vectors, attention, h_steps, cell_states, activations, inputs, queries, contexts = saved
+    h_top, additive = h_steps[-1], s.query is not None
+    gates, sums, joined, grad_queries, scores, key_sums, weight_sums, h0, c0, feed = (
+        _native.operators.decoder_backward.default(
+            torch.zeros_like(vectors) if grads.vectors is None else grads.vectors.contiguous(),
+            contiguous(grads.attention),
+            contiguous(grads.h_n),
+            contiguous(grads.c_n),
+            s.h0.contiguous(),
+            s.c0.contiguous(),
+            s.feed.contiguous(),
+            [w.contiguous() for w in s.matrices],
+            contiguous(s.masks),
+            s.combine.contiguous(),
+            contiguous(s.query),
+            contiguous(s.score),
+            s.keys,
+            s.memory,
+            contiguous(s.lengths),
+            s.prepared,
+            vectors,
+            attention,
+            cell_states,
+            activations,
+            queries if additive else h_top,
+            s.scale,
+        )
+    )
+    A, D = s.keys.shape[2], s.memory.shape[2]
+    grad_sums = sums.flatten(0, 1).t()
+    combine = torch.cat((grad_sums @ contexts.flatten(0, 1), grad_sums @ h_top.flatten(0, 1)), 1)
+    query = grad_queries.flatten(0, 1).t() @ h_top.flatten(0, 1) if additive else None
+    keys = key_sums[..., :A] * s.score if additive else _sum_of_steps(scores, h_top, s)
+    memory = _sum_of_steps(attention, joined[..., :D], s)
+    result = [gates[0], h0, c0, feed, combine, query]
+    result += [grad_queries.sum((0, 1)), weight_sums.sum(0)[:A]] if additive else [None, None]
+    result += [keys, memory, None, None, None]
+    starts = (*s.h0.unsqueeze(1), s.feed.unsqueeze(0))
+    below = [torch.cat((starts[-1], vectors[:-1]))]
+    below += [h_steps[k] if s.masks is None else inputs[k] for k in range(s.layers() - 1)]
+    for k, grad in enumerate(gates.flatten(1, 2).mT):
+        before = torch.cat((starts[k], h_steps[k, :-1]))
+        result += [grad @ below[k].flatten(0, 1), grad @ before.flatten(0, 1)]
+    for grad in gates[1:]:
+        result += [grad.sum((0, 1))] * 2
+    return tuple(grad if need else None for grad, need in zip(result, needs, strict=True))
+
+
+def _sum_of_steps(weights: Tensor, rows: Tensor, s: Sequence) -> Tensor:
+    """weights (T, N, P), rows (T, N, D) -> (B, P, D), the sum over the steps and rows of each sentence."""
+    by_sentence = (t.unflatten(1, (s.memory.shape[0], -1)).transpose(0, 1).flatten(1, 2) for t in (weights, rows))
+    weights, rows = by_sentence
+    return weights.mT @ rows
+
+
+# The fakes have the parameters of the operators' schemas (csrc/schemas.h).
+
+
+def _fake_forward(gates, h, c, feed, weights, biases, masks, combine, query, query_bias, score, keys, memory, *_):  # noqa: PLR0917
+    (T, N, _), (L, _, H) = gates.shape, h.shape
+    P, A, D = *keys.shape[1:], memory.shape[2]
+    inputs = (0,) if masks is None else (L - 1, T, N, H)
+    queries = (0,) if query is None else (T, N, A)
+    steps = (L, T, N, H)
+    shapes = (T, N, H), (T, N, P), steps, steps, (L, T, N, 4 * H), inputs, queries, (T, N, D)
+    return tuple(h.new_empty(shape) for shape in shapes)
+
+
+def _fake_backward(grad_vectors, grad_weights, grad_h_n, grad_c_n, h, c, feed, weights, masks, combine, query, *others):  # noqa: PLR0917
+    (T, N, H), L = grad_vectors.shape, h.shape[0]
+    _, keys, memory = others[:3]
+    (B, P, A), D = keys.shape, memory.shape[2]
+    A16 = (A + 15) // 16 * 16
+    scores = (T, N, P) if query is None else (0,)
+    sums = [(0,), (0,)] if query is None else [(B, P, A16), (B, A16)]
+    state = (L, N, H)
+    shapes = (L, T, N, 4 * H), (T, N, H), (T, N, D + H), (T, N, A), scores, *sums, state, state, (N, H)
+    return tuple(h.new_empty(shape) for shape in shapes)
+
+
+def _fake_step(tokens, embedding, table, h, c, feed, weights, biases, combine, query_weight, query_bias, *others):  # noqa: PLR0917
+    *_, memory, _, _, output_weight, _, _, need_weights = others
+    (L, N, H), V = h.shape, 0 if output_weight is None else output_weight.shape[0]
+    vector = (N, H) if memory is not None else (0,)
+    logits = (N, V) if output_weight is not None else (0,)
+    attention = (N, memory.shape[1]) if memory is not None and need_weights else (0,)
+    return tuple(h.new_empty(shape) for shape in (vector, logits, (L, N, H), (L, N, H), attention))
+
+
+def _fake_pack(weight, is_gates):
+    return weight.new_empty(torch.library.get_ctx().new_dynamic_size())  # whole panels of the instruction set
+
+
+if _native.available():
+    torch.library.register_fake("fastseq::decoder_step", _fake_step)
+    torch.library.register_fake("fastseq::decoder_pack", _fake_pack)
+    torch.library.register_fake("fastseq::decoder_forward", _fake_forward)
+    torch.library.register_fake("fastseq::decoder_backward", _fake_backward)
