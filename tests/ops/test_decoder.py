@@ -54,7 +54,7 @@ def make(
         x = factor * torch.randn(shape, generator=generator, dtype=torch.float64)
         return x.float().to(dtype).requires_grad_()
 
-    keys = draw(B, P, A)
+    keys = draw(B, P, A, factor=H**-0.5 if dot else 1.0)  # well-conditioned: T steps magnify no rounding
     ends = torch.tensor([P, 0, 2, 1] * B)[:B] if lengths else None
     ready = None
     if prepared and not dot:
@@ -62,13 +62,13 @@ def make(
     masks = None
     if masked:
         masks = (torch.rand(L - 1, T, N, H, generator=generator, dtype=torch.float64) < 0.7).to(dtype) / 0.75
-    scores = (None,) * 3 if dot else (draw(A, H), draw(A), draw(A))
+    scores = (None,) * 3 if dot else (draw(A, H, factor=H**-0.5), draw(A), draw(A))
     return Sequence(
         draw(T, N, 4 * H, factor=spread),
         draw(L, N, H),
         draw(L, N, H),
         draw(N, H),
-        draw(H, 2 * H),
+        draw(H, 2 * H, factor=H**-0.5),
         *scores,
         keys,
         draw(B, P, H),
