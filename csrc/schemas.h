@@ -50,6 +50,11 @@ void define_operators(Library& m) {
       "-> (Tensor grad_gates, Tensor grad_h0, Tensor grad_c0)");
   // Returns true if the current device can run both operators. itemsize: bytes of the tensors' dtype, 4 or 2.
   m.def("lstm_recurrence_fits(int batch, int directions, int hidden, int itemsize, bool tf32) -> bool");
+  // op(a) op(b) + bias of float32 matrices by TF32 tensor cores, whatever torch's flag for matmul says. a (M, K), b (K,
+  // N), or their transposes; bias (N,).
+  m.def("tf32_product(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor");
+  // Returns true if tf32_product can run: torch exports its cuBLAS handle.
+  m.def("tf32_products_available() -> bool");
   // query (B, T, A), keys (B, S, A), values (B, S, D); weight, bias (A,) of the additive score, neither for dot;
   // lengths (B,) int64 or mask (B, 1 or T, S) bool; prepared: attention_prepare(keys, ...). context (B, T, D); weights
   // (B, T, S) acc, or (0,) where not needed.

@@ -50,6 +50,10 @@ def lstm_recurrence_backward(T=4, B=3, H=8) -> tuple:
     return *grads, activations, per_step[2], states[2], weight_hh, lengths, False, False
 
 
+def tf32_product(M=3, K=4, N=5) -> tuple:
+    return torch.randn(M, K), torch.randn(K, N), torch.randn(N), False, False
+
+
 def attention_forward(B=2, T=3, S=5, A=4, D=6, masked=False, prepared=None) -> tuple:
     padding = (None, torch.ones(B, T, S, dtype=torch.bool)) if masked else (torch.full((B,), S), None)
     vectors = torch.randn(A), torch.randn(A)
@@ -132,7 +136,7 @@ BOTH = (lstm_cell_forward, lstm_cell_backward, lstm_step, attention_forward, att
 DECODER = (decoder_step, decoder_pack, decoder_forward, decoder_backward)
 LOSS = (linear_cross_entropy_forward, linear_cross_entropy_backward)
 CPU = (lstm_forward, lstm_backward, *DECODER, *LOSS, *BOTH, candidates)
-CUDA = (lstm_recurrence_forward, lstm_recurrence_backward, *BOTH)
+CUDA = (lstm_recurrence_forward, lstm_recurrence_backward, tf32_product, *BOTH)
 
 
 def variants(call, prepared) -> list[tuple]:

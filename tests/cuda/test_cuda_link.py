@@ -17,6 +17,7 @@ OPERATORS = (
     "lstm_step",
     "lstm_recurrence_forward",
     "lstm_recurrence_backward",
+    "tf32_product",
     "attention_forward",
     "attention_backward",
 )

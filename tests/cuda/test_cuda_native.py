@@ -1,14 +1,17 @@
 """``backend="native"`` for CUDA tensors: whole modules through the kernels, on the host-side device."""
 
 import contextlib
+from collections import Counter
 
 import emulator
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
 from fastseq.dispatch import first_rule, objection
+from fastseq.ops.lstm import native_cuda
 from fastseq.ops.lstm.spec import LSTMCall
 from fastseq.testing.numerics import compare, evaluate
 
@@ -109,6 +112,61 @@ def test_cell_states(as_native):
     torch.testing.assert_close(cells, expected)
 
 
+class Products(TorchDispatchMode):
+    """Count the products of matrices: "tf32_product" is ours, "mm" and "addmm" are torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[func.__name__.split(".")[0]] += 1
+        return func(*args, **kwargs or {})
+
+
+@contextlib.contextmanager
+def matmul_tf32(allowed: bool):
+    before = torch.backends.cuda.matmul.allow_tf32  # no attribute that monkeypatch could restore
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize(("cudnn", "matmul"), [(True, False), (True, True), (False, False), (False, True)])
+def test_products_have_the_precision_of_cudnn(as_native, monkeypatch, cudnn, matmul):
+    """torch's default is (True, False): then nn.LSTM computes in TF32, and so do all four products of a layer."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", cudnn)
+    module, input = fastseq.LSTM(5, 8, backend="native"), torch.randn(4, 3, 5, requires_grad=True)
+    with matmul_tf32(matmul), Products() as products:
+        module(input)[0].sum().backward()
+        assert torch.backends.cuda.matmul.allow_tf32 is matmul, "the flag of the process stays as it is"
+    ours = products.seen["tf32_product"]
+    assert (ours, ours + products.seen["mm"] + products.seen["addmm"]) == (4 if cudnn and not matmul else 0, 4)
+
+
+@pytest.mark.parametrize("transpose_a", [False, True])
+@pytest.mark.parametrize("transpose_b", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_tf32_product(as_native, monkeypatch, transpose_a, transpose_b, bias):
+    """Operands with 10 bits of mantissa are exact in TF32; sums are in float32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    a, b = (torch.randn(shape).bfloat16().float() for shape in ((6, 40), (40, 7)))
+    added = torch.randn(7) if bias else None
+    expected = a.double() @ b.double() + (added.double() if bias else 0)
+
+    def laid_out(t, transposed):
+        return t.t().contiguous() if transposed else t
+
+    options = {"transpose_a": transpose_a, "transpose_b": transpose_b}
+    result = native_cuda.product(laid_out(a, transpose_a), laid_out(b, transpose_b), added, **options)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+    nearly = a * (1 + 2.0**-13)  # a quarter of a rounding step of TF32
+    rounded = native_cuda.product(laid_out(nearly, transpose_a), laid_out(b, transpose_b), added, **options)
+    assert torch.equal(rounded, result)
+
+
 def test_tf32_follows_the_flag_of_torch(as_native, monkeypatch):
     module, input = fastseq.LSTM(5, 8, backend="native"), torch.randn(4, 3, 5)
     exact = module(input)[0]
@@ -200,6 +258,16 @@ def test_auto_takes_the_kernels_where_cudnn_is_weak_and_marks_them_as_not_measur
     small, half = CALL._replace(hidden_size=128), CALL._replace(dtype=torch.float16)
     for call in (small, half, half._replace(autocast=True, fused=True), CALL._replace(hidden_size=2048)):
         assert first_rule("lstm", call)[0] == "torch"
+    wide = [
+        (512, 256, torch.bfloat16),
+        (1024, 128, torch.bfloat16),
+        (512, 128, torch.float32),
+        (300, 4096, torch.float32),
+    ]
+    for hidden_size, batch, dtype in wide:  # modelled at or beyond break-even with cuDNN
+        assert first_rule("lstm", CALL._replace(hidden_size=hidden_size, batch=batch, dtype=dtype))[0] == "torch"
+    packed = CALL._replace(packed=True, hidden_size=1024)
+    assert [first_rule("lstm", packed._replace(batch=batch))[0] for batch in (128, 129)] == ["native", "torch"]
     monkeypatch.setattr(native_cuda, "fits", lambda *_, **__: False)
     assert first_rule("lstm", CALL)[0] == "torch"
     assert "use backend='torch' or 'triton'" in objection("lstm", "native", CALL)

@@ -23,7 +23,9 @@ TRACED_HIDDEN_SIZE = 512  # the largest that an A100 and every Hopper have room 
 def forward(layer: Layer, want: Want) -> Result:
     """Saved: activations (T, B, D * 4H) in the dtype of the input, cell states (T, B, D * H) in float32."""
     input, lengths = _padded(layer)
-    gates = F.linear(input.contiguous(), _cat([w.ih for w in layer.weights]), _bias(layer.weights))  # (T, B, D * 4H)
+    weight_ih = _cat([w.ih for w in layer.weights])  # (D * 4H, I)
+    gates = product(input.flatten(0, 1), weight_ih, _bias(layer.weights), transpose_b=True)
+    gates = gates.unflatten(0, input.shape[:2])  # (T, B, D * 4H)
     output, h_n, c_n, activations, cell_states = _by_direction(
         _native.operators.lstm_recurrence_forward.default,
         layer,
@@ -68,9 +70,12 @@ def backward(layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: Layer
         options=(_lengths(lengths, input), (tf32_allowed(),)),
         joins=(-1, 0, 0),
     )
-    grad_input = grad_gates @ _cat([w.ih for w in layer.weights]) if needs.input else None
-    if needs.input and layer.batch_sizes is not None:
-        grad_input = layout.pack(grad_input, layer.batch_sizes)
+    grad_input = None
+    if needs.input:
+        grad_input = product(grad_gates.flatten(0, 1), _cat([w.ih for w in layer.weights]))
+        grad_input = grad_input.unflatten(0, grad_gates.shape[:2])
+        if layer.batch_sizes is not None:
+            grad_input = layout.pack(grad_input, layer.batch_sizes)
     weights, directions = [], len(layer.weights)
     for d, (rows, wanted) in enumerate(zip(grad_gates.chunk(directions, -1), needs.weights, strict=True)):
         before = None
@@ -86,12 +91,40 @@ def _weight_gradients(grad_gates: Tensor, input: Tensor, before: Tensor | None, 
     rows = grad_gates.flatten(0, 1)  # (T * B, 4H)
     bias = rows.sum(0) if needs.bias_ih or needs.bias_hh else None
     return Weights(
-        rows.T @ input.flatten(0, 1) if needs.ih else None,
-        rows.T @ before.flatten(0, 1) if needs.hh else None,
+        product(rows, input.flatten(0, 1), transpose_a=True) if needs.ih else None,
+        product(rows, before.flatten(0, 1), transpose_a=True) if needs.hh else None,
         bias if needs.bias_ih else None,
         bias if needs.bias_hh else None,
         None,
     )
+
+
+def product(
+    a: Tensor, b: Tensor, bias: Tensor | None = None, *, transpose_a: bool = False, transpose_b: bool = False
+) -> Tensor:
+    """op(a) op(b) + bias at the precision of cuDNN's RNNs, as the products of nn.LSTM.
+
+    By default torch lets cuDNN round float32 operands to TF32 and forbids it to matmul. The operator asks for TF32 in
+    the call; torch's flag, which other threads read, stays as it is.
+
+    Args:
+        a: (M, K), or (K, M) with ``transpose_a``. b: (K, N), or (N, K) with ``transpose_b``. bias: (N,).
+    """
+    if a.dtype == torch.float32 and tf32_allowed() and _own_tf32_products():
+        options = (transpose_a, transpose_b)
+        return _native.operators.tf32_product.default(a.contiguous(), b.contiguous(), contiguous(bias), *options)
+    b = b if transpose_b else b.t()
+    return F.linear(a.t() if transpose_a else a, b, bias)
+
+
+def _own_tf32_products() -> bool:
+    """True if torch's matmul would be full float32 and the operator can run: torch exports its cuBLAS handle."""
+    full = torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return full and _native.operators.tf32_products_available()
+
+
+# A constant in traced graphs, as torch.compiler.assume_constant_result makes it; Dynamo guards on the flags itself.
+_own_tf32_products._dynamo_marked_constant = True
 
 
 def _by_direction(
@@ -181,10 +214,15 @@ def _fake_backward(*arguments):
     return torch.empty_like(activations), torch.empty_like(c0), torch.empty_like(c0)
 
 
+def _fake_product(a, b, bias, transpose_a, transpose_b):
+    return a.new_empty(a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
+
+
 def register_fakes(library: str) -> None:
     """Register the shapes of the operators' results, which torch.compile needs."""
     torch.library.register_fake(f"{library}::lstm_recurrence_forward", _fake_forward)
     torch.library.register_fake(f"{library}::lstm_recurrence_backward", _fake_backward)
+    torch.library.register_fake(f"{library}::tf32_product", _fake_product)
 
 
 if _native.available():

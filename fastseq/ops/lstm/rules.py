@@ -106,6 +106,19 @@ def hidden_size_193_to_1024(call) -> bool:
     return 192 < call.hidden_size <= 1024
 
 
+def latency_bound_on_gpu(call) -> bool:
+    """A step waits for the exchange of h, not for its products: B * H up to 64k, in float32 32k.
+
+    Above, a GEMM per step, as cuDNN has it, is modelled to be as fast or faster (H200, +-40 %).
+    """
+    return (call.batch or 1) * call.hidden_size <= (32768 if call.dtype == torch.float32 else 65536)
+
+
+def at_most_128k_rows_and_units_on_gpu(call) -> bool:
+    """B * H up to 128k: above, the modelled step of native is longer than cuDNN's on a packed batch."""
+    return (call.batch or 1) * call.hidden_size <= 131072
+
+
 @functools.cache
 def _instruction_set() -> str:
     return _native.build_info().get("cpu", "")
@@ -186,13 +199,13 @@ RULES = (
     ),
     Rule(
         "native",
-        (on_cuda, eager, variable_lengths),
+        (on_cuda, eager, variable_lengths, at_most_128k_rows_and_units_on_gpu),
         "not measured yet: variable lengths, for which cuDNN launches kernels step by step",
     ),
     Rule(
         "native",
-        (on_cuda, eager, float32_or_bfloat16, hidden_size_193_to_1024),
-        "not measured yet: torch takes cuDNN's persistent kernels only for float16, or up to hidden_size=192",
+        (on_cuda, eager, float32_or_bfloat16, hidden_size_193_to_1024, latency_bound_on_gpu),
+        "not measured yet: cuDNN launches two kernels a step here, unless float16 or hidden_size <= 192",
     ),
     Rule("torch", (), "oneDNN or cuDNN: no kernel of fastseq was measured faster here"),
     Rule(
