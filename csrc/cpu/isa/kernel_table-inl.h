@@ -28,6 +28,7 @@ Kernels<S> make_kernels() {
   table.panel_columns = 4 * kLanes<S>;
   table.operand_bytes = sizeof(Operand<S>);
   table.pair = kPair<S>;
+  table.skinny_rows = kDotRows;
   table.cell_forward = cell_forward<S>;
   table.cell_backward = cell_backward<S>;
   table.cell_step = cell_step<S>;

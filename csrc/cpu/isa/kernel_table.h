@@ -22,6 +22,7 @@ struct Kernels {
   int64_t panel_columns;  // columns in one panel of columns
   int64_t operand_bytes;  // bytes of one operand of a product
   int64_t pair;           // depths in one lane
+  int64_t skinny_rows;    // largest batch for which a step reads rows of W in place instead of packing them
 
   void (*cell_forward)(const LstmCellForwardParams<S>&, int64_t begin, int64_t end);    // rows of the batch
   void (*cell_backward)(const LstmCellBackwardParams<S>&, int64_t begin, int64_t end);  // rows of the batch

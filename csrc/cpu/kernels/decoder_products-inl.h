@@ -80,6 +80,8 @@ FASTSEQ_INLINE void multiply_segment(const DecoderSegment<S>& segment,
                                      const PanelRows<S>& rows,
                                      int64_t panel,
                                      int64_t next,  // the panel to prefetch
+                                     int64_t tile,  // number of the tile, of `tiles`
+                                     int64_t tiles,
                                      Vec<S> (&total)[ROWS][4]) {
   const S* a[ROWS];
   for (int r = 0; r < ROWS; ++r) a[r] = segment.row(first + r);
@@ -88,10 +90,7 @@ FASTSEQ_INLINE void multiply_segment(const DecoderSegment<S>& segment,
     const auto at = [&](int64_t i) FASTSEQ_LAMBDA_INLINE {
       return panel_at<S>(segment.weight->packed, i, segment.weight->K) + segment.begin * kWidth;
     };
-    // Every tile of a panel prefetches its share of the lines of the next panel.
-    PrefetchCursor prefetch = prefetch_panel<S>(at(next), 0, segment.depth);
-    for (int64_t skipped = first; skipped >= kTileRows; skipped -= kTileRows) prefetch.take(segment.depth);
-    multiply_panel<S, ROWS>(a, at(panel), segment.depth, prefetch, total);
+    multiply_panel<S, ROWS>(a, at(panel), segment.depth, share_of_prefetch<S>(at(next), tile, tiles), total);
   } else if constexpr (ROWS <= kSkinnyRows) {
     multiply_in_place<S, ROWS>(segment, a, rows, panel, total);
   }
@@ -122,12 +121,14 @@ FASTSEQ_INLINE void for_each_product(const DecoderSegment<S>* segments,
   const bool packed = count > 0 && segments[0].weight->packed;
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
     const int64_t next = panel + 1 < last_panel ? panel + 1 : first_panel;
+    const int64_t tiles = (end - begin + kTileRows - 1) / kTileRows;
+    int64_t number = 0;
     const auto tile = [&](auto height, int64_t offset) FASTSEQ_NOINLINE {
       constexpr int ROWS = decltype(height)::count;
-      const int64_t first = begin + offset;
+      const int64_t first = begin + offset, own = number++;
       Vec<S> total[ROWS][4] = {};
       for (int64_t s = 0; s < count; ++s) {
-        multiply_segment<S, ROWS>(segments[s], first, rows, panel, next, total);
+        multiply_segment<S, ROWS>(segments[s], first, rows, panel, next, own, tiles, total);
         if (segments[s].mask) apply_mask<S, ROWS>(segments[s].mask, first, rows, panel, total);
       }
 #pragma GCC unroll 1

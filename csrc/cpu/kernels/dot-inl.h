@@ -9,11 +9,15 @@
 
 #include "cpu/isa/region.h"
 #include "cpu/kernels/gemm-inl.h"
+#include "cpu/kernels/lstm_params.h"
 #include "cpu/kernels/pack-inl.h"
 #include "cpu/kernels/vector-inl.h"
 
 FASTSEQ_REGION_BEGIN
 namespace fastseq::cpu::FASTSEQ_ISA {
+
+// Rows of a in one tile: as many as leave registers for four rows of W.
+constexpr int kDotRows = kTileRows < kSkinnyRows ? kTileRows : kSkinnyRows;
 
 // Rows of W per group, a power of two: as many sums as registers hold. At most 8, because the hardware does not
 // prefetch 16 streams (130 GB/s from the L2 cache instead of 159, Emerald Rapids).
@@ -33,6 +37,25 @@ FASTSEQ_INLINE void multiply_lanes(Vec<Acc<S>> a, Vec<Acc<S>> w, Vec<Acc<S>>& su
   } else {
     sum = fma(a, w, sum);
   }
+}
+
+// True if float32 rows meet bfloat16 weights: a vector of weights then holds twice as many depths as one of the row.
+template <class S, class W>
+constexpr bool kWidened = false;
+#if FASTSEQ_VECTOR_BYTES > 16
+template <class S>
+constexpr bool kWidened<S, BFloat16> = kPair<S> == 1;
+#endif
+
+template <int... I>
+FASTSEQ_INLINE void split_lanes(VFloat low, VFloat high, VFloat& even, VFloat& odd, Indices<I...>) {
+  even = __builtin_shufflevector(low, high, (2 * I)...);
+  odd = __builtin_shufflevector(low, high, (2 * I + 1)...);
+}
+
+// The lanes of even and of odd index of (low, high).
+FASTSEQ_INLINE void split_parity(VFloat low, VFloat high, VFloat& even, VFloat& odd) {
+  split_lanes(low, high, even, odd, typename FirstIndices<kLanes<float>>::type{});
 }
 
 // Sums over depths [0, K) of GROUP rows of W times ROWS rows of a, each still spread over the lanes.
@@ -56,6 +79,21 @@ FASTSEQ_INLINE void dot_group_sums(const Operand<S>* const* a,  // (ROWS) rows o
     }
   };
   int64_t k = 0;
+  if constexpr (kWidened<S, W>) {
+    const auto two_steps = [&](int64_t k) FASTSEQ_LAMBDA_INLINE {
+      Vec<float> even[ROWS], odd[ROWS];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) split_parity(vload(a[r] + k), vload(a[r] + k + kStep), even[r], odd[r]);
+#pragma GCC unroll 16
+      for (int g = 0; g < GROUP; ++g) {
+        const VWord pairs = load_bytes<VWord>(w[g] + k);
+        const VFloat first = (VFloat)(pairs << 16), second = (VFloat)(pairs & 0xffff0000u);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) sum[r][g] = fma(odd[r], second, fma(even[r], first, sum[r][g]));
+      }
+    };
+    for (; k + 2 * kStep <= K; k += 2 * kStep) two_steps(k);
+  }
   for (; k + kStep <= K; k += kStep) step(k);
   if (k < K) step(k, K - k);
 #pragma GCC unroll 4

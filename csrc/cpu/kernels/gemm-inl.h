@@ -58,72 +58,100 @@ constexpr int kTileRows = 3;  // 12 sums of 16 registers
 // costs time.
 constexpr int64_t kAccumulationChunk = 128;
 
+// Depth k, or the pair (k, k + 1), of a row in every lane.
 template <class S>
-FASTSEQ_INLINE void multiply_add(const Operand<S>* a, Vec<Acc<S>> w, Vec<Acc<S>>& sum) {
+FASTSEQ_INLINE Vec<Acc<S>> broadcast(const Operand<S>* a) {
   if constexpr (kPair<S> == 2) {
-#if FASTSEQ_BF16_DOT
-    int32_t pair;
+    uint32_t pair;
     std::memcpy(&pair, a, sizeof pair);
-    sum = (VFloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)w);
-#endif
+    return (Vec<Acc<S>>)(pair - VWord{});
   } else {
-    sum = fma(splat<Acc<S>>(*a), w, sum);
+    return splat<Acc<S>>(*a);
   }
 }
 
-// Cursor over the next panel, which is prefetched into the L2 cache while a tile computes, one cache line per depth.
-// The hardware does not prefetch that far ahead, and a panel in the L3 cache would stall its first tile.
-struct PrefetchCursor {
-  const char *next, *end;
-
-  const char* take(int64_t lines) {
-    if (next + 64 * lines > end) return end - 64 * lines;
-    next += 64 * lines;
-    return next - 64 * lines;
+template <class S>
+FASTSEQ_INLINE void multiply_add(Vec<Acc<S>> a, Vec<Acc<S>> w, Vec<Acc<S>>& sum) {
+  if constexpr (kPair<S> == 2) {
+#if FASTSEQ_BF16_DOT
+    sum = (VFloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)w);
+#endif
+  } else {
+    sum = fma(a, w, sum);
   }
-};
+}
 
 // Panel `panel` of a packed weight with depth K (padded).
 template <class S>
 FASTSEQ_INLINE const Operand<S>* panel_at(const void* packed, int64_t panel, int64_t K) {
   return static_cast<const Operand<S>*>(packed) + panel * 4 * kLanes<S> * K;
 }
+
+// Cache lines to prefetch into the L2 cache while a tile computes: `count` at `first`, and again one group of depths
+// further for each group. The hardware does not prefetch the next panel, which would stall its first tile.
+constexpr int64_t kPrefetchGroup = 4;
+struct Ahead {
+  const char* first;
+  int64_t count;
+};
+
+// The share of one of `tiles` tiles in prefetching a panel.
 template <class S>
-FASTSEQ_INLINE PrefetchCursor prefetch_panel(const void* packed, int64_t panel, int64_t K) {
-  const char* const next = reinterpret_cast<const char*>(panel_at<S>(packed, panel, K));
-  return {next, next + 4 * kLanes<S> * K * sizeof(Operand<S>)};
+FASTSEQ_INLINE Ahead share_of_prefetch(const Operand<S>* panel, int64_t tile, int64_t tiles) {
+  constexpr int64_t kLines = kPrefetchGroup * 4 * kLanes<S> * kPair<S> * sizeof(Operand<S>) / 64;
+  const int64_t share = (kLines + tiles - 1) / tiles, first = tile * share, rest = kLines - first;
+  return {reinterpret_cast<const char*>(panel) + 64 * first, rest < share ? rest : share};
 }
 
-// total[r][v] += row r times vector v of one panel.
+// sum[r][v] += row r times vector v of one panel, over one accumulation chunk.
+template <class S, int ROWS>
+FASTSEQ_INLINE void multiply_chunk(const Operand<S>* const* a,  // (ROWS) rows
+                                   int64_t begin,               // first depth, into the rows
+                                   const Operand<S>* panel,     // (depth, 4 vectors), from `begin` on
+                                   int64_t depth,               // padded
+                                   Ahead ahead,
+                                   Vec<Acc<S>> (&sum)[ROWS][4]) {
+  constexpr int64_t kWidth = 4 * kLanes<S> * kPair<S>;
+  const Operand<S>* row[ROWS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) row[r] = a[r] + begin;
+  const auto step = [&](int64_t k, const Operand<S>* columns) FASTSEQ_LAMBDA_INLINE {
+    Vec<Acc<S>> x[ROWS];  // before the columns: with one column at a time, a tile of 3 rows fills 16 registers
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) x[r] = broadcast<S>(row[r] + k);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const auto w = load_bytes<Vec<Acc<S>>>(columns + v * (kWidth / 4));
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) multiply_add<S>(x[r], w, sum[r][v]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kPrefetchGroup * kPair<S> <= depth; k += kPrefetchGroup * kPair<S>, panel += kPrefetchGroup * kWidth) {
+    for (int64_t i = 0; i < ahead.count; ++i) __builtin_prefetch(ahead.first + 64 * i, 0, 2);
+    ahead.first += kPrefetchGroup * kWidth * sizeof(Operand<S>);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kPrefetchGroup; ++i) step(k + i * kPair<S>, panel + i * kWidth);
+  }
+  for (; k < depth; k += kPair<S>, panel += kWidth) step(k, panel);
+}
+
+// total[r][v] += row r times vector v of one panel, in accumulation chunks. For a few tiles of rows; multiply_block
+// serves many.
 template <class S, int ROWS>
 FASTSEQ_INLINE void multiply_panel(const Operand<S>* const* a,  // (ROWS) rows of K elements
                                    const Operand<S>* panel,     // (K, 4 vectors)
                                    int64_t K,                   // padded
-                                   PrefetchCursor& prefetch,
+                                   Ahead ahead,
                                    Vec<Acc<S>> (&total)[ROWS][4]) {
-  const char* line = prefetch.take(K / kPair<S>);
-  constexpr int64_t kWidth = 4 * kLanes<S> * kPair<S>;
-  const Operand<S>* row[ROWS];
-  for (int r = 0; r < ROWS; ++r) row[r] = a[r];
-  for (int64_t begin = 0; begin < K; begin += kAccumulationChunk * kPair<S>) {
-    const int64_t end = K - begin > kAccumulationChunk * kPair<S> ? begin + kAccumulationChunk * kPair<S> : K;
+  constexpr int64_t kDepth = kAccumulationChunk * kPair<S>, kWidth = 4 * kLanes<S>;
+  for (int64_t begin = 0; begin < K; begin += kDepth) {
+    const int64_t depth = K - begin < kDepth ? K - begin : kDepth;
     Vec<Acc<S>> sum[ROWS][4] = {};
-    for (int64_t k = begin; k < end; k += kPair<S>, panel += kWidth, line += 64) {
-      __builtin_prefetch(line, 0, 2);
-      const Vec<Acc<S>> w[4] = {load_bytes<Vec<Acc<S>>>(panel), load_bytes<Vec<Acc<S>>>(panel + kWidth / 4),
-                                load_bytes<Vec<Acc<S>>>(panel + kWidth / 2),
-                                load_bytes<Vec<Acc<S>>>(panel + kWidth / 4 * 3)};
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) multiply_add<S>(row[r] + k, w[v], sum[r][v]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) total[r][v] += sum[r][v];
-    }
+    multiply_chunk<S, ROWS>(a, begin, panel + begin * kWidth, depth, ahead, sum);
+    ahead.first += depth * kWidth * sizeof(Operand<S>);
+#pragma GCC unroll 32
+    for (int i = 0; i < ROWS * 4; ++i) total[i / 4][i % 4] += sum[i / 4][i % 4];
   }
 }
 
@@ -153,36 +181,39 @@ FASTSEQ_INLINE void for_each_tile(int64_t rows, const Tile& tile) {
   }
 }
 
-// Depth at which a panel and the rows stay in a small L2 cache while all tiles use them.
-constexpr int64_t kDeep = 1024;
+// Number of depths between the chunk in use and the one that is prefetched: both stay in a small L2 cache.
+constexpr int64_t kPrefetchDistance = 1024;
 
-// sums[r] (+)= row r times one panel, for many rows of large depth K: in slices of kDeep.
+// sums[r] (+)= row r times one panel. Runs chunk by chunk of the depth: a chunk of the panel stays in the L1 cache
+// while all tiles of rows use it.
 template <class S>
-FASTSEQ_INLINE void multiply_deep(const Operand<S>* const* a,  // (rows) rows of K elements
-                                  int64_t rows,
-                                  const Operand<S>* panel,  // (K, 4 vectors)
-                                  int64_t K,                // padded
-                                  const Operand<S>* next,   // the panel to prefetch
-                                  bool add,
-                                  Acc<S>* sums) {  // (rows, 4 vectors)
-  for (int64_t begin = 0; begin < K; begin += kDeep, add = true) {
-    const int64_t depth = K - begin < kDeep ? K - begin : kDeep, rest = K - begin - depth;
-    const Operand<S>* const following = rest > 0 ? panel + (begin + depth) * 4 * kLanes<S> : next;
-    PrefetchCursor prefetch = prefetch_panel<S>(following, 0, rest > 0 && rest < kDeep ? rest : depth);
-    const auto tile = [&](auto height, int64_t first) FASTSEQ_NOINLINE {
+FASTSEQ_NOINLINE void multiply_block(const Operand<S>* const* a,  // (rows) rows of K elements
+                                     int64_t rows,
+                                     const Operand<S>* panel,  // (K, 4 vectors)
+                                     int64_t K,                // padded
+                                     const Operand<S>* next,   // panel to prefetch
+                                     bool add,
+                                     Acc<S>* sums) {  // (rows, 4 vectors)
+  constexpr int64_t kDepth = kAccumulationChunk * kPair<S>, kWidth = 4 * kLanes<S>;
+  if (rows == 0) return;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t distance = K < kPrefetchDistance ? K : kPrefetchDistance;
+  for (int64_t begin = 0; begin == 0 || begin < K; begin += kDepth, add = true) {
+    const int64_t depth = K - begin < kDepth ? K - begin : kDepth, later = begin + distance;
+    const Operand<S>* const prefetched = later < K ? panel + later * kWidth : next + (later - K) * kWidth;
+    int64_t number = 0;  // of the tile
+    const auto tile = [&, add](auto height, int64_t first) FASTSEQ_NOINLINE {
       constexpr int ROWS = decltype(height)::count;
-      const Operand<S>* row[ROWS];
-      Vec<Acc<S>> total[ROWS][4] = {};
-      for (int r = 0; r < ROWS; ++r) row[r] = a[first + r] + begin;
-      multiply_panel<S, ROWS>(row, panel + begin * 4 * kLanes<S>, depth, prefetch, total);
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) {
-          Acc<S>* const sum = sums + ((first + r) * 4 + v) * kLanes<S>;
-          vstore(add ? vload(sum) + total[r][v] : total[r][v], sum);
-        }
+      Vec<Acc<S>> sum[ROWS][4] = {};
+      const Ahead ahead = share_of_prefetch<S>(prefetched, number++, tiles);
+      multiply_chunk<S, ROWS>(a + first, begin, panel + begin * kWidth, depth, ahead, sum);
+      Acc<S>* const out = sums + first * kWidth;
+      if (add) {
+#pragma GCC unroll 32
+        for (int i = 0; i < ROWS * 4; ++i) sum[i / 4][i % 4] += vload(out + i * kLanes<S>);
       }
+#pragma GCC unroll 32
+      for (int i = 0; i < ROWS * 4; ++i) vstore(sum[i / 4][i % 4], out + i * kLanes<S>);
     };
     for_each_tile(rows, tile);
   }
@@ -204,7 +235,7 @@ int64_t fma_chain(int64_t steps) {
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) multiply_add<S>(a, w, sum[r][v]);
+      for (int v = 0; v < 4; ++v) multiply_add<S>(broadcast<S>(a), w, sum[r][v]);
     }
   }
 #pragma GCC unroll 8

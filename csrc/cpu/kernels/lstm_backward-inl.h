@@ -111,7 +111,7 @@ FASTSEQ_INLINE void multiply_later(const BackwardJob<S>& job,
                                    int64_t next,  // panel to prefetch
                                    Acc<S>* sums) {
   const int64_t depth = padded_depth<S>(4 * job.p.hidden);
-  multiply_deep<S>(later, rows, job.weights(panel), depth, job.weights(next), false, sums);
+  multiply_block<S>(later, rows, job.weights(panel), depth, job.weights(next), false, sums);
 }
 
 // One step of `running` rows. The first `continuing` of them have a step t + 1.
@@ -120,7 +120,7 @@ void backward_rows(
     const BackwardJob<S>& job, const BackwardRow<S>* rows, int64_t running, int64_t continuing, int64_t step) {
   const int64_t H = job.p.hidden, width = 4 * kLanes<S>;
   const Operand<S>* later[kBlockRows];
-  Acc<S> sums[kBlockRows * 4 * kLanes<S>];
+  alignas(64) Acc<S> sums[kBlockRows * 4 * kLanes<S>];
   for (int64_t r = 0; r < continuing; ++r) later[r] = rows[r].later;
   for (int64_t k = 0; k < job.last_panel() - job.first_panel(); ++k) {
     const int64_t panel = job.panel_of(k, step);
@@ -149,7 +149,7 @@ void backward_start(const BackwardJob<S>& job) {
   const int64_t H = job.p.hidden, running = job.block.running(0, job.block.rows());
   const Operand<S>* first_gates[kBlockRows];
   for (int64_t r = 0; r < running; ++r) first_gates[r] = job.gates(job.block.position(r, 0));
-  Acc<S> sums[kBlockRows * 4 * kLanes<S>];
+  alignas(64) Acc<S> sums[kBlockRows * 4 * kLanes<S>];
   for (int64_t panel = job.first_panel(); panel < job.last_panel(); ++panel) {
     multiply_later(job, first_gates, running, panel, panel + 1, sums);
     for (int64_t r = 0; r < running; ++r) {

@@ -75,7 +75,7 @@ FASTSEQ_INLINE void step_tile(
 template <class S, class W>
 FASTSEQ_INLINE void step_panels(const LstmStepParams<S>& p, const Operand<S>* const* rows, int64_t begin, int64_t end) {
   for (int64_t panel = begin; panel < end; ++panel) {
-    for_each_tile<kSkinnyRows>(p.batch, [&](auto height, int64_t first) FASTSEQ_NOINLINE {
+    for_each_tile<kDotRows>(p.batch, [&](auto height, int64_t first) FASTSEQ_NOINLINE {
       step_tile<S, decltype(height)::count, W>(p, rows, rows + p.batch, first, panel);
     });
   }

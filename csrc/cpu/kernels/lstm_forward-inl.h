@@ -33,7 +33,7 @@ struct ForwardJob {
   Acc<S>* c;         // (block rows, H) shared by the team
   Operand<S>* h[2];  // (block rows, depth of H) read by even and odd steps; unless kDirect
   Operand<S>* x;     // (chunk rows, depth of I), one for each member; unless kDirect
-  Acc<S>* gates;     // (panels, chunk rows, 4 vectors) x W_ih^T + bias
+  Acc<S>* gates;     // (panels, chunk rows, 4 vectors) x W_ih^T
 
   int64_t panels() const { return (p.hidden + kLanes<S> - 1) / kLanes<S>; }
   int64_t first_panel() const { return panels() * share.begin / members; }
@@ -41,10 +41,8 @@ struct ForwardJob {
   // The k-th panel of a step. The order alternates, so that a step begins with panels that the step before left in the
   // L2 cache.
   int64_t panel_of(int64_t k, int64_t step) const { return step % 2 == 0 ? first_panel() + k : last_panel() - 1 - k; }
-  PrefetchCursor prefetch(const void* packed, int64_t panel, int64_t K) const {
-    const bool inside = first_panel() <= panel && panel < last_panel();
-    return prefetch_panel<S>(packed, inside ? panel : first_panel(), padded_depth<S>(K));
-  }
+  // A panel of this member: `panel`, or the first one for a panel of another member.
+  int64_t own(int64_t panel) const { return first_panel() <= panel && panel < last_panel() ? panel : first_panel(); }
   int64_t units(int64_t panel) const {
     const int64_t rest = p.hidden - panel * kLanes<S>;
     return rest < kLanes<S> ? rest : kLanes<S>;
@@ -59,52 +57,39 @@ struct StepRows {
   const Operand<S>* h[kBlockRows];
 };
 
-// total[r][q] += row r times W, for the four gates of one panel of hidden units.
-template <class S, int ROWS, class W>
-FASTSEQ_INLINE void multiply_gates(const Operand<S>* const* a,
+// sums[r] = row r times W, for the four gates of one panel of hidden units.
+template <class S, class W>
+FASTSEQ_INLINE void multiply_gates(const ForwardJob<S>& job,
+                                   const Operand<S>* const* a,  // (rows) rows of K elements
+                                   int64_t rows,
                                    const void* packed,  // W by pack_gates, or null
                                    const W* weight,     // (4H, K)
-                                   int64_t H,
                                    int64_t K,
                                    int64_t panel,
-                                   int64_t units,
-                                   PrefetchCursor& prefetch,
-                                   Vec<Acc<S>> (&total)[ROWS][4]) {
+                                   int64_t next,    // panel to prefetch
+                                   Acc<S>* sums) {  // (rows, 4 vectors)
   if (packed) {
     const int64_t depth = padded_depth<S>(K);
-    multiply_panel<S, ROWS>(a, panel_at<S>(packed, panel, depth), depth, prefetch, total);
-  } else if constexpr (ROWS <= kSkinnyRows) {
-    multiply_rows<S, ROWS>(a, weight, H, K, panel * kLanes<S>, units, total);
+    return multiply_block<S>(a, rows, panel_at<S>(packed, panel, depth), depth,
+                             panel_at<S>(packed, job.own(next), depth), false, sums);
   }
+  for_each_tile<kDotRows>(rows, [&](auto height, int64_t first) FASTSEQ_NOINLINE {
+    constexpr int ROWS = decltype(height)::count;
+    Vec<Acc<S>> total[ROWS][4] = {};
+    multiply_rows<S, ROWS>(a + first, weight, job.p.hidden, K, panel * kLanes<S>, job.units(panel), total);
+    for (int r = 0; r < ROWS; ++r) {
+      for (int q = 0; q < 4; ++q) vstore(total[r][q], sums + ((first + r) * 4 + q) * kLanes<S>);
+    }
+  });
 }
 
-// gates[panel][row] = x W_ih^T + bias, for `rows` input rows and the panels of this member.
+// gates[panel][row] = x W_ih^T, for `rows` input rows and the panels of this member.
 template <class S>
 void multiply_inputs(ForwardJob<S>& job, const Operand<S>* const* x, int64_t rows) {
   const LstmForwardParams<S>& p = job.p;
-  const int64_t H = p.hidden;
   for (int64_t panel = job.first_panel(); panel < job.last_panel(); ++panel) {
-    const int64_t units = job.units(panel);
-    Vec<Acc<S>> bias[4];
-    for (int64_t q = 0; q < 4; ++q) bias[q] = vload(job.d.bias + q * H + panel * kLanes<S>, units);
-    PrefetchCursor prefetch = job.prefetch(job.d.packed_ih, panel + 1, p.input_size);
-    Acc<S>* const out = job.gates + panel * p.chunk_rows * 4 * kLanes<S>;
-    const auto tile = [&](auto height, int64_t first) FASTSEQ_NOINLINE {
-      constexpr int ROWS = decltype(height)::count;
-      Vec<Acc<S>> total[ROWS][4] = {};
-      multiply_gates<S, ROWS>(x + first, job.d.packed_ih, job.d.weight_ih, H, p.input_size, panel, units, prefetch,
-                              total);
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q) vstore(total[r][q] + bias[q], out + ((first + r) * 4 + q) * kLanes<S>);
-      }
-    };
-    if (job.d.packed_ih) {
-      for_each_tile(rows, tile);
-    } else {
-      for_each_tile<kSkinnyRows>(rows, tile);
-    }
+    multiply_gates<S>(job, x, rows, job.d.packed_ih, job.d.weight_ih, p.input_size, panel, panel + 1,
+                      job.gates + panel * p.chunk_rows * 4 * kLanes<S>);
   }
 }
 
@@ -138,31 +123,29 @@ FASTSEQ_INLINE void finish_row(ForwardJob<S>& job,
   store_gates(gates, p.activations + (position * p.directions + job.direction) * 4 * H + unit, H, units);
 }
 
-// One step of all running rows. gates: their rows of the chunk, in the first panel.
+// One step of all running rows. inputs: x W_ih^T of these rows, in the first panel of job.gates.
 template <class S>
-void run_step(ForwardJob<S>& job, const StepRows<S>& rows, const Acc<S>* gates, int64_t step) {
+void run_step(ForwardJob<S>& job, const StepRows<S>& rows, const Acc<S>* inputs, int64_t step) {
   const LstmForwardParams<S>& p = job.p;
+  const int64_t H = p.hidden;
+  alignas(64) Acc<S> sums[kBlockRows * 4 * kLanes<S>];
   for (int64_t k = 0; k < job.last_panel() - job.first_panel(); ++k) {
-    const int64_t panel = job.panel_of(k, step), next = (step + 1) % 2;
-    PrefetchCursor prefetch = job.prefetch(job.d.packed_hh, job.panel_of(k + 1, step), p.hidden);
-    const int64_t units = job.units(panel);
-    const Acc<S>* const start = gates + panel * p.chunk_rows * 4 * kLanes<S>;
-    const auto tile = [&](auto height, int64_t first) FASTSEQ_NOINLINE {
-      constexpr int ROWS = decltype(height)::count;
-      Vec<Acc<S>> total[ROWS][4] = {};
-      multiply_gates<S, ROWS>(rows.h + first, job.d.packed_hh, job.d.weight_hh, p.hidden, p.hidden, panel, units,
-                              prefetch, total);
+    const int64_t panel = job.panel_of(k, step), unit = panel * kLanes<S>, units = job.units(panel);
+    multiply_gates<S>(job, rows.h, rows.count, job.d.packed_hh, job.d.weight_hh, H, panel, job.panel_of(k + 1, step),
+                      sums);
+    Vec<Acc<S>> bias[4];
+    for (int64_t q = 0; q < 4; ++q) bias[q] = vload(job.d.bias + q * H + unit, units);
+    const Acc<S>* const start = inputs + panel * p.chunk_rows * 4 * kLanes<S>;
 #pragma GCC unroll 1
-      for (int r = 0; r < ROWS; ++r) {
-        // The input part is added last: sums of h W_hh are small, and a large start value would round them coarsely.
-        for (int q = 0; q < 4; ++q) total[r][q] += vload(start + ((first + r) * 4 + q) * kLanes<S>);
-        finish_row(job, first + r, rows.position[first + r], panel * kLanes<S>, units, next, total[r]);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      Vec<Acc<S>> gates[4];
+      // The input part is added last: sums of h W_hh are small, and a large start value would round them coarsely.
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+        const int64_t at = (r * 4 + q) * kLanes<S>;
+        gates[q] = vload(sums + at) + (vload(start + at) + bias[q]);
       }
-    };
-    if (job.d.packed_hh) {
-      for_each_tile(rows.count, tile);
-    } else {
-      for_each_tile<kSkinnyRows>(rows.count, tile);
+      finish_row(job, r, rows.position[r], unit, units, (step + 1) % 2, gates);
     }
   }
 }

@@ -14,89 +14,66 @@
 FASTSEQ_REGION_BEGIN
 namespace fastseq::cpu::FASTSEQ_ISA {
 
-// Depth that is packed in one chunk: a strip of gate gradients and a panel of inputs stay in the L1 and L2 cache.
+// Depth of one chunk: the sums in memory are read and written once for each.
 template <class S>
-constexpr int64_t kDepthChunk = 256 * kPair<S>;
+constexpr int64_t kDepthChunk = 512 * kPair<S>;
 
-typedef uint32_t EightWords __attribute__((vector_size(32), may_alias));
-FASTSEQ_INLINE EightWords eight_halves(const void* p) {
-  typedef uint16_t Eight __attribute__((vector_size(16)));
-  return __builtin_convertvector(load_bytes<Eight>(static_cast<const char*>(p)), EightWords);
-}
+// Rows of a weight gradient that are computed with one panel before the next is read.
+constexpr int64_t kGradientRows = 48;
 
-// Packs ROWS columns of the gate gradients as a strip (K, ROWS), with paired depths in one lane. Also adds them to
-// bias, unless it is null, in chunks short enough to lose no digits. Reads and writes up to eight columns, for which
-// rows and strip have room.
-template <class S, int ROWS>
-FASTSEQ_INLINE void pack_strip(const Operand<S>* gates,  // (rows, stride), at the first of the columns
-                               int64_t stride,
-                               const int64_t* position,  // (K,) rows of gates
-                               int64_t K,
-                               Operand<S>* out,
-                               Acc<S>* bias) {
-  constexpr int64_t kBiasChunk = 16;
-  typedef Acc<S> Eight __attribute__((vector_size(8 * sizeof(Acc<S>)), may_alias));
-  for (int64_t begin = 0; begin < K; begin += kBiasChunk) {
-    const int64_t end = K - begin < kBiasChunk ? K : begin + kBiasChunk;
-    Eight sum{};
-    for (int64_t k = begin; k < end; k += kPair<S>) {
-      const Operand<S>* const row = gates + position[k] * stride;
-      if constexpr (kPair<S> == 1) {
-        const Eight columns = load_bytes<Eight>(row);
-        std::memcpy(out + k * ROWS, &columns, sizeof columns);
-        sum += columns;
-      } else {
-        const EightWords first = eight_halves(row);
-        const EightWords second = k + 1 < K ? eight_halves(gates + position[k + 1] * stride) : EightWords{};
-        const EightWords columns = first | (second << 16);
-        std::memcpy(out + k * ROWS, &columns, sizeof columns);
-        sum += (Eight)(first << 16) + (Eight)(second << 16);
-      }
-    }
-    for (int r = 0; r < ROWS && bias; ++r) bias[r] += sum[r];
+// One vector of gate gradients at depth k, with paired depths in one lane. Reads up to 64 bytes, for which rows of the
+// gates have room.
+template <class S>
+FASTSEQ_INLINE Vec<Acc<S>> load_depth(const Operand<S>* gates, int64_t stride, const int64_t* position, bool paired) {
+  if constexpr (kPair<S> == 1) {
+    return vload(gates + position[0] * stride);
+  } else {
+    const VWord first = __builtin_convertvector(load_bytes<VShort>(gates + position[0] * stride), VWord);
+    if (!paired) return (Vec<Acc<S>>)first;
+    const VWord second = __builtin_convertvector(load_bytes<VShort>(gates + position[1] * stride), VWord);
+    return (Vec<Acc<S>>)(first | (second << 16));
   }
 }
 
-// One tile of a weight gradient: sums (ROWS, 4 vectors) (+)= strip^T times one panel of columns.
-template <class S, int ROWS>
-FASTSEQ_INLINE void gradient_tile(const Operand<S>* strip,  // (K, ROWS)
-                                  const Operand<S>* panel,  // (K, 4 vectors)
-                                  int64_t K,                // padded, at most kDepthChunk<S>
-                                  bool first,               // overwrite sums instead of adding
-                                  Acc<S>* sums,
-                                  int64_t stride,
-                                  int64_t columns) {
-  constexpr int64_t kWidth = 4 * kLanes<S> * kPair<S>;
-  for (int r = 0; r < ROWS; ++r) {
-    for (int v = 0; v < 4; ++v) __builtin_prefetch(sums + r * stride + v * kLanes<S>, 1);
+// Sum of the depths in one vector of load_depth.
+template <class S>
+FASTSEQ_INLINE Vec<Acc<S>> add_pair(Vec<Acc<S>> lanes) {
+  if constexpr (kPair<S> == 1) {
+    return lanes;
+  } else {
+    return (VFloat)((VWord)lanes << 16) + (VFloat)((VWord)lanes & 0xffff0000u);
   }
-  Vec<Acc<S>> total[ROWS][4] = {};
-  for (int64_t begin = 0; begin < K; begin += kAccumulationChunk * kPair<S>) {
-    const int64_t end = K - begin > kAccumulationChunk * kPair<S> ? begin + kAccumulationChunk * kPair<S> : K;
-    Vec<Acc<S>> sum[ROWS][4] = {};
-    for (int64_t k = begin; k < end; k += kPair<S>, panel += kWidth) {
-      Vec<Acc<S>> w[4];
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) w[v] = load_bytes<Vec<Acc<S>>>(panel + v * (kWidth / 4));
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) multiply_add<S>(strip + k * ROWS + r * kPair<S>, w[v], sum[r][v]);
+}
+
+// Transposes `count` columns of the gate gradients: row r of `out` holds column r at all K depths, padded with zeros to
+// whole vectors. Also adds them to bias, in sums short enough to lose no digits.
+template <class S>
+void transpose_gates(const Operand<S>* gates,  // (any, stride), at the first column
+                     int64_t stride,
+                     const int64_t* position,  // (K,) rows of gates
+                     int64_t K,
+                     int64_t count,
+                     Operand<S>* out,  // (count, kDepthChunk)
+                     Acc<S>* bias) {   // (count,)
+  constexpr int64_t kStep = kLanes<S> * kPair<S>;
+  for (int64_t column = 0; column < count; column += kLanes<S>) {
+    const int64_t columns = count - column < kLanes<S> ? count - column : kLanes<S>;
+    Vec<Acc<S>> total{};
+    for (int64_t begin = 0; begin < K; begin += kStep) {
+      Vec<Acc<S>> square[kLanes<S>], sum{};
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes<S>; ++i) {
+        const int64_t k = begin + i * kPair<S>;
+        square[i] = k < K ? load_depth<S>(gates + column, stride, position + k, k + 1 < K) : Vec<Acc<S>>{};
+        sum += add_pair<S>(square[i]);
+      }
+      total += sum;
+      transpose<kLanes<S> / 2>(square);
+      for (int64_t r = 0; r < columns; ++r) {
+        std::memcpy(out + (column + r) * kDepthChunk<S> + begin, &square[r], sizeof square[r]);
       }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) total[r][v] += sum[r][v];
-    }
-  }
-#pragma GCC unroll 1
-  for (int r = 0; r < ROWS; ++r) {
-    for (int64_t v = 0; v < 4 && v * kLanes<S> < columns; ++v) {
-      Acc<S>* const at = sums + r * stride + v * kLanes<S>;
-      const int64_t n = columns - v * kLanes<S>;
-      vstore(first ? total[r][v] : vload(at, n) + total[r][v], at, n);
-    }
+    vstore(vload(bias + column, columns) + total, bias + column, columns);
   }
 }
 
@@ -111,52 +88,59 @@ struct Factor {
   int64_t panels() const { return (columns + 4 * kLanes<S> - 1) / (4 * kLanes<S>); }
 };
 
-template <class S>
-constexpr int64_t kStripBytes = kDepthChunk<S> * kTileRows * sizeof(Operand<S>) + 64;
-
-// Panels of inputs and states that all strips are multiplied with before the next are packed: half of a small L2 cache.
-constexpr int64_t kPanelsPerPass = 8;
-
-// Panels [begin, end) of a factor.
-struct PanelRange {
-  int64_t begin, end;
-
-  // The panels of a pass that starts `first` panels into a factor of `panels` panels. first may be negative.
-  static PanelRange part(int64_t first, int64_t panels) {
-    const int64_t last = first + kPanelsPerPass;
-    return {first < 0 ? 0 : first, last < panels ? last : panels};
-  }
-};
-
+// Packs depths [begin, begin + K) of all panels of a factor. Returns the end of the panels.
 template <class S, class T>
-FASTSEQ_INLINE Operand<S>* pack_factor(
-    const Factor<S, T>& f, PanelRange range, int64_t begin, int64_t K, Operand<S>* out) {
+FASTSEQ_INLINE Operand<S>* pack_factor(const Factor<S, T>& f, int64_t begin, int64_t K, Operand<S>* out) {
   const auto row = [&](int64_t k) { return f.rows + f.index[begin + k] * f.columns; };
-  for (int64_t panel = range.begin; panel < range.end; ++panel, out += 4 * kLanes<S> * padded_depth<S>(K)) {
+  for (int64_t panel = 0; panel < f.panels(); ++panel, out += 4 * kLanes<S> * padded_depth<S>(K)) {
     pack_columns<S>(row, K, f.columns, panel, out);
   }
   return out;
 }
 
-template <class S, int ROWS, class T>
-FASTSEQ_INLINE const Operand<S>* gradient_row(const Factor<S, T>& f,
-                                              PanelRange range,
-                                              const Operand<S>* strip,
-                                              const Operand<S>* panel,
-                                              int64_t K,
-                                              bool first,
-                                              int64_t gate) {
-  for (int64_t p = range.begin; p < range.end; ++p, panel += 4 * kLanes<S> * K) {
-    const int64_t column = p * 4 * kLanes<S>;
-    gradient_tile<S, ROWS>(strip, panel, K, first, f.sums + gate * f.columns + column, f.columns, f.columns - column);
+// Rows [gate, gate + count) of the gradient of one weight (+)= gates times the panels of its factor. Returns the end of
+// the panels.
+template <class S, class T>
+FASTSEQ_INLINE const Operand<S>* gradient_rows(const Factor<S, T>& f,
+                                               const Operand<S>* const* gates,  // (count) rows of K elements
+                                               int64_t gate,
+                                               int64_t count,
+                                               const Operand<S>* panels,
+                                               int64_t K,   // padded
+                                               bool add) {  // to the gradient, instead of overwriting it
+  constexpr int64_t kWidth = 4 * kLanes<S>;
+  alignas(64) Acc<S> sums[kGradientRows * kWidth];
+  for (int64_t column = 0; column < f.columns; column += kWidth, panels += kWidth * K) {
+    multiply_block<S>(gates, count, panels, K, panels + kWidth * K, false, sums);
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t j = 0; j < kWidth && column + j < f.columns; j += kLanes<S>) {
+        Acc<S>* const at = f.sums + (gate + r) * f.columns + column + j;
+        const int64_t n = f.columns - column - j;
+        const Vec<Acc<S>> sum = vload(sums + r * kWidth + j);
+        vstore(add ? vload(at, n) + sum : sum, at, n);
+      }
+    }
   }
-  return panel;
+  return panels;
 }
+
+// Offsets into the scratch memory of lstm_weight_gradients, in bytes.
+template <class S>
+struct GradientScratch {
+  int64_t bias, panels, end;
+
+  explicit GradientScratch(const LstmBackwardParams<S>& p) {
+    const int64_t width = 4 * kLanes<S>, depth = kDepthChunk<S> < p.seq.rows ? kDepthChunk<S> : p.seq.rows;
+    const int64_t columns = p.input_size + p.hidden + 2 * width;  // each of both factors ends with a whole panel
+    bias = kGradientRows * kDepthChunk<S> * sizeof(Operand<S>);
+    panels = bias + (4 * p.hidden * sizeof(Acc<S>) + 63) / 64 * 64;
+    end = panels + columns * padded_depth<S>(depth) * sizeof(Operand<S>);
+  }
+};
 
 template <class S>
 int64_t weight_gradient_bytes(const LstmBackwardParams<S>& p) {
-  const int64_t panels = kPanelsPerPass * 4 * kLanes<S> * kDepthChunk<S> * sizeof(Operand<S>);
-  return kStripBytes<S> + 4 * p.hidden * sizeof(Acc<S>) + panels;
+  return GradientScratch<S>(p).end;
 }
 
 // Rows [begin, end), of 4H, of the gradients of W_ih, W_hh and the bias of one direction.
@@ -172,26 +156,23 @@ void lstm_weight_gradients(const LstmBackwardParams<S>& p,
   const Factor<S, S> inputs{p.input, valid.position, p.input_size, d.sums_ih};
   const Factor<S, Operand<S>> states{static_cast<const Operand<S>*>(d.hidden_states), valid.previous[direction],
                                      p.hidden, d.sums_hh};
-  auto* const strip = static_cast<Operand<S>*>(scratch);
-  auto* const bias = reinterpret_cast<Acc<S>*>(static_cast<char*>(scratch) + kStripBytes<S>);
-  auto* const panels = reinterpret_cast<Operand<S>*>(bias + 4 * p.hidden);
+  const GradientScratch<S> at(p);
+  auto* const transposed = static_cast<Operand<S>*>(scratch);
+  auto* const bias = reinterpret_cast<Acc<S>*>(static_cast<char*>(scratch) + at.bias);
+  auto* const panels = reinterpret_cast<Operand<S>*>(static_cast<char*>(scratch) + at.panels);
+  const Operand<S>* rows[kGradientRows];
+  for (int64_t r = 0; r < kGradientRows; ++r) rows[r] = transposed + r * kDepthChunk<S>;
   for (int64_t gate = begin; gate < end; ++gate) bias[gate] = 0;
   int64_t k = 0;
   do {  // runs once even without valid rows, to set the gradients to 0
     const int64_t K = valid.count - k < kDepthChunk<S> ? valid.count - k : kDepthChunk<S>, depth = padded_depth<S>(K);
-    for (int64_t pass = 0; pass < inputs.panels() + states.panels(); pass += kPanelsPerPass) {
-      const PanelRange input_panels = PanelRange::part(pass, inputs.panels());
-      const PanelRange state_panels = PanelRange::part(pass - inputs.panels(), states.panels());
-      pack_factor(states, state_panels, k, K, pack_factor(inputs, input_panels, k, K, panels));
-      const auto tile = [&](auto height, int64_t first) FASTSEQ_NOINLINE {
-        constexpr int ROWS = decltype(height)::count;
-        const int64_t gate = begin + first;
-        pack_strip<S, ROWS>(static_cast<const Operand<S>*>(d.grad_gates) + gate, p.gates_stride, valid.position + k, K,
-                            strip, pass == 0 ? bias + gate : nullptr);
-        const auto* next = gradient_row<S, ROWS>(inputs, input_panels, strip, panels, depth, k == 0, gate);
-        gradient_row<S, ROWS>(states, state_panels, strip, next, depth, k == 0, gate);
-      };
-      for_each_tile(end - begin, tile);
+    pack_factor(states, k, K, pack_factor(inputs, k, K, panels));
+    for (int64_t gate = begin; gate < end; gate += kGradientRows) {
+      const int64_t count = end - gate < kGradientRows ? end - gate : kGradientRows;
+      transpose_gates<S>(static_cast<const Operand<S>*>(d.grad_gates) + gate, p.gates_stride, valid.position + k, K,
+                         count, transposed, bias + gate);
+      const auto* const next = gradient_rows(inputs, rows, gate, count, panels, depth, k > 0);
+      gradient_rows(states, rows, gate, count, next, depth, k > 0);
     }
     k += kDepthChunk<S>;
   } while (k < valid.count);
@@ -205,14 +186,14 @@ void lstm_input_gradients(
   const FlushDenormals flush;
   const int64_t I = p.input_size, depth = padded_depth<S>(4 * p.hidden), column = panel * 4 * kLanes<S>;
   const int64_t panels = (I + 4 * kLanes<S> - 1) / (4 * kLanes<S>);
-  Acc<S> sums[kInputGradientRows * 4 * kLanes<S>];
+  alignas(64) Acc<S> sums[kInputGradientRows * 4 * kLanes<S>];
   const Operand<S>* rows[kInputGradientRows];
   for (int64_t direction = 0; direction < p.directions; ++direction) {
     const LstmBackwardDirection<S>& d = p.direction[direction];
     const auto* gates = static_cast<const Operand<S>*>(d.grad_gates);
     for (int64_t r = begin; r < end; ++r) rows[r - begin] = gates + valid.position[r] * p.gates_stride;
-    const Operand<S>* const next = panel_at<S>(d.packed_ih, (panel + 1) % panels, depth);
-    multiply_deep<S>(rows, end - begin, panel_at<S>(d.packed_ih, panel, depth), depth, next, direction > 0, sums);
+    multiply_block<S>(rows, end - begin, panel_at<S>(d.packed_ih, panel, depth), depth,
+                      panel_at<S>(d.packed_ih, (panel + 1) % panels, depth), direction > 0, sums);
   }
   for (int64_t r = begin; r < end; ++r) {
     const Acc<S>* const from = sums + (r - begin) * 4 * kLanes<S>;

@@ -16,8 +16,8 @@ constexpr int64_t kBlockRows = 64;
 constexpr int64_t kInputGradientRows = 48;
 // Largest number of input rows that are multiplied with W_ih in one chunk.
 constexpr int64_t kChunkRows = 256;
-// Largest skinny batch. Rows of W are then read in place instead of packed: a step uses each of them only a few times.
-constexpr int64_t kSkinnyRows = 4;
+// Largest skinny batch of any instruction set; see Kernels::skinny_rows.
+constexpr int kSkinnyRows = 4;
 
 // Fields of both passes: one direction, and the layer.
 template <class S>

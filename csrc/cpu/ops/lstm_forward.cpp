@@ -15,8 +15,9 @@
 namespace fastseq::cpu {
 namespace {
 
-// Below this number of valid rows in a call, reading W_ih in place costs less than packing it.
-constexpr int64_t kRowsWorthPacking = 128;
+// Below this number of valid rows in a call, reading W_ih in place costs less than packing it: about four for each
+// hidden unit of a panel, because the products of packed rows gain more from wide vectors.
+int64_t rows_worth_packing(int64_t gate_units) { return std::max<int64_t>(32, 4 * gate_units); }
 
 // b_ih + b_hh of every direction, (D, 4H).
 template <class S>
@@ -44,8 +45,8 @@ void forward(const LayerArguments& layer, const SequenceTable& table, LstmForwar
   p.blocks = plan.blocks;
   p.chunk_rows = chunk_rows(divide_up(layer.batch, plan.blocks), H);
 
-  const bool skinny_input = table.valid_steps < kRowsWorthPacking;
-  const bool skinny_batch = skinny_input || layer.batch <= kSkinnyRows;
+  const bool skinny_input = table.valid_steps < rows_worth_packing(k.gate_units);
+  const bool skinny_batch = skinny_input || layer.batch <= k.skinny_rows;
   const int64_t bytes_ih = skinny_input ? 0 : packed_bytes<S>(panels, 4 * k.gate_units, I);
   const int64_t bytes_hh = skinny_batch ? 0 : packed_bytes<S>(panels, 4 * k.gate_units, H);
   const PooledScratch packed(D * (bytes_ih + bytes_hh)), bias(D * 4 * H * sizeof(Acc<S>));
