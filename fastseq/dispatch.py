@@ -43,6 +43,7 @@ class Choice(NamedTuple):
 _rules: dict[str, tuple[Rule, ...]] = {}
 _implementations: dict[tuple[str, str], ModuleType] = {}
 _records: list[tuple[int, list[Choice]]] = []  # (thread id, its decisions) of every active record()
+_caches: list[Any] = []  # remembered choices
 
 
 def register(op: str, rules: tuple[Rule, ...]) -> None:
@@ -140,17 +141,32 @@ def first_rule(op: str, call: Any) -> tuple[str, str]:
     raise RuntimeError(f"{op}: no backend serves {call}; see `fastseq info`")
 
 
-_remembered_rule = functools.lru_cache(maxsize=4096)(first_rule)
+def remembered(choice: Callable) -> Callable:
+    """Cache a function that chooses by hashable arguments, until :func:`forget`."""
+    cached = functools.lru_cache(maxsize=4096)(choice)
+    _caches.append(cached)
+    return cached
+
+
+_remembered_rule = remembered(first_rule)
 
 
 def forget() -> None:
     """Drop the remembered choices: for tests that replace what a rule or ``unsupported`` reads besides the call."""
-    _remembered_rule.cache_clear()
+    for cached in _caches:
+        cached.cache_clear()
 
 
 def takes_auto(backend: str | None) -> bool:
     """True if auto-selection applies and no record() is active, so a caller may take its op's fast path."""
     return backend in (None, "auto") and _default == "auto" and not _records
+
+
+def unrecorded(backend: str | None) -> str | None:
+    """The name by which :func:`select` would choose; None while a record() is active, which no caller may skip."""
+    if _records:
+        return None
+    return _default if backend is None or backend == "auto" else backend
 
 
 def _record(op: str, call: Any, chosen: str, why: str) -> None:

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastseq.dispatch import check_name
 from fastseq.ops.common.autocast import autocast_enabled
 from fastseq.ops.common.checks import check_pair
-from fastseq.ops.lstm.api import Stack, check_batch_sizes, check_lengths, run
+from fastseq.ops.lstm.api import Stack, check_batch_sizes, check_lengths, run, run_plain
 
 States = tuple[Tensor, Tensor]
 Lengths = Tensor | Sequence[int]
@@ -138,8 +138,14 @@ class LSTM(nn.RNNBase):
             RuntimeError, ValueError: as ``torch.nn.LSTM``; ValueError for invalid ``lengths``; RuntimeError if the
                 requested backend cannot serve this call.
         """
-        packed = isinstance(input, PackedSequence)
         weights = self.current_weights()
+        if lengths is None and not return_cell_states:
+            options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
+            sizes = (self.input_size, self.hidden_size, self.proj_size)
+            results = run_plain(input, hx, weights, options, sizes, self.backend)
+            if results is not None:
+                return results[0], results[1:]
+        packed = isinstance(input, PackedSequence)
         if packed:
             data, batch_sizes, sorted_indices, unsorted_indices = input
             hx = self._packed_state(data, batch_sizes, hx, sorted_indices, weights[0])

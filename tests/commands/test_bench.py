@@ -306,7 +306,7 @@ def test_memory_is_counted_in_storages(tmp_path, capsys, small):
     assert "baseline / own" in capsys.readouterr().out
     rows = json.loads((tmp_path / "memory.json").read_text())["memory"]
     saved = {row["case"]: row["bytes"] for row in rows}
-    assert saved[TINY.name] == 4 * 2 * (3 * 5 * 5 + 2 * 5), "4 activations and c of every step, h0 and c0"
+    assert saved[TINY.name] == 4 * 2 * (3 * 5 * 5 + 5), "4 activations and c of every step, zeros for h0 and c0"
 
 
 @pytest.mark.parametrize(

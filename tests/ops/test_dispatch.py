@@ -1,5 +1,7 @@
 """The choice of a backend by name, block, environment variable and rules, and its reports: explain and info."""
 
+import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -12,9 +14,11 @@ from torch import nn
 
 import fastseq
 from fastseq import LSTM, _native, dispatch
-from fastseq.dispatch import select
+from fastseq.dispatch import implementation, select
+from fastseq.ops.lstm import api as lstm_api
 from fastseq.ops.lstm import rules as lstm_rules
 from fastseq.ops.lstm import torch as torch_backend
+from fastseq.ops.lstm.api import describe
 from fastseq.ops.lstm.spec import LSTMCall, Stack
 from fastseq.ops.lstm.torch import runs_under_autocast
 from fastseq.ops.lstm_cell import api as cell_api
@@ -160,6 +164,73 @@ def test_auto_gives_bfloat16_to_the_faster_products(wide, matrix, products, infe
     call = CALL._replace(batch=32, steps=50, dtype=torch.bfloat16)
     assert select("lstm", "auto", call) == inference
     assert select("lstm", "auto", call._replace(requires_grad=True)) == training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(batch_first=True, num_layers=2, bidirectional=True, proj_size=2)], ids=str
+)
+def test_a_plain_call_takes_the_backend_of_the_rules(options, dtype, monkeypatch):
+    """Also without record(), where ``run_plain`` may answer; the results are the same."""
+    lstm, backends = LSTM(4, 5, dtype=dtype, **options), []
+    monkeypatch.setattr(lstm_api, "implementation", lambda op, name: backends.append(name) or implementation(op, name))
+    for steps, batch, grad in itertools.product((1, 7), (1, 8), (False, True)):
+        x = torch.randn((batch, steps, 4) if lstm.batch_first else (steps, batch, 4), dtype=dtype)
+        with torch.set_grad_enabled(grad):
+            with dispatch.record() as choices:
+                expected = lstm(x)
+            dispatch.forget()
+            backends.clear()
+            for _ in range(2):
+                output, (h_n, c_n) = lstm(x)
+        assert set(backends) == {choices[0].backend}
+        for actual, wanted in zip((output, h_n, c_n), (expected[0], *expected[1]), strict=True):
+            assert torch.equal(actual, wanted)
+            assert actual.requires_grad == grad
+
+
+@pytest.mark.parametrize(
+    "option", ["plain", "autocast", "subclass", "float state", "list of states", "vmap", "recorded"]
+)
+def test_only_plain_calls_skip_the_record(option, monkeypatch):
+    lstm, described, x = LSTM(4, 5), [], X
+    states = torch.zeros(1, 2, 5), torch.zeros(1, 2, 5, dtype=torch.float64 if option == "float state" else None)
+    hx = {"float state": states, "list of states": list(states)}.get(option)
+    monkeypatch.setattr(lstm_api, "describe", lambda *args: described.append(args) or describe(*args))
+    with contextlib.ExitStack() as stack:
+        if option == "autocast":
+            stack.enter_context(torch.autocast("cpu"))
+        if option == "recorded":
+            stack.enter_context(dispatch.record())
+        if option == "float state":
+            stack.enter_context(pytest.raises(RuntimeError, match="the cell tensor is"))
+        if option == "subclass":
+            x = X.as_subclass(type("Seen", (torch.Tensor,), {}))
+        run = torch.func.vmap(lambda x: lstm(x, hx)[0]) if option == "vmap" else lambda x: lstm(x, hx)
+        run(x[None] if option == "vmap" else x)
+    assert bool(described) == (option not in ("plain", "float state"))
+
+
+def test_a_plain_call_sees_new_weights_and_options():
+    """The remembered plan depends on nothing that may change between two calls."""
+    lstm, plain = LSTM(4, 5), nn.LSTM(4, 5)
+    plain.load_state_dict(lstm.state_dict())
+    for change in (
+        lambda m: None,
+        lambda m: setattr(m, "weight_hh_l0", nn.Parameter(torch.ones(20, 5))),
+        lambda m: m.requires_grad_(False),
+        lambda m: m.double(),
+    ):
+        change(lstm)
+        change(plain)
+        x = X.to(lstm.weight_hh_l0.dtype)
+        actual, expected = lstm(x)[0], plain(x)[0]
+        torch.testing.assert_close(actual, expected)
+        assert actual.requires_grad == expected.requires_grad
+    with pytest.raises(ValueError, match="RNN input dtype"):
+        lstm(X)
+    with fastseq.use_backend("triton"), pytest.raises(RuntimeError, match="the triton backend"):
+        lstm(X.double())
 
 
 def test_block_ends_with_an_exception():

@@ -1,13 +1,17 @@
 """The public LSTM op, and the path it shares with ``fastseq.LSTM``: describe, select, cast, apply."""
 
+import functools
+import operator
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq import _native
-from fastseq.dispatch import implementation, select
+from fastseq.dispatch import implementation, remembered, select, unrecorded
 from fastseq.ops.common.autocast import autocast_enabled, cast, cast_weights, without_autocast
-from fastseq.ops.common.autograd import forward_mode, vmapped
+from fastseq.ops.common.autograd import forward_mode, is_compiling, peek_transform, vmapped
 from fastseq.ops.common.checks import as_lengths, readable
 from fastseq.ops.common.dtypes import tf32_allowed
 from fastseq.ops.common.layout import zero_padding
@@ -15,6 +19,7 @@ from fastseq.ops.lstm.function import apply
 from fastseq.ops.lstm.spec import Layer, LSTMCall, Stack
 
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 def lstm(
@@ -102,8 +107,97 @@ def run(stack: Stack, cell_states: bool, backend: str | None) -> tuple[Tensor, T
     return tuple(t if t is None else t.to(dtype) for t, dtype in zip(results, dtypes, strict=True))
 
 
+def run_plain(
+    input: Tensor, hx: tuple[Tensor, Tensor] | None, weights, options: tuple, sizes: tuple, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As :func:`run` for the commonest calls, in a third of the time around the kernel.
+
+    These are padded CPU tensors of torch's own types, of one dtype and fitting shapes, without autocast, trace,
+    transform or record(). ``test_a_plain_call_takes_the_backend_of_the_rules`` holds the choice to ``run``'s.
+
+    Args:
+        input: (T, B, I), or (B, T, I) with batch_first.
+        hx: h0 (L * D, B, P) and c0 (L * D, B, H), or None for zeros.
+        weights: as nn.LSTM._flat_weights.
+        options: bias, num_layers, dropout, training, bidirectional, batch_first; as of torch._VF.lstm.
+        sizes: I, H and proj_size.
+
+    Returns:
+        output, h_n and c_n; None for any other call, among them those that must be refused.
+    """
+    requested = unrecorded(backend)
+    if (
+        requested is None
+        or type(input) is not Tensor
+        or not (hx is None or type(hx) is tuple)
+        or is_compiling()
+        or autocast_enabled("cpu")
+        or forward_mode()
+        or peek_transform() is not None
+        or not PLAIN_TYPES.issuperset(map(type, weights))
+    ):
+        return None
+    dtype = input.dtype
+    needs_grad = torch.is_grad_enabled() and any(map(_requires_grad, (input, *(hx or ()), *weights)))
+    plan = _plain_plan(requested, dtype, input.shape, options, sizes, needs_grad)
+    if plan is None or dtype is not weights[0].dtype or not _native.on_cpu(input) or not weights[0].is_cpu:
+        return None
+    shapes, kernel = plan
+    if hx is None:
+        c0 = input.new_zeros(shapes[1])
+        hx = (input.new_zeros(shapes[0]) if sizes[2] else c0, c0)
+    elif len(hx) != 2 or not (_fits(hx[0], shapes[0], dtype) and _fits(hx[1], shapes[1], dtype)):
+        return None
+    return kernel(input, hx, weights, *options)
+
+
+def _fits(state: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    return type(state) in PLAIN_TYPES and state.shape == shape and state.dtype is dtype and state.is_cpu
+
+
+@remembered
+def _plain_plan(requested, dtype, shape, options, sizes, needs_grad) -> tuple[tuple, Callable] | None:
+    """The shapes of h0 and c0, and the function, with the arguments of torch._VF.lstm, that serves these calls.
+
+    None if the input does not fit.
+    """
+    _, num_layers, _, _, bidirectional, batch_first = options
+    input_size, hidden_size, proj_size = sizes
+    if len(shape) != 3 or shape[2] != input_size or 0 in shape[:2]:
+        return None
+    batch, steps = shape[:2] if batch_first else shape[1::-1]
+    call = LSTMCall("cpu", dtype, *sizes, batch=batch, steps=steps, requires_grad=needs_grad)
+    chosen = select("lstm", requested, call)
+    rows = num_layers * (2 if bidirectional else 1)
+    shapes = (rows, batch, proj_size or hidden_size), (rows, batch, hidden_size)
+    return shapes, _plain_kernel(chosen, call) or functools.partial(_layered, chosen, call)
+
+
+def _plain_kernel(backend: str, call: LSTMCall) -> Callable | None:
+    """The ``plain`` of a backend, if it has one that serves the call."""
+    module = implementation("lstm", backend)
+    form = {"batch": call.batch, "steps": call.steps, "requires_grad": call.requires_grad}
+    if call != LSTMCall("cpu", *call[1:5], **form) or (
+        call.requires_grad and not getattr(module, "PLAIN_HAS_BACKWARD", False)
+    ):
+        return None
+    return getattr(module, "plain", None)
+
+
+def _layered(backend: str, call: LSTMCall, input: Tensor, hx, weights, *options) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_run` with the arguments of torch._VF.lstm."""
+    bias, num_layers, dropout, training, bidirectional, batch_first = options
+    sizes = {"num_layers": num_layers, "proj_size": call.proj_size}
+    flags = {"bias": bias, "bidirectional": bidirectional, "batch_first": batch_first, "training": training}
+    return _run(backend, call, Stack(input, *hx, weights, dropout=dropout, **sizes, **flags), False)[:3]
+
+
 def _run(backend: str, call: LSTMCall, stack: Stack, cell_states: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """All layers by a backend that computes layer by layer, in ``call.dtype``."""
+    kernel = None if peek_transform() is not None else _plain_kernel(backend, call)
+    if kernel is not None:
+        options = (stack.bias, stack.num_layers, stack.dropout, stack.training, stack.bidirectional, stack.batch_first)
+        return *kernel(stack.input, (stack.h0, stack.c0), stack.weights, *options), None
     if call.autocast:
         input, h0, c0 = cast(call.dtype, stack.input, stack.h0, stack.c0)
         stack = stack._replace(input=input, h0=h0, c0=c0, weights=cast_weights(call.dtype, *stack.weights))
@@ -142,7 +236,7 @@ def _layers(
 
 def describe(stack: Stack, cell_states: bool) -> LSTMCall:
     """The record by which rules and backends judge the call."""
-    compiling, packed = torch.compiler.is_compiling(), stack.batch_sizes is not None
+    compiling, packed = is_compiling(), stack.batch_sizes is not None
     input, device = stack.input, stack.input.device
     autocast, fused, dtype = autocast_enabled(device.type) and input.dtype != torch.float64, False, input.dtype
     if autocast:
@@ -203,7 +297,7 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
         )
     if batch_sizes.numel() == 0:
         raise RuntimeError("lstm: expected at least one time step, got empty batch_sizes")
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     if int(batch_sizes.sum()) != rows or int(batch_sizes[-1]) < 1 or bool((batch_sizes.diff() > 0).any()):
         raise RuntimeError(

@@ -4,6 +4,7 @@ CUDA tensors go to ``native_cuda``.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq import _native
@@ -14,6 +15,7 @@ from fastseq.ops.lstm import native_cuda
 from fastseq.ops.lstm.spec import Grads, Layer, LayerGrads, Result, Want, Weights
 
 SKIPS_PADDING = True  # steps past a sequence's length are not read
+PLAIN_HAS_BACKWARD = False
 
 
 def forward(layer: Layer, want: Want) -> Result:
@@ -26,6 +28,28 @@ def forward(layer: Layer, want: Want) -> Result:
     saved = (activations, cell_states) if want.backward else ()
     wanted = cell_states.to(output.dtype, copy=True) if want.cell_states else None  # backward reads the saved ones
     return Result(output, h_n, c_n, wanted, saved)
+
+
+def plain(input, hx, weights, *options) -> tuple[Tensor, Tensor, Tensor]:
+    """A padded call on CPU tensors without a backward, with arguments and results of ``torch._VF.lstm``.
+
+    It calls the operator without the records of the layers, which take as long as a short call computes.
+    """
+    _, num_layers, dropout, training, bidirectional, batch_first = options
+    output = (input.transpose(0, 1) if batch_first else input).contiguous()
+    directions = 2 if bidirectional else 1
+    h0, c0 = (state.contiguous().split(directions) for state in hx)
+    count, states = len(weights) // num_layers, []
+    for k in range(num_layers):
+        if k and dropout:
+            output = F.dropout(output, dropout, training)
+        of_layer = [w.contiguous() for w in weights[k * count : (k + 1) * count]]
+        output, *state, _, _ = _native.operators.lstm_forward.default(
+            output, h0[k], c0[k], of_layer, None, None, False, False, False
+        )
+        states.append(state)
+    h_n, c_n = state if num_layers == 1 else map(torch.cat, zip(*states, strict=True))
+    return output.transpose(0, 1) if batch_first else output, h_n, c_n
 
 
 def backward(layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: LayerGrads) -> LayerGrads:

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from fastseq.ops.common import layout
 from fastseq.ops.lstm.spec import LSTMCall, Stack
 
+PLAIN_HAS_BACKWARD = True
 _vf_lstm = torch._VF.lstm
 
 
@@ -126,6 +127,11 @@ def run(stack: Stack) -> tuple[Tensor, Tensor, Tensor]:
     if stack.lengths is None or stack.lengths.numel() == 0:
         return _vf_lstm(stack.input, hx, weights, *options, stack.batch_first)
     return _packed(stack, hx, options)
+
+
+def plain(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """A padded call on CPU tensors, with arguments and results of ``torch._VF.lstm``."""
+    return _vf_lstm(*arguments)
 
 
 def _packed(stack: Stack, hx: tuple[Tensor, Tensor], options: tuple) -> tuple[Tensor, Tensor, Tensor]:

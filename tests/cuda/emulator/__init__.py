@@ -66,6 +66,7 @@ def as_native() -> Iterator[None]:
         (_native, "operators", load()),
         (_native, "why_not_cuda", lambda index=None: ""),
         (_native, "device_of", lambda t: "cuda"),
+        (_native, "on_cpu", lambda t: False),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
     for owner, name, value in patches:
