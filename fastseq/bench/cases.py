@@ -1,5 +1,6 @@
 """The one table of benchmark cases, for ``fastseq bench`` and ``benchmarks/``, and the problem of each."""
 
+import argparse
 import itertools
 from dataclasses import dataclass
 
@@ -68,6 +69,7 @@ class BenchCase:
         sizes = sizes[1:] if self.kind == "cell" else sizes
         short = {True: " tf32", None: " default", False: SHORT[self.dtype]}[self.tf32]
         shape = f" {self.layers}-layer bidirectional" if self.bidirectional else ""
+        shape = f" {self.layers}-layer" if self.layers > 1 and not self.bidirectional else shape
         place = f" {self.device}" if self.device != "cpu" else ""
         return f"{self.kind} {sizes}{short}{shape}" + (f" proj {self.proj_size}" if self.proj_size else "") + place
 
@@ -186,6 +188,14 @@ SUITES = {  # name -> cases, description
 }
 CASES = tuple(dict.fromkeys(case for cases, _ in SUITES.values() for case in cases))  # each once
 MEAN_GOALS = {("bfloat16", "inference"): 1.05, ("bfloat16", "training"): 1.4}  # of a group's geometric mean
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """ "50,32,40,256" -> T, B, I, H."""
+    sizes = tuple(int(part) if part.strip().isdigit() else 0 for part in text.split(","))
+    if len(sizes) != 4 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected T,B,I,H, four numbers of at least 1, got {text!r}")
+    return sizes
 
 
 def make_problem(case: BenchCase) -> Problem:

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -11,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from fastseq.bench import models, roofline
+from fastseq.bench import grid, models, roofline, runs
 from fastseq.bench.baselines import BASELINES, make_baselines
-from fastseq.bench.cases import KINDS, MEAN_GOALS, MODES, SUITES, BenchCase
+from fastseq.bench.cases import KINDS, MEAN_GOALS, MODES, SHORT, SUITES, BenchCase, parse_shape
 from fastseq.bench.memory import Saved, measure_memory
 from fastseq.bench.timing import Setup, Timing, measure
 from fastseq.console import Bar, chosen_names, environment, load_average, markdown_table, quiet_torch
@@ -38,13 +40,20 @@ examples:
   fastseq bench --suite cuda --output gpu             # native, triton and auto against cuDNN, SDPA and eager torch
   fastseq bench --suite seq2seq --quick --threads 1   # whole models beside plain PyTorch: training, greedy, beam 5
   fastseq bench --memory                              # bytes kept for the backward, instead of times
+  fastseq bench --shape 50,32,40,256 --layers 2       # your own sizes: T,B,I,H; --shape may be repeated
+  fastseq bench --suite grid --output grid --resume --minutes 2   # part of a long suite; repeat until it is complete
+  fastseq bench --suite cpu --output new --compare old.json       # which ratios moved beyond noise
+  fastseq bench --suite headline --fail-under 0.97    # exit code 1 if a ratio of a backend is smaller
 
-Exit code: 0; 1 if an accuracy check failed, and then that case has no figure; 2 for an option that does not exist.
+Exit code: 0; 1 if an accuracy check failed, and then that case has no figure, or if a ratio is below --fail-under; 2
+for an option that does not exist.
 For figures to publish, run nothing else on the machine: the header shows the load average.
 """
 
 
 WRONG = models.WRONG
+STOPPED = "stopped"
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SHORT}
 BASELINE_BACKEND = "torch"  # runs the baseline's own kernels
 MEMORY = (
     "Storages that the forward saves for its backward, without inputs and parameters; a ratio above 1 saves memory."
@@ -151,7 +160,10 @@ def noise(rows: list[dict]) -> list[str]:
 
 def suites_of(quick: bool) -> dict[str, tuple[tuple, str]]:
     """Every suite: name -> cases, description. quick: the smaller choice of whole models."""
-    return SUITES | {models.SUITE: (models.QUICK if quick else models.CASES, models.DESCRIPTION)}
+    return SUITES | {
+        "grid": (grid.CASES, "shapes over the whole range, by which the rules of auto are held, some minutes"),
+        models.SUITE: (models.QUICK if quick else models.CASES, models.DESCRIPTION),
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,6 +177,17 @@ def _parser() -> argparse.ArgumentParser:
     names = suites_of(quick=False)
     parser.add_argument("--suite", choices=names, default="quick", help=f"{suites} (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer models and rounds; suite seq2seq only")
+    parser.add_argument("--list", action="store_true", help="list the cases of the suite, and measure nothing")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        type=parse_shape,
+        metavar="T,B,I,H",
+        help="an LSTM of these sizes, in place of a suite",
+    )
+    parser.add_argument("--layers", type=int, default=1, help="of --shape (default: %(default)s)")
+    parser.add_argument("--bidirectional", action="store_true", help="both directions, of --shape")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of --shape (default: %(default)s)")
     parser.add_argument("--filter", default="", help="only cases whose group or name contains this text")
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="default: %(default)s")
     parser.add_argument(
@@ -179,14 +202,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--goals", action="store_true", help="also show the ratios that the project aims at")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time per case and mode (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="start no further case after this time")
     parser.add_argument("--output", type=Path, help="also write OUTPUT.json and OUTPUT.md")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of OUTPUT.json, measure the missing ones")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="list the ratios that moved beyond noise since an older run"
+    )
+    parser.add_argument("--fail-under", type=float, metavar="R", help="exit code 1 if a backend's ratio is below R")
     return parser
+
+
+def _own_cases(args: argparse.Namespace) -> tuple[BenchCase, ...]:
+    """The cases of --shape."""
+    options = {"layers": args.layers, "bidirectional": args.bidirectional, "dtype": DTYPES[args.dtype]}
+    return tuple(BenchCase("shape", "lstm", *shape, **options) for shape in args.shape)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[BenchCase]]:
     parser = _parser()
     args = parser.parse_args(argv)
-    suite, _ = suites_of(args.quick)[args.suite]
+    if args.layers < 1:
+        parser.error(f"--layers must be at least 1, got {args.layers}")
+    if args.resume and (not args.output or args.memory or args.suite == models.SUITE):
+        parser.error("--resume continues a run of times: give its --output, without --memory and --suite seq2seq")
+    suite = _own_cases(args) if args.shape else suites_of(args.quick)[args.suite][0]
     if args.suite == models.SUITE and (args.memory or args.backends or args.baselines):
         parser.error("--suite seq2seq times whole models: leave out --memory, --backends and --baselines")
     if args.quick and args.suite != models.SUITE:
@@ -211,6 +250,10 @@ def main(argv: list[str] | None = None) -> None:
     """Command line of ``fastseq bench``."""
     argv = sys.argv[1:] if argv is None else argv
     args, cases = _parse(argv)
+    if args.list:
+        print("\n".join(f"{case.group}: {case.name}" for case in cases))
+        return
+    old = runs.read(args.compare) if args.compare else None
     if args.threads:
         torch.set_num_threads(args.threads)
     facts = environment(["fastseq", "bench", *argv])
@@ -222,26 +265,48 @@ def main(argv: list[str] | None = None) -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{args.output}.md").write_text(text)
         Path(f"{args.output}.json").write_text(json.dumps(content, indent=1) + "\n")
-    if any(remark.startswith(WRONG) for remark in content["remarks"]):
+    if old:
+        print(runs.compare(old, content))
+    if any(remark.startswith(WRONG) for remark in content["remarks"]) or _too_slow(content, args.fail_under):
         raise SystemExit(1)
+
+
+def _too_slow(content: dict, limit: float | None) -> bool:
+    """Print the rows of fastseq's backends whose ratio is below the limit; True if there are any."""
+    rows = [] if limit is None else content.get("rows", ())
+    slow = [row for row in rows if row["candidate"] in BACKENDS and row["ratio"] < limit]
+    for row in slow:
+        print(f"below {limit}: {row['case']}, {row['mode']}, {row['candidate']}: {row['ratio']:.3f}", file=sys.stderr)
+    return bool(slow)
 
 
 def times(args: argparse.Namespace, cases: list[BenchCase], facts: dict) -> tuple[str, dict]:
     """Time the cases; the report as Markdown, and as data."""
+    kept = runs.earlier(Path(f"{args.output}.json"), facts) if args.resume else {"rows": [], "remarks": []}
     facts |= roofline.describe(cases[0].device)
     modes = (False, True) if args.mode == "both" else (args.mode == "training",)
-    rows, remarks, bar = [], [], Bar(len(cases) * len(modes))
+    rows, remarks = kept["rows"], [r for r in kept["remarks"] if not r.startswith(STOPPED)]
+    measured = {(row["case"], row["mode"]) for row in rows}
+    end = time.monotonic() + 60 * (math.inf if args.minutes is None else args.minutes)
+    missing = {c: [train for train in modes if (c.name, MODES[train]) not in measured] for c in cases}
+    bar = Bar(sum(map(len, missing.values())))
     for case in cases:
+        if time.monotonic() >= end:
+            break
+        if not missing[case]:
+            continue
         setup = Setup(case)
-        for train in modes:
+        for train in missing[case]:
             bar.show(f"{case.name}, {MODES[train]}")
-            baselines, missing = make_baselines(setup, train, args.baselines)
+            baselines, absent = make_baselines(setup, train, args.baselines)
             timings, refusals = _unless_wrong(partial(measure, setup, args.backends, train, args.seconds, baselines))
             rows += [to_row(case, train, timing) for timing in timings]
-            remarks += missing + refusals
+            remarks += absent + refusals
             bar.step()
     bar.close()
     facts["load average at the end"] = load_average()
+    if bar.done < bar.total:
+        remarks.append(f"{STOPPED} after --minutes {args.minutes:g}: {bar.total - bar.done} measurements are missing")
     remarks = list(dict.fromkeys([*remarks, *noise(rows)]))
     content = {"environment": facts, "rows": rows, "summary": summarise(rows), "remarks": remarks}
     return markdown(facts, rows, remarks, args.goals), content
