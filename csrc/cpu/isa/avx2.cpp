@@ -1,10 +1,10 @@
-// AVX2 and FMA kernels.
+// AVX2, FMA and F16C kernels.
 #include "cpu/isa/isa.h"
 
 #if FASTSEQ_X86
 
 #define FASTSEQ_ISA avx2
-#define FASTSEQ_TARGET "avx2,fma"
+#define FASTSEQ_TARGET "avx2,fma,f16c"
 #define FASTSEQ_VECTOR_BYTES 32
 #define FASTSEQ_BF16_DOT 0
 

@@ -1,4 +1,4 @@
-// bfloat16 kernels with the AVX-512 bfloat16 dot product. All other types use avx512.cpp.
+// LSTM kernels with the AVX-512 bfloat16 dot product. All other types, cells and attention use avx512.cpp.
 #include "cpu/isa/isa.h"
 
 #if FASTSEQ_X86
@@ -12,7 +12,7 @@
 
 namespace fastseq::cpu::FASTSEQ_ISA {
 
-template Kernels<BFloat16> make_kernels();
+template void set_lstm_kernels(Kernels<BFloat16>&);
 
 }  // namespace fastseq::cpu::FASTSEQ_ISA
 

@@ -21,16 +21,14 @@
 FASTSEQ_REGION_BEGIN
 namespace fastseq::cpu::FASTSEQ_ISA {
 
+// The kernels that depend on Operand<S>: packed weights and the products that read them.
 template <class S>
-Kernels<S> make_kernels() {
-  Kernels<S> table{};
+void set_lstm_kernels(Kernels<S>& table) {
   table.gate_units = kLanes<S>;
   table.panel_columns = 4 * kLanes<S>;
   table.operand_bytes = sizeof(Operand<S>);
   table.pair = kPair<S>;
   table.skinny_rows = kDotRows;
-  table.cell_forward = cell_forward<S>;
-  table.cell_backward = cell_backward<S>;
   table.cell_step = cell_step<S>;
   table.pack_gates = pack_gates<S>;
   table.pack_columns = pack_weight_columns<S>;
@@ -42,6 +40,14 @@ Kernels<S> make_kernels() {
   table.lstm_weight_gradients = lstm_weight_gradients<S>;
   table.lstm_input_gradients = lstm_input_gradients<S>;
   table.fma_chain = fma_chain<S>;
+}
+
+template <class S>
+Kernels<S> make_kernels() {
+  Kernels<S> table{};
+  set_lstm_kernels(table);
+  table.cell_forward = cell_forward<S>;
+  table.cell_backward = cell_backward<S>;
   table.attention_forward = attention_forward<S>;
   table.attention_backward = attention_backward<S>;
   table.attention_prepare = attention_prepare<S>;

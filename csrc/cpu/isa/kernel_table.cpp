@@ -6,10 +6,12 @@
 
 namespace fastseq::cpu {
 
-#define FASTSEQ_DECLARE(isa) \
-  namespace isa {            \
-  template <class S>         \
-  Kernels<S> make_kernels(); \
+#define FASTSEQ_DECLARE(isa)          \
+  namespace isa {                     \
+  template <class S>                  \
+  Kernels<S> make_kernels();          \
+  template <class S>                  \
+  void set_lstm_kernels(Kernels<S>&); \
   }
 FASTSEQ_DECLARE(baseline)
 FASTSEQ_DECLARE(avx2)
@@ -23,7 +25,11 @@ template <class S>
 Kernels<S> choose() {
   const Isa isa = machine_isa();
   if constexpr (is_built(Isa::kAvx512Bf16) && std::is_same_v<S, BFloat16>) {
-    if (isa >= Isa::kAvx512Bf16) return avx512_bf16::make_kernels<S>();
+    if (isa >= Isa::kAvx512Bf16) {
+      Kernels<S> table = avx512::make_kernels<S>();
+      avx512_bf16::set_lstm_kernels(table);
+      return table;
+    }
   }
   if constexpr (is_built(Isa::kAvx512)) {
     if (isa >= Isa::kAvx512) return avx512::make_kernels<S>();

@@ -76,7 +76,9 @@ Positions attended(const AttentionInputParams<S>& in, int64_t b, Arena& arena) {
 template <class S>
 FASTSEQ_INLINE void load_row(const S* x, int64_t column_stride, int64_t columns, Acc<S>* row) {
   if (column_stride == 1) {
-    for (int64_t c = 0; c < columns; c += kLanes<S>) vstore(vload(x + c, columns - c), row + c);
+    int64_t c = 0;
+    for (; c + kLanes<S> <= columns; c += kLanes<S>) vstore(vload(x + c), row + c);
+    if (c < columns) vstore(vload(x + c, columns - c), row + c);
     return;
   }
   for (int64_t c = 0; c < columns; ++c) row[c] = load(x[c * column_stride]);
@@ -113,7 +115,9 @@ Matrix<Acc<S>> result_rows(S* data, int64_t columns, Positions where, Arena& are
 
 template <class S>
 FASTSEQ_INLINE void store_row(const Acc<S>* row, int64_t columns, S* data) {
-  for (int64_t c = 0; c < columns; c += kLanes<S>) vstore(vload(row + c), data + c, columns - c);
+  int64_t c = 0;
+  for (; c + kLanes<S> <= columns; c += kLanes<S>) vstore(vload(row + c), data + c);
+  if (c < columns) vstore(vload(row + c), data + c, columns - c);
 }
 
 // Clears the rows that are not in `where`.

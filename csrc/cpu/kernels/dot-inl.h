@@ -105,13 +105,13 @@ FASTSEQ_INLINE void dot_group_sums(const Operand<S>* const* a,  // (ROWS) rows o
 
 // total[r][q] += row r times the rows of W of gate q, for `units` hidden units from `unit` on.
 template <class S, int ROWS, class W>
-FASTSEQ_INLINE void multiply_rows(const Operand<S>* const* a,
-                                  const W* weight,  // (4H, K)
-                                  int64_t H,
-                                  int64_t K,
-                                  int64_t unit,
-                                  int64_t units,
-                                  Vec<Acc<S>> (&total)[ROWS][4]) {
+FASTSEQ_NOINLINE void multiply_rows(const Operand<S>* const* a,
+                                    const W* weight,  // (4H, K)
+                                    int64_t H,
+                                    int64_t K,
+                                    int64_t unit,
+                                    int64_t units,
+                                    Vec<Acc<S>> (&total)[ROWS][4]) {
   constexpr int GROUP = dot_group<S>(ROWS);
   for (int64_t q = 0; q < 4; ++q) {
     Vec<Acc<S>> sums[ROWS][kLanes<S>];

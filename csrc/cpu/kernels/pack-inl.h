@@ -77,11 +77,14 @@ FASTSEQ_INLINE Vec<Acc<S>> load_operands(const S* p) {
   }
 }
 template <class S>
-FASTSEQ_INLINE Vec<Acc<S>> load_operands(const S* p, int64_t n) {
-  if (n >= kLanes<S> * kPair<S>) return load_operands(p);
+FASTSEQ_NOINLINE Vec<Acc<S>> load_part_of_operands(const S* p, int64_t n) {
   S lanes[kLanes<S> * kPair<S>] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
   return load_operands(lanes);
+}
+template <class S>
+FASTSEQ_INLINE Vec<Acc<S>> load_operands(const S* p, int64_t n) {
+  return n >= kLanes<S> * kPair<S> ? load_operands(p) : load_part_of_operands(p, n);
 }
 
 // Gathers one vector of operands: lane l holds depth k of row l, and k + 1 if depths are paired.

@@ -147,11 +147,13 @@ FASTSEQ_INLINE VFloat vload(const int8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return (VFloat)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
-#else
-#if FASTSEQ_VECTOR_BYTES == 32
+#elif FASTSEQ_VECTOR_BYTES == 32
 FASTSEQ_INLINE VFloat vload(const BFloat16* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return (VFloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+}
+FASTSEQ_INLINE VFloat vload(const Half* p) {
+  return (VFloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 FASTSEQ_INLINE VFloat vload(const int8_t* p) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
@@ -165,7 +167,9 @@ FASTSEQ_INLINE VFloat vload(const int8_t* p) {
   typedef int8_t Bytes __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 4)));
   return __builtin_convertvector(load_bytes<Bytes>(p), VFloat);
 }
-#endif
+#if defined(__aarch64__)
+FASTSEQ_INLINE VFloat vload(const Half* p) { return (VFloat)vcvt_f32_f16(load_bytes<float16x4_t>(p)); }
+#else
 FASTSEQ_INLINE VFloat vload(const Half* p) {
   const VWord bits = __builtin_convertvector(load_bytes<VShort>(p), VWord);
   const VWord sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13;
@@ -174,6 +178,7 @@ FASTSEQ_INLINE VFloat vload(const Half* p) {
   const VWord subnormal = (VWord)((VFloat)(magnitude + 0x38800000u) - splat(0x1p-14f));
   return (VFloat)((magnitude < 0x00800000u ? subnormal : normal) | sign);
 }
+#endif
 #endif
 
 FASTSEQ_INLINE void vstore(VFloat v, float* p) { std::memcpy(p, &v, sizeof v); }
@@ -192,6 +197,16 @@ FASTSEQ_INLINE void vstore(VFloat v, Half* p) {
   const __m256i bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
 }
+#elif FASTSEQ_VECTOR_BYTES == 32
+FASTSEQ_INLINE void vstore(VFloat v, Half* p) {
+  const __m128i bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
+}
+#elif defined(__aarch64__)
+FASTSEQ_INLINE void vstore(VFloat v, Half* p) {
+  const float16x4_t bits = vcvt_f16_f32((float32x4_t)v);
+  std::memcpy(p, &bits, sizeof bits);
+}
 #else
 FASTSEQ_INLINE void vstore(VFloat v, Half* p) {  // as store() in storage.h
   const VWord sign = ((VWord)v >> 16) & 0x8000u, magnitude = (VWord)v & 0x7fffffffu;
@@ -204,20 +219,27 @@ FASTSEQ_INLINE void vstore(VFloat v, Half* p) {  // as store() in storage.h
 }
 #endif
 
-// The first n lanes. Other lanes load as 0; their memory is neither read nor written.
+// The first n lanes. Other lanes load as 0; their memory is neither read nor written. Part of a vector: one function
+// for each type, since the code of every call would be as long as that of whole vectors.
 template <class S>
-FASTSEQ_INLINE Vec<Acc<S>> vload(const S* p, int64_t n) {
-  if (n >= kLanes<S>) return vload(p);
+FASTSEQ_NOINLINE Vec<Acc<S>> load_part(const S* p, int64_t n) {
   S lanes[kLanes<S>] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
   return vload(lanes);
 }
 template <class S>
-FASTSEQ_INLINE void vstore(Vec<Acc<S>> v, S* p, int64_t n) {
-  if (n >= kLanes<S>) return vstore(v, p);
+FASTSEQ_NOINLINE void store_part(Vec<Acc<S>> v, S* p, int64_t n) {
   S lanes[kLanes<S>];
   vstore(v, lanes);
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+template <class S>
+FASTSEQ_INLINE Vec<Acc<S>> vload(const S* p, int64_t n) {
+  return n >= kLanes<S> ? vload(p) : load_part(p, n);
+}
+template <class S>
+FASTSEQ_INLINE void vstore(Vec<Acc<S>> v, S* p, int64_t n) {
+  n >= kLanes<S> ? vstore(v, p) : store_part(v, p, n);
 }
 
 // Pairwise sum of the lanes: log2(lanes) additions deep.
