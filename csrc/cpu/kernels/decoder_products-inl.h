@@ -75,14 +75,14 @@ FASTSEQ_INLINE void multiply_in_place(const DecoderSegment<S>& segment,
 }
 
 template <class S, int ROWS>
-FASTSEQ_INLINE void multiply_segment(const DecoderSegment<S>& segment,
-                                     int64_t first,
-                                     const PanelRows<S>& rows,
-                                     int64_t panel,
-                                     int64_t next,  // the panel to prefetch
-                                     int64_t tile,  // number of the tile, of `tiles`
-                                     int64_t tiles,
-                                     Vec<S> (&total)[ROWS][4]) {
+FASTSEQ_NOINLINE void multiply_segment(const DecoderSegment<S>& segment,
+                                       int64_t first,
+                                       const PanelRows<S>& rows,
+                                       int64_t panel,
+                                       int64_t next,  // the panel to prefetch
+                                       int64_t tile,  // number of the tile, of `tiles`
+                                       int64_t tiles,
+                                       Vec<S> (&total)[ROWS][4]) {
   const S* a[ROWS];
   for (int r = 0; r < ROWS; ++r) a[r] = segment.row(first + r);
   if (segment.weight->packed) {
@@ -98,7 +98,8 @@ FASTSEQ_INLINE void multiply_segment(const DecoderSegment<S>& segment,
 
 // Multiplies the sums of a panel of columns by mask (rows, M).
 template <class S, int ROWS>
-void apply_mask(const S* mask, int64_t first, const PanelRows<S>& rows, int64_t panel, Vec<S> (&total)[ROWS][4]) {
+FASTSEQ_NOINLINE void apply_mask(
+    const S* mask, int64_t first, const PanelRows<S>& rows, int64_t panel, Vec<S> (&total)[ROWS][4]) {
   for (int r = 0; r < ROWS; ++r) {
     for (int64_t q = 0; q < 4; ++q) {
       const int64_t column = rows.first(panel, q), n = rows.count(panel, q);
