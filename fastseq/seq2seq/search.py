@@ -14,6 +14,7 @@ from fastseq.ops.candidates.api import candidates, forbidden_mask
 
 STEPS_BETWEEN_CHECKS = 8  # on a GPU the check "how many sentences are done" synchronises; on the CPU every step checks
 DONE_BEFORE_LEAVING = 0.25  # of the sentences: fewer stay in the batch, since selecting the others copies their sources
+FEW_ROWS = 256  # their tokens are read faster one by one than by tensor operations
 MINUS_INFINITY = float("-inf")
 
 
@@ -66,9 +67,10 @@ class Batch:
         self.sentences = torch.arange(len(limits), device=limits.device)
         self.done = limits.new_zeros(len(limits), 1, dtype=torch.bool)
         self.ends = set(limits.tolist())  # steps at which a sentence reaches its limit
-        self.history = limits.new_empty(len(limits), 0)  # (N, T), T > step, kept for n-gram blocking only
-        self.always = limits.new_tensor(options.forbidden_ids)
-        self.at_first = limits.new_tensor((*options.forbidden_ids, options.eos_id))
+        self.history = limits[:, None][:, :0]  # (N, T), T > step, kept for n-gram blocking only
+        self.always = self.at_first = limits.new_tensor(options.forbidden_ids)
+        if options.min_new_tokens:
+            self.at_first = limits.new_tensor((*options.forbidden_ids, options.eos_id))
         self.repeated = False
 
     def __len__(self) -> int:
@@ -107,6 +109,16 @@ class Batch:
     def at_limit(self, step: int) -> Tensor:
         """(b, 1) bool: this step is the last one of the sentence."""
         return (self.limits == step + 1)[:, None]
+
+    def end(self, tokens: Tensor, step: int) -> bool:
+        """Mark the rows that end with tokens (N,) of this step. False if there are none, without a tensor operation."""
+        few = tokens.is_cpu and len(tokens) <= FEW_ROWS
+        if few and step + 1 not in self.ends and self.options.eos_id not in tokens.tolist():
+            return False
+        self.done |= (tokens == self.options.eos_id).view_as(self.done)
+        if step + 1 in self.ends:
+            self.done |= self.at_limit(step)
+        return True
 
     def row_numbers(self, sentences: Tensor) -> Tensor:
         """The numbers of the rows of ``sentences`` (n,), side by side: (n * K,)."""
@@ -185,8 +197,8 @@ def _sample(log_probs: Tensor, options: Options) -> Tensor:
 class _Chosen(NamedTuple):
     """One step of decoding without beams. A row that is done goes on; its later tokens are dropped at the end."""
 
-    tokens: Tensor  # (N,)
-    scores: Tensor  # (N, 1) log-probability of the row's tokens so far
+    tokens: Tensor  # (N, 1)
+    log_probs: Tensor  # (N, 1)
     attention: Tensor | None  # (N, S)
 
 
@@ -197,58 +209,60 @@ def decode_rows(model: nn.Module, enc: Any, limits: Tensor, options: Options) ->
         batch.select(batch.sentences.repeat_interleave(returned))
         batch.widen(returned)
         batch.done = batch.done.expand(-1, returned).clone()
-    tokens = limits.new_full((len(limits) * returned,), options.bos_id)
-    scores, steps, parts = 0.0, [], []  # parts: row numbers and steps between two changes of the batch
+        limits = limits.repeat_interleave(returned)
+    tokens = torch.full_like(limits, options.bos_id)
+    steps, parts = [], []  # parts: row numbers and steps between two changes of the batch
     for step in range(max(batch.ends)):
         logits, attention = batch.advance(tokens)
         log_probs, chosen = _choose(logits, batch.forbidden(step), options)
-        tokens, scores = chosen.flatten(), scores + log_probs
-        steps.append(_Chosen(tokens, scores, attention))
+        tokens = chosen.view(-1)
+        steps.append(_Chosen(chosen, log_probs, attention))
         batch.append(tokens, step)
-        batch.done |= (tokens == options.eos_id).view_as(batch.done)
-        if step + 1 in batch.ends:
-            batch.done |= batch.at_limit(step)
-        places = batch.remaining(step)
+        places = batch.remaining(step) if batch.end(tokens, step) else None
         if places is None:
             continue
-        parts.append((batch.row_numbers(batch.sentences), steps))
-        steps = []
         if len(places) == 0:
             break
-        rows = batch.row_numbers(places)
+        parts.append((batch.row_numbers(batch.sentences), steps))
+        steps, rows = [], batch.row_numbers(places)
         batch.select(rows)
         batch.keep(places)
-        tokens, scores = tokens.index_select(0, rows), scores.index_select(0, rows)
-    if steps:  # on a GPU the last steps may be unchecked
+        tokens = tokens.index_select(0, rows)
+    if steps:
         parts.append((batch.row_numbers(batch.sentences), steps))
-    return _join(parts, limits.repeat_interleave(returned), options)
+    return _finish(parts, limits, options)
 
 
-def _join(parts: list[tuple[Tensor, list[_Chosen]]], limits: Tensor, options: Options) -> GenerateOutput:
+def _finish(parts: list[tuple[Tensor, list[_Chosen]]], limits: Tensor, options: Options) -> GenerateOutput:
     """Put the parts of the rows together; limits (B * R,). Each row ends at its first eos or at its limit."""
-    length, first = sum(len(steps) for _, steps in parts), parts[0][1][0]
-    sequences = limits.new_full((len(limits), length), options.pad_id)
-    scores = first.scores.new_zeros(sequences.shape)
-    attentions = (
-        None if first.attention is None else first.attention.new_zeros(*sequences.shape, first.attention.shape[1])
-    )
-    start = 0
-    for rows, steps in parts:
-        span = slice(start, start := start + len(steps))
-        sequences[rows, span] = torch.stack([step.tokens for step in steps], 1)
-        scores[rows, span] = torch.cat([step.scores for step in steps], 1)
-        if attentions is not None:
-            attentions[rows, span] = torch.stack([step.attention for step in steps], 1)
+    sequences = _join(parts, [torch.cat([step.tokens for step in steps], 1) for _, steps in parts])
+    scores = _join(parts, [torch.cat([step.log_probs for step in steps], 1) for _, steps in parts]).cumsum(1)
     is_eos = sequences == options.eos_id
-    lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, length).minimum(limits)
-    longest = int(lengths.max())
-    outside = torch.arange(longest, device=limits.device) >= lengths[:, None]  # (B * R, L)
+    lengths = torch.where(is_eos.any(1), is_eos.byte().argmax(1) + 1, sequences.shape[1]).minimum(limits)
+    longest, last = int(lengths.max()), lengths[:, None] - 1
+    outside = torch.arange(longest, device=limits.device) > last  # (B * R, L)
+    attentions = None
+    if options.output_attentions:
+        weights = _join(parts, [torch.stack([step.attention for step in steps], 1) for _, steps in parts])
+        attentions = weights[:, :longest].masked_fill(outside[..., None], 0.0)
     return GenerateOutput(
         sequences[:, :longest].masked_fill(outside, options.pad_id),
-        _penalised(scores.gather(1, lengths[:, None] - 1)[:, 0], lengths, options),
+        _penalised(scores.gather(1, last).view(-1), lengths, options),
         lengths,
-        None if attentions is None else attentions[:, :longest].masked_fill(outside[..., None], 0.0),
+        attentions,
     )
+
+
+def _join(parts: list[tuple[Tensor, list[_Chosen]]], values: list[Tensor]) -> Tensor:
+    """values (rows of the part, steps of the part, ...) of each part -> (B * R, T, ...), 0 after a row has left."""
+    first = values[0]  # of all rows
+    if len(parts) == 1:
+        return first
+    joined, start = first.new_zeros(len(first), sum(v.shape[1] for v in values), *first.shape[2:]), 0
+    for (rows, steps), part in zip(parts, values, strict=True):
+        joined[rows, start : start + len(steps)] = part
+        start += len(steps)
+    return joined
 
 
 class _Step(NamedTuple):
