@@ -86,13 +86,10 @@ FASTSEQ_INLINE Acc<S> sum_exponentials(const S* x, int64_t n, Acc<S> shift) {
     sum += vexp(vload(x + i) - splat(shift));
     second += vexp(vload(x + i + kLanes<S>) - splat(shift));
   }
-  Acc<S> result = sum_lanes(V(sum + second));
-  for (; i < n; i += kLanes<S>) {
-    const int64_t lanes = n - i < kLanes<S> ? n - i : kLanes<S>;
-    const V terms = vexp(load_tail(x + i, lanes, shift) - splat(shift));
-    for (int64_t lane = 0; lane < lanes; ++lane) result += terms[lane];
-  }
-  return result;
+  for (; i + kLanes<S> <= n; i += kLanes<S>) sum += vexp(vload(x + i) - splat(shift));
+  if (i < n)
+    second += vexp(load_tail(x + i, n - i, minus_infinity<Acc<S>>()) - splat(shift));  // at most 1.7e-38 a lane
+  return sum_lanes(V(sum + second));
 }
 
 template <class S>

@@ -48,11 +48,9 @@ FASTSEQ_INLINE Acc<S> largest(const S* x, int64_t V) {
   V4 peaks[kRowUnroll];
   for (V4& peak : peaks) peak = splat(first);
   for_vectors<S>(x, V, first, [&](V4 v, int64_t k) FASTSEQ_LAMBDA_INLINE { peaks[k] = peaks[k] > v ? peaks[k] : v; });
-  Acc<S> peak = first;
-  for (const V4& p : peaks) {
-    for (int64_t i = 0; i < kLanes<S>; ++i) peak = p[i] > peak ? p[i] : peak;
-  }
-  return peak;
+  V4 peak = peaks[0];
+  for (const V4& other : peaks) peak = other > peak ? other : peak;
+  return max_lanes(peak);
 }
 
 // Sums of exp(x - peak) and of x - peak.

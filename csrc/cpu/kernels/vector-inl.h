@@ -257,6 +257,21 @@ FASTSEQ_INLINE auto sum_lanes(V v) {
   }
 }
 
+// Largest lane; a NaN may be passed over.
+template <class V>
+FASTSEQ_INLINE auto max_lanes(V v) {
+  using T = decltype(v[0] + v[0]);
+  if constexpr (sizeof(V) == 2 * sizeof(T)) {
+    return v[0] > v[1] ? v[0] : v[1];
+  } else {
+    typedef T HalfVector __attribute__((vector_size(sizeof(V) / 2)));
+    HalfVector low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return max_lanes(HalfVector(low > high ? low : high));
+  }
+}
+
 FASTSEQ_INLINE VFloat reciprocal(VFloat x) {
 #if FASTSEQ_VECTOR_BYTES == 64
   // One Newton step from 14 bits: within one rounding, in a third of the time of a division. NaN for 0 and infinity.
