@@ -224,7 +224,7 @@ def measure(case: ModelCase, seconds: float, rounds: int | None, figures: tuple[
     """
     models = make_models(case)
     train, decode = (Sentences(case.size, count) for count in (case.size.train, case.size.decode))
-    check_equal(case, models, train.part(slice(8)), decode.part(slice(4)))
+    check_equal(case, models, train.part(slice(4)), decode.part(slice(4)))
     for figure, calls in timed_calls(models, train, decode).items():
         if figure in figures:
             times = time_interleaved(calls, seconds, rounds=rounds)
