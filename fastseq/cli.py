@@ -58,6 +58,11 @@ COMMANDS = {
         "check every op and module against float64",
         "fastseq parity --backend native --cases full",
     ),
+    "tune": Command(
+        "fastseq.tune.main",
+        "measure this machine, for auto to take the faster backend",
+        "fastseq tune --shape 50,32,40,650",
+    ),
     "warmup": Command(
         "fastseq.warmup", "compile the Triton kernels ahead of time", "fastseq warmup --hidden-size 512 --dtype bf16"
     ),

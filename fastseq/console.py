@@ -12,12 +12,12 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 import fastseq
 from fastseq import _native
+from fastseq.tune.record import processor_name
 
 
 class Bar:
@@ -92,7 +92,7 @@ def environment(command: list[str]) -> dict[str, object]:
         {
             "command": shlex.join(command),
             "date": datetime.date.today().isoformat(),
-            "cpu": _cpu_name(),
+            "cpu": processor_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "load average at the start": load_average(),
@@ -123,11 +123,3 @@ def gpu_facts() -> dict[str, object]:
 def load_average() -> str:
     """Mean number of runnable processes over the last minute."""
     return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text().splitlines() if path.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -41,14 +41,20 @@ class Choice(NamedTuple):
 
 
 _rules: dict[str, tuple[Rule, ...]] = {}
+_advice: dict[str, Callable[[Any], tuple[str, str] | None]] = {}
 _implementations: dict[tuple[str, str], ModuleType] = {}
 _records: list[tuple[int, list[Choice]]] = []  # (thread id, its decisions) of every active record()
 _caches: list[Any] = []  # remembered choices
 
 
-def register(op: str, rules: tuple[Rule, ...]) -> None:
-    """Import the backends of ``op`` when fastseq is imported: TorchDynamo cannot trace an import."""
+def register(op: str, rules: tuple[Rule, ...], advice: Callable[[Any], tuple[str, str] | None] | None = None) -> None:
+    """Import the backends of ``op`` when fastseq is imported: TorchDynamo cannot trace an import.
+
+    advice: backend and reason for a call that goes before the rules, or None; not asked in a traced graph.
+    """
     _rules[op] = rules
+    if advice is not None:
+        _advice[op] = advice
     for name in BACKENDS[1:]:
         _implementations[op, name] = importlib.import_module(f"fastseq.ops.{op}.{name}")
 
@@ -134,7 +140,13 @@ def select(op: str, backend: str | None, call: Any) -> str:
 
 
 def first_rule(op: str, call: Any) -> tuple[str, str]:
-    """The backend and reason of the first rule that holds for ``call`` and whose backend has no objection."""
+    """The backend and reason of the first rule that holds for ``call`` and whose backend has no objection.
+
+    Before the rules comes the op's advice, the measurements of ``fastseq tune``.
+    """
+    advised = None if call.compiling or op not in _advice else _advice[op](call)
+    if advised is not None and objection(op, advised[0], call) is None:
+        return advised
     for rule in _rules[op]:
         if all(holds(call) for holds in rule.when) and objection(op, rule.backend, call) is None:
             return rule.backend, rule.why

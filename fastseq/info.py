@@ -13,6 +13,7 @@ from fastseq.ops.candidates.spec import CandidatesCall
 from fastseq.ops.linear_cross_entropy.spec import LinearCrossEntropyCall
 from fastseq.ops.lstm.spec import LSTMCall
 from fastseq.ops.lstm_cell.spec import LSTMCellCall
+from fastseq.tune.record import describe as tuning
 
 
 def _example_calls(device: str, dtype: torch.dtype) -> dict[str, object]:
@@ -49,6 +50,7 @@ def _versions() -> dict[str, str]:
         facts |= {f"native: {key}": value for key, value in built.items()}
     else:
         facts["native"] = f"missing: {_native.why_not()}"
+    facts["tuning"] = tuning()
     reasons = [f"{part} ({reason})" for part, reason in _native.left_out().items()]
     nothing = "nothing" if _native.build_record() else "not recorded: this tree was not built here"
     return facts | {"left out at install": "; ".join(reasons) or nothing}

@@ -3,6 +3,7 @@
 import os
 import signal
 
+os.environ.setdefault("FASTSEQ_TUNING", "0")  # the measurements of the developer's machine decide no test
 os.environ.setdefault("FASTSEQ_POISON", "1")  # read by the compiled library when it is loaded
 
 import pytest

@@ -3,7 +3,8 @@
 from fastseq.dispatch import register
 from fastseq.ops.lstm.api import lstm
 from fastseq.ops.lstm.rules import RULES
+from fastseq.tune.record import advice
 
-register("lstm", RULES)
+register("lstm", RULES, advice)
 
 __all__ = ["lstm"]
