@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import os
 from pathlib import Path
 
 import torch  # fastseq._C links to torch's libraries: they must be loaded before it
@@ -112,6 +113,13 @@ def build_info() -> dict[str, str | tuple[str, ...]]:
         "cpu": _module.cpu,
         "cuda_architectures": tuple(_module.cuda_architectures.split()),
     }
+
+
+@functools.cache
+def matrix_unit() -> bool:
+    """True if the processor has AMX and ``ONEDNN_MAX_CPU_ISA`` does not hide it from oneDNN."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    return torch.cpu._is_amx_tile_supported() and (limit == "DEFAULT" or "AMX" in limit)
 
 
 def left_out() -> dict[str, str]:

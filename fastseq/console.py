@@ -98,6 +98,7 @@ def environment(command: list[str]) -> dict[str, object]:
             "load average at the start": load_average(),
             "fastseq": fastseq.__version__,
             "native": _native.build_info().get("cpu", "missing"),
+            "amx": "yes" if _native.matrix_unit() else "no",
             "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
             "python": platform.python_version(),
         }

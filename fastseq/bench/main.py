@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fastseq.bench import grid, models, roofline, runs
+from fastseq.bench import grid, models, own, roofline, runs
 from fastseq.bench.baselines import BASELINES, make_baselines
 from fastseq.bench.cases import KINDS, MEAN_GOALS, MODES, SHORT, SUITES, BenchCase, parse_shape
 from fastseq.bench.memory import Saved, measure_memory
@@ -41,6 +41,7 @@ examples:
   fastseq bench --suite seq2seq --quick --threads 1   # whole models beside plain PyTorch: training, greedy, beam 5
   fastseq bench --memory                              # bytes kept for the backward, instead of times
   fastseq bench --shape 50,32,40,256 --layers 2       # your own sizes: T,B,I,H; --shape may be repeated
+  fastseq bench --model mymodels:translator           # your model; the function returns it and a tuple of its inputs
   fastseq bench --suite grid --output grid --resume --minutes 2   # part of a long suite; repeat until it is complete
   fastseq bench --suite cpu --output new --compare old.json       # which ratios moved beyond noise
   fastseq bench --suite headline --fail-under 0.97    # exit code 1 if a ratio of a backend is smaller
@@ -188,6 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=1, help="of --shape (default: %(default)s)")
     parser.add_argument("--bidirectional", action="store_true", help="both directions, of --shape")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of --shape (default: %(default)s)")
+    parser.add_argument(
+        "--model", metavar="MODULE:FUNCTION", help="a model, before and after fastseq.accelerate, in place of a suite"
+    )
     parser.add_argument("--filter", default="", help="only cases whose group or name contains this text")
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="default: %(default)s")
     parser.add_argument(
@@ -223,6 +227,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[BenchCase]]:
     args = parser.parse_args(argv)
     if args.layers < 1:
         parser.error(f"--layers must be at least 1, got {args.layers}")
+    if args.model and (args.memory or args.shape or args.backends or args.baselines or args.resume):
+        parser.error("--model times one model: leave out --memory, --shape, --backends, --baselines and --resume")
     if args.resume and (not args.output or args.memory or args.suite == models.SUITE):
         parser.error("--resume continues a run of times: give its --output, without --memory and --suite seq2seq")
     suite = _own_cases(args) if args.shape else suites_of(args.quick)[args.suite][0]
@@ -258,8 +264,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     facts = environment(["fastseq", "bench", *argv])
     with quiet_torch():
-        report = memory if args.memory else whole_models if args.suite == models.SUITE else times
-        text, content = report(args, cases, facts)
+        text, content = _report_of(args)(args, cases, facts)
     print(text)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -269,6 +274,15 @@ def main(argv: list[str] | None = None) -> None:
         print(runs.compare(old, content))
     if any(remark.startswith(WRONG) for remark in content["remarks"]) or _too_slow(content, args.fail_under):
         raise SystemExit(1)
+
+
+def _report_of(args: argparse.Namespace) -> Callable[..., tuple[str, dict]]:
+    """The function that measures what the options ask for."""
+    if args.memory:
+        return memory
+    if args.model:
+        return own_model
+    return whole_models if args.suite == models.SUITE else times
 
 
 def _too_slow(content: dict, limit: float | None) -> bool:
@@ -316,6 +330,15 @@ def whole_models(args: argparse.Namespace, cases: list[models.ModelCase], facts:
     """Time whole models; the report as Markdown, and as data. Baseline: the faster one of the two plain models."""
     figures = {"training": models.FIGURES[:1], "inference": models.FIGURES[1:], "both": models.FIGURES}[args.mode]
     rows, remarks = models.run(tuple(cases), args.seconds, models.QUICK_ROUNDS if args.quick else None, figures)
+    facts["load average at the end"] = load_average()
+    content = {"environment": facts, "rows": rows, "summary": summarise(rows), "remarks": remarks}
+    return markdown(facts, rows, remarks, args.goals), content
+
+
+def own_model(args: argparse.Namespace, cases: list[BenchCase], facts: dict) -> tuple[str, dict]:
+    """Time the model of --model before and after ``fastseq.accelerate``; the report as Markdown, and as data."""
+    modes = (False, True) if args.mode == "both" else (args.mode == "training",)
+    rows, remarks = _unless_wrong(lambda: (own.rows(args.model, modes, args.seconds), []))
     facts["load average at the end"] = load_average()
     content = {"environment": facts, "rows": rows, "summary": summarise(rows), "remarks": remarks}
     return markdown(facts, rows, remarks, args.goals), content

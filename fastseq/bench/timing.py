@@ -221,7 +221,17 @@ def time_candidates(
     case: BenchCase, entrants: list[Candidate], runs: dict[str, Callable[[], None]], seconds: float
 ) -> list[Timing]:
     """Time the ``runs`` of the entrants, by name; the first one is the baseline of the ratios."""
-    times = time_interleaved(runs, seconds, CLOCKS[case.device])
+    return timings(entrants, runs, seconds, CLOCKS[case.device])
+
+
+def timings(
+    entrants: list[Candidate],
+    runs: dict[str, Callable[[], None]],
+    seconds: float,
+    clock: Callable[[Callable[[], None], int], float] = wall_ms,
+) -> list[Timing]:
+    """As :func:`time_candidates`, with a clock in place of a case."""
+    times = time_interleaved(runs, seconds, clock)
     return [_timing(c.name, c.served_by, times[c.name], times[entrants[0].name]) for c in entrants]
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import importlib
 import itertools
 import sys
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ import torch
 
 from fastseq import dispatch
 from fastseq.bench.cases import SHORT, BenchCase, parse_shape
+from fastseq.bench.own import load
 from fastseq.bench.timing import Setup, measure
 from fastseq.console import Bar, markdown_table, quiet_torch
 from fastseq.errors import SuggestingParser, UserError
@@ -43,16 +43,8 @@ def model_shapes(name: str) -> list[tuple[str, tuple[int, ...]]]:
     Raises:
         UserError: no such function, a result of another kind, or no LSTM call.
     """
-    module, _, function = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--model {name}: {error}; give module:function, as in mymodels:translator") from None
-    result = make()
-    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], torch.nn.Module)):
-        raise UserError(f"--model {name} must return the model and a tuple of its inputs, got {type(result).__name__}")
-    model, inputs = copy.deepcopy(result[0]), result[1] if isinstance(result[1], tuple) else (result[1],)
+    model, inputs = load(name)
+    model = copy.deepcopy(model)
     accelerate(model)
     with dispatch.record() as choices, torch.no_grad():
         model(*inputs)

@@ -10,6 +10,7 @@ from pathlib import Path
 import hopper_model
 import pytest
 import torch
+from torch import nn
 
 from fastseq import ops
 from fastseq.bench import cases as bench_cases
@@ -20,8 +21,10 @@ from fastseq.bench.cases import CASES, SUITES, BenchCase
 from fastseq.bench.memory import saved_bytes
 from fastseq.bench.timing import Setup, check_accuracy, measure, time_interleaved
 from fastseq.errors import UserError
+from fastseq.nn import accelerate as accelerate_function
 from fastseq.testing.problems import modules
 
+accelerate_module = sys.modules[accelerate_function.__module__]
 SUITES_OF = bench.suites_of(quick=False)
 ROOT = Path(__file__).resolve().parents[2]
 TINY = BenchCase("tiny", "lstm", 3, 2, 4, 5)
@@ -359,6 +362,42 @@ def test_own_shapes_are_measured_in_place_of_a_suite(tmp_path, capsys, small):
     assert [line.split(": ")[1].split(", inference")[0] for line in below] == names, "the baseline is never below"
     bench.main(["--shape", "3,2,4,5", *options, "--fail-under", "0"])
     assert not ratios_below(capsys.readouterr().err)
+
+
+class Tagger(nn.Module):
+    """A model with dropout, whose outputs are nested."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(4, 5, 2, dropout=0.5), nn.Linear(5, 3)
+
+    def forward(self, x, lengths):
+        output, hx = self.lstm(x)
+        return {"scores": self.out(output), "state": hx, "lengths": lengths}
+
+
+def tagger():
+    return Tagger(), (torch.randn(3, 2, 4), torch.tensor([3, 2]))
+
+
+def test_a_model_is_measured_before_and_after_accelerate(tmp_path, capsys, small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mymodels", sys.modules[__name__])
+    run = ["--model", "mymodels:tagger", "--seconds", "0", "--output", str(tmp_path / "own")]
+    bench.main(run)
+    rows = json.loads((tmp_path / "own.json").read_text())["rows"]
+    assert [(r["mode"], r["candidate"]) for r in rows] == [
+        (mode, name) for mode in ("inference", "training") for name in ("as it is", "auto")
+    ]
+    assert "| mymodels:tagger | training " in capsys.readouterr().out
+    plant("lstm", True, monkeypatch)
+    monkeypatch.setitem(accelerate_module._SWAPS, nn.LSTM, modules.LSTM)
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(run)
+    assert stopped.value.code == 1
+    assert "WRONG, no figure: mymodels:tagger: grad lstm" in capsys.readouterr().out
+    monkeypatch.setattr(sys.modules[__name__], "tagger", lambda: (nn.Linear(4, 4), torch.randn(2, 4)))
+    with pytest.raises(UserError, match="swaps none of its modules"):
+        bench.main(run)
 
 
 def test_a_list_measures_nothing(capsys, monkeypatch):

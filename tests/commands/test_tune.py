@@ -62,11 +62,11 @@ def test_auto_takes_what_was_measured_faster_and_says_so(cache):
 
 
 def test_the_nearest_entry_within_a_factor_of_two_decides(cache):
-    put(cache, entry("torch", 3, 2, 8, 8), entry("native", 3, 4, 8, 8), entry("torch", 3, 2, 8, 8, training=True))
+    put(cache, entry("torch", 3, 2, 8, 8), entry("native", 3, 4, 8, 8), entry("native", 3, 2, 8, 8, training=True))
     for batch, backend in ((2, "torch"), (1, "torch"), (4, "native"), (7, "native")):
         assert record.advice(CALL._replace(batch=batch))[0] == backend
     assert record.advice(CALL._replace(batch=9)) is None
-    assert record.advice(CALL._replace(requires_grad=True))[0] == "torch"
+    assert record.advice(CALL._replace(requires_grad=True))[0] == "native"
     others = dict(dtype=torch.float64), dict(packed=True), dict(lengths=True), dict(autocast=True), dict(vmapped=True)
     for other in (*others, dict(proj_size=2), dict(device="cuda"), dict(steps=7), dict(hidden_size=17)):
         assert record.advice(CALL._replace(**other)) is None, other

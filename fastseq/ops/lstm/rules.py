@@ -134,9 +134,8 @@ def avx512_bf16(call) -> bool:
     return _instruction_set() == "avx512_bf16"
 
 
-@functools.cache
 def _amx() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+    return _native.matrix_unit()
 
 
 def no_matrix_unit(call) -> bool:
