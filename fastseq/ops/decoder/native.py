@@ -21,7 +21,9 @@ def step_of_any_rows(
         packed = None
     elif packed is None or not fits(packed, weights):
         packed = pack(weights, rows)
-    return step(tokens.to(torch.int64).contiguous(), state, weights, packed, source, need_weights), packed
+    if tokens.dtype != torch.int64:
+        tokens = tokens.to(torch.int64)
+    return step(tokens.contiguous(), state, weights, packed, source, need_weights), packed
 
 
 def step(tokens: Tensor, state: State, weights: Weights, packed: Packed | None, source: Source, need_weights) -> Step:
@@ -67,7 +69,7 @@ def pack(weights: Weights, rows: int) -> Packed:
     vocabulary, size = weights.embedding.shape
     table = weights.embedding @ first[:, :size].t() if vocabulary <= 4 * rows else None
     packed = weights._replace(
-        matrices=tuple(_pack(w, True) for w in (first, *others)),
+        matrices=[_pack(w, True) for w in (first, *others)],
         combine=None if weights.combine is None else _pack(weights.combine, False),
         query=None if weights.query is None else _pack(weights.query, False),
     )

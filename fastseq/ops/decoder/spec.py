@@ -23,8 +23,8 @@ class Weights(NamedTuple):
     embedding: Tensor  # (V, E)
     output: Tensor | None  # (V, H); None: no logits
     output_bias: Tensor | None  # (V,)
-    matrices: tuple[Tensor, ...]  # per layer W_ih and W_hh: (4H, E) or (4H, E + H) with feeding, above (4H, H)
-    biases: tuple[Tensor, ...]  # per layer b_ih and b_hh (4H,)
+    matrices: list[Tensor]  # per layer W_ih and W_hh: (4H, E) or (4H, E + H) with feeding, above (4H, H)
+    biases: list[Tensor]  # per layer b_ih and b_hh (4H,)
     combine: Tensor | None = None  # (H, D + H) of [context, h]
     query: Tensor | None = None  # (A, H)
     query_bias: Tensor | None = None  # (A,)
