@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fastseq.bench import grid, models, own, roofline, runs
+from fastseq.bench import grid, models, own, plot, roofline, runs
 from fastseq.bench.baselines import BASELINES, make_baselines
 from fastseq.bench.cases import KINDS, MEAN_GOALS, MODES, SHORT, SUITES, BenchCase, parse_shape
 from fastseq.bench.memory import Saved, measure_memory
@@ -44,6 +44,7 @@ examples:
   fastseq bench --model mymodels:translator           # your model; the function returns it and a tuple of its inputs
   fastseq bench --suite grid --output grid --resume --minutes 2   # part of a long suite; repeat until it is complete
   fastseq bench --suite cpu --output new --compare old.json       # which ratios moved beyond noise
+  fastseq bench --read grid.json --plot charts        # ratios, times over H and B, measured over roofline
   fastseq bench --suite headline --fail-under 0.97    # exit code 1 if a ratio of a backend is smaller
 
 Exit code: 0; 1 if an accuracy check failed, and then that case has no figure, or if a ratio is below --fail-under; 2
@@ -212,6 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compare", type=Path, metavar="OLD.json", help="list the ratios that moved beyond noise since an older run"
     )
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="also draw charts into this folder (needs matplotlib)")
+    parser.add_argument("--read", type=Path, metavar="RUN.json", help="report a saved run, and measure nothing")
     parser.add_argument("--fail-under", type=float, metavar="R", help="exit code 1 if a backend's ratio is below R")
     return parser
 
@@ -270,6 +273,9 @@ def main(argv: list[str] | None = None) -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{args.output}.md").write_text(text)
         Path(f"{args.output}.json").write_text(json.dumps(content, indent=1) + "\n")
+    if args.plot:
+        files = plot.draw(content.get("rows", []), args.plot)
+        print("charts: " + (" ".join(map(str, files)) or "none, no case was timed"))
     if old:
         print(runs.compare(old, content))
     if any(remark.startswith(WRONG) for remark in content["remarks"]) or _too_slow(content, args.fail_under):
@@ -278,6 +284,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _report_of(args: argparse.Namespace) -> Callable[..., tuple[str, dict]]:
     """The function that measures what the options ask for."""
+    if args.read:
+        return saved
     if args.memory:
         return memory
     if args.model:
@@ -333,6 +341,12 @@ def whole_models(args: argparse.Namespace, cases: list[models.ModelCase], facts:
     facts["load average at the end"] = load_average()
     content = {"environment": facts, "rows": rows, "summary": summarise(rows), "remarks": remarks}
     return markdown(facts, rows, remarks, args.goals), content
+
+
+def saved(args: argparse.Namespace, cases: list[BenchCase], facts: dict) -> tuple[str, dict]:
+    """The run of --read."""
+    content = runs.read(args.read)
+    return markdown(content["environment"], content["rows"], content["remarks"], args.goals), content
 
 
 def own_model(args: argparse.Namespace, cases: list[BenchCase], facts: dict) -> tuple[str, dict]:

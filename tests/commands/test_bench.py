@@ -14,7 +14,7 @@ from torch import nn
 
 from fastseq import ops
 from fastseq.bench import cases as bench_cases
-from fastseq.bench import grid, roofline, runs, timing
+from fastseq.bench import grid, plot, roofline, runs, timing
 from fastseq.bench import main as bench
 from fastseq.bench.baselines import BASELINES, make_baselines
 from fastseq.bench.cases import CASES, SUITES, BenchCase
@@ -444,6 +444,29 @@ def test_compare_lists_the_ratios_that_moved_beyond_noise():
         ("fast", "faster"),
     ]
     assert text.endswith("2 ratios moved beyond noise, 2 did not, 1 are not in the old run.")
+
+
+def test_charts_are_drawn_from_a_saved_run(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    rows = []
+    for hidden, batch in ((64, 8), (128, 8), (256, 8), (256, 16), (256, 32)):
+        for candidate, median in (("nn.LSTM", 2.0), ("auto", 1.0)):
+            times = {"median_ms": median, "p20_ms": 0.9 * median, "p80_ms": 1.1 * median, "rounds": 5}
+            facts = {"group": "g", "mode": "inference", "goal": 0.97, "baseline": "nn.LSTM", "served_by": "native"}
+            bound = {"roofline_ms": 0.5, "over_roofline": 2 * median}
+            case = {"case": f"lstm (50, {batch}, {hidden}, {hidden})", "candidate": candidate, "ratio": 2 / median}
+            rows.append(case | facts | times | bound)
+    run = {"environment": {"cpu": "a processor"}, "rows": rows, "remarks": ["one remark"]}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    bench.main(["--read", str(tmp_path / "run.json"), "--plot", str(tmp_path / "charts")])
+    out = capsys.readouterr().out
+    assert "a processor" in out
+    assert "one remark" in out
+    names = {path.name for path in (tmp_path / "charts").iterdir()}
+    assert names == {"ratio.png", "time_over_hidden_size.png", "time_over_batch.png", "over_roofline.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "charts").iterdir())
+    assert [len(lines["auto"]) for _, lines in plot._sweep_groups(rows, "H")] == [3]
+    assert plot.draw([], tmp_path / "none") == []
 
 
 def test_compare_refuses_other_files(tmp_path):
