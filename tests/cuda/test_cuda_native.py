@@ -4,6 +4,7 @@ import contextlib
 from collections import Counter
 
 import emulator
+import operator_calls as calls
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -229,10 +230,21 @@ def test_sizes_that_do_not_fit_are_refused_with_a_way_out(as_native):
         fastseq.LSTM(4, 5, backend="native").double()(torch.randn(2, 3, 4).double())
 
 
-def test_torch_compile_keeps_one_graph(as_native):
-    from fastseq.ops.lstm import native_cuda
-
+@pytest.fixture(scope="module")
+def fakes():
+    """Shapes of the results of the host-side device's operators."""
+    emulator.load()
     native_cuda.register_fakes("fastseq_sim")
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize("name", ["lstm_recurrence_forward", "lstm_recurrence_backward", "tf32_product"])
+def test_opcheck(name):
+    torch.library.opcheck(getattr(emulator.load(), name).default, getattr(calls, name)())
+
+
+@pytest.mark.usefixtures("fakes")
+def test_torch_compile_keeps_one_graph(as_native):
     module = fastseq.LSTM(3, 4, backend="native")
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     input = torch.randn(3, 2, 3, requires_grad=True)
