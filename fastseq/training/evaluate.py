@@ -17,7 +17,7 @@ from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training import metrics
 from fastseq.training.data import Sequences, encode, group_references, read_pairs
 from fastseq.training.decode import LEAST_LENGTH_RATIO, Hypothesis, decode
-from fastseq.training.files import write_text
+from fastseq.training.files import refuse_links, write_text
 from fastseq.training.folder import RunFolder
 from fastseq.training.options import Beams, Count, CountOrZero, NewTokens, ReferenceResult, command_parser, parsed
 from fastseq.training.plots import plot_attention
@@ -101,6 +101,7 @@ def write_pictures(
     folder: Path, model: Seq2Seq, sources: Sequences, tokenizers: Tokenizers, options: dict, n: int
 ) -> None:
     """Draw the attention for `n` sources spread over the file, in place of the pictures of an earlier evaluation."""
+    refuse_links([folder])
     for old in folder.glob("[0-9][0-9][0-9][0-9].png"):
         old.unlink()
     if n == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,24 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
+    """:func:`write_bytes` for text, as UTF-8."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that is complete at every moment under its name, and that replaces a link of that name."""
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
-    with partial.open("x", encoding="utf-8", newline="", errors="surrogateescape") as file:
-        file.write(text)
+    with partial.open("xb") as file:
+        file.write(content)
     partial.replace(path)
+
+
+def refuse_links(paths: Iterable[Path]) -> None:
+    """Raise UserError for the first symbolic link of ``paths``: it could lead what is written to another place."""
+    for path in paths:
+        if path.is_symlink():
+            raise UserError(f"{path} is a symbolic link, which could lead elsewhere; put there what it points to")
 
 
 def load_yaml(text: str) -> Any:

@@ -22,6 +22,7 @@ from fastseq.training.batching import TokenBatches
 from fastseq.training.callbacks import AtomicCheckpointIO, BestAndLast, Patience, StopCleanly, Stopped
 from fastseq.training.checkpoint import load_checkpoint, trained_model
 from fastseq.training.corpus import Corpus, load_corpus
+from fastseq.training.files import refuse_links
 from fastseq.training.folder import RunFolder, model_options, on_device
 from fastseq.training.lock import locked
 from fastseq.training.metrics import LABELS, higher_is_better, monitors
@@ -172,6 +173,8 @@ def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None
     """Read the data and make the model, without writing; None when the run to resume is at its end."""
     options, optim = options_of(config, "trainer", TrainerOptions), options_of(config, "optim", OptimOptions)
     last = folder.checkpoints / "last.ckpt"
+    if resume:
+        refuse_links(folder.path.rglob("*"))
     checkpoint = load_checkpoint(last) if resume else None
     if options.threads is not None:
         torch.set_num_threads(options.threads)

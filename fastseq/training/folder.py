@@ -42,7 +42,7 @@ class RunFolder:
                 "or replace it with --overwrite"
             )
         for folder in (self.checkpoints, self.tensorboard, self.path / "attention"):
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
         evaluation = self.path / "evaluation.json", self.path / "predictions.tsv"
         for file in (self.config, self.metrics, self.curves, *evaluation):
             file.unlink(missing_ok=True)

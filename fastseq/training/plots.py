@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from fastseq.errors import UserError
-from fastseq.training.files import read_text
+from fastseq.training.files import read_text, write_bytes
 
 MAX_BYTES = 1 << 30  # of metrics.csv
 
@@ -45,7 +45,7 @@ def _curve(rows: list[dict[str, str]], column: str) -> tuple[list[int], list[flo
 
 def plot_curves(metrics: Path, png: Path) -> None:
     """Draw the learning curves of a run's metrics.csv."""
-    curves_figure(read_metrics(metrics)).savefig(png, dpi=120)
+    _save(curves_figure(read_metrics(metrics)), png)
 
 
 def curves_figure(rows: list[dict[str, str]]) -> Figure:
@@ -78,7 +78,13 @@ def plot_attention(weights: Tensor, source: Sequence[str], target: Sequence[str]
     axes.set_yticks(range(len(target)), _visible(target))
     axes.set(xlabel="source", ylabel="prediction")
     figure.colorbar(image, label="attention weight")
-    figure.savefig(png, dpi=120)
+    _save(figure, png)
+
+
+def _save(figure: Figure, png: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
+    write_bytes(png, content.getvalue())
 
 
 def _visible(tokens: Sequence[str]) -> list[str]:

@@ -266,3 +266,32 @@ def test_pipes_instead_of_files(copied):
     os.mkfifo(copied / "source_tokenizer.json")
     with pytest.raises(UserError, match="not a regular file"):
         TextTokenizer.load(copied / "source_tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.csv", "curves.png", "tensorboard", "tensorboard/hparams.yaml", "checkpoints"]
+)
+def test_nothing_is_written_through_a_link(name, copied, tmp_path, capsys):
+    """The link leads to a file or folder outside the run, which must stay as it is."""
+    path, outside = copied / name, tmp_path / "outside"
+    path.rename(outside) if path.exists() else outside.touch()
+    before = {file: file.read_bytes() for file in (outside, *outside.rglob("*")) if file.is_file()}
+    path.symlink_to(outside)
+    sentence = refused(capsys, "train", "--resume", copied, "--trainer.max_epochs", 2)
+    assert sentence.startswith(f"fastseq train: {path} is a symbolic link")
+    train(copied, "--trainer.max_epochs", "1", "--overwrite")
+    assert not path.is_symlink()
+    assert {file: file.read_bytes() for file in (outside, *outside.rglob("*")) if file.is_file()} == before
+
+
+def test_no_picture_is_drawn_through_a_link(copied, tmp_path, capsys):
+    (tmp_path / "0001.png").touch()
+    (copied / "attention").symlink_to(tmp_path)
+    sentence = refused(capsys, "evaluate", copied, *TEST, "--pictures", 1)
+    assert sentence.startswith(f"fastseq evaluate: {copied / 'attention'} is a symbolic link")
+    (copied / "attention").unlink()
+    (copied / "attention").mkdir()
+    (copied / "attention/0001.png").symlink_to(tmp_path / "0001.png")
+    main(["evaluate", str(copied), *map(str, TEST), "--pictures", "1"])
+    assert not (copied / "attention/0001.png").is_symlink()
+    assert (tmp_path / "0001.png").read_bytes() == b""
