@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_runs import SMALL, TOY, refused, train
+from toy_runs import SMALL, TOY, refused
 
 from fastseq.cli import main
 from fastseq.training import folder
@@ -17,11 +17,9 @@ from fastseq.training import folder
 TEST = ("--data", str(TOY / "test.tsv"))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("edges") / "run"
-    train(run, "--trainer.max_epochs", "1")
-    return run
+@pytest.fixture
+def run(barely_trained) -> Path:
+    return barely_trained
 
 
 @pytest.fixture
