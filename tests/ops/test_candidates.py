@@ -150,12 +150,12 @@ def test_minus_infinity_is_an_ordinary_logit(backend):
 
 @pytest.mark.parametrize("backend", EXACT)
 def test_the_last_resort_is_allowed_only_where_all_is_forbidden(backend):
-    logits = torch.tensor([[5.0, 4.0, 3.0]] * 3)
-    forbidden = torch.tensor([[0, 1, 2, 2], [0, 1, 1, 1], [2, 1, 0, -1]])
-    for last, first in ((2, [2, 2, 2]), (None, [0, 2, 0])):
+    logits = torch.tensor([[5.0, 4.0, 3.0]] * 4)
+    forbidden = torch.tensor([[0, 1, 2, 2], [0, 1, 1, 1], [2, 1, 0, -1], [2, 0, 2, -1]])
+    for last, first in ((0, [0, 2, 0, 1]), (2, [2, 2, 2, 1]), (None, [0, 2, 0, 1])):
         totals, _, tokens = candidates(logits, 1, forbidden=forbidden, last_resort=last, backend=backend)
         assert tokens.flatten().tolist() == first
-        assert (totals == -INF).flatten().tolist() == [last is None, False, last is None]
+        assert (totals == -INF).flatten().tolist() == [last is None, False, last is None, False]
 
 
 @pytest.mark.skipif("native" not in SERVING, reason="the compiled library is missing")
