@@ -28,7 +28,8 @@ RULES = (
     Rule(
         "native",
         (on_cpu, eager, few_candidates),
-        "not measured yet: one pass over the logits instead of log_softmax, mask, sum and topk",
+        "one pass over the logits instead of log_softmax, mask and topk: 1.4 to 17 times as fast (V 45 to 30,000)",
+        "docs/ops/candidates.md",
     ),
     Rule("torch", (), "no kernel of fastseq was measured faster here"),
 )
