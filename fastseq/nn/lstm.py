@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq.dispatch import check_name
+from fastseq.nn.narrow import check_call, narrow_weights
 from fastseq.ops.common.autocast import autocast_enabled
 from fastseq.ops.common.checks import check_pair
-from fastseq.ops.lstm.api import Stack, check_batch_sizes, check_lengths, run, run_plain
+from fastseq.ops.lstm.api import Stack, check_batch_sizes, check_lengths, run, run_narrow, run_plain
 
 States = tuple[Tensor, Tensor]
 Lengths = Tensor | Sequence[int]
@@ -26,6 +27,11 @@ class LSTM(nn.RNNBase):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype:
             as in ``torch.nn.LSTM``.
         backend: "auto", "reference", "torch", "native" or "triton"; see :func:`fastseq.explain`.
+
+    ``lstm.weight_dtype = torch.bfloat16`` or ``torch.int8`` (default None) makes calls read rounded copies of the
+    weights: half or a quarter of the bytes, for one to four sequences. Products and states stay float32; int8 has one
+    scale for each row. Such calls are float32 on the CPU, without gradients; others raise a RuntimeError. The copies
+    are renewed after a weight is replaced or changed in place, but not after a change through ``.data``.
 
     Raises:
         ValueError, TypeError: as ``torch.nn.LSTM`` does; and ValueError for an unknown backend.
@@ -51,6 +57,7 @@ class LSTM(nn.RNNBase):
         self.backend = check_name(backend)
 
     backend = "auto"  # for modules that were pickled without one
+    weight_dtype: torch.dtype | None = None
 
     # The checks of nn.LSTM, with its messages.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -139,7 +146,7 @@ class LSTM(nn.RNNBase):
                 requested backend cannot serve this call.
         """
         weights = self.current_weights()
-        if lengths is None and not return_cell_states:
+        if lengths is None and not return_cell_states and self.weight_dtype is None:
             options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
             sizes = (self.input_size, self.hidden_size, self.proj_size)
             results = run_plain(input, hx, weights, options, sizes, self.backend)
@@ -161,7 +168,7 @@ class LSTM(nn.RNNBase):
             lengths = check_lengths(lengths, steps, batch, data.device)
 
         stack = self._stack(data, hx, weights, batch_sizes, lengths)
-        output, h_n, c_n, cell_states = run(stack, return_cell_states, self.backend)
+        output, h_n, c_n, cell_states = self._run(stack, return_cell_states)
 
         if packed:
             order = (batch_sizes, sorted_indices, unsorted_indices)
@@ -176,6 +183,15 @@ class LSTM(nn.RNNBase):
 
     if TYPE_CHECKING:  # nn.Module declares __call__ without types
         __call__ = forward
+
+    def _run(self, stack: Stack, cell_states: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if self.weight_dtype is None:
+            return run(stack, cell_states, self.backend)
+        check_call(self, stack.input, stack.h0, stack.c0, *stack.weights)
+        if self.proj_size:
+            raise RuntimeError(f"LSTM: weight_dtype={self.weight_dtype} has no projection (proj_size={self.proj_size})")
+        matrices = tuple(w for w in stack.weights if w.dim() == 2)
+        return run_narrow(stack, narrow_weights(self, matrices, self.weight_dtype), cell_states)
 
     def _zeros(self, data: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         rows = self.num_layers * (2 if self.bidirectional else 1)

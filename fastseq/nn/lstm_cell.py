@@ -1,14 +1,15 @@
 """Drop-in LSTMCell: parameters, arguments and results of ``torch.nn.LSTMCell``, computed by the best backend."""
 
 import functools
-import weakref
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fastseq.dispatch import check_name
+from fastseq.nn.narrow import check_inference, narrow_weights
 from fastseq.ops.common.checks import check_pair
+from fastseq.ops.common.narrow import check_dtype
 from fastseq.ops.lstm_cell.api import run
 from fastseq.ops.lstm_cell.rules import FAST_STEP, trains_on_torch
 
@@ -22,9 +23,10 @@ class LSTMCell(nn.RNNCellBase):
         input_size, hidden_size, bias, device, dtype: as in ``torch.nn.LSTMCell``.
         backend: "auto", "reference", "torch", "native" or "triton".
 
-    ``cell.weight_dtype = torch.bfloat16`` (default None) makes steps without gradients, in float32 on a CPU and of at
-    most 8 rows, read rounded copies of the weights: half the bytes, up to 2.9 times as fast for one sequence. The
-    copies are renewed after a weight is replaced or changed in place, but not after a change through ``.data``.
+    ``cell.weight_dtype = torch.bfloat16`` or ``torch.int8`` (default None) makes steps in float32 on a CPU and of at
+    most 8 rows read rounded copies of the weights: half or a quarter of the bytes, up to 2.9 times as fast for one
+    sequence. int8 has one scale for each row. The copies are renewed after a weight is replaced or changed in place,
+    but not after a change through ``.data``. A step that would record gradients raises a RuntimeError.
 
     Raises:
         ValueError: unknown backend.
@@ -82,11 +84,13 @@ class LSTMCell(nn.RNNCellBase):
 
     def _step(self, input: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         weights = self._weights()
-        if trains_on_torch(weights[0], self.backend):
-            return FAST_STEP(input, (h, c), *weights)
         narrow = None
-        if self.weight_dtype == torch.bfloat16 and c.dtype == torch.float32 and c.size(0) <= 8:
-            narrow = functools.partial(_narrow, self, weights[:2])
+        if self.weight_dtype is not None:
+            check_inference(self, input, h, c, *weights)
+            if c.dtype == torch.float32 and c.size(0) <= 8 and (c.is_cpu or self.weight_dtype == torch.bfloat16):
+                narrow = functools.partial(narrow_weights, self, weights[:2], check_dtype(self.weight_dtype))
+        elif trains_on_torch(weights[0], self.backend):
+            return FAST_STEP(input, (h, c), *weights)
         return run(input, (h, c), weights, backend=self.backend, check=self._check, narrow=narrow)
 
     def _weights(self) -> tuple[Tensor | None, ...]:
@@ -121,18 +125,3 @@ class LSTMCell(nn.RNNCellBase):
                 raise RuntimeError(
                     f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
                 )
-
-
-# cell -> weak references to the weights, their addresses and versions, the rounded copies. Not part of the state_dict.
-_narrow_weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def _narrow(cell: LSTMCell, weights: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """weight_ih and weight_hh in bfloat16, rounded again if either is another tensor or was changed in place."""
-    key = tuple((w.data_ptr(), None if w.is_inference() else w._version) for w in weights)
-    known = _narrow_weights.get(cell)
-    # Equal addresses do not prove equal tensors: a parametrised weight often lands where the last one was freed.
-    if known is None or known[1] != key or any(ref() is not w for ref, w in zip(known[0], weights, strict=True)):
-        copies = tuple(w.detach().to(torch.bfloat16) for w in weights)
-        known = _narrow_weights[cell] = tuple(map(weakref.ref, weights)), key, copies
-    return known[2]

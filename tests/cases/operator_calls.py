@@ -38,6 +38,25 @@ def lstm_step(B=3, I=5, H=7) -> tuple:  # noqa: E741
     return input[0], h[0], c[0], *weights
 
 
+def int8_weights(*shapes) -> list[Tensor]:
+    return [torch.randint(-127, 128, shape, dtype=torch.int8) for shape in shapes]
+
+
+def lstm_forward_narrow(T=4, B=3, I=5, H=7, packed=False) -> tuple:  # noqa: E741
+    input, h0, c0, (_, _, *biases), *sizes, reverse, _, need_cell_states = lstm_forward(T, B, I, H, packed)
+    weights = [*int8_weights((4 * H, I), (4 * H, H)), *biases]
+    return input, h0, c0, weights, [torch.rand(4 * H), torch.rand(4 * H)], *sizes, reverse, need_cell_states
+
+
+def lstm_step_int8(B=3, I=5, H=7) -> tuple:  # noqa: E741
+    input, h, c, _, _, *biases = lstm_step(B, I, H)
+    return input, h, c, *int8_weights((4 * H, I), (4 * H, H)), torch.rand(4 * H), torch.rand(4 * H), *biases
+
+
+def linear_narrow(B=3, K=5, N=7) -> tuple:
+    return torch.randn(B, K), *int8_weights((N, K)), torch.rand(N), torch.randn(N)
+
+
 def lstm_recurrence_forward(T=4, B=3, H=8) -> tuple:
     gates, states = torch.randn(T, B, 4 * H), torch.randn(2, 1, B, H).unbind()
     return gates, *states, torch.randn(1, 4 * H, H), torch.full((B,), T), False, False, True, True
@@ -135,7 +154,8 @@ def decoder_pack(M=12, K=5) -> tuple:
 BOTH = (lstm_cell_forward, lstm_cell_backward, lstm_step, attention_forward, attention_backward, attention_prepare)
 DECODER = (decoder_step, decoder_pack, decoder_forward, decoder_backward)
 LOSS = (linear_cross_entropy_forward, linear_cross_entropy_backward)
-CPU = (lstm_forward, lstm_backward, *DECODER, *LOSS, *BOTH, candidates)
+NARROW = (lstm_forward_narrow, lstm_step_int8, linear_narrow)
+CPU = (lstm_forward, lstm_backward, *DECODER, *LOSS, *BOTH, candidates, *NARROW)
 CUDA = (lstm_recurrence_forward, lstm_recurrence_backward, tf32_product, *BOTH)
 
 
@@ -144,7 +164,7 @@ def variants(call, prepared) -> list[tuple]:
 
     prepared: of the keys (2, 5, 4) of attention.
     """
-    if call in (lstm_forward, lstm_backward):
+    if call in (lstm_forward, lstm_backward, lstm_forward_narrow):
         return [call(), call(packed=True)]
     if call in (attention_forward, attention_backward):
         return [call(prepared=prepared), call(masked=True)]
@@ -154,6 +174,8 @@ def variants(call, prepared) -> list[tuple]:
 LISTS = {  # names of the tensors of a list argument, in messages
     ("lstm_forward", "weights"): ("weight_ih", "weight_hh", "bias_ih", "bias_hh"),
     ("lstm_backward", "weights"): ("weight_ih", "weight_hh", "bias_ih", "bias_hh"),
+    ("lstm_forward_narrow", "weights"): ("weight_ih", "weight_hh", "bias_ih", "bias_hh"),
+    ("lstm_forward_narrow", "scales"): ("scale", "scale"),
     ("decoder_step", "weights"): ("weight_ih", "weight_hh") * 2,
     ("decoder_step", "biases"): ("bias_ih", "bias_hh") * 2,
     ("decoder_forward", "weights"): ("weight_ih", "weight_hh") * 2,

@@ -156,8 +156,11 @@ def test_lstm_evaluates_each_parametrisation_once(backend, form):
 
 
 @backends
-@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("narrow", [None, torch.bfloat16], ids=["float32", "narrow"])
+@pytest.mark.parametrize(
+    ("train", "narrow"),
+    [(True, None), (False, None), (False, torch.bfloat16), (False, torch.int8)],
+    ids=["training", "inference", "bfloat16", "int8"],
+)
 def test_cell_evaluates_each_parametrisation_once(backend, train, narrow):
     module = LSTMCell(4, 5, backend=backend)
     module.weight_dtype = narrow

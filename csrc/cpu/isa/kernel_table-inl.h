@@ -11,6 +11,8 @@
 #include "cpu/kernels/decoder_backward-inl.h"
 #include "cpu/kernels/decoder_forward-inl.h"
 #include "cpu/kernels/decoder_products-inl.h"
+#include "cpu/kernels/dot-inl.h"
+#include "cpu/kernels/dot_int8-inl.h"
 #include "cpu/kernels/gemm-inl.h"
 #include "cpu/kernels/lstm_backward-inl.h"
 #include "cpu/kernels/lstm_cell-inl.h"
@@ -28,9 +30,16 @@ void set_lstm_kernels(Kernels<S>& table) {
   table.panel_columns = 4 * kLanes<S>;
   table.operand_bytes = sizeof(Operand<S>);
   table.pair = kPair<S>;
+  table.int8_in_place = kIntegerDot;
   table.skinny_rows = kDotRows;
+  table.cell_step_bytes = cell_step_bytes<S>;
   table.cell_step = cell_step<S>;
-  table.pack_gates = pack_gates<S>;
+  table.linear_bytes = linear_bytes<S>;
+  table.linear_rows = linear_rows<S>;
+  table.pack_gates = [](const void* weight, WeightType type, const Acc<S>* scale, int64_t H, int64_t K, int64_t panel,
+                        void* packed) {
+    with_weight<S>(weight, type, [&](const auto* w) { pack_gates<S>(w, scale, H, K, panel, packed); });
+  };
   table.pack_columns = pack_weight_columns<S>;
   table.forward_shared_bytes = forward_shared_bytes<S>;
   table.forward_member_bytes = forward_member_bytes<S>;

@@ -22,13 +22,19 @@ struct Kernels {
   int64_t panel_columns;  // columns in one panel of columns
   int64_t operand_bytes;  // bytes of one operand of a product
   int64_t pair;           // depths in one lane
+  bool int8_in_place;     // rows of int8 weights are read in place for every batch
   int64_t skinny_rows;    // largest batch for which a step reads rows of W in place instead of packing them
 
   void (*cell_forward)(const LstmCellForwardParams<S>&, int64_t begin, int64_t end);    // rows of the batch
   void (*cell_backward)(const LstmCellBackwardParams<S>&, int64_t begin, int64_t end);  // rows of the batch
-  void (*cell_step)(const LstmStepParams<S>&, int64_t begin, int64_t end, const void** pointers, void* scratch);
+  int64_t (*cell_step_bytes)(const LstmStepParams<S>&);
+  void (*cell_step)(const LstmStepParams<S>&, int64_t begin, int64_t end, void* scratch);  // panels of gates
+  int64_t (*linear_bytes)(const LinearParams<S>&);
+  void (*linear_rows)(const LinearParams<S>&, int64_t begin, int64_t end, void* scratch);  // vectors of outputs
 
-  void (*pack_gates)(const S* weight, int64_t H, int64_t K, int64_t panel, void* packed);
+  // weight: (4H, K) of `type`; scale: (4H,) or null.
+  void (*pack_gates)(
+      const void* weight, WeightType type, const Acc<S>* scale, int64_t H, int64_t K, int64_t panel, void* packed);
   void (*pack_columns)(const S* weight, int64_t K, int64_t N, int64_t panel, void* packed);
 
   int64_t (*forward_shared_bytes)(const LstmForwardParams<S>&);

@@ -147,7 +147,7 @@ FASTSEQ_INLINE void for_each_product(const DecoderSegment<S>* segments,
 template <class S>
 void decoder_pack(const DecoderWeight<S>& w, bool is_gates, int64_t panel, S* scratch, void* packed) {
   constexpr int64_t kWidth = 4 * kLanes<S>;
-  if (is_gates) return pack_gates<S>(w.rows, w.M / 4, w.K, panel, packed);
+  if (is_gates) return pack_gates<S>(w.rows, nullptr, w.M / 4, w.K, panel, packed);
   const int64_t first = panel * kWidth, count = w.M - first < kWidth ? w.M - first : kWidth;
   const S* rows = w.rows + first * w.K;
   if (count < kWidth) {
@@ -155,7 +155,7 @@ void decoder_pack(const DecoderWeight<S>& w, bool is_gates, int64_t panel, S* sc
     fill_zero(scratch + count * w.K, (kWidth - count) * w.K);
     rows = scratch;
   }
-  pack_gates<S>(rows, kLanes<S>, w.K, 0, static_cast<S*>(packed) + panel * kWidth * w.K);
+  pack_gates<S>(rows, nullptr, kLanes<S>, w.K, 0, static_cast<S*>(packed) + panel * kWidth * w.K);
 }
 
 }  // namespace fastseq::cpu::FASTSEQ_ISA

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/isa/region.h"
 #include "cpu/kernels/gemm-inl.h"
@@ -103,28 +104,34 @@ FASTSEQ_INLINE void dot_group_sums(const Operand<S>* const* a,  // (ROWS) rows o
   }
 }
 
-// total[r][q] += row r times the rows of W of gate q, for `units` hidden units from `unit` on.
+// Row r times `count` rows of W from `weight` on, one in each lane of the result. Lanes past the last row repeat it.
 template <class S, int ROWS, class W>
-FASTSEQ_NOINLINE void multiply_rows(const Operand<S>* const* a,
-                                    const W* weight,  // (4H, K)
-                                    int64_t H,
-                                    int64_t K,
-                                    int64_t unit,
-                                    int64_t units,
-                                    Vec<Acc<S>> (&total)[ROWS][4]) {
+FASTSEQ_NOINLINE void dot_rows(const Operand<S>* const* a,  // (ROWS) rows of K elements
+                               const W* weight,             // (count, K)
+                               int64_t K,
+                               int64_t count,
+                               Vec<Acc<S>> (&result)[ROWS]) {
   constexpr int GROUP = dot_group<S>(ROWS);
-  for (int64_t q = 0; q < 4; ++q) {
-    Vec<Acc<S>> sums[ROWS][kLanes<S>];
-    for (int group = 0; group < kLanes<S> / GROUP; ++group) {
-      const W* row[GROUP];
-      for (int g = 0; g < GROUP; ++g) {
-        const int64_t u = group * GROUP + g;  // lanes past the last unit repeat it
-        row[g] = weight + (q * H + unit + (u < units ? u : units - 1)) * K;
-      }
-      dot_group_sums<S, ROWS, GROUP>(a, row, K, sums, group);
+  Vec<Acc<S>> sums[ROWS][kLanes<S>];
+  for (int group = 0; group < kLanes<S> / GROUP; ++group) {
+    const W* row[GROUP];
+    for (int g = 0; g < GROUP; ++g) {
+      const int64_t n = group * GROUP + g;
+      row[g] = weight + (n < count ? n : count - 1) * K;
     }
-    for (int r = 0; r < ROWS; ++r) total[r][q] += reduce_lanes<kLanes<S> / 2>(sums[r]);
+    dot_group_sums<S, ROWS, GROUP>(a, row, K, sums, group);
   }
+  for (int r = 0; r < ROWS; ++r) result[r] = reduce_lanes<kLanes<S> / 2>(sums[r]);
+}
+
+// Calls call(weight) with a pointer to elements of `type`.
+template <class S, class Call>
+FASTSEQ_INLINE void with_weight(const void* weight, WeightType type, const Call& call) {
+  if constexpr (std::is_same_v<S, float>) {
+    if (type == WeightType::kBFloat16) return call(static_cast<const BFloat16*>(weight));
+    if (type == WeightType::kInt8) return call(static_cast<const int8_t*>(weight));
+  }
+  call(static_cast<const S*>(weight));
 }
 
 }  // namespace fastseq::cpu::FASTSEQ_ISA

@@ -1,4 +1,5 @@
-// Kernels of one LSTM step: the pointwise cell, forward and backward, and the whole step with its products.
+// Kernels of one step: the pointwise LSTM cell, forward and backward, the whole cell with its products, and a linear
+// layer.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +7,7 @@
 #include "cpu/isa/region.h"
 #include "cpu/kernels/cell-inl.h"
 #include "cpu/kernels/dot-inl.h"
+#include "cpu/kernels/dot_int8-inl.h"
 #include "cpu/kernels/gemm-inl.h"
 #include "cpu/kernels/lstm_cell_params.h"
 #include "cpu/kernels/lstm_params.h"
@@ -48,14 +50,22 @@ void cell_backward(const LstmCellBackwardParams<S>& p, int64_t begin, int64_t en
   }
 }
 
-// The step of ROWS rows from `first` on, for the hidden units of one panel. x, h: (B) rows of operands.
-template <class S, int ROWS, class W>
+// One factor of a step: its rows (B), and the same quantised.
+template <class S>
+struct StepFactor {
+  const Operand<S>* const* rows;
+  IntegerRows integers;
+};
+
+// The step of ROWS rows from `first` on, for the hidden units of one panel.
+template <class S, int ROWS>
 FASTSEQ_INLINE void step_tile(
-    const LstmStepParams<S>& p, const Operand<S>* const* x, const Operand<S>* const* h, int64_t first, int64_t panel) {
-  const int64_t H = p.hidden, unit = panel * kLanes<S>, n = H - unit < kLanes<S> ? H - unit : kLanes<S>;
-  Vec<Acc<S>> gates[ROWS][4] = {}, recurrent[ROWS][4] = {};
-  multiply_rows<S, ROWS>(x + first, static_cast<const W*>(p.weight_ih), H, p.input_size, unit, n, gates);
-  multiply_rows<S, ROWS>(h + first, static_cast<const W*>(p.weight_hh), H, H, unit, n, recurrent);
+    const LstmStepParams<S>& p, const StepFactor<S>& x, const StepFactor<S>& h, int64_t first, int64_t panel) {
+  const int64_t H = p.hidden, I = p.input_size;
+  const int64_t unit = panel * kLanes<S>, n = H - unit < kLanes<S> ? H - unit : kLanes<S>;
+  Vec<Acc<S>> gates[ROWS][4], recurrent[ROWS][4];
+  multiply_gate_rows<S, ROWS>(x.rows + first, x.integers.from(first, I), p.weight_ih, H, I, unit, n, gates);
+  multiply_gate_rows<S, ROWS>(h.rows + first, h.integers.from(first, H), p.weight_hh, H, H, unit, n, recurrent);
   for (int r = 0; r < ROWS; ++r) {
     for (int64_t q = 0; q < 4; ++q) {
       if (p.bias_ih) gates[r][q] += vload(p.bias_ih + (first + r) * p.bias_stride + q * H + unit, n);
@@ -72,22 +82,21 @@ FASTSEQ_INLINE void step_tile(
   }
 }
 
-template <class S, class W>
-FASTSEQ_INLINE void step_panels(const LstmStepParams<S>& p, const Operand<S>* const* rows, int64_t begin, int64_t end) {
-  for (int64_t panel = begin; panel < end; ++panel) {
-    for_each_tile<kDotRows>(p.batch, [&](auto height, int64_t first) FASTSEQ_NOINLINE {
-      step_tile<S, decltype(height)::count, W>(p, rows, rows + p.batch, first, panel);
-    });
-  }
+// Scratch bytes of cell_step: pointers to rows, operands, quantised rows and their scales.
+template <class S>
+int64_t cell_step_bytes(const LstmStepParams<S>& p) {
+  const int64_t columns = padded_depth<S>(p.input_size) + padded_depth<S>(p.hidden);
+  const int64_t operands = kDirect<S> ? 0 : columns * sizeof(Operand<S>);
+  const int64_t integers = integer_stride(p.input_size) + integer_stride(p.hidden);
+  return p.batch * (2 * sizeof(void*) + operands + 2 * sizeof(float) + integers * sizeof(int16_t));
 }
 
-// Panels [begin, end) of kLanes hidden units. pointers: (2B,) scratch for the rows of input and h. scratch: (B, depth
-// of I) and (B, depth of H) operands, used if tensors cannot be read in place.
+// Panels [begin, end) of kLanes hidden units.
 template <class S>
-void cell_step(const LstmStepParams<S>& p, int64_t begin, int64_t end, const void** pointers, void* scratch) {
+void cell_step(const LstmStepParams<S>& p, int64_t begin, int64_t end, void* scratch) {  // cell_step_bytes
   const FlushDenormals flush;
-  const auto rows = reinterpret_cast<const Operand<S>**>(pointers);
-  auto* next = static_cast<Operand<S>*>(scratch);
+  const auto rows = static_cast<const Operand<S>**>(scratch);
+  auto* next = reinterpret_cast<Operand<S>*>(rows + 2 * p.batch);
   for (int64_t i = 0; i < 2 * p.batch; ++i) {
     const int64_t b = i % p.batch, width = i < p.batch ? p.input_size : p.hidden;
     const S* const row = (i < p.batch ? p.input : p.h) + b * width;
@@ -100,10 +109,46 @@ void cell_step(const LstmStepParams<S>& p, int64_t begin, int64_t end, const voi
       next += depth;
     }
   }
-  if constexpr (sizeof(S) == sizeof(float)) {
-    if (p.narrow) return step_panels<S, BFloat16>(p, rows, begin, end);
+  auto* const scale = reinterpret_cast<float*>(next);
+  auto* const integers = reinterpret_cast<int16_t*>(scale + 2 * p.batch);
+  const StepFactor<S> x{rows, quantize_rows<S>(p.weight_ih, rows, p.batch, p.input_size, integers, scale)};
+  const StepFactor<S> h{rows + p.batch,
+                        quantize_rows<S>(p.weight_hh, rows + p.batch, p.batch, p.hidden,
+                                         integers + p.batch * integer_stride(p.input_size), scale + p.batch)};
+  for (int64_t panel = begin; panel < end; ++panel) {
+    for_each_tile<kDotRows>(p.batch, [&](auto height, int64_t first) FASTSEQ_NOINLINE {
+      step_tile<S, decltype(height)::count>(p, x, h, first, panel);
+    });
   }
-  step_panels<S, S>(p, rows, begin, end);
+}
+
+template <class S>
+int64_t linear_bytes(const LinearParams<S>& p) {
+  return p.batch * (sizeof(void*) + sizeof(float) + integer_stride(p.input_size) * sizeof(int16_t));
+}
+
+// Outputs of vectors [begin, end) of kLanes columns. For types whose tensors are read in place.
+template <class S>
+void linear_rows(const LinearParams<S>& p, int64_t begin, int64_t end, void* scratch) {  // linear_bytes
+  if constexpr (kDirect<S>) {
+    const FlushDenormals flush;
+    const int64_t K = p.input_size, N = p.output_size;
+    const auto rows = static_cast<const S**>(scratch);
+    for (int64_t b = 0; b < p.batch; ++b) rows[b] = p.input + b * K;
+    auto* const scale = reinterpret_cast<float*>(rows + p.batch);
+    auto* const values = reinterpret_cast<int16_t*>(scale + p.batch);
+    const IntegerRows integers = quantize_rows<S>(p.weight, rows, p.batch, K, values, scale);
+    for (int64_t column = begin * kLanes<S>; column < end * kLanes<S> && column < N; column += kLanes<S>) {
+      const int64_t n = N - column < kLanes<S> ? N - column : kLanes<S>;
+      const Vec<Acc<S>> bias = p.bias ? vload(p.bias + column, n) : Vec<Acc<S>>{};
+      for_each_tile<kDotRows>(p.batch, [&](auto height, int64_t first) FASTSEQ_NOINLINE {
+        constexpr int ROWS = decltype(height)::count;
+        Vec<Acc<S>> result[ROWS];
+        multiply_weight<S, ROWS>(rows + first, integers.from(first, K), p.weight, K, column, n, result);
+        for (int r = 0; r < ROWS; ++r) vstore(result[r] + bias, p.output + (first + r) * N + column, n);
+      });
+    }
+  }
 }
 
 }  // namespace fastseq::cpu::FASTSEQ_ISA

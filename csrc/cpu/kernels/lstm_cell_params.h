@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/kernels/row_weight.h"
 #include "cpu/runtime/storage.h"
 
 namespace fastseq::cpu {
@@ -35,13 +36,22 @@ struct LstmStepParams {
   int64_t batch, input_size, hidden;  // B, I, H
   const S* input;                     // (B, I)
   const S *h, *c;                     // (B, H)
-  const void* weight_ih;              // (4H, I) of S or, if narrow, of BFloat16
-  const void* weight_hh;              // (4H, H) of the same type
-  bool narrow;                        // bfloat16 weights beside float32 tensors
+  RowWeight<S> weight_ih;             // (4H, I)
+  RowWeight<S> weight_hh;             // (4H, H)
   const S* bias_ih;                   // (4H,), (B, 4H) or null
   int64_t bias_stride;                // between rows of bias_ih: 0 or 4H
   const S* bias_hh;                   // (4H,) or null
   S *h_n, *c_n;                       // (B, H)
+};
+
+// output = input W^T + bias of a skinny batch, with rows of W read in place.
+template <class S>
+struct LinearParams {
+  int64_t batch, input_size, output_size;  // B, K, N
+  const S* input;                          // (B, K)
+  RowWeight<S> weight;                     // (N, K)
+  const S* bias;                           // (N,) or null
+  S* output;                               // (B, N)
 };
 
 }  // namespace fastseq::cpu

@@ -6,10 +6,12 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/isa/region.h"
 #include "cpu/kernels/cell-inl.h"
 #include "cpu/kernels/dot-inl.h"
+#include "cpu/kernels/dot_int8-inl.h"
 #include "cpu/kernels/gemm-inl.h"
 #include "cpu/kernels/lstm_params.h"
 #include "cpu/kernels/pack-inl.h"
@@ -30,10 +32,12 @@ struct ForwardJob {
   ThreadTeam::Share share;
   int64_t members;
 
-  Acc<S>* c;         // (block rows, H) shared by the team
-  Operand<S>* h[2];  // (block rows, depth of H) read by even and odd steps; unless kDirect
-  Operand<S>* x;     // (chunk rows, depth of I), one for each member; unless kDirect
-  Acc<S>* gates;     // (panels, chunk rows, 4 vectors) x W_ih^T
+  Acc<S>* c;          // (block rows, H) shared by the team
+  Operand<S>* h[2];   // (block rows, depth of H) read by even and odd steps; unless kDirect
+  Operand<S>* x;      // (chunk rows, depth of I), one for each member; unless kDirect
+  Acc<S>* gates;      // (panels, chunk rows, 4 vectors) x W_ih^T
+  float* row_scale;   // (chunk rows,) of quantised rows
+  int16_t* integers;  // (chunk rows, integer_stride of I or H) quantised rows, if weights are read in place
 
   int64_t panels() const { return (p.hidden + kLanes<S> - 1) / kLanes<S>; }
   int64_t first_panel() const { return panels() * share.begin / members; }
@@ -43,6 +47,9 @@ struct ForwardJob {
   int64_t panel_of(int64_t k, int64_t step) const { return step % 2 == 0 ? first_panel() + k : last_panel() - 1 - k; }
   // A panel of this member: `panel`, or the first one for a panel of another member.
   int64_t own(int64_t panel) const { return first_panel() <= panel && panel < last_panel() ? panel : first_panel(); }
+  IntegerRows quantize(const GateWeight<S>& weight, const Operand<S>* const* a, int64_t rows, int64_t K) const {
+    return weight.packed ? IntegerRows{} : quantize_rows<S>(weight, a, rows, K, integers, row_scale);
+  }
   int64_t units(int64_t panel) const {
     const int64_t rest = p.hidden - panel * kLanes<S>;
     return rest < kLanes<S> ? rest : kLanes<S>;
@@ -58,27 +65,28 @@ struct StepRows {
 };
 
 // sums[r] = row r times W, for the four gates of one panel of hidden units.
-template <class S, class W>
+template <class S>
 FASTSEQ_INLINE void multiply_gates(const ForwardJob<S>& job,
                                    const Operand<S>* const* a,  // (rows) rows of K elements
+                                   IntegerRows integers,        // the same rows, if quantised
                                    int64_t rows,
-                                   const void* packed,  // W by pack_gates, or null
-                                   const W* weight,     // (4H, K)
+                                   const GateWeight<S>& weight,  // (4H, K)
                                    int64_t K,
                                    int64_t panel,
                                    int64_t next,    // panel to prefetch
                                    Acc<S>* sums) {  // (rows, 4 vectors)
-  if (packed) {
+  if (weight.packed) {
     const int64_t depth = padded_depth<S>(K);
-    return multiply_block<S>(a, rows, panel_at<S>(packed, panel, depth), depth,
-                             panel_at<S>(packed, job.own(next), depth), false, sums);
+    return multiply_block<S>(a, rows, panel_at<S>(weight.packed, panel, depth), depth,
+                             panel_at<S>(weight.packed, job.own(next), depth), false, sums);
   }
   for_each_tile<kDotRows>(rows, [&](auto height, int64_t first) FASTSEQ_NOINLINE {
     constexpr int ROWS = decltype(height)::count;
-    Vec<Acc<S>> total[ROWS][4] = {};
-    multiply_rows<S, ROWS>(a + first, weight, job.p.hidden, K, panel * kLanes<S>, job.units(panel), total);
+    Vec<Acc<S>> gates[ROWS][4];
+    multiply_gate_rows<S, ROWS>(a + first, integers.from(first, K), weight, job.p.hidden, K, panel * kLanes<S>,
+                                job.units(panel), gates);
     for (int r = 0; r < ROWS; ++r) {
-      for (int q = 0; q < 4; ++q) vstore(total[r][q], sums + ((first + r) * 4 + q) * kLanes<S>);
+      for (int q = 0; q < 4; ++q) vstore(gates[r][q], sums + ((first + r) * 4 + q) * kLanes<S>);
     }
   });
 }
@@ -87,8 +95,9 @@ FASTSEQ_INLINE void multiply_gates(const ForwardJob<S>& job,
 template <class S>
 void multiply_inputs(ForwardJob<S>& job, const Operand<S>* const* x, int64_t rows) {
   const LstmForwardParams<S>& p = job.p;
+  const IntegerRows integers = job.quantize(job.d.ih, x, rows, p.input_size);
   for (int64_t panel = job.first_panel(); panel < job.last_panel(); ++panel) {
-    multiply_gates<S>(job, x, rows, job.d.packed_ih, job.d.weight_ih, p.input_size, panel, panel + 1,
+    multiply_gates<S>(job, x, integers, rows, job.d.ih, p.input_size, panel, panel + 1,
                       job.gates + panel * p.chunk_rows * 4 * kLanes<S>);
   }
 }
@@ -129,10 +138,10 @@ void run_step(ForwardJob<S>& job, const StepRows<S>& rows, const Acc<S>* inputs,
   const LstmForwardParams<S>& p = job.p;
   const int64_t H = p.hidden;
   alignas(64) Acc<S> sums[kBlockRows * 4 * kLanes<S>];
+  const IntegerRows integers = job.quantize(job.d.hh, rows.h, rows.count, H);
   for (int64_t k = 0; k < job.last_panel() - job.first_panel(); ++k) {
     const int64_t panel = job.panel_of(k, step), unit = panel * kLanes<S>, units = job.units(panel);
-    multiply_gates<S>(job, rows.h, rows.count, job.d.packed_hh, job.d.weight_hh, H, panel, job.panel_of(k + 1, step),
-                      sums);
+    multiply_gates<S>(job, rows.h, integers, rows.count, job.d.hh, H, panel, job.panel_of(k + 1, step), sums);
     Vec<Acc<S>> bias[4];
     for (int64_t q = 0; q < 4; ++q) bias[q] = vload(job.d.bias + q * H + unit, units);
     const Acc<S>* const start = inputs + panel * p.chunk_rows * 4 * kLanes<S>;
@@ -251,12 +260,22 @@ int64_t forward_shared_bytes(const LstmForwardParams<S>& p) {
   return rows * (p.hidden * sizeof(Acc<S>) + (kDirect<S> ? 0 : 2 * padded_depth<S>(p.hidden) * sizeof(Operand<S>)));
 }
 
+// Bytes of quantised rows and their scales.
+template <class S>
+int64_t integer_bytes(const LstmForwardParams<S>& p) {
+  if (!takes_integers<S>(p.direction[0].hh)) return 0;
+  const int64_t rows = p.chunk_rows > kBlockRows ? p.chunk_rows : kBlockRows;
+  const int64_t depth = p.input_size > p.hidden ? p.input_size : p.hidden;
+  return rows * (sizeof(float) + integer_stride(depth) * sizeof(int16_t));
+}
+
 // Additional scratch bytes of each member.
 template <class S>
 int64_t forward_member_bytes(const LstmForwardParams<S>& p) {
   const int64_t panels = (p.hidden + kLanes<S> - 1) / kLanes<S>;
   const int64_t gates = panels * p.chunk_rows * 4 * kLanes<S> * sizeof(Acc<S>);
-  return gates + (kDirect<S> ? 0 : p.chunk_rows * padded_depth<S>(p.input_size) * sizeof(Operand<S>));
+  const int64_t operands = kDirect<S> ? 0 : p.chunk_rows * padded_depth<S>(p.input_size) * sizeof(Operand<S>);
+  return gates + operands + integer_bytes(p);
 }
 
 template <class S>
@@ -270,9 +289,10 @@ void lstm_forward(const LstmForwardParams<S>& p,
                   void* member) {  // forward_member_bytes
   const FlushDenormals flush;
   const LstmForwardDirection<S>& d = p.direction[direction];
-  ForwardJob<S> job{p,    d,       direction, SequenceBlock{p.seq, d.reverse, block, p.blocks},
-                    team, share,   members,   nullptr,
-                    {},   nullptr, nullptr};
+  ForwardJob<S> job{p,      d,       direction, SequenceBlock{p.seq, d.reverse, block, p.blocks},
+                    team,   share,   members,   nullptr,
+                    {},     nullptr, nullptr,   nullptr,
+                    nullptr};
   const int64_t rows = job.block.rows(), depth = padded_depth<S>(p.hidden);
   job.c = static_cast<Acc<S>*>(shared);
   job.gates = static_cast<Acc<S>*>(member);
@@ -280,6 +300,10 @@ void lstm_forward(const LstmForwardParams<S>& p,
     job.h[0] = reinterpret_cast<Operand<S>*>(job.c + rows * p.hidden);
     job.h[1] = job.h[0] + rows * depth;
     job.x = reinterpret_cast<Operand<S>*>(job.gates + job.panels() * p.chunk_rows * 4 * kLanes<S>);
+  }
+  if constexpr (std::is_same_v<S, float>) {
+    job.row_scale = job.gates + job.panels() * p.chunk_rows * 4 * kLanes<S>;
+    job.integers = reinterpret_cast<int16_t*>(job.row_scale + (p.chunk_rows > kBlockRows ? p.chunk_rows : kBlockRows));
   }
   start_block(job);
   if (!team.wait(job.share)) return;

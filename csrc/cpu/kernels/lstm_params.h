@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cpu/kernels/row_weight.h"
 #include "cpu/runtime/sequences.h"
 #include "cpu/runtime/storage.h"
 
@@ -36,12 +37,17 @@ struct LstmLayerParams {
   int64_t blocks;                          // number of blocks that the batch is divided into
 };
 
+// A weight (4H, K) of the forward.
+template <class S>
+struct GateWeight : RowWeight<S> {
+  const void* packed;  // by pack_gates, or null: rows are read in place
+};
+
 template <class S>
 struct LstmForwardDirection : LstmDirection<S> {
-  const void* packed_ih;  // by pack_gates, or null: rows of weight_ih are read in place
-  const void* packed_hh;  // by pack_gates, or null: rows of weight_hh are read in place
-  const Acc<S>* bias;     // (4H,) b_ih + b_hh
-  S *h_n, *c_n;           // (B, H)
+  GateWeight<S> ih, hh;  // W_ih, W_hh
+  const Acc<S>* bias;    // (4H,) b_ih + b_hh
+  S *h_n, *c_n;          // (B, H)
 };
 
 template <class S>

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/isa/region.h"
 #include "cpu/kernels/gemm-inl.h"
@@ -66,6 +67,7 @@ FASTSEQ_INLINE void convert(double x, double* out) { *out = x; }
 FASTSEQ_INLINE void convert(BFloat16 x, BFloat16* out) { *out = x; }
 FASTSEQ_INLINE void convert(BFloat16 x, float* out) { *out = load(x); }
 FASTSEQ_INLINE void convert(Half x, float* out) { *out = load(x); }
+FASTSEQ_INLINE void convert(int8_t x, float* out) { *out = x; }
 
 // Loads as many elements of a row of a tensor as one vector of operands holds.
 template <class S>
@@ -88,8 +90,8 @@ FASTSEQ_INLINE Vec<Acc<S>> load_operands(const S* p, int64_t n) {
 }
 
 // Gathers one vector of operands: lane l holds depth k of row l, and k + 1 if depths are paired.
-template <class S>
-FASTSEQ_INLINE Vec<Acc<S>> gather_lanes(const S* w, int64_t stride, int64_t units, int64_t depths) {
+template <class S, class W>
+FASTSEQ_INLINE Vec<Acc<S>> gather_lanes(const W* w, int64_t stride, int64_t units, int64_t depths) {
   Operand<S> lanes[kLanes<S> * kPair<S>] = {};
   for (int64_t l = 0; l < units; ++l) {
     for (int64_t k = 0; k < depths; ++k) convert(w[l * stride + k], &lanes[l * kPair<S> + k]);
@@ -97,14 +99,16 @@ FASTSEQ_INLINE Vec<Acc<S>> gather_lanes(const S* w, int64_t stride, int64_t unit
   return load_bytes<Vec<Acc<S>>>(lanes);
 }
 
-// Packs panel `panel` of the gates of a weight (4H, K): vector q holds gate q of kLanes hidden units.
-template <class S>
-void pack_gates(const S* weight, int64_t H, int64_t K, int64_t panel, void* packed) {
+// Packs panel `panel` of the gates of a weight (4H, K): vector q holds gate q of kLanes hidden units. scale: factors of
+// the rows (4H,), or null.
+template <class S, class W>
+void pack_gates(const W* weight, const Acc<S>* scale, int64_t H, int64_t K, int64_t panel, void* packed) {
   constexpr int64_t kWidth = 4 * kLanes<S> * kPair<S>;
   const int64_t unit = panel * kLanes<S>, units = H - unit < kLanes<S> ? H - unit : kLanes<S>;
   Operand<S>* const out = static_cast<Operand<S>*>(packed) + panel * 4 * kLanes<S> * padded_depth<S>(K);
   for (int64_t q = 0; q < 4; ++q) {
-    const S* const rows = weight + (q * H + unit) * K;
+    const W* const rows = weight + (q * H + unit) * K;
+    const Vec<Acc<S>> factor = scale ? vload(scale + q * H + unit, units) : splat(Acc<S>(1));
     Operand<S>* column = out + q * (kWidth / 4);
     int64_t k = 0;
     if (units == kLanes<S>) {
@@ -114,11 +118,15 @@ void pack_gates(const S* weight, int64_t H, int64_t K, int64_t panel, void* pack
         for (int l = 0; l < kLanes<S>; ++l) square[l] = load_operands(rows + l * K + k);
         transpose<kLanes<S> / 2>(square);
 #pragma GCC unroll 16
-        for (int l = 0; l < kLanes<S>; ++l, column += kWidth) std::memcpy(column, &square[l], sizeof square[l]);
+        for (int l = 0; l < kLanes<S>; ++l, column += kWidth) {
+          if constexpr (!std::is_same_v<S, W>) square[l] *= factor;
+          std::memcpy(column, &square[l], sizeof square[l]);
+        }
       }
     }
     for (; k < K; k += kPair<S>, column += kWidth) {
-      const Vec<Acc<S>> lanes = gather_lanes(rows + k, K, units, K - k < kPair<S> ? K - k : kPair<S>);
+      Vec<Acc<S>> lanes = gather_lanes<S>(rows + k, K, units, K - k < kPair<S> ? K - k : kPair<S>);
+      if constexpr (!std::is_same_v<S, W>) lanes *= factor;
       std::memcpy(column, &lanes, sizeof lanes);
     }
   }

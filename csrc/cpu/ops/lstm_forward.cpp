@@ -30,10 +30,17 @@ void sum_biases(const LayerArguments& layer, Acc<S>* out) {
   }
 }
 
+// Type of the weights of a layer beside its tensors.
+WeightType weight_type(const LayerArguments& layer) {
+  const ScalarType type = layer.weight(0, 0).scalar_type();
+  if (type == layer.dtype) return WeightType::kStorage;
+  return type == ScalarType::Char ? WeightType::kInt8 : WeightType::kBFloat16;
+}
+
 // Input rows in one chunk: enough to amortise reading a panel of W_ih, few enough for their gates to stay in cache.
 int64_t chunk_rows(int64_t block_rows, int64_t hidden) {
-  constexpr int64_t kGates = 1 << 15;
-  return std::clamp<int64_t>(kGates / (4 * hidden + 1), std::max<int64_t>(block_rows, 32), kChunkRows);
+  constexpr int64_t kGates = 1 << 15, kReuse = 128;
+  return std::clamp<int64_t>(kGates / (4 * hidden + 1), std::max<int64_t>(block_rows, kReuse), kChunkRows);
 }
 
 template <class S>
@@ -45,21 +52,27 @@ void forward(const LayerArguments& layer, const SequenceTable& table, LstmForwar
   p.blocks = plan.blocks;
   p.chunk_rows = chunk_rows(divide_up(layer.batch, plan.blocks), H);
 
-  const bool skinny_input = table.valid_steps < rows_worth_packing(k.gate_units);
+  const bool in_place = weight_type(layer) == WeightType::kInt8 && k.int8_in_place;
+  const bool skinny_input = in_place || table.valid_steps < rows_worth_packing(k.gate_units);
   const bool skinny_batch = skinny_input || layer.batch <= k.skinny_rows;
   const int64_t bytes_ih = skinny_input ? 0 : packed_bytes<S>(panels, 4 * k.gate_units, I);
   const int64_t bytes_hh = skinny_batch ? 0 : packed_bytes<S>(panels, 4 * k.gate_units, H);
   const PooledScratch packed(D * (bytes_ih + bytes_hh)), bias(D * 4 * H * sizeof(Acc<S>));
   sum_biases<S>(layer, bias.at<Acc<S>>(0));
   for (int64_t d = 0; d < D; ++d) {
-    p.direction[d].packed_ih = skinny_input ? nullptr : packed.at(d * bytes_ih);
-    p.direction[d].packed_hh = skinny_batch ? nullptr : packed.at(D * bytes_ih + d * bytes_hh);
+    const auto rows = [&](int64_t index) -> RowWeight<S> {
+      const Acc<S>* const scale = layer.scales ? read<Acc<S>>((*layer.scales)[2 * d + index]) : nullptr;
+      return {layer.weight(d, index).const_data_ptr(), weight_type(layer), scale};
+    };
+    p.direction[d].ih = {rows(0), skinny_input ? nullptr : packed.at(d * bytes_ih)};
+    p.direction[d].hh = {rows(1), skinny_batch ? nullptr : packed.at(D * bytes_ih + d * bytes_hh)};
     p.direction[d].bias = bias.at<Acc<S>>(0) + d * 4 * H;
   }
   pack_all(skinny_input ? 0 : 2 * D, panels, 4 * k.gate_units * (I + H) / 2, [&](int64_t weight, int64_t panel) {
     const LstmForwardDirection<S>& d = p.direction[weight / 2];
-    if (weight % 2 == 0) k.pack_gates(d.weight_ih, H, I, panel, const_cast<void*>(d.packed_ih));
-    if (weight % 2 == 1 && !skinny_batch) k.pack_gates(d.weight_hh, H, H, panel, const_cast<void*>(d.packed_hh));
+    const GateWeight<S>& w = weight % 2 == 0 ? d.ih : d.hh;
+    const int64_t depth = weight % 2 == 0 ? I : H;
+    if (w.packed) k.pack_gates(w.rows, w.type, w.scale, H, depth, panel, const_cast<void*>(w.packed));
   });
 
   const int64_t team_bytes = divide_up(k.forward_shared_bytes(p), 64) * 64;
@@ -72,27 +85,20 @@ void forward(const LayerArguments& layer, const SequenceTable& table, LstmForwar
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(Tensor input,
-                                                                    Tensor h0,
-                                                                    Tensor c0,
-                                                                    std::vector<Tensor> weights,
-                                                                    OptionalTensor lengths,
-                                                                    OptionalTensor batch_sizes,
-                                                                    bool reverse,
-                                                                    bool need_activations,
-                                                                    bool need_cell_states) {
-  const char* op = "lstm_forward";
-  const SequenceTable table = read_sequences(op, input, c0, lengths, batch_sizes);
-  const LayerArguments layer = read_layer(op, input, h0, c0, weights, table, reverse);
+using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ForwardResults run_layer(const LayerArguments& layer,
+                         const SequenceTable& table,
+                         bool need_activations,
+                         bool need_cell_states) {
   const int64_t B = layer.batch, H = layer.hidden, D = layer.directions;
   const ScalarType dtype = layer.dtype;
-
   Tensor output = result_empty(with_columns(table.rows, D * H), dtype);
   Tensor h_n = result_empty({D, B, H}, dtype), c_n = result_empty({D, B, H}, dtype);
   Tensor activations = pooled_empty(need_activations ? with_columns(table.rows, D * 4 * H) : Shape{0}, dtype);
   Tensor cell_states =
       pooled_empty(need_cell_states ? with_columns(table.rows, D * H) : Shape{0}, accumulate_type(dtype));
-  with_storage_type(op, dtype, [&](auto zero) {
+  with_storage_type("lstm_forward", dtype, [&](auto zero) {
     using S = decltype(zero);
     LstmForwardParams<S> p = layer_params<LstmForwardParams<S>, S>(layer, table);
     p.output = write<S>(output);
@@ -107,8 +113,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(Tensor input
   return {output, h_n, c_n, activations, cell_states};
 }
 
+ForwardResults lstm_forward_cpu(Tensor input,
+                                Tensor h0,
+                                Tensor c0,
+                                std::vector<Tensor> weights,
+                                OptionalTensor lengths,
+                                OptionalTensor batch_sizes,
+                                bool reverse,
+                                bool need_activations,
+                                bool need_cell_states) {
+  const char* op = "lstm_forward";
+  const SequenceTable table = read_sequences(op, input, c0, lengths, batch_sizes);
+  const LayerArguments layer = read_layer(op, input, h0, c0, weights, table, reverse);
+  return run_layer(layer, table, need_activations, need_cell_states);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_forward_narrow_cpu(Tensor input,
+                                                                   Tensor h0,
+                                                                   Tensor c0,
+                                                                   std::vector<Tensor> weights,
+                                                                   std::vector<Tensor> scales,
+                                                                   OptionalTensor lengths,
+                                                                   OptionalTensor batch_sizes,
+                                                                   bool reverse,
+                                                                   bool need_cell_states) {
+  const char* op = "lstm_forward_narrow";
+  const SequenceTable table = read_sequences(op, input, c0, lengths, batch_sizes);
+  const LayerArguments layer = read_narrow_layer(op, input, h0, c0, weights, scales, table, reverse);
+  const auto [output, h_n, c_n, activations, cell_states] = run_layer(layer, table, false, need_cell_states);
+  return {output, h_n, c_n, cell_states};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) { m.impl("lstm_forward", TORCH_BOX(&Retried<&lstm_forward_cpu>::run)); }
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+  m.impl("lstm_forward", TORCH_BOX(&Retried<&lstm_forward_cpu>::run));
+  m.impl("lstm_forward_narrow", TORCH_BOX(&Retried<&lstm_forward_narrow_cpu>::run));
+}
 
 }  // namespace fastseq::cpu

@@ -6,15 +6,15 @@ namespace {
 // With a skinny batch a step is bound by reading W_hh: each thread's share of it should fit into the L2 cache.
 constexpr int64_t kWeightShareBytes = 1 << 20;
 
-}  // namespace
-
-LayerArguments read_layer(const char* op,
-                          const Tensor& input,
-                          const Tensor& h0,
-                          const Tensor& c0,
-                          const std::vector<Tensor>& weights,
-                          const SequenceTable& table,
-                          bool reverse) {
+// weight_type: dtype of W_ih and W_hh; all other tensors have that of the input.
+LayerArguments check_layer(const char* op,
+                           const Tensor& input,
+                           const Tensor& h0,
+                           const Tensor& c0,
+                           const std::vector<Tensor>& weights,
+                           const SequenceTable& table,
+                           bool reverse,
+                           ScalarType weight_type) {
   const int64_t D = c0.size(0), B = c0.size(1), H = c0.size(2), I = input.size(input.dim() - 1);
   const ScalarType dtype = input.scalar_type();
   STD_TORCH_CHECK(D == 1 || D == 2, op, ": c0 must be for 1 or 2 directions, got ", D);
@@ -28,12 +28,47 @@ LayerArguments read_layer(const char* op,
   check_cpu(op, "h0", h0, {D, B, H}, dtype);
   check_cpu(op, "c0", c0, {D, B, H}, dtype);
   for (int64_t d = 0; d < D; ++d) {
-    check_cpu(op, "weight_ih", layer.weight(d, 0), {4 * H, I}, dtype);
-    check_cpu(op, "weight_hh", layer.weight(d, 1), {4 * H, H}, dtype);
+    check_cpu(op, "weight_ih", layer.weight(d, 0), {4 * H, I}, weight_type);
+    check_cpu(op, "weight_hh", layer.weight(d, 1), {4 * H, H}, weight_type);
     if (!layer.bias) continue;
     check_cpu(op, "bias_ih", layer.weight(d, 2), {4 * H}, dtype);
     check_cpu(op, "bias_hh", layer.weight(d, 3), {4 * H}, dtype);
   }
+  return layer;
+}
+
+}  // namespace
+
+LayerArguments read_layer(const char* op,
+                          const Tensor& input,
+                          const Tensor& h0,
+                          const Tensor& c0,
+                          const std::vector<Tensor>& weights,
+                          const SequenceTable& table,
+                          bool reverse) {
+  return check_layer(op, input, h0, c0, weights, table, reverse, input.scalar_type());
+}
+
+LayerArguments read_narrow_layer(const char* op,
+                                 const Tensor& input,
+                                 const Tensor& h0,
+                                 const Tensor& c0,
+                                 const std::vector<Tensor>& weights,
+                                 const std::vector<Tensor>& scales,
+                                 const SequenceTable& table,
+                                 bool reverse) {
+  STD_TORCH_CHECK(!weights.empty(), op, ": weights must not be empty");
+  const ScalarType type = weights[0].scalar_type();
+  STD_TORCH_CHECK(input.scalar_type() == ScalarType::Float, op, ": input must have the dtype Float, got ",
+                  input.scalar_type());
+  STD_TORCH_CHECK(type == ScalarType::Char || type == ScalarType::BFloat16, op,
+                  ": weight_ih must have the dtype Char or BFloat16, got ", type);
+  LayerArguments layer = check_layer(op, input, h0, c0, weights, table, reverse, type);
+  const int64_t count = scales.size(), expected = type == ScalarType::Char ? 2 * layer.directions : 0;
+  STD_TORCH_CHECK(count == expected, op, ": scales must be two for each direction of int8 weights, else none; got ",
+                  count, ", expected ", expected);
+  for (const Tensor& scale : scales) check_cpu(op, "scale", scale, {4 * layer.hidden}, ScalarType::Float);
+  if (count) layer.scales = &scales;
   return layer;
 }
 

@@ -22,6 +22,7 @@ struct LayerArguments {
   bool bias, reverse;
   int64_t input_size, hidden, batch, directions;
   ScalarType dtype;
+  const std::vector<Tensor>* scales = nullptr;  // of int8 weights: (4H,) of W_ih and of W_hh for each direction
 
   int64_t per_direction() const { return bias ? 4 : 2; }
   const Tensor& weight(int64_t direction, int64_t index) const { return weights[direction * per_direction() + index]; }
@@ -36,6 +37,16 @@ LayerArguments read_layer(const char* op,
                           const SequenceTable& table,
                           bool reverse);
 
+// As read_layer, for float32 tensors with weights in bfloat16 or int8. scales: as in LayerArguments, or empty.
+LayerArguments read_narrow_layer(const char* op,
+                                 const Tensor& input,
+                                 const Tensor& h0,
+                                 const Tensor& c0,
+                                 const std::vector<Tensor>& weights,
+                                 const std::vector<Tensor>& scales,
+                                 const SequenceTable& table,
+                                 bool reverse);
+
 // Fills the fields that LstmForwardParams and LstmBackwardParams share.
 template <class Params, class S>
 Params layer_params(const LayerArguments& layer, const SequenceTable& table) {
@@ -48,7 +59,7 @@ Params layer_params(const LayerArguments& layer, const SequenceTable& table) {
   for (int64_t d = 0; d < layer.directions; ++d) {
     LstmDirection<S>& to = p.direction[d];
     to.reverse = layer.directions == 2 ? d == 1 : layer.reverse;
-    to.weight_ih = read<S>(layer.weight(d, 0));
+    to.weight_ih = read<S>(layer.weight(d, 0));  // unused by the forward, whose weights may have another type
     to.weight_hh = read<S>(layer.weight(d, 1));
     to.h0 = read<S>(layer.h0) + d * layer.batch * layer.hidden;
     to.c0 = read<S>(layer.c0) + d * layer.batch * layer.hidden;

@@ -29,6 +29,9 @@ struct Half {
   uint16_t bits;
 };
 
+// Type of a weight beside float32 tensors; kStorage: that of the tensors. kInt8: one scale for each row of the weight.
+enum class WeightType { kStorage, kBFloat16, kInt8 };
+
 template <class S>
 struct Accumulate {
   using type = float;

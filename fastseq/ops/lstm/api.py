@@ -15,6 +15,7 @@ from fastseq.ops.common.autograd import forward_mode, is_compiling, peek_transfo
 from fastseq.ops.common.checks import as_lengths, readable
 from fastseq.ops.common.dtypes import tf32_allowed
 from fastseq.ops.common.layout import zero_padding
+from fastseq.ops.common.narrow import Narrow
 from fastseq.ops.lstm.function import apply
 from fastseq.ops.lstm.spec import Layer, LSTMCall, Stack
 
@@ -192,6 +193,28 @@ def _layered(backend: str, call: LSTMCall, input: Tensor, hx, weights, *options)
     return _run(backend, call, Stack(input, *hx, weights, dropout=dropout, **sizes, **flags), False)[:3]
 
 
+def run_narrow(
+    stack: Stack, narrow: tuple[Narrow, ...], cell_states: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As ``run`` without gradients, for float32 on the CPU, with rounded weights.
+
+    narrow: W_ih and W_hh of each layer and direction; the biases come from ``stack``.
+    """
+    native = implementation("lstm", "native")
+    directions = 2 if stack.bidirectional else 1
+
+    def layer_forward(k: int, layer: Layer, cell_states: bool):
+        of_layer = narrow[2 * directions * k : 2 * directions * (k + 1)]
+        return native.forward_narrow(layer, of_layer, cell_states)
+
+    transposed = stack.batch_first and stack.batch_sizes is None
+    input = stack.input.transpose(0, 1) if transposed else stack.input
+    output, h_n, c_n, states = _layers(stack, input, cell_states, layer_forward)
+    if transposed:
+        output, states = output.transpose(0, 1), None if states is None else states.transpose(0, 1)
+    return output, h_n, c_n, states
+
+
 def _run(backend: str, call: LSTMCall, stack: Stack, cell_states: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """All layers by a backend that computes layer by layer, in ``call.dtype``."""
     kernel = None if peek_transform() is not None else _plain_kernel(backend, call)
@@ -206,7 +229,9 @@ def _run(backend: str, call: LSTMCall, stack: Stack, cell_states: bool) -> tuple
     if stack.lengths is not None and not getattr(implementation("lstm", backend), "SKIPS_PADDING", False):
         input = zero_padding(input, stack.lengths)  # NaN in the padding must reach no gradient
     with without_autocast(input.device.type):
-        output, h_n, c_n, states = _layers(stack, input, cell_states, backend)
+        output, h_n, c_n, states = _layers(
+            stack, input, cell_states, lambda _, layer, wanted: apply(backend, layer, wanted)
+        )
     if transposed:
         output = output.transpose(0, 1)
         states = None if states is None else states.transpose(0, 1)
@@ -214,19 +239,22 @@ def _run(backend: str, call: LSTMCall, stack: Stack, cell_states: bool) -> tuple
 
 
 def _layers(
-    stack: Stack, input: Tensor, cell_states: bool, backend: str
+    stack: Stack, input: Tensor, cell_states: bool, layer_forward: Callable
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Layer by layer, with dropout between; ``input`` is time-major or packed."""
+    """Layer by layer, with dropout between; ``input`` is time-major or packed.
+
+    layer_forward: (index of the layer, Layer, whether cell states are wanted) -> output, h_n, c_n, cell states or None.
+    """
     directions = 2 if stack.bidirectional else 1
     of_layer = [tuple(map(stack.weights_of, range(k, k + directions))) for k in range(0, len(stack.h0), directions)]
     rest = (stack.lengths, stack.batch_sizes, stack.reverse)
     if stack.num_layers == 1:
-        return apply(backend, Layer(input, stack.h0, stack.c0, *of_layer, *rest), cell_states)
+        return layer_forward(0, Layer(input, stack.h0, stack.c0, *of_layer, *rest), cell_states)
     h_n, c_n, states = [], [], None
     h0, c0 = stack.h0.split(directions), stack.c0.split(directions)
     for k, weights in enumerate(of_layer):
         last = k == stack.num_layers - 1
-        input, h, c, states = apply(backend, Layer(input, h0[k], c0[k], weights, *rest), cell_states and last)
+        input, h, c, states = layer_forward(k, Layer(input, h0[k], c0[k], weights, *rest), cell_states and last)
         h_n.append(h)
         c_n.append(c)
         if stack.dropout and not last:

@@ -11,6 +11,7 @@ from fastseq import _native
 from fastseq.ops.common.checks import native_objection
 from fastseq.ops.common.dtypes import accumulate_dtype
 from fastseq.ops.common.layout import contiguous
+from fastseq.ops.common.narrow import Narrow
 from fastseq.ops.lstm import native_cuda
 from fastseq.ops.lstm.spec import Grads, Layer, LayerGrads, Result, Want, Weights
 
@@ -50,6 +51,25 @@ def plain(input, hx, weights, *options) -> tuple[Tensor, Tensor, Tensor]:
         states.append(state)
     h_n, c_n = state if num_layers == 1 else map(torch.cat, zip(*states, strict=True))
     return output.transpose(0, 1) if batch_first else output, h_n, c_n
+
+
+def forward_narrow(
+    layer: Layer, narrow: tuple[Narrow, ...], cell_states: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Inference in float32 on the CPU with rounded weights, W_ih and W_hh of each direction in ``narrow``.
+
+    -> output, h_n, c_n, cell states or None.
+    """
+    weights = []
+    for d, direction in enumerate(layer.weights):
+        biases = (b.contiguous() for b in (direction.bias_ih, direction.bias_hh) if b is not None)
+        weights += [narrow[2 * d].values, narrow[2 * d + 1].values, *biases]
+    states = layer.input.contiguous(), layer.h0.contiguous(), layer.c0.contiguous()
+    scales = [n.scale for n in narrow if n.scale is not None]
+    output, h_n, c_n, cells = _native.operators.lstm_forward_narrow.default(
+        *states, weights, scales, *_sizes(layer), cell_states
+    )
+    return output, h_n, c_n, cells if cell_states else None
 
 
 def backward(layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: LayerGrads) -> LayerGrads:
@@ -108,6 +128,12 @@ def _fake_forward(*arguments):
     )
 
 
+def _fake_forward_narrow(*arguments):
+    """As the schema: input, h0, c0, weights, scales, lengths, batch_sizes, reverse, need_cell_states."""
+    *results, _, cell_states = _fake_forward(*arguments[:3], False, arguments[-1])
+    return *results, cell_states
+
+
 def _fake_backward(*arguments):
     """As the schema: 4 gradients, input, h0, c0, weights, 2 saved tensors, 2 sizes, reverse, 2 needs."""
     input, _, c0 = arguments[4:7]
@@ -124,4 +150,5 @@ def _fake_backward(*arguments):
 
 if _native.available():
     torch.library.register_fake("fastseq::lstm_forward", _fake_forward)
+    torch.library.register_fake("fastseq::lstm_forward_narrow", _fake_forward_narrow)
     torch.library.register_fake("fastseq::lstm_backward", _fake_backward)

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastseq import _native
 from fastseq.dispatch import implementation, select, takes_auto
 from fastseq.ops.common.autograd import peek_transform, vmapped
+from fastseq.ops.common.narrow import Narrow
 from fastseq.ops.lstm_cell.function import apply
 from fastseq.ops.lstm_cell.rules import fast_update
 from fastseq.ops.lstm_cell.spec import Cell, LSTMCellCall
@@ -71,7 +72,7 @@ def lstm_step(
     """One step of ``torch.nn.LSTMCell`` for inference, by the compiled kernel of the tensors' device.
 
     A step of one sequence is bound by the bytes of its weights. ``weight_ih`` and ``weight_hh`` in bfloat16 beside
-    float32 for everything else halve them. Only the weights are rounded then (relative error up to 2 ** -9 each); sums
+    float32 for everything else halve them. Only the weights are rounded then (relative error up to 2 ** -8 each); sums
     and states stay float32.
 
     Args:
@@ -101,7 +102,7 @@ def run(
     *,
     backend: str | None,
     check: Callable[[Tensor, Tensor, Tensor], None],
-    narrow: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    narrow: Callable[[], tuple[Narrow, Narrow]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of LSTMCell: both products and the cell.
 
@@ -109,7 +110,7 @@ def run(
         input: (B, I). hx: h and c, (B, H) each.
         weights: weight_ih (4H, I), weight_hh (4H, H), bias_ih and bias_hh (4H,) or None.
         check: raises if input, h and c do not fit; not called for torch's cell, which checks them.
-        narrow: returns weight_ih and weight_hh in bfloat16, for a kernel that reads them beside float32.
+        narrow: returns rounded copies of weight_ih and weight_hh, for a kernel that reads them beside float32.
 
     Returns:
         The next h and c, (B, H).
@@ -128,7 +129,9 @@ def run(
         and not (requires_grad or compiling or peek_transform())
         and input.dtype == h.dtype == c.dtype == weights[0].dtype
     ):
-        return module.step(input, hx, weights if narrow is None else (*narrow(), *weights[2:]))
+        return (
+            module.step(input, hx, weights) if narrow is None else module.step_narrow(input, hx, narrow(), weights[2:])
+        )
     gates = F.linear(input, *weights[::2]) + F.linear(h, *weights[1::2])
     dtype = torch.promote_types(gates.dtype, c.dtype)  # under autocast the gates may be narrower than the state
     return apply(chosen, Cell(gates.to(dtype), c.to(dtype)))

@@ -10,6 +10,7 @@ from fastseq import _native
 from fastseq.ops.common.checks import CPU_DTYPES, native_objection
 from fastseq.ops.common.dtypes import accumulate_dtype
 from fastseq.ops.common.layout import contiguous
+from fastseq.ops.common.narrow import Narrow
 from fastseq.ops.lstm_cell.spec import Cell, Grads, Result
 
 
@@ -50,6 +51,17 @@ def step(input: Tensor, hx: tuple[Tensor, Tensor], weights: tuple[Tensor | None,
     )
 
 
+def step_narrow(
+    input: Tensor, hx: tuple[Tensor, Tensor], weights: tuple[Narrow, Narrow], biases: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor]:
+    """As ``step``, with rounded weights W_ih and W_hh, and biases (4H,) or None."""
+    ih, hh = weights
+    if ih.scale is None:
+        return step(input, hx, (ih.values, hh.values, *biases))
+    tensors = (t.contiguous() for t in (input, *hx))
+    return _native.operators.lstm_step_int8.default(*tensors, ih.values, hh.values, ih.scale, hh.scale, *biases)
+
+
 def unsupported(call) -> str | None:
     """Why this backend cannot serve the call (an ``LSTMCellCall``) and the way out, or None."""
     return native_objection("lstm_cell", call, CPU_DTYPES)
@@ -65,11 +77,12 @@ def _fake_backward(activations, c, c_n, grad_h, grad_c_n):
     return c.new_empty(B, 4 * H), c.new_empty(B, H)
 
 
-def _fake_step(input, h, c, *weights):
+def _fake_step(input, h, c, *_):
     return torch.empty_like(c), torch.empty_like(c)
 
 
 if _native.available():
     torch.library.register_fake("fastseq::lstm_step", _fake_step)
+    torch.library.register_fake("fastseq::lstm_step_int8", _fake_step)
     torch.library.register_fake("fastseq::lstm_cell_forward", _fake_forward)
     torch.library.register_fake("fastseq::lstm_cell_backward", _fake_backward)
