@@ -114,8 +114,7 @@ class Decoder(nn.Module):
     def loss(self, vectors: Tensor, labels: Tensor, **options) -> Tensor:
         """The loss of labels (B, T) from :meth:`vectors`; ``options``: of linear_cross_entropy."""
         output = self.output
-        hooked = output._forward_hooks or output._forward_pre_hooks
-        if type(output).forward is nn.Linear.forward and not hooked:
+        if _is_plain(output, nn.Linear):
             return linear_cross_entropy(vectors, output.weight, labels, output.bias, **options)
         logits = output(vectors)  # a layer that a user put there, or one that changes its weight in a hook
         reduction = options["reduction"]

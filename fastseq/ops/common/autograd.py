@@ -44,6 +44,13 @@ def recompute(grads: Sequence[Tensor | None]) -> bool:
     return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)  # is_grads_batched
 
 
+def scaled(saved: Tensor, factor: Tensor) -> Tensor:
+    """saved * factor (), for the last use of a saved tensor in a backward: in its memory unless the graph is kept."""
+    if is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return saved * factor
+    return saved.mul_(factor).detach()  # a new tensor, whose memory becomes .grad without a copy
+
+
 def vmapped() -> bool:
     """True within torch.func.vmap, at any depth."""
     if not transformed():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastseq import _native
+from fastseq.ops.common.autograd import scaled
 from fastseq.ops.common.checks import CPU_DTYPES, native_objection
 from fastseq.ops.common.dtypes import accumulate_dtype
 from fastseq.ops.linear_cross_entropy.spec import InputGrads, Inputs, Result, Want
@@ -38,7 +39,7 @@ def backward(inputs: Inputs, saved: tuple[Tensor, ...], grad: Tensor, want: Want
         grads = _native.operators.linear_cross_entropy_backward.default(*arguments)
     else:
         of_sum = iter(saved)
-        grads = [next(of_sum) * grad if wanted else None for wanted in want.grads]
+        grads = [scaled(next(of_sum), grad) if wanted else None for wanted in want.grads]
     dtype = inputs.input.dtype
     return InputGrads(*(g.to(dtype) if need else None for g, need in zip(grads, needs, strict=True)))
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastseq.ops.common.autograd import scaled
 from fastseq.ops.common.triton.runtime import chip_of, power_of_two, ready, why_not
 from fastseq.ops.linear_cross_entropy.spec import InputGrads, Inputs, Result, Want
 
@@ -40,7 +41,7 @@ def backward(inputs: Inputs, saved: tuple[Tensor, ...], grad: Tensor, want: Want
         grads = _run(inputs, None, *saved, ready(grad), needs)
     else:
         of_sum = iter(saved)
-        grads = [next(of_sum) * grad if wanted else None for wanted in want.grads]
+        grads = [scaled(next(of_sum), grad) if wanted else None for wanted in want.grads]
     dtype = inputs.input.dtype
     return InputGrads(*(g.to(dtype) if need else None for g, need in zip(grads, needs, strict=True)))
 
