@@ -7,7 +7,6 @@ import argparse
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -38,8 +37,7 @@ def main() -> None:
     optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
     for step in range(args.steps):
         sources, lengths, inputs, expected = batch(64)
-        logits = model(sources, lengths, inputs).logits  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), expected.flatten(), ignore_index=PAD)
+        loss = model.loss(sources, lengths, inputs, expected)  # of the labels that are not PAD
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -83,6 +83,7 @@ class TokenBatches:
         longer = torch.maximum(source.lengths, target.lengths)[self._key.argsort()]
         self._slices = cut_by_tokens(longer.tolist(), max_tokens * world_size * accumulate)
         self._done = 0  # batches of this epoch that were handed out
+        self.make_batch = make_batch
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration follow the order of `epoch`, from its first batch."""
@@ -123,4 +124,4 @@ class TokenBatches:
             share = number % self.accumulate * self.world_size + self.rank
             self._done = (number + 1) % len(self)
             update_tokens = int(self.target.lengths[rows].sum())
-            yield make_batch(self.source, self.target, rows[share::shares], update_tokens)
+            yield self.make_batch(self.source, self.target, rows[share::shares], update_tokens)

@@ -28,6 +28,7 @@ from fastseq.training.lock import locked
 from fastseq.training.metrics import LABELS, higher_is_better, monitors
 from fastseq.training.options import OptimOptions, TrainerOptions, options_of
 from fastseq.training.plots import plot_curves, read_metrics
+from fastseq.training.profile import TimeSplit
 from fastseq.training.progress import Bar, EpochLines, UpdateRows, say
 from fastseq.training.resume import resumable
 from fastseq.training.task import Seq2SeqTask
@@ -104,6 +105,11 @@ def new_model(options: Seq2SeqConfig, seed: int) -> Seq2Seq:
     return Seq2Seq(options)
 
 
+def cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+
+
 def memory_size() -> int:
     """Bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -177,7 +183,7 @@ def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None
         refuse_links(folder.path.rglob("*"))
     checkpoint = load_checkpoint(last) if resume else None
     if options.threads is not None:
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(min(options.threads, cores()))
     corpus = load_corpus(config, folder.load_tokenizers() if resume else None)
     pairs = len(corpus.train[0])
     if options.accumulate > pairs:
@@ -193,6 +199,8 @@ def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None
     share = {"max_tokens": config.data.max_tokens, "world_size": trainer.world_size, "rank": trainer.global_rank}
     batches = TokenBatches(*corpus.train, **share, accumulate=options.accumulate, seed=int(config.seed))
     valid = TokenBatches(*corpus.valid, **share, shuffle=False)
+    if config.profile:
+        trainer.callbacks.insert(0, TimeSplit(model, batches))
     task = Seq2SeqTask(model, optim, len(batches) // options.accumulate, options.max_epochs, corpus.decoding)
     if checkpoint is not None:
         checkpoint_io.checkpoint = checkpoint = resumable(checkpoint, task, trainer, last)

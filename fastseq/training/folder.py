@@ -51,7 +51,7 @@ class RunFolder:
     def save_config(self, config: Namespace) -> None:
         """Write the options that a later command needs; config.yaml is complete at every moment."""
         kept = config.clone()
-        for name in ("config", "resume", "overwrite"):
+        for name in ("config", "resume", "overwrite", "profile"):
             kept.pop(name, None)
         write_text(self.config, train_parser().dump(kept))
 

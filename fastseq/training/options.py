@@ -97,8 +97,8 @@ class TrainerOptions:
         precision: 32-true, bf16-mixed, or another of Lightning's.
         accelerator: auto, cpu, cuda, or another of Lightning's.
         devices: processes on this machine, "auto" for all GPUs, one CPU process, or as torchrun says.
-        threads: CPU threads of each process, null for torch's default. Use 1 for small models on a shared machine:
-            waiting for each other costs more than the threads gain.
+        threads: CPU threads of each process, at most the cores it may use; null for torch's default. Use 1 for small
+            models on a shared machine: waiting for each other costs more than the threads gain.
         log_every: updates between two rows of the training loss; each epoch has at least one.
         progress_bar: on a terminal only.
     """
@@ -157,6 +157,7 @@ def train_parser() -> ArgumentParser:
     parser.add_argument(
         "--resume", type=str | None, help="run folder to continue from its last checkpoint; needs no --run_dir"
     )
+    parser.add_argument("--profile", action="store_true", help="print where the time went, after each epoch")
     parser.add_argument("--seed", type=Seed, default=1, help="of weights, dropout and order")
     parser.add_class_arguments(DataOptions, "data")
     parser.add_class_arguments(Seq2SeqConfig, "model", skip=FROM_DATA)

@@ -115,8 +115,10 @@ class Seq2SeqTask(L.LightningModule):
             lr=options.lr,
             betas=(0.9, options.beta2),
             weight_decay=options.weight_decay,
-            fused="mixed" not in self.trainer.precision,  # Lightning refuses to clip gradients of fused with autocast
+            fused=self.trainer.precision != "16-mixed",  # Lightning does not clip gradients that fused would unscale
         )
+        if self.trainer.precision == "bf16-mixed":  # no GradScaler, which alone reads the flag; Lightning then clips
+            optimizer._step_supports_amp_scaling = False
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(options.schedule, step, self.total_updates, options.warmup)
         )

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ import yaml
 from toy_runs import SMALL, TOY, refused, rows, train
 
 from fastseq.cli import main
+from fastseq.training import fit
 from fastseq.training.batching import TokenBatches
 from fastseq.training.decode import decode
+from fastseq.training.fit import cores
 from fastseq.training.plots import curves_figure
 from fastseq.training.task import learning_rate_factor
 
@@ -175,8 +178,11 @@ def test_every_epoch_has_its_own_order(tmp_path, monkeypatch):
 def test_threads_are_set(tmp_path, monkeypatch):
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    train(tmp_path / "run", "--trainer.max_epochs", "1", "--trainer.threads", "3")
-    assert threads == [3]
+    monkeypatch.setattr(fit, "cores", lambda: 3)
+    for given in ("3", "64"):
+        train(tmp_path / given, "--trainer.max_epochs", "1", "--trainer.threads", given)
+    assert threads == [3, 3]
+    assert 1 <= cores() <= (os.cpu_count() or 1)
 
 
 def test_a_seed_repeats(two_epochs, tmp_path):
