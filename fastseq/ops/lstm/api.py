@@ -200,7 +200,7 @@ def run_narrow(
 
     narrow: W_ih and W_hh of each layer and direction; the biases come from ``stack``.
     """
-    native = implementation("lstm", "native")
+    native = implementation("lstm", select("lstm", "native", describe(stack, cell_states)))
     directions = 2 if stack.bidirectional else 1
 
     def layer_forward(k: int, layer: Layer, cell_states: bool):
