@@ -106,7 +106,7 @@ def test_cell_states_have_the_dtype_of_c_n(form):
 
 
 def test_auto_takes_under_autocast_what_the_same_call_in_16_bits_takes(monkeypatch):
-    monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda dtype: True)
+    monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda *_: True)
     monkeypatch.setattr(native_cuda, "fits", lambda *args, **kwargs: True)
     monkeypatch.setattr(_native, "why_not_cuda", lambda index=None: "")
     monkeypatch.setattr(runtime, "_installed", lambda: False)  # Triton would look for the GPU
@@ -134,7 +134,7 @@ def test_auto_takes_under_autocast_what_the_same_call_in_16_bits_takes(monkeypat
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the compiled operators are not part of this install")
 def test_short_calls_of_many_sequences_train_on_torch(monkeypatch):
-    monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda dtype: True)
+    monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda *_: True)
     monkeypatch.setattr(lstm_rules, "_instruction_set", lambda: "avx512_bf16")
     monkeypatch.setattr(lstm_rules, "_amx", lambda: False)
     dispatch.forget()
@@ -142,7 +142,7 @@ def test_short_calls_of_many_sequences_train_on_torch(monkeypatch):
     assert select("lstm", "auto", call) == "torch"
     changes = (dict(steps=3), dict(batch=4), dict(autocast=False, fused=False), dict(packed=True, fused=False))
     assert [select("lstm", "auto", call._replace(**c)) for c in changes] == ["native"] * 4
-    monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda dtype: False)
+    monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda *_: False)
     dispatch.forget()
     assert select("lstm", "auto", call) == "native"
 
@@ -158,7 +158,7 @@ def test_a_module_under_autocast_is_served_as_in_bfloat16():
 
 
 def test_auto_leaves_torch_where_onednn_lacks_the_dtype(monkeypatch):
-    monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda dtype: False)
+    monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda *_: False)
     call = LSTMCall("cpu", torch.bfloat16, 4, 5, batch=40, steps=7, autocast=True, fused=True)
     assert select("lstm", "auto", call) == ("native" if "native" in BACKENDS else "reference")
     with pytest.raises(RuntimeError, match=r"bfloat16, which oneDNN does not have .* use backend='native'"):
@@ -166,6 +166,27 @@ def test_auto_leaves_torch_where_onednn_lacks_the_dtype(monkeypatch):
     for changes in (dict(packed=True), dict(proj_size=2)):
         assert select("lstm", "torch", call._replace(**changes, fused=False)) == "torch"
     assert select("lstm", "auto", call._replace(lengths=True, fused=False)) != "torch"  # they may be equal
+
+
+def test_onednn_is_asked_in_the_grad_mode_of_the_call(monkeypatch):
+    """On processors with AVX-512 FP16 torch takes oneDNN's float16 LSTM without gradients, and raises with them."""
+
+    def smallest(device, autocast, input, grad_mode):
+        if not grad_mode:
+            return autocast
+        return torch.float32 if input == torch.float16 else None
+
+    monkeypatch.setattr(torch_backend, "_run_smallest", smallest)
+    dispatch.forget()
+    module, x = LSTM(4, 5), torch.randn(7, 40, 4)
+    with torch.autocast("cpu", torch.float16):
+        for input, grad_mode, fused in ((x, True, True), (x, False, True), (x.half(), True, False)):
+            with torch.set_grad_enabled(grad_mode), dispatch.record() as choices:
+                module(input)
+            (choice,) = choices
+            assert (choice.call.fused, choice.call.requires_grad) == (fused, grad_mode)
+            assert ("torch" in choice.objections) == (grad_mode and fused)
+    dispatch.forget()
 
 
 @pytest.mark.parametrize("cudnn", [torch.float16, torch.bfloat16], ids=str)
@@ -199,7 +220,7 @@ def test_a_nested_block_without_autocast_computes_in_float32(backend):
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
         assert all(torch.equal(a, b) for a, b in zip(flat(module(x)), expected, strict=True))
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", torch.float16):
-        inner = module(x)[0] if backend != "torch" or runs_under_autocast(torch.float16) else None
+        inner = module(x)[0] if backend != "torch" or runs_under_autocast(torch.float16, True) else None
     assert inner is None or inner.dtype == torch.float16
 
 

@@ -273,7 +273,7 @@ def describe(stack: Stack, cell_states: bool) -> LSTMCall:
         fused = torch_backend.fused_under_autocast(stack, dtype)
     steps = stack.batch_sizes.size(0) if packed else input.size(1 if stack.batch_first else 0)
     tensors = (input, stack.h0, stack.c0, *stack.weights)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    needs_grad = torch.is_grad_enabled() and (autocast or any(t.requires_grad for t in tensors))
     return LSTMCall(
         device=_native.device_of(input),
         dtype=dtype,

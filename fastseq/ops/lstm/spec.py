@@ -13,8 +13,8 @@ from torch import Tensor
 class LSTMCall(NamedTuple):
     """The properties of one ``lstm`` call that decide its backend. ``batch`` and ``steps`` are None in a traced graph.
 
-    ``autocast``: on; ``dtype`` is then the dtype in which torch would multiply. ``fused``: under autocast torch would
-    run the call by oneDNN or cuDNN, not op by op.
+    ``autocast``: on; ``dtype`` is then the dtype in which torch would multiply, and ``requires_grad`` the grad mode, by
+    which torch chooses its kernel. ``fused``: under autocast torch would run the call by oneDNN or cuDNN, not op by op.
     ``vmapped``: within torch.func.vmap. ``forward_mode``: with forward-mode derivatives.
     ``subclass``: a tensor is of a type that is neither torch.Tensor nor nn.Parameter.
     ``tf32``: on CUDA, float32 products of a recurrence may be rounded to TF32.

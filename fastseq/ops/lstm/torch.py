@@ -37,7 +37,8 @@ def unsupported(call) -> str | None:
             "use backend='native' or 'reference'."
         )
     may_be_fused = call.fused or call.lengths  # torch runs equal lengths as a padded batch
-    if call.autocast and call.device == "cpu" and may_be_fused and not runs_under_autocast(call.dtype):
+    recorded = call.requires_grad
+    if call.autocast and call.device == "cpu" and may_be_fused and not runs_under_autocast(call.dtype, recorded):
         return (
             f"lstm: under autocast torch calls oneDNN's LSTM in {str(call.dtype).removeprefix('torch.')}, which oneDNN "
             "does not have on this processor; use backend='native' or 'reference'."
@@ -45,9 +46,12 @@ def unsupported(call) -> str | None:
     return None
 
 
-def runs_under_autocast(dtype: torch.dtype) -> bool:
-    """True if oneDNN has an LSTM in ``dtype`` on this CPU; under autocast torch calls it without a check."""
-    return _autocast_result("cpu", dtype, torch.float32) is not None
+def runs_under_autocast(dtype: torch.dtype, grad_mode: bool = False) -> bool:
+    """True if oneDNN has an LSTM in ``dtype`` on this CPU; under autocast torch calls it without a check.
+
+    On processors with AVX-512 FP16 it has one in float16, for inference only; torch asks the grad mode.
+    """
+    return _autocast_result("cpu", dtype, torch.float32, grad_mode) is not None
 
 
 def autocast_compute_dtype(device: str, input: torch.dtype) -> torch.dtype:
@@ -57,7 +61,7 @@ def autocast_compute_dtype(device: str, input: torch.dtype) -> torch.dtype:
     bfloat16 (ATen/cudnn/AutocastRNN.cpp).
     """
     autocast = torch.get_autocast_dtype(device)
-    return (_autocast_result(device, autocast, input) or autocast) if device == "cuda" else autocast
+    return (_autocast_result(device, autocast, input, False) or autocast) if device == "cuda" else autocast
 
 
 def fused_under_autocast(stack: Stack, dtype: torch.dtype) -> bool:
@@ -71,7 +75,7 @@ def fused_under_autocast(stack: Stack, dtype: torch.dtype) -> bool:
             return False
     elif stack.input.numel() == 0 or (stack.batch_sizes is not None and stack.batch_sizes[0] != stack.batch_sizes[-1]):
         return False  # equal lengths run as a padded batch
-    return _autocast_result("cpu", dtype, stack.input.dtype) != torch.float32
+    return _autocast_result("cpu", dtype, stack.input.dtype, torch.is_grad_enabled()) != torch.float32
 
 
 def autocast_result_dtypes(call: LSTMCall, c0: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -85,12 +89,12 @@ def autocast_result_dtypes(call: LSTMCall, c0: torch.dtype) -> tuple[torch.dtype
     return h_n, h_n, c_n
 
 
-def _autocast_result(device: str, autocast: torch.dtype, input: torch.dtype) -> torch.dtype | None:
+def _autocast_result(device: str, autocast: torch.dtype, input: torch.dtype, grad_mode: bool) -> torch.dtype | None:
     """The output dtype of the smallest nn.LSTM under autocast, with states in float32, or None if it raises.
 
     Op by op it is float32. The answer depends on the processor and the versions of torch and cuDNN.
     """
-    return _run_smallest(device, autocast, input)
+    return _run_smallest(device, autocast, input, grad_mode)
 
 
 _autocast_result._dynamo_marked_constant = (
@@ -99,12 +103,12 @@ _autocast_result._dynamo_marked_constant = (
 
 
 @functools.cache
-def _run_smallest(device: str, autocast: torch.dtype, input: torch.dtype) -> torch.dtype | None:
+def _run_smallest(device: str, autocast: torch.dtype, input: torch.dtype, grad_mode: bool) -> torch.dtype | None:
     """One call per process and combination; see ``_autocast_result``."""
     shapes = ((1, 1, 1), (1, 1, 1), (4, 1), (4, 1))
     x, state, *weights = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
     try:
-        with torch.no_grad(), torch.autocast(device, autocast):
+        with torch.set_grad_enabled(grad_mode), torch.autocast(device, autocast):
             return _vf_lstm(x.to(input), (state, state), weights, False, 1, 0.0, True, False, False)[0].dtype
     except RuntimeError:
         return None
