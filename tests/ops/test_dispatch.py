@@ -75,8 +75,8 @@ def test_auto_follows_the_measurements():
         return select(op, "auto", call)
 
     padded = CALL._replace(batch=32, steps=50)
-    wide = lstm_rules.avx512(padded)
-    assert chosen("lstm", padded) == ("native" if wide else "torch")
+    compiled_for_vectors = lstm_rules.avx512(padded) or lstm_rules.avx2(padded)
+    assert chosen("lstm", padded) == ("native" if compiled_for_vectors else "torch")
     assert chosen("lstm", padded._replace(batch=4)) == "native"
     assert chosen("lstm", padded._replace(device="cuda")) == "torch"
     explicit = padded._replace(dtype=torch.bfloat16)
@@ -153,7 +153,7 @@ def test_the_fast_update_takes_the_backend_of_the_rules(option, monkeypatch):
         (True, False, False, "native", "native"),
         (True, False, True, "torch", "native"),
         (True, True, True, "torch", "torch"),
-        (False, False, False, "torch", "torch"),
+        (False, False, False, "native", "native"),
     ],
 )
 def test_auto_gives_bfloat16_to_the_faster_products(wide, matrix, products, inference, training, monkeypatch):
@@ -231,6 +231,37 @@ def test_a_plain_call_sees_new_weights_and_options():
         lstm(X)
     with fastseq.use_backend("triton"), pytest.raises(RuntimeError, match="the triton backend"):
         lstm(X.double())
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "avx512"])
+@needs_native
+def test_auto_gives_single_16_bit_steps_in_training_to_torch(instructions, monkeypatch):
+    monkeypatch.setattr(lstm_rules, "_instruction_set", lambda: instructions)
+    monkeypatch.setattr(lstm_rules, "_amx", lambda: False)
+    dispatch.forget()
+    step = CALL._replace(steps=1, batch=1, requires_grad=True)
+    backends = {torch.float16: "torch", torch.bfloat16: "torch" if instructions == "avx2" else "native"}
+    for dtype, backend in backends.items():
+        assert select("lstm", "auto", step._replace(dtype=dtype)) == backend
+        for longer in (dict(steps=2), dict(batch=2), dict(requires_grad=False), dict(packed=True)):
+            assert select("lstm", "auto", step._replace(dtype=dtype, **longer)) == "native"
+
+
+@needs_native
+def test_auto_gives_bfloat16_inference_of_several_sequences_to_amx(monkeypatch):
+    monkeypatch.setattr(lstm_rules, "_instruction_set", lambda: "avx512")
+    monkeypatch.setattr(lstm_rules, "_amx", lambda: True)
+    dispatch.forget()
+    call = CALL._replace(steps=20, batch=2, dtype=torch.bfloat16)
+    assert select("lstm", "auto", call) == "torch"
+    others = dict(steps=5), dict(batch=1), dict(requires_grad=True), dict(lengths=True), dict(dtype=torch.float32)
+    for other in others:
+        assert select("lstm", "auto", call._replace(**other)) == "native", other
+    wide = call._replace(hidden_size=257)
+    assert select("lstm", "auto", wide) == "native"
+    step = CALL._replace(steps=2, batch=16, dtype=torch.float16, requires_grad=True)
+    assert select("lstm", "auto", step) == "torch"
+    assert select("lstm", "auto", step._replace(steps=3)) == "native"
 
 
 def test_block_ends_with_an_exception():

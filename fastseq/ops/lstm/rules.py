@@ -1,8 +1,8 @@
 """The rules by which ``auto`` chooses the backend of ``lstm``.
 
 A ratio is the time of nn.LSTM over the time of the row's backend, measured by ``fastseq bench`` on a Xeon (Emerald
-Rapids, AVX-512, no AMX) and an EPYC (Zen 4) with 1 and 2 threads. It covers the cases of the evidence files and
-similar ones.
+Rapids, AVX-512, no AMX) and an EPYC (Zen 4) with 1 and 2 threads, the rows about AVX2 and AMX on a Xeon (Sapphire
+Rapids, lowered to AVX2). It covers the cases of the evidence files and similar ones.
 """
 
 import functools
@@ -12,6 +12,9 @@ import torch
 from fastseq import _native
 from fastseq.dispatch import Rule
 
+AVX2 = "benchmarks/results/grid-xeon-avx2-1thread.json"
+STEPS_AVX2 = "benchmarks/results/steps-xeon-avx2-1thread.json"
+STEPS_AMX = "benchmarks/results/steps-xeon-amx-1thread.json"
 XEON_AND_ZEN4 = "benchmarks/results/cpu-xeon-1thread.json, benchmarks/results/cpu-zen4-1thread.json"
 
 
@@ -43,6 +46,22 @@ def fused_under_autocast(call) -> bool:
 
 def at_most_2_steps(call) -> bool:
     return call.steps <= 2
+
+
+def one_step(call) -> bool:
+    return call.steps == 1
+
+
+def over_5_steps(call) -> bool:
+    return call.steps > 5
+
+
+def one_sequence(call) -> bool:
+    return call.batch == 1
+
+
+def several_sequences(call) -> bool:
+    return call.batch > 1
 
 
 def over_4_sequences(call) -> bool:
@@ -78,6 +97,11 @@ def variable_lengths(call) -> bool:
     return (call.packed or call.lengths) and call.batch > 1
 
 
+def padded(call) -> bool:
+    """All sequences have the same length."""
+    return not (call.packed or call.lengths)
+
+
 def at_most_4_sequences(call) -> bool:
     return call.batch <= 4
 
@@ -100,6 +124,10 @@ def float16(call) -> bool:
 
 def float32_or_bfloat16(call) -> bool:
     return call.dtype in (torch.float32, torch.bfloat16)
+
+
+def hidden_size_to_256(call) -> bool:
+    return call.hidden_size <= 256
 
 
 def hidden_size_193_to_1024(call) -> bool:
@@ -129,6 +157,11 @@ def avx512(call) -> bool:
     return _instruction_set().startswith("avx512")
 
 
+def avx2(call) -> bool:
+    """The compiled kernels use AVX2: torch runs bfloat16 op by op, and oneDNN's float32 kernels are as narrow."""
+    return _instruction_set() == "avx2"
+
+
 def avx512_bf16(call) -> bool:
     """oneDNN and the compiled kernels both multiply bfloat16 by AVX-512's dot product."""
     return _instruction_set() == "avx512_bf16"
@@ -136,6 +169,11 @@ def avx512_bf16(call) -> bool:
 
 def _amx() -> bool:
     return _native.matrix_unit()
+
+
+def matrix_unit(call) -> bool:
+    """oneDNN multiplies bfloat16 by AMX."""
+    return _amx()
 
 
 def no_matrix_unit(call) -> bool:
@@ -149,6 +187,30 @@ RULES = (
     Rule("native", (returns_cell_states,), "oneDNN and cuDNN do not return the cell states of every step"),
     Rule("native", (traced,), "one opaque operator: the graph stays whole, T and B stay dynamic"),
     Rule("native", (under_vmap,), "under torch.func.vmap the samples are folded into the batch"),
+    Rule(
+        "torch",
+        (on_cpu, eager, padded, float16, training, one_step, one_sequence),
+        "a single step of one sequence in training, op by op: native is 0.5 to 0.7 times as fast in float16",
+        STEPS_AVX2,
+    ),
+    Rule(
+        "torch",
+        (on_cpu, eager, padded, bfloat16, avx2, training, one_step, one_sequence),
+        "a single step of one sequence in training, op by op: native is 0.6 to 1.1 times as fast in bfloat16",
+        STEPS_AVX2,
+    ),
+    Rule(
+        "torch",
+        (on_cpu, eager, padded, float16, matrix_unit, training, at_most_2_steps),
+        "oneDNN multiplies float16 by AVX-512 or AMX here: native is 0.2 to 1.0 times as fast in one or two steps",
+        STEPS_AMX,
+    ),
+    Rule(
+        "torch",
+        (on_cpu, eager, padded, bfloat16, matrix_unit, inference, several_sequences, over_5_steps, hidden_size_to_256),
+        "oneDNN multiplies bfloat16 by AMX: native is 0.4 to 0.8 times as fast at 2 to 4 sequences",
+        STEPS_AMX,
+    ),
     Rule(
         "native",
         (on_cpu, eager, float16),
@@ -183,6 +245,18 @@ RULES = (
         (on_cpu, eager, float32, avx512),
         "products and cell fused in registers: native is 1.0 to 1.5 times as fast",
         XEON_AND_ZEN4,
+    ),
+    Rule(
+        "native",
+        (on_cpu, eager, bfloat16, avx2),
+        "torch has no bfloat16 LSTM without AVX-512 and runs op by op: native is 2 to 11 times as fast",
+        AVX2,
+    ),
+    Rule(
+        "native",
+        (on_cpu, eager, float32, avx2),
+        "products and cell fused in registers of AVX2: native is 1.0 to 4 times as fast, 1.5 times in the mean",
+        AVX2,
     ),
     Rule(
         "torch",
