@@ -4,11 +4,12 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from toy_runs import rows, train
 
 from fastseq import Seq2Seq, Seq2SeqConfig
 from fastseq.training.options import OptimOptions
-from fastseq.training.profile import PARTS, table
+from fastseq.training.profile import PARTS, TimeSplit, table
 from fastseq.training.task import Seq2SeqTask
 
 
@@ -50,3 +51,15 @@ def test_the_optimiser_is_fused_where_lightning_clips_its_gradients(precision, f
     assert optimizer.defaults["fused"] == fused
     if "mixed" in precision:
         assert getattr(optimizer, "_step_supports_amp_scaling", False) != clips
+
+
+def test_forwards_of_the_validation_count_as_validation_alone():
+    model = Seq2Seq(Seq2SeqConfig(src_vocab_size=8, tgt_vocab_size=8, embedding_dim=4, hidden_size=4))
+    split = TimeSplit(model, SimpleNamespace(make_batch=None))
+    tokens = torch.ones(1, 2, dtype=torch.int64)
+    split.on_validation_start(None, None)
+    model.loss(tokens, None, tokens, tokens)
+    split.on_validation_end(None, None)
+    assert [name for name, seconds in split._seconds.items() if seconds] == ["validation"]
+    model.loss(tokens, None, tokens, tokens)
+    assert [name for name, seconds in split._seconds.items() if seconds] == ["encoder", "decoder", "loss", "validation"]
