@@ -25,6 +25,7 @@ CASES = {
     "many positions": dict(B=7, P=300, H=70, L=1),
     "many positions, dot": dict(B=7, P=300, H=70, L=1, dot=True),
     "not prepared": dict(prepared=False),
+    "many rows": dict(B=40, T=3, H=20, masked=True),
     "saturated": dict(spread=30.0),
 }
 NAMES = ("vectors", "attention", "h_n", "c_n")
@@ -127,6 +128,14 @@ def test_a_loss_on_one_result(wanted):
     expected = results(plain, s, wanted)[1]
     for name, grad in results(decoder, s, wanted)[1].items():
         torch.testing.assert_close(grad, expected[name])
+
+
+@pytest.mark.parametrize("dot", [False, True], ids=["additive", "dot"])
+def test_an_empty_batch(dot):
+    s = make(B=0, lengths=False, dot=dot)
+    for actual, expected in zip(results(decoder, s), results(plain, s), strict=True):
+        for name, x in expected.items():
+            assert torch.equal(actual[name], x), name
 
 
 def test_gradcheck_of_first_and_second_order():

@@ -178,7 +178,8 @@ def backward(s: Sequence, saved: tuple[Tensor, ...], grads: Grads, needs: tuple[
 
 def _sum_of_steps(weights: Tensor, rows: Tensor, s: Sequence) -> Tensor:
     """weights (T, N, P), rows (T, N, D) -> (B, P, D), the sum over the steps and rows of each sentence."""
-    by_sentence = (t.unflatten(1, (s.memory.shape[0], -1)).transpose(0, 1).flatten(1, 2) for t in (weights, rows))
+    shape = s.memory.shape[0], s.rows_each()
+    by_sentence = (t.unflatten(1, shape).transpose(0, 1).flatten(1, 2) for t in (weights, rows))
     weights, rows = by_sentence
     return weights.mT @ rows
 

@@ -33,11 +33,11 @@ def forward(s: Sequence) -> Result:
 def _attention_weights(s: Sequence, h: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
     """(B, K, P) of the rows h (N, H)."""
     if s.query is None:
-        scores = s.scale * h.unflatten(0, (keys.shape[0], -1)) @ keys.mT
+        scores = s.scale * h.unflatten(0, (keys.shape[0], s.rows_each())) @ keys.mT
     else:
         query = h @ s.query.t()
         query = query if s.query_bias is None else query + s.query_bias
-        query = query.unflatten(0, (keys.shape[0], -1))
+        query = query.unflatten(0, (keys.shape[0], s.rows_each()))
         scores = (query.unsqueeze(2) + keys.unsqueeze(1)).tanh() @ (s.scale * s.score)
     if allowed is None:
         return scores.softmax(-1)

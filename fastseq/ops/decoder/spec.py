@@ -86,7 +86,12 @@ class Sequence(NamedTuple):
         return (*self[:13], *self.matrices, *self.biases)
 
     def layers(self) -> int:
+        """L."""
         return self.h0.shape[0]
+
+    def rows_each(self) -> int:
+        """K, 1 for an empty batch."""
+        return self.h0.shape[1] // self.memory.shape[0] if len(self.memory) else 1
 
 
 def sequence_of(tensors: tuple, layers: int, scale: float) -> Sequence:
