@@ -22,7 +22,7 @@ BEAMS = 5
 PLAIN, CELLS, OURS = "nn.LSTM", "nn.LSTMCell steps", "fastseq"
 SUITE = "seq2seq"
 WRONG = "WRONG"
-DESCRIPTION = "whole models beside plain PyTorch code with equal weights; --quick: 8 of the 12, in some five minutes"
+DESCRIPTION = "whole models beside plain PyTorch code with equal weights; --quick: 8 of the 12, in five to ten minutes"
 QUICK_ROUNDS = 3  # at least; a round of one figure takes up to 5 seconds
 
 
