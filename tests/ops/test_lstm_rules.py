@@ -46,9 +46,9 @@ def test_auto_is_within_3_percent_of_the_better_backend(file, monkeypatch):
         if ratio * (1 + noise(rows)) < WITHIN * max(native, 1.0):
             worse.append(f"{rows[1]['case']} {rows[1]['mode']}: {chosen}, native is {native:.2f} times as fast")
     assert not worse, "\n".join(worse)
-    assert len(by_call) > 50
+    assert len(by_call) > 20
 
 
 def test_the_grid_was_measured_on_several_instruction_sets():
     found = {json.loads(file.read_text())["environment"]["native"] for file in FILES}
-    assert found >= {"avx2"}
+    assert found >= {"avx2", "avx512"}

@@ -14,7 +14,7 @@ from fastseq.dispatch import Rule
 
 AVX2 = "benchmarks/results/grid-xeon-avx2-1thread.json"
 STEPS_AVX2 = "benchmarks/results/steps-xeon-avx2-1thread.json"
-STEPS_AMX = "benchmarks/results/steps-xeon-amx-1thread.json"
+STEPS_AMX = "benchmarks/results/steps-xeon-amx-1thread.json, benchmarks/results/grid-xeon-amx-1thread.json"
 XEON_AND_ZEN4 = "benchmarks/results/cpu-xeon-1thread.json, benchmarks/results/cpu-zen4-1thread.json"
 
 
@@ -128,6 +128,14 @@ def float32_or_bfloat16(call) -> bool:
 
 def hidden_size_to_256(call) -> bool:
     return call.hidden_size <= 256
+
+
+def hidden_size_over_512(call) -> bool:
+    return call.hidden_size > 512
+
+
+def at_most_8_sequences(call) -> bool:
+    return call.batch <= 8
 
 
 def hidden_size_193_to_1024(call) -> bool:
@@ -263,6 +271,12 @@ RULES = (
         (on_cpu, eager, bfloat16, avx512_bf16, inference),
         "inference with AVX-512's bfloat16 dot product: native is 0.97 to 1.04 times as fast (Zen 4)",
         "benchmarks/results/cpu-zen4-1thread.json",
+    ),
+    Rule(
+        "native",
+        (on_cpu, eager, bfloat16, avx512, matrix_unit, training, at_most_8_sequences, hidden_size_over_512),
+        "wide layers, few sequences: reading the weights takes longer than AMX multiplies: native is 1.5 times as fast",
+        "benchmarks/results/grid-xeon-amx-1thread.json",
     ),
     Rule(
         "native",
