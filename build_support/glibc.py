@@ -3,16 +3,17 @@
     python build_support/glibc.py 2.28 build/glibc      # prints the LDFLAGS
 
 Symbols of this machine's glibc keep their older versions: exp@GLIBC_2.2.5 beside exp@@GLIBC_2.29. A stub has the newest
-version of each symbol up to the given one, and no code. Linux, GCC.
+version of each symbol up to the given one, and no code. Linux, GCC; $CC may be a cross compiler.
 """
 
-import platform
+import os
 import re
 import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
 
+COMPILER = os.environ.get("CC", "gcc")
 LIBRARIES = ("libc.so.6", "libm.so.6")
 LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
 SYMBOL = re.compile(r"D([FO ]) (\S+)\s+[0-9a-f]+\s+\(?GLIBC_([\d.]+)\)?\s+(\w+)$", re.MULTILINE)  # in objdump -T
@@ -35,13 +36,15 @@ def run(*command: str | Path) -> str:
 
 
 def system_file(name: str) -> str:
-    return run("gcc", f"-print-file-name={name}")
+    return run(COMPILER, f"-print-file-name={name}")
 
 
 def newest_versions(library: str, limit: str) -> dict[str, list[tuple[str, str]]]:
     """Version -> [(symbol, "function" or "object")], each symbol under its newest version up to limit."""
     newest = {}
-    for kind, section, version, name in SYMBOL.findall(run("objdump", "-T", system_file(library))):
+    for kind, section, version, name in SYMBOL.findall(
+        run(run(COMPILER, "-print-prog-name=objdump"), "-T", system_file(library))
+    ):
         thread_local = section.startswith((".tbss", ".tdata"))
         if thread_local or section == "*ABS*" or number(version) > number(limit):
             continue
@@ -62,7 +65,7 @@ def write_stub(library: str, limit: str, folder: Path) -> None:
     source.write_text("\n".join(lines) + "\n")
     script.write_text("\n".join(nodes) + "\n")
     flags = [f"-Wl,-soname,{library}", f"-Wl,--version-script,{script}"]
-    run("gcc", "-shared", "-nostdlib", *flags, source, "-o", folder / library)
+    run(COMPILER, "-shared", "-nostdlib", *flags, source, "-o", folder / library)
 
 
 def main(limit: str, target: str) -> None:
@@ -70,12 +73,15 @@ def main(limit: str, target: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for library in LIBRARIES:
         write_stub(library, limit, folder)
-    static, loader = system_file("libc_nonshared.a"), system_file(LOADERS[platform.machine()])
+    static, loader = (
+        system_file("libc_nonshared.a"),
+        system_file(LOADERS[run(COMPILER, "-dumpmachine").partition("-")[0]]),
+    )
     (folder / "libc.so").write_text(f"GROUP ( libc.so.6 {static} AS_NEEDED ( {loader} ) )\n")
     (folder / "libm.so").write_text("GROUP ( libm.so.6 )\n")
     source, out = folder / "single_threaded.s", folder / "single_threaded.o"
     source.write_text(SINGLE_THREADED)
-    run("gcc", "-c", source, "-o", out)
+    run(COMPILER, "-c", source, "-o", out)
     print(f"-L{folder} {out}")
 
 
