@@ -217,6 +217,7 @@ void decoder_backward(const DecoderBackwardParams<S>& p,
   const FlushDenormals flush;
   DecoderBackward<S> job{p, {begin, end, p.attention.steps, team, share, members}, scratch};
   for (int64_t t = p.steps - 1; t >= 0; --t) {
+    job.block.reversed = t % 2 == 1;
     backward_vector(job, t);
     if (!job.block.wait()) return;
     backward_joined(job, t);

@@ -24,6 +24,8 @@ struct DecoderBlock {
   ThreadTeam& team;
   ThreadTeam::Share share;
   int64_t members;
+  bool reversed =
+      false;  // order of the panels: alternates, so a step begins with those that the last left in the cache
 
   int64_t first_row() const { return begin * rows_each; }
   int64_t last_row() const { return end * rows_each; }
@@ -38,7 +40,7 @@ struct DecoderBlock {
                                const PanelRows<S>& rows,
                                const Finish& finish) const {
     const int64_t panels = rows.panels();
-    for_each_product(segments, count, rows, first_row(), last_row(), first(panels), last(panels), finish);
+    for_each_product(segments, count, rows, first_row(), last_row(), first(panels), last(panels), reversed, finish);
   }
 };
 
@@ -175,6 +177,7 @@ void decoder_forward(const DecoderForwardParams<S>& p,
   const FlushDenormals flush;
   DecoderForward<S> job{p, {begin, end, p.attention.steps, team, share, members}, scratch};
   for (int64_t t = 0; t < p.steps; ++t) {
+    job.block.reversed = (t + p.first_order) % 2 == 1;
     if (!decoder_step(job, t)) return;
   }
   if (!p.logits || p.steps == 0) return;

@@ -33,6 +33,7 @@ struct DecoderLayer {
 template <class S>
 struct DecoderForwardParams {
   int64_t steps, rows, hidden, embedding_dim, layers;  // T, N, H, E, L
+  int64_t first_order;                                 // of the panels in the first step: 0 or 1
   const DecoderLayer<S>* layer;                        // (L,)
   const S* gates;                                      // (T, N, 4H) the embeddings' part of the first gates, or null
   const int64_t* tokens;                               // (N,) rows of `embedding` or `table`, with T = 1, or null

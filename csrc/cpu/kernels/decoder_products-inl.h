@@ -108,8 +108,8 @@ FASTSEQ_NOINLINE void apply_mask(
   }
 }
 
-// Calls finish(row, panel, sums) for rows [begin, end) and panels [first_panel, last_panel). sums: four vectors, the
-// sum over the segments of x W^T.
+// Calls finish(row, panel, sums) for rows [begin, end) and panels [first_panel, last_panel), the last first if
+// `reversed`. sums: four vectors, the sum over the segments of x W^T.
 template <class S, class Finish>
 FASTSEQ_INLINE void for_each_product(const DecoderSegment<S>* segments,
                                      int64_t count,
@@ -118,10 +118,13 @@ FASTSEQ_INLINE void for_each_product(const DecoderSegment<S>* segments,
                                      int64_t end,
                                      int64_t first_panel,
                                      int64_t last_panel,
+                                     bool reversed,
                                      const Finish& finish) {
   const bool packed = count > 0 && segments[0].weight->packed;
-  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-    const int64_t next = panel + 1 < last_panel ? panel + 1 : first_panel;
+  const int64_t panels = last_panel - first_panel;
+  const auto panel_of = [&](int64_t i) { return reversed ? last_panel - 1 - i : first_panel + i; };
+  for (int64_t i = 0; i < panels; ++i) {
+    const int64_t panel = panel_of(i), next = panel_of(i + 1 < panels ? i + 1 : i);
     const int64_t tiles = (end - begin + kTileRows - 1) / kTileRows;
     int64_t number = 0;
     const auto tile = [&](auto height, int64_t offset) FASTSEQ_NOINLINE {

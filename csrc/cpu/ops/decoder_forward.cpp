@@ -2,12 +2,16 @@
 // arithmetic is in decoder_forward-inl.h.
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <tuple>
 
 #include "cpu/ops/decoder_arguments.h"
 
 namespace fastseq::cpu {
 namespace {
+
+// Alternates the order in which successive calls read the weights. It changes no result.
+std::atomic<uint64_t> calls_of_step{0};
 
 template <class S>
 void run_forward(const DecoderArguments& x, const DecoderForwardParams<S>& p) {
@@ -86,6 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_step_cpu(Tensor token
     const DecoderWeights<S> read_weights(x);
     DecoderForwardParams<S> p = forward_params(x, read_weights, 1);
     p.embedding_dim = E;
+    p.first_order = static_cast<int64_t>(calls_of_step.fetch_add(1, std::memory_order_relaxed) % 2);
     p.tokens = read<int64_t>(tokens);
     p.embedding = table ? nullptr : read<S>(embedding);
     p.table = read<S>(table);
