@@ -47,6 +47,8 @@ struct DecoderSegment {
   const int64_t* index;     // row r reads row index[r] of x; null: row r
   const S* mask = nullptr;  // (rows, M) factors of the sum up to this segment, or null
   const S* row(int64_t r) const { return x + (index ? index[r] : r) * stride; }
+  // The segment's depths of a packed panel.
+  const S* panel(int64_t i) const { return panel_at<S>(weight->packed, i, weight->K) + begin * 4 * kLanes<S>; }
 };
 
 template <class S, int ROWS>
@@ -86,25 +88,41 @@ FASTSEQ_NOINLINE void multiply_segment(const DecoderSegment<S>& segment,
   const S* a[ROWS];
   for (int r = 0; r < ROWS; ++r) a[r] = segment.row(first + r);
   if (segment.weight->packed) {
-    constexpr int64_t kWidth = 4 * kLanes<S>;
-    const auto at = [&](int64_t i) FASTSEQ_LAMBDA_INLINE {
-      return panel_at<S>(segment.weight->packed, i, segment.weight->K) + segment.begin * kWidth;
-    };
-    multiply_panel<S, ROWS>(a, at(panel), segment.depth, share_of_prefetch<S>(at(next), tile, tiles), total);
+    const Ahead ahead = share_of_prefetch<S>(segment.panel(next), tile, tiles);
+    multiply_panel<S, ROWS>(a, segment.panel(panel), segment.depth, ahead, total);
   } else if constexpr (ROWS <= kSkinnyRows) {
     multiply_in_place<S, ROWS>(segment, a, rows, panel, total);
   }
 }
 
-// Multiplies the sums of a panel of columns by mask (rows, M).
-template <class S, int ROWS>
+// Multiplies the sums of one row of a panel of columns by mask (rows, M).
+template <class S>
 FASTSEQ_NOINLINE void apply_mask(
-    const S* mask, int64_t first, const PanelRows<S>& rows, int64_t panel, Vec<S> (&total)[ROWS][4]) {
-  for (int r = 0; r < ROWS; ++r) {
-    for (int64_t q = 0; q < 4; ++q) {
-      const int64_t column = rows.first(panel, q), n = rows.count(panel, q);
-      if (n > 0) total[r][q] = total[r][q] * vload(mask + (first + r) * rows.M + column, n);
-    }
+    const S* mask, int64_t row, const PanelRows<S>& rows, int64_t panel, Vec<S> (&sums)[4]) {
+  for (int64_t q = 0; q < 4; ++q) {
+    const int64_t column = rows.first(panel, q), n = rows.count(panel, q);
+    if (n > 0) sums[q] = sums[q] * vload(mask + row * rows.M + column, n);
+  }
+}
+
+// Sums over the segments for rows [first, first + n), at most kBlockRows, of one packed panel: chunks of the panel
+// stay in the L1 cache while all rows use them.
+template <class S>
+FASTSEQ_NOINLINE void multiply_segments(const DecoderSegment<S>* segments,
+                                        int64_t count,
+                                        const PanelRows<S>& rows,
+                                        int64_t first,
+                                        int64_t n,
+                                        int64_t panel,
+                                        int64_t next,  // the panel to prefetch
+                                        Vec<S> (&sums)[kBlockRows][4]) {
+  const S* a[kBlockRows];
+  for (int64_t s = 0; s < count; ++s) {
+    const DecoderSegment<S>& segment = segments[s];
+    for (int64_t r = 0; r < n; ++r) a[r] = segment.row(first + r);
+    multiply_block<S>(a, n, segment.panel(panel), segment.depth, segment.panel(next), s > 0,
+                      reinterpret_cast<S*>(sums));
+    for (int64_t r = 0; segment.mask && r < n; ++r) apply_mask(segment.mask, first + r, rows, panel, sums[r]);
   }
 }
 
@@ -133,12 +151,20 @@ FASTSEQ_INLINE void for_each_product(const DecoderSegment<S>* segments,
       Vec<S> total[ROWS][4] = {};
       for (int64_t s = 0; s < count; ++s) {
         multiply_segment<S, ROWS>(segments[s], first, rows, panel, next, own, tiles, total);
-        if (segments[s].mask) apply_mask<S, ROWS>(segments[s].mask, first, rows, panel, total);
+        if (!segments[s].mask) continue;
+        for (int r = 0; r < ROWS; ++r) apply_mask(segments[s].mask, first + r, rows, panel, total[r]);
       }
 #pragma GCC unroll 1
       for (int r = 0; r < ROWS; ++r) finish(first + r, panel, total[r]);
     };
-    if (packed) {
+    if (packed && end - begin > 2 * kTileRows) {
+      Vec<S> sums[kBlockRows][4];
+      for (int64_t first = begin; first < end; first += kBlockRows) {
+        const int64_t n = end - first < kBlockRows ? end - first : kBlockRows;
+        multiply_segments(segments, count, rows, first, n, panel, next, sums);
+        for (int64_t r = 0; r < n; ++r) finish(first + r, panel, sums[r]);
+      }
+    } else if (packed) {
       for_each_tile(end - begin, tile);
     } else {
       for_each_tile<kSkinnyRows>(end - begin, tile);
