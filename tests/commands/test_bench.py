@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import sys
 from dataclasses import replace
 from functools import partial
@@ -180,13 +181,29 @@ def test_the_table_of_the_readme_holds_measured_ratios(page):
     rows = re.findall(r"^\| (\w+ \([^|]*) \| ([^|]*) \|((?: [\d.]+ \|){4})$", (ROOT / page).read_text(), re.MULTILINE)
     assert [case for case, *_ in rows] == [case.name for case in SUITES["headline"][0]]
     results = [
-        json.loads((ROOT / f"benchmarks/results/cpu-zen4-{name}1thread.json").read_text()) for name in ("", "avx2-")
+        json.loads((ROOT / f"benchmarks/results/headline-xeon-{name}1thread.json").read_text())
+        for name in ("", "avx2-")
     ]
     for case, baseline, figures in rows:
         measured = [r for result in results for r in result["rows"] if (r["case"], r["candidate"]) == (case, "auto")]
         assert [r["mode"] for r in measured] == ["inference", "training"] * 2
         assert re.findall(r"[\d.]+", figures) == [f"{r['ratio']:.2f}" for r in measured]
         assert baseline.removesuffix(" attention") == measured[0]["baseline"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_the_whole_models_of_the_readme_hold_measured_means(page):
+    """Geometric means of the four models of G2P size, by instruction set."""
+    rows = re.findall(r"^\| (AVX\S+) \|((?: [\d.]+ \|){4})$", (ROOT / page).read_text(), re.MULTILINE)
+    assert [name for name, _ in rows] == ["AVX-512", "AVX2"]
+    for (_, figures), name in zip(rows, ("", "-avx2"), strict=True):
+        result = json.loads((ROOT / f"benchmarks/results/seq2seq-g2p-xeon{name}-1thread.json").read_text())
+        ratios = {}
+        for row in result["rows"]:
+            if row["candidate"] == "fastseq":
+                ratios.setdefault(row["mode"], []).append(row["ratio"])
+        assert [len(several) for several in ratios.values()] == [4] * 4
+        assert re.findall(r"[\d.]+", figures) == [f"{statistics.geometric_mean(r):.2f}" for r in ratios.values()]
 
 
 def test_gpu_cases_start_with_the_most_informative():
