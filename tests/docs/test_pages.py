@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import tomllib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from pages import ROOT, anchors, links, pages
 
 import fastseq
 from fastseq import ops
+from fastseq.bench.cases import SUITES
 from fastseq.training.options import train_parser
 
 READ = re.compile(r"(?:getenv\(|environ(?:\.get\(|\[)|switch\(|setdefault\()\s*[\"']([A-Z_0-9]+)[\"']")
@@ -130,3 +132,34 @@ def test_the_figures_are_those_of_the_result_files():
         each = ", ".join(f"{name} ({mode})" for name, mode in zip(backends, MODES, strict=True))
         assert (ratios, baseline) == (measured, one[case, MODES[0]]["baseline"]), case
         assert served == (backends[0] if len(set(backends)) == 1 else each), case
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_the_table_of_the_readme_holds_measured_ratios(page):
+    """Its rows are the suite "headline"; the columns are two files of benchmarks/results, one thread each."""
+    rows = re.findall(r"^\| (\w+ \([^|]*) \| ([^|]*) \|((?: [\d.]+ \|){4})$", (ROOT / page).read_text(), re.MULTILINE)
+    assert [case for case, *_ in rows] == [case.name for case in SUITES["headline"][0]]
+    results = [
+        json.loads((ROOT / f"benchmarks/results/headline-xeon-{name}1thread.json").read_text())
+        for name in ("", "avx2-")
+    ]
+    for case, baseline, figures in rows:
+        measured = [r for result in results for r in result["rows"] if (r["case"], r["candidate"]) == (case, "auto")]
+        assert [r["mode"] for r in measured] == ["inference", "training"] * 2
+        assert re.findall(r"[\d.]+", figures) == [f"{r['ratio']:.2f}" for r in measured]
+        assert baseline.removesuffix(" attention") == measured[0]["baseline"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_the_whole_models_of_the_readme_hold_measured_means(page):
+    """Geometric means of the four models of G2P size, by instruction set."""
+    rows = re.findall(r"^\| (AVX\S+) \|((?: [\d.]+ \|){4})$", (ROOT / page).read_text(), re.MULTILINE)
+    assert [name for name, _ in rows] == ["AVX-512", "AVX2"]
+    for (_, figures), name in zip(rows, ("", "-avx2"), strict=True):
+        result = json.loads((ROOT / f"benchmarks/results/seq2seq-g2p-xeon{name}-1thread.json").read_text())
+        ratios = {}
+        for row in result["rows"]:
+            if row["candidate"] == "fastseq":
+                ratios.setdefault(row["mode"], []).append(row["ratio"])
+        assert [len(several) for several in ratios.values()] == [4] * 4
+        assert re.findall(r"[\d.]+", figures) == [f"{statistics.geometric_mean(r):.2f}" for r in ratios.values()]

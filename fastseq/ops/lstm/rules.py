@@ -150,8 +150,8 @@ def latency_bound_on_gpu(call) -> bool:
     return (call.batch or 1) * call.hidden_size <= (32768 if call.dtype == torch.float32 else 65536)
 
 
-def at_most_128k_rows_and_units_on_gpu(call) -> bool:
-    """B * H up to 128k: above, the modelled step of native is longer than cuDNN's on a packed batch."""
+def hidden_values_to_128k(call) -> bool:
+    """B * H up to 128k: above, cuDNN's step on a packed batch is modelled to be shorter than native's."""
     return (call.batch or 1) * call.hidden_size <= 131072
 
 
@@ -286,7 +286,7 @@ RULES = (
     ),
     Rule(
         "native",
-        (on_cuda, eager, variable_lengths, at_most_128k_rows_and_units_on_gpu),
+        (on_cuda, eager, variable_lengths, hidden_values_to_128k),
         "not measured yet: variable lengths, for which cuDNN launches kernels step by step",
     ),
     Rule(
