@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from fastseq.dispatch import check_name
 from fastseq.nn.narrow import check_inference, narrow_weights
 from fastseq.ops.common.checks import check_pair
-from fastseq.ops.common.narrow import check_dtype
 from fastseq.ops.lstm_cell.api import run
 from fastseq.ops.lstm_cell.rules import FAST_STEP, trains_on_torch
 
@@ -88,7 +87,7 @@ class LSTMCell(nn.RNNCellBase):
         if self.weight_dtype is not None:
             check_inference(self, input, h, c, *weights)
             if c.dtype == torch.float32 and c.size(0) <= 8 and (c.is_cpu or self.weight_dtype == torch.bfloat16):
-                narrow = functools.partial(narrow_weights, self, weights[:2], check_dtype(self.weight_dtype))
+                narrow = functools.partial(narrow_weights, self, weights[:2], self.weight_dtype)
         elif trains_on_torch(weights[0], self.backend):
             return FAST_STEP(input, (h, c), *weights)
         return run(input, (h, c), weights, backend=self.backend, check=self._check, narrow=narrow)

@@ -25,7 +25,8 @@ def narrow_weights(module: nn.Module, weights: tuple[Tensor, ...], dtype: torch.
 
 
 def check_inference(module: nn.Module, *tensors: Tensor | None) -> None:
-    """RuntimeError if a gradient would be recorded: narrow weights have none."""
+    """ValueError for an unknown ``weight_dtype``; RuntimeError if a gradient would be recorded."""
+    check_dtype(module.weight_dtype)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
             f"{_setting(module)} is for inference and has no gradient; call the module under torch.no_grad(), or set "
@@ -48,4 +49,4 @@ def check_call(module: nn.Module, *tensors: Tensor | None) -> None:
 
 
 def _setting(module: nn.Module) -> str:
-    return f"{type(module).__name__}: weight_dtype={check_dtype(module.weight_dtype)}"
+    return f"{type(module).__name__}: weight_dtype={module.weight_dtype}"

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
 from fastseq import _native
+from fastseq.nn.linear import Linear
 from fastseq.ops.common.narrow import linear, round_weight
 from fastseq.testing.numerics import assert_accurate
 
@@ -163,6 +164,25 @@ def test_modules_of_fastseq_change_too():
     assert model[0].weight_dtype == torch.int8
     fastseq.restore(model)
     assert model[0].weight_dtype is None
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (fastseq.LSTM, (3, 2, 4)),
+        (fastseq.LSTMCell, (2, 4)),
+        (fastseq.LSTMCell, (9, 4)),
+        (Linear, (2, 4)),
+        (Linear, (99, 4)),
+    ],
+    ids=["LSTM", "LSTMCell", "LSTMCell, 9 rows", "Linear", "Linear, 99 rows"],
+)
+def test_an_unknown_dtype_gets_a_sentence_for_any_number_of_rows(module, shape):
+    """With 9 rows a cell reads its float32 weights; with 65 a linear layer widens the rounded ones for torch."""
+    module = module(4, 5)
+    module.weight_dtype = torch.float16
+    with torch.no_grad(), pytest.raises(ValueError, match=r"weight_dtype must be torch.int8, torch.bfloat16 or None"):
+        module(torch.randn(shape))
 
 
 @torch.no_grad()
