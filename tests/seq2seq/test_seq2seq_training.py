@@ -87,6 +87,26 @@ def test_compiles_into_one_graph_with_dynamic_sizes():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("num_beams", [1, 4])
+@pytest.mark.parametrize("variant", ["additive, feeding", "dot, whole target, two layers"])
+def test_generate_with_a_compiled_step(variant, num_beams):
+    torch._dynamo.reset()
+    model = make_model(torch.float32, **VARIANTS[variant]).eval()
+    src, lengths, _ = make_batch(model, (5, 2, 4, 7, 1, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+        model.decoder.output.bias[model.config.eos_id] += 1  # sentences end, and leave the batch, at different steps
+    expected = model.generate(src, lengths, num_beams=num_beams, max_new_tokens=12)
+    assert expected.lengths.unique().numel() > 1
+    torch._dynamo.utils.counters.clear()
+    model.decode_step = torch.compile(model.decode_step, backend="eager", fullgraph=True, dynamic=True)
+    actual = model.generate(src, lengths, num_beams=num_beams, max_new_tokens=12)
+    assert actual.sequences.equal(expected.sequences)
+    torch.testing.assert_close(actual.sequences_scores, expected.sequences_scores)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3, "compiled again for a number of rows"
+
+
 class EncodeOnly(nn.Module):
     def __init__(self, model):
         super().__init__()
