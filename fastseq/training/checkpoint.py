@@ -54,15 +54,16 @@ def _check_tensor(name: object, tensor: object) -> None:
 
 
 def trained_model(options: Seq2SeqConfig, checkpoint: dict[str, Any], path: Path) -> Seq2Seq:
-    """The model of `options` with the weights of the checkpoint; raises UserError naming tensors that do not fit.
+    """The model of `options` with the weights of the checkpoint; raises UserError naming tensors that do not fit."""
+    names = [name for name in checkpoint["state_dict"] if name.startswith(WEIGHTS)]
+    return weighted_model(options, {name.removeprefix(WEIGHTS): checkpoint["state_dict"][name] for name in names}, path)
 
-    Builds no model larger than the checkpoint: a stranger's config.yaml may ask for more than memory.
+
+def weighted_model(options: Seq2SeqConfig, weights: dict[str, torch.Tensor], path: Path) -> Seq2Seq:
+    """The model of `options` with these weights, which came from `path`; raises UserError naming tensors that misfit.
+
+    Builds no model larger than the weights: a stranger's configuration may ask for more than memory.
     """
-    weights = {
-        name.removeprefix(WEIGHTS): tensor
-        for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith(WEIGHTS)
-    }
     storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in weights.values()}  # shared matrices once
     stored = sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in storages.values())
     misfit = f"{path} does not fit the configuration and vocabulary of this run"

@@ -80,7 +80,7 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def select(self, rows: Tensor) -> Sequences:
+    def select(self, rows: Tensor | list[int]) -> Sequences:
         """The sequences `rows` (M,), on the same memory."""
         chosen = copy.copy(self)
         chosen.lengths, chosen._starts = self.lengths[rows], self._starts[rows]

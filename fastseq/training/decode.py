@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
 
+from fastseq.errors import UserError
 from fastseq.seq2seq.generation import GenerateOutput
 from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training.batching import cut_by_tokens
@@ -23,11 +24,17 @@ class Hypothesis(NamedTuple):
     ids: list[int]  # eos included if it was reached
     score: float  # log-probability, divided by the length penalty
     attention: Tensor | None  # (len(ids), source length with eos), when asked for
+    token_scores: list[float] | None = None  # log-probability of each of ids, when asked for
 
     @property
     def cut_off(self) -> bool:
         """True if the limit on tokens ended it."""
         return EOS not in self.ids
+
+    @property
+    def alignment(self) -> list[int] | None:
+        """The source position with the most attention for each of ids; None without attention."""
+        return None if self.attention is None else self.attention.argmax(-1).tolist()
 
 
 def decode(
@@ -37,33 +44,30 @@ def decode(
     *,
     num_beams: int = 1,
     n_best: int = 1,
-    max_length_ratio: float = LEAST_LENGTH_RATIO,
-    max_new_tokens: int | None = None,
     attention: bool = False,
     max_tokens: int = 4096,
     progress: bool = False,
+    **search: Any,
 ) -> list[list[Hypothesis]]:
     """The `n_best` hypotheses of every source, best first.
 
-    Each has at most `max_new_tokens` tokens; None: `max_length_ratio` times the tokens of its source, and 10 more.
-    A batch has at most `max_tokens` source tokens, padding included, times beams.
+    `search` holds further options of `Seq2Seq.generate`, such as `max_length_ratio`. A batch has at most `max_tokens`
+    source tokens, padding included, times beams. Raises UserError for search options that `generate` refuses.
     """
     device = next(model.parameters()).device
     ascending = sources.lengths.sort(stable=True)
-    slices = cut_by_tokens(ascending.values.tolist(), max(1, max_tokens // num_beams))
+    slices = cut_by_tokens(ascending.values.tolist(), max(1, max_tokens // max(num_beams, n_best)))
     results: list[list[Hypothesis]] = [[] for _ in range(len(sources))]
     for start, stop in tqdm(slices, desc="decoding", leave=False, disable=not progress):
         rows = ascending.indices[start:stop]
         tokens, lengths = sources.padded(rows)
-        output = model.generate(
-            tokens.to(device),
-            lengths.to(device),
-            num_beams=num_beams,
-            num_return_sequences=n_best,
-            max_length_ratio=max_length_ratio,
-            max_new_tokens=max_new_tokens,
-            output_attentions=attention,
-        )
+        options = {"num_beams": num_beams, "num_return_sequences": n_best, "output_attentions": attention} | search
+        try:
+            output = model.generate(tokens.to(device), lengths.to(device), **options)
+        except ValueError as error:
+            if not str(error).startswith("generate: "):
+                raise
+            raise UserError(str(error)) from error
         hypotheses = _hypotheses(output, lengths.repeat_interleave(n_best), tokenizer)
         for i, row in enumerate(rows.tolist()):
             results[row] = hypotheses[i * n_best : (i + 1) * n_best]

@@ -8,10 +8,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training import metrics
@@ -21,7 +21,9 @@ from fastseq.training.files import refuse_links, write_text
 from fastseq.training.folder import RunFolder
 from fastseq.training.options import Beams, Count, CountOrZero, NewTokens, ReferenceResult, command_parser, parsed
 from fastseq.training.plots import plot_attention
+from fastseq.training.saved import is_saved
 from fastseq.training.tokenizer import TextTokenizer
+from fastseq.training.trained import TrainedModel
 
 Tokenizers = tuple[TextTokenizer, TextTokenizer]
 
@@ -33,7 +35,7 @@ def evaluate_parser() -> ArgumentParser:
         "Measure a run on a test file. Writes evaluation.json, predictions.tsv and attention/*.png.",
         "fastseq evaluate runs/mine --data test.tsv --num-beams 5",
     )
-    parser.add_argument("run", type=str, help="run folder made by `fastseq train`")
+    parser.add_argument("run", type=str, help="run folder made by `fastseq train`, or a saved model's folder")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--data", type=str, required=True, help="source<TAB>target lines, or several per source")
     parser.add_argument(
@@ -41,8 +43,8 @@ def evaluate_parser() -> ArgumentParser:
         type=str | None,
         help="folder to write to, default the run folder; one for each setting keeps all results",
     )
-    parser.add_argument("--num_beams", type=Beams, default=1, help="beam size, 1 for greedy decoding")
-    parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="which weights")
+    parser.add_argument("--num_beams", type=Beams | None, help="beam size, 1 for greedy decoding; default: the model's")
+    parser.add_argument("--checkpoint", type=Literal["best", "last"] | None, help="weights of a run, default best")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto: cuda where there is one")
     parser.add_argument(
         "--max_new_tokens",
@@ -113,48 +115,49 @@ def write_pictures(
         picture(hypothesis, sources, row, tokenizers, folder / f"{number:04d}.png")
 
 
-def cut_off_note(cut_off: int, options: Namespace, ratio: float) -> str:
+def cut_off_note(cut_off: int, search: dict[str, Any]) -> str:
     """A sentence on the number of predictions that the limit on tokens ended."""
-    limit = options.max_new_tokens or f"{ratio:g} x source + 10"
+    ratio = search.get("max_length_ratio", LEAST_LENGTH_RATIO)
+    limit = search.get("max_new_tokens") or f"{ratio:g} x source + 10"
     return f"{cut_off:,} predictions were cut off at the limit of {limit} tokens; --max-new-tokens sets another one"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of `fastseq evaluate`; `argv` without the command's own name."""
     options = parsed(evaluate_parser(), sys.argv[1:] if argv is None else argv)
-    folder = RunFolder(options.run)
-    config = folder.load_config()
     references = group_references(read_pairs(options.data))
-    model = folder.load_model(options.checkpoint, options.device)
-    tokenizers = folder.load_tokenizers()
+    trained = TrainedModel.from_pretrained(options.run, checkpoint=options.checkpoint, device=options.device)
+    config = None if is_saved(options.run) else RunFolder(options.run).load_config()
+    model, tokenizers = trained.model, (trained.source_tokenizer, trained.target_tokenizer)
     sources, note = encode(tokenizers[0], list(references), options.data)
     if note:
         print(note)
-    ratio = config.data.max_length_ratio or LEAST_LENGTH_RATIO
-    decoding = {"num_beams": options.num_beams, "max_tokens": options.max_tokens, "max_length_ratio": ratio}
-    decoding["max_new_tokens"] = options.max_new_tokens
+    given = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
+    decoding = trained.search({name: value for name, value in given.items() if value is not None}, n_best=1)
+    decoding["max_tokens"] = options.max_tokens
     best = [h for (h,) in decode(model, sources, tokenizers[1], progress=sys.stderr.isatty(), **decoding)]
     text = options.text_metrics
     if text is None:
-        text = config.data.text_metrics or tokenizers[1].kind == "bpe"
+        text = (config is not None and config.data.text_metrics) or tokenizers[1].kind == "bpe"
     predictions = [hypothesis.text for hypothesis in best]
     values = metrics.score(predictions, list(references.values()), tokenizers[1], text=text)
 
     output = Path(options.output or options.run)
     output.mkdir(parents=True, exist_ok=True)
     write_predictions(output / "predictions.tsv", references, predictions, tokenizers[1])
-    facts = {"data": options.data, "sources": len(references), "num_beams": int(options.num_beams)}
+    beams, checkpoint = int(decoding.get("num_beams", 1)), options.checkpoint or "best"
+    facts = {"data": options.data, "sources": len(references), "num_beams": beams}
     cut_off = sum(hypothesis.cut_off for hypothesis in best)
-    facts |= {"checkpoint": options.checkpoint, "cut_off": cut_off}
+    facts |= {"checkpoint": checkpoint, "cut_off": cut_off}
     write_text(output / "evaluation.json", json.dumps(facts | values, indent=2) + "\n")
     pictures = 0 if model.config.attention == "none" else min(options.pictures, len(references))
     write_pictures(output / "attention", model, sources, tokenizers, decoding, pictures)
 
-    print(f"{options.data}: {len(references):,} sources, checkpoint {options.checkpoint}, {options.num_beams} beam(s)")
+    print(f"{options.data}: {len(references):,} sources, checkpoint {checkpoint}, {beams} beam(s)")
     print(metrics.table(values))
     if cut_off:
-        print(cut_off_note(cut_off, options, ratio))
-    if config.reference_results:
+        print(cut_off_note(cut_off, decoding))
+    if config is not None and config.reference_results:
         print("\n" + comparison(values, config.reference_results))
     written = f"predictions: {output / 'predictions.tsv'}"
     print(f"\n{written}; pictures: {output / 'attention'}" if pictures else f"\n{written}")

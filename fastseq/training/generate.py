@@ -14,9 +14,9 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fastseq.errors import UserError
 from fastseq.training.data import decoded_lines, encode
-from fastseq.training.decode import LEAST_LENGTH_RATIO, decode
-from fastseq.training.folder import RunFolder
+from fastseq.training.decode import decode
 from fastseq.training.options import Beams, Count, NewTokens, command_parser, parsed
+from fastseq.training.trained import TrainedModel
 
 
 def generate_parser() -> ArgumentParser:
@@ -27,11 +27,11 @@ def generate_parser() -> ArgumentParser:
         "(prediction<TAB>score). An empty line stays empty.",
         "echo hello | fastseq generate runs/mine --num-beams 5 --n-best 3",
     )
-    parser.add_argument("run", type=str, help="run folder made by `fastseq train`")
+    parser.add_argument("run", type=str, help="run folder made by `fastseq train`, or a saved model's folder")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--input", type=str, default="-", help="file of source lines, - for standard input")
     parser.add_argument("--output", type=str, default="-", help="file to write, - for standard output")
-    parser.add_argument("--num_beams", type=Beams | None, help="beam size, 1 for greedy decoding; default --n-best")
+    parser.add_argument("--num_beams", type=Beams | None, help="beam size, 1 for greedy decoding; default: the model's")
     parser.add_argument("--n_best", type=Beams, default=1, help="predictions for each line, at most --num_beams")
     parser.add_argument(
         "--max_new_tokens",
@@ -39,17 +39,15 @@ def generate_parser() -> ArgumentParser:
         help="most tokens of a prediction, in place of the run's data.max_length_ratio",
     )
     parser.add_argument("--plot_attention", type=str | None, help="folder for a heat map of each line (NUMBER.png)")
-    parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="which weights")
+    parser.add_argument("--checkpoint", type=Literal["best", "last"] | None, help="weights of a run, default best")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto: cuda where there is one")
     parser.add_argument("--batch_lines", type=Count, default=256, help="lines read, decoded and written together")
     return parser
 
 
-def complete(options: Namespace) -> Namespace:
-    """The options with the beam that `--n-best` needs; raises UserError for a smaller one."""
-    if options.num_beams is None:
-        options.num_beams = options.n_best
-    if options.n_best > options.num_beams:
+def check_beams(options: Namespace) -> Namespace:
+    """The options; raises UserError for a beam that is smaller than `--n-best`."""
+    if options.num_beams is not None and options.n_best > options.num_beams:
         raise UserError(
             f"--n-best {options.n_best} needs a beam of at least that size, got --num-beams {options.num_beams}; "
             f"give --num-beams {options.n_best} or leave it out"
@@ -84,11 +82,12 @@ class Generator:
     """A loaded run that turns lines into output lines."""
 
     def __init__(self, options: Namespace) -> None:
-        folder = RunFolder(options.run)
+        trained = TrainedModel.from_pretrained(options.run, checkpoint=options.checkpoint, device=options.device)
         self.options = options
-        self.max_length_ratio = folder.load_config().data.max_length_ratio or LEAST_LENGTH_RATIO
-        self.model = folder.load_model(options.checkpoint, options.device)
-        self.tokenizers = folder.load_tokenizers()
+        self.model, self.tokenizers = trained.model, (trained.source_tokenizer, trained.target_tokenizer)
+        given = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
+        given = {name: value for name, value in given.items() if value is not None}
+        self.decoding = trained.search(given, n_best=options.n_best)
         self.pictures = Path(options.plot_attention) if options.plot_attention else None
         if self.pictures is not None:
             if self.model.config.attention == "none":
@@ -106,11 +105,8 @@ class Generator:
             self.model,
             sources,
             self.tokenizers[1],
-            num_beams=options.num_beams,
-            n_best=options.n_best,
-            max_length_ratio=self.max_length_ratio,
-            max_new_tokens=options.max_new_tokens,
             attention=self.pictures is not None,
+            **self.decoding,
         )
         hypotheses = {number: best for (number, _), best in zip(filled, found, strict=True)}
         if self.pictures is not None:
@@ -127,7 +123,7 @@ class Generator:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of `fastseq generate`; `argv` without the command's own name."""
-    options = complete(parsed(generate_parser(), sys.argv[1:] if argv is None else argv))
+    options = check_beams(parsed(generate_parser(), sys.argv[1:] if argv is None else argv))
     generator = Generator(options)
     with (
         opened(options.input, "rb", getattr(sys.stdin, "buffer", None)) as source,

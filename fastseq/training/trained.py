@@ -1,0 +1,178 @@
+"""A trained model as one object: weights, tokenizers, and the options of its search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastseq.errors import UserError
+from fastseq.seq2seq.model import Seq2Seq
+from fastseq.training.data import Sequences, encode
+from fastseq.training.decode import Hypothesis, decode
+from fastseq.training.generation_config import check_search
+from fastseq.training.model_card import Card, measured
+from fastseq.training.saved import SavedFolder, load_folder
+from fastseq.training.scoring import PairScore, log_probabilities
+from fastseq.training.tokenizer import TextTokenizer
+
+
+class TrainedModel:
+    """A :class:`fastseq.Seq2Seq` with its tokenizers: text in, text out.
+
+    Calling it gives the best prediction of each source. Needs the extra ``train``.
+
+    Args:
+        model: the weights, put into eval mode.
+        source_tokenizer: for the sources; its size is the model's ``src_vocab_size``.
+        target_tokenizer: for the targets; its size is the model's ``tgt_vocab_size``.
+        generation_config: options of :meth:`fastseq.Seq2Seq.generate` that hold where a call does not say otherwise.
+        card: training data, metrics and licence, for the model card.
+
+    Raises:
+        UserError: tokenizers of other sizes than the model's vocabularies, or an unknown search option.
+    """
+
+    def __init__(
+        self,
+        model: Seq2Seq,
+        source_tokenizer: TextTokenizer,
+        target_tokenizer: TextTokenizer,
+        *,
+        generation_config: dict[str, Any] | None = None,
+        card: Card | None = None,
+    ) -> None:
+        sizes, expected = (len(source_tokenizer), len(target_tokenizer)), model.config
+        if sizes != (expected.src_vocab_size, expected.tgt_vocab_size):
+            raise UserError(
+                f"the tokenizers have {sizes[0]} and {sizes[1]} tokens, the model {expected.src_vocab_size} and "
+                f"{expected.tgt_vocab_size}; give the ones that it was trained with"
+            )
+        self.model = model.eval()
+        self.source_tokenizer, self.target_tokenizer = source_tokenizer, target_tokenizer
+        self.generation_config = check_search(dict(generation_config or {}), "generation_config")
+        self.card = card or Card()
+        self._evaluation: Path | None = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, checkpoint: str | None = None, device: str = "cpu") -> TrainedModel:
+        """Read a run folder of `fastseq train`, or a folder of :meth:`save_pretrained`; nothing is downloaded.
+
+        No code in the folder runs, and sizes are checked before memory is allocated. Where a safetensors file lies in
+        the folder, no checkpoint is read.
+
+        Args:
+            path: the folder.
+            checkpoint: "best" or "last" of a run folder; None for best.
+            device: "cpu", "cuda", or "auto": cuda where there is one.
+
+        Raises:
+            UserError: no such folder, a damaged or hostile file, or files that do not fit each other.
+        """
+        loaded = load_folder(path, checkpoint, device)
+        trained = cls(loaded.model, *loaded.tokenizers, generation_config=loaded.search, card=loaded.card)
+        trained._evaluation = loaded.evaluation
+        return trained
+
+    def save_pretrained(
+        self, path: str | Path, *, license: str | None = None, data: str | None = None, metrics: dict | None = None
+    ) -> None:
+        """Write a folder to share: safetensors and JSON, nothing that runs.
+
+        model.safetensors, config.json, source_tokenizer.json, target_tokenizer.json, generation_config.json, and
+        README.md as the model card.
+
+        Args:
+            path: the folder, made if missing; files of those names in it are replaced.
+            license: licence of the weights, best as an SPDX identifier; default: the card's.
+            data: the training data; default: the card's, which names the training file of a run.
+            metrics: measured values by name; default: the card's; of a run, the ones of its last `fastseq evaluate`.
+
+        Raises:
+            UserError: the folder holds a run, or is a link.
+        """
+        facts = {"license": license, "data": data, "metrics": metrics}
+        if metrics is None and self._evaluation is not None:
+            facts["metrics"] = measured(self._evaluation)
+        card = self.card.to_dict() | {name: value for name, value in facts.items() if value is not None}
+        tokenizers = self.source_tokenizer, self.target_tokenizer
+        SavedFolder(path).save(self.model, tokenizers, self.generation_config, Card.from_dict(card, "the model card"))
+
+    def __call__(self, sources: Sequence[str], **options: Any) -> list[str]:
+        """The best prediction of each source; ``options`` as in :meth:`predict`."""
+        return [best.text for best, *_ in self.predict(sources, **options)]
+
+    def predict(
+        self,
+        sources: Sequence[str],
+        *,
+        n_best: int | None = None,
+        attention: bool = False,
+        token_scores: bool = False,
+        max_tokens: int = 4096,
+        progress: bool = False,
+        **search: Any,
+    ) -> list[list[Hypothesis]]:
+        """The ``n_best`` predictions of each source, best first (in sampling: as drawn).
+
+        Args:
+            sources: texts, any number; they are sorted and batched here. A tokenizer's unknown token is read as unk.
+            n_best: predictions of each source; default: ``num_return_sequences`` of ``generation_config``, or 1. A
+                beam search is widened to it.
+            attention: attention weights (T, S) of each prediction, and with them ``alignment``.
+            token_scores: log-probability of each token, by one more pass of the decoder.
+            max_tokens: source tokens of a batch, padding included, times beams.
+            progress: show a bar.
+            search: options of :meth:`fastseq.Seq2Seq.generate`, over the ones of ``generation_config``.
+
+        Raises:
+            UserError: search options out of range or that exclude each other.
+            TypeError: one text in place of a list; an unknown option.
+        """
+        tokens = self._encode(sources)
+        options = self.search(search, n_best=n_best)
+        found = decode(
+            self.model,
+            tokens,
+            self.target_tokenizer,
+            attention=attention,
+            max_tokens=max_tokens,
+            progress=progress,
+            **options,
+        )
+        return self._with_token_scores(tokens, found, max_tokens) if token_scores else found
+
+    def search(self, given: dict[str, Any], *, n_best: int | None) -> dict[str, Any]:
+        """The options of :func:`fastseq.training.decode.decode`: ``given`` over ``generation_config``."""
+        options = self.generation_config | given
+        default = options.pop("num_return_sequences", 1)
+        options["n_best"] = default if n_best is None else n_best
+        if "num_beams" not in given and not options.get("do_sample"):
+            beams = options.get("num_beams", 1)
+            options["num_beams"] = max(beams, options["n_best"]) if beams >= 1 else beams  # generate refuses 0
+        return options
+
+    def score(self, pairs: Sequence[tuple[str, str]], *, max_tokens: int = 4096) -> list[PairScore]:
+        """Log-probability and perplexity of each (source, target) pair under the model, eos included.
+
+        Args:
+            pairs: texts. Target tokens outside the vocabulary are scored as unk.
+            max_tokens: tokens of a batch, padding included, counted on the longer side.
+        """
+        sources = self._encode([source for source, _ in pairs])
+        targets, _ = encode(self.target_tokenizer, [target for _, target in pairs], "targets")
+        return [PairScore(row) for row in log_probabilities(self.model, sources, targets, max_tokens)]
+
+    def _encode(self, sources: Sequence[str]) -> Sequences:
+        if isinstance(sources, str):
+            raise TypeError(f"expected a list of texts, got one text; write [{sources[:40]!r}]")
+        return encode(self.source_tokenizer, list(sources), "sources")[0]
+
+    def _with_token_scores(
+        self, sources: Sequences, found: list[list[Hypothesis]], max_tokens: int
+    ) -> list[list[Hypothesis]]:
+        flat = [(row, hypothesis) for row, several in enumerate(found) for hypothesis in several]
+        rows = [row for row, _ in flat]
+        targets = Sequences(hypothesis.ids for _, hypothesis in flat)
+        scores = iter(log_probabilities(self.model, sources.select(rows), targets, max_tokens))
+        return [[hypothesis._replace(token_scores=next(scores)) for hypothesis in several] for several in found]
