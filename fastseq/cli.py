@@ -50,6 +50,13 @@ COMMANDS = {
         files=("--input",),
         runs=("",),
     ),
+    "score": Command(
+        "fastseq.training.score",
+        "log-probability and perplexity of given pairs",
+        "fastseq score runs/x --data pairs.tsv > scores.tsv",
+        files=("--data",),
+        runs=("",),
+    ),
     "bench": Command(
         "fastseq.bench.main", "measure the backends against torch's modules", "fastseq bench --suite cpu --threads 1"
     ),

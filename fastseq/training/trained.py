@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -152,15 +153,19 @@ class TrainedModel:
             options["num_beams"] = max(beams, options["n_best"]) if beams >= 1 else beams  # generate refuses 0
         return options
 
-    def score(self, pairs: Sequence[tuple[str, str]], *, max_tokens: int = 4096) -> list[PairScore]:
+    def score(self, pairs: Sequence[tuple[str, str]], *, max_tokens: int = 4096, warn: bool = False) -> list[PairScore]:
         """Log-probability and perplexity of each (source, target) pair under the model, eos included.
 
         Args:
             pairs: texts. Target tokens outside the vocabulary are scored as unk.
             max_tokens: tokens of a batch, padding included, counted on the longer side.
+            warn: print to standard error how many tokens are unknown.
         """
-        sources = self._encode([source for source, _ in pairs])
-        targets, _ = encode(self.target_tokenizer, [target for _, target in pairs], "targets")
+        sources, note = encode(self.source_tokenizer, [source for source, _ in pairs], "sources")
+        targets, other = encode(self.target_tokenizer, [target for _, target in pairs], "targets")
+        for sentence in filter(None, (note, other)):
+            if warn:
+                print(sentence, file=sys.stderr)
         return [PairScore(row) for row in log_probabilities(self.model, sources, targets, max_tokens)]
 
     def _encode(self, sources: Sequence[str]) -> Sequences:

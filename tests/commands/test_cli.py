@@ -57,14 +57,14 @@ def test_version(capsys):
     assert stopped(capsys, "--version")[:2] == (0, f"fastseq {fastseq.__version__}\n")
 
 
-@pytest.mark.parametrize("arguments", [("fly",), ("data", "fly"), ("train", "--fly"), ("evaluate",)])
+@pytest.mark.parametrize("arguments", [("fly",), ("data", "fly"), ("train", "--fly"), ("evaluate",), ("score",)])
 def test_unknown_commands_and_options(capsys, arguments):
     code, _, err = stopped(capsys, *arguments)
     assert code == 2
     assert "fly" in err or "required" in err
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "generate"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "generate", "score"])
 def test_help_of_commands(capsys, name):
     code, out, _ = stopped(capsys, name, "--help")
     assert code == 0
