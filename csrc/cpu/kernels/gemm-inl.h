@@ -184,16 +184,37 @@ FASTSEQ_INLINE void for_each_tile(int64_t rows, const Tile& tile) {
 // Number of depths between the chunk in use and the one that is prefetched: both stay in a small L2 cache.
 constexpr int64_t kPrefetchDistance = 1024;
 
+// sums (ROWS, 4 vectors) (+)= rows times one panel, over one accumulation chunk.
+template <class S, int ROWS>
+FASTSEQ_NOINLINE void multiply_tile(const Operand<S>* const* a,  // (ROWS) rows
+                                    int64_t begin,               // first depth, into the rows
+                                    const Operand<S>* panel,     // (depth, 4 vectors), from `begin` on
+                                    int64_t depth,               // padded
+                                    Ahead ahead,
+                                    bool add,
+                                    Acc<S>* sums) {
+  Vec<Acc<S>> sum[ROWS][4] = {};
+  multiply_chunk<S, ROWS>(a, begin, panel, depth, ahead, sum);
+  if (add) {
+#pragma GCC unroll 32
+    for (int i = 0; i < ROWS * 4; ++i) sum[i / 4][i % 4] += vload(sums + i * kLanes<S>);
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < ROWS * 4; ++i) vstore(sum[i / 4][i % 4], sums + i * kLanes<S>);
+}
+
 // sums[r] (+)= row r times one panel. Runs chunk by chunk of the depth: a chunk of the panel stays in the L1 cache
-// while all tiles of rows use it.
-template <class S>
-FASTSEQ_NOINLINE void multiply_block(const Operand<S>* const* a,  // (rows) rows of K elements
-                                     int64_t rows,
-                                     const Operand<S>* panel,  // (K, 4 vectors)
-                                     int64_t K,                // padded
-                                     const Operand<S>* next,   // panel to prefetch
-                                     bool add,
-                                     Acc<S>* sums) {  // (rows, 4 vectors)
+// while all tiles of rows use it. Calls finish(first row, rows) once the sums of a tile are complete: its loads and
+// stores to colder memory then overlap with the products of the next tile.
+template <class S, class Finish>
+FASTSEQ_INLINE void multiply_block(const Operand<S>* const* a,  // (rows) rows of K elements
+                                   int64_t rows,
+                                   const Operand<S>* panel,  // (K, 4 vectors)
+                                   int64_t K,                // padded
+                                   const Operand<S>* next,   // panel to prefetch
+                                   bool add,
+                                   Acc<S>* sums,  // (rows, 4 vectors)
+                                   const Finish& finish) {
   constexpr int64_t kDepth = kAccumulationChunk * kPair<S>, kWidth = 4 * kLanes<S>;
   if (rows == 0) return;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
@@ -202,21 +223,23 @@ FASTSEQ_NOINLINE void multiply_block(const Operand<S>* const* a,  // (rows) rows
     const int64_t depth = K - begin < kDepth ? K - begin : kDepth, later = begin + distance;
     const Operand<S>* const prefetched = later < K ? panel + later * kWidth : next + (later - K) * kWidth;
     int64_t number = 0;  // of the tile
-    const auto tile = [&, add](auto height, int64_t first) FASTSEQ_NOINLINE {
+    for_each_tile(rows, [&](auto height, int64_t first) FASTSEQ_LAMBDA_INLINE {
       constexpr int ROWS = decltype(height)::count;
-      Vec<Acc<S>> sum[ROWS][4] = {};
-      const Ahead ahead = share_of_prefetch<S>(prefetched, number++, tiles);
-      multiply_chunk<S, ROWS>(a + first, begin, panel + begin * kWidth, depth, ahead, sum);
-      Acc<S>* const out = sums + first * kWidth;
-      if (add) {
-#pragma GCC unroll 32
-        for (int i = 0; i < ROWS * 4; ++i) sum[i / 4][i % 4] += vload(out + i * kLanes<S>);
-      }
-#pragma GCC unroll 32
-      for (int i = 0; i < ROWS * 4; ++i) vstore(sum[i / 4][i % 4], out + i * kLanes<S>);
-    };
-    for_each_tile(rows, tile);
+      multiply_tile<S, ROWS>(a + first, begin, panel + begin * kWidth, depth,
+                             share_of_prefetch<S>(prefetched, number++, tiles), add, sums + first * kWidth);
+      if (begin + kDepth >= K) finish(first, ROWS);
+    });
   }
+}
+template <class S>
+FASTSEQ_NOINLINE void multiply_block(const Operand<S>* const* a,  // (rows) rows of K elements
+                                     int64_t rows,
+                                     const Operand<S>* panel,  // (K, 4 vectors)
+                                     int64_t K,                // padded
+                                     const Operand<S>* next,   // panel to prefetch
+                                     bool add,
+                                     Acc<S>* sums) {  // (rows, 4 vectors)
+  multiply_block<S>(a, rows, panel, K, next, add, sums, [](int64_t, int64_t) {});
 }
 
 // Peak of the multiply-adds: `steps` times one depth of a full tile, with the same registers but no memory traffic.

@@ -102,16 +102,18 @@ FASTSEQ_INLINE BackwardRow<S> describe_row(const BackwardJob<S>& job, int64_t r,
   return row;
 }
 
-// sums (rows, 4 vectors) = dgates_{t+1} W_hh, for one panel of hidden units.
-template <class S>
+// sums (rows, 4 vectors) = dgates_{t+1} W_hh, for one panel of hidden units. Calls finish(first row, rows) once the
+// sums of a tile are complete.
+template <class S, class Finish>
 FASTSEQ_INLINE void multiply_later(const BackwardJob<S>& job,
                                    const Operand<S>* const* later,  // (rows) rows of 4H
                                    int64_t rows,
                                    int64_t panel,
                                    int64_t next,  // panel to prefetch
-                                   Acc<S>* sums) {
+                                   Acc<S>* sums,
+                                   const Finish& finish) {
   const int64_t depth = padded_depth<S>(4 * job.p.hidden);
-  multiply_block<S>(later, rows, job.weights(panel), depth, job.weights(next), false, sums);
+  multiply_block<S>(later, rows, job.weights(panel), depth, job.weights(next), false, sums, finish);
 }
 
 // One step of `running` rows. The first `continuing` of them have a step t + 1.
@@ -124,13 +126,16 @@ void backward_rows(
   for (int64_t r = 0; r < continuing; ++r) later[r] = rows[r].later;
   for (int64_t k = 0; k < job.last_panel() - job.first_panel(); ++k) {
     const int64_t panel = job.panel_of(k, step);
-    multiply_later(job, later, continuing, panel, job.panel_of(k + 1, step), sums);
-    fill_zero(sums + continuing * width, (running - continuing) * width);
-    for (int64_t r = 0; r < running; ++r) {
-      for (int64_t j = 0, unit = panel * width; j < width && unit < H; j += kLanes<S>, unit += kLanes<S>) {
-        backward_units<S>(rows[r], H, unit, H - unit, vload(sums + r * width + j));
+    const auto finish = [&](int64_t first, int64_t count) FASTSEQ_NOINLINE {
+      for (int64_t r = first; r < first + count; ++r) {
+        for (int64_t j = 0, unit = panel * width; j < width && unit < H; j += kLanes<S>, unit += kLanes<S>) {
+          backward_units<S>(rows[r], H, unit, H - unit, vload(sums + r * width + j));
+        }
       }
-    }
+    };
+    multiply_later(job, later, continuing, panel, job.panel_of(k + 1, step), sums, finish);
+    fill_zero(sums + continuing * width, (running - continuing) * width);
+    finish(continuing, running - continuing);
   }
 }
 
@@ -151,7 +156,7 @@ void backward_start(const BackwardJob<S>& job) {
   for (int64_t r = 0; r < running; ++r) first_gates[r] = job.gates(job.block.position(r, 0));
   alignas(64) Acc<S> sums[kBlockRows * 4 * kLanes<S>];
   for (int64_t panel = job.first_panel(); panel < job.last_panel(); ++panel) {
-    multiply_later(job, first_gates, running, panel, panel + 1, sums);
+    multiply_later(job, first_gates, running, panel, panel + 1, sums, [](int64_t, int64_t) {});
     for (int64_t r = 0; r < running; ++r) {
       S* const out = job.d.grad_h0 + job.block.sequence(r) * H;
       for (int64_t v = 0, unit = panel * 4 * kLanes<S>; v < 4 && unit < H; ++v, unit += kLanes<S>) {

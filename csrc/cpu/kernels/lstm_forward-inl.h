@@ -64,8 +64,9 @@ struct StepRows {
   const Operand<S>* h[kBlockRows];
 };
 
-// sums[r] = row r times W, for the four gates of one panel of hidden units.
-template <class S>
+// sums[r] = row r times W, for the four gates of one panel of hidden units. Calls finish(first row, rows) once the sums
+// of a tile are complete.
+template <class S, class Finish>
 FASTSEQ_INLINE void multiply_gates(const ForwardJob<S>& job,
                                    const Operand<S>* const* a,  // (rows) rows of K elements
                                    IntegerRows integers,        // the same rows, if quantised
@@ -73,12 +74,13 @@ FASTSEQ_INLINE void multiply_gates(const ForwardJob<S>& job,
                                    const GateWeight<S>& weight,  // (4H, K)
                                    int64_t K,
                                    int64_t panel,
-                                   int64_t next,    // panel to prefetch
-                                   Acc<S>* sums) {  // (rows, 4 vectors)
+                                   int64_t next,  // panel to prefetch
+                                   Acc<S>* sums,  // (rows, 4 vectors)
+                                   const Finish& finish) {
   if (weight.packed) {
     const int64_t depth = padded_depth<S>(K);
     return multiply_block<S>(a, rows, panel_at<S>(weight.packed, panel, depth), depth,
-                             panel_at<S>(weight.packed, job.own(next), depth), false, sums);
+                             panel_at<S>(weight.packed, job.own(next), depth), false, sums, finish);
   }
   for_each_tile<kDotRows>(rows, [&](auto height, int64_t first) FASTSEQ_NOINLINE {
     constexpr int ROWS = decltype(height)::count;
@@ -88,6 +90,7 @@ FASTSEQ_INLINE void multiply_gates(const ForwardJob<S>& job,
     for (int r = 0; r < ROWS; ++r) {
       for (int q = 0; q < 4; ++q) vstore(gates[r][q], sums + ((first + r) * 4 + q) * kLanes<S>);
     }
+    finish(first, ROWS);
   });
 }
 
@@ -98,7 +101,7 @@ void multiply_inputs(ForwardJob<S>& job, const Operand<S>* const* x, int64_t row
   const IntegerRows integers = job.quantize(job.d.ih, x, rows, p.input_size);
   for (int64_t panel = job.first_panel(); panel < job.last_panel(); ++panel) {
     multiply_gates<S>(job, x, integers, rows, job.d.ih, p.input_size, panel, panel + 1,
-                      job.gates + panel * p.chunk_rows * 4 * kLanes<S>);
+                      job.gates + panel * p.chunk_rows * 4 * kLanes<S>, [](int64_t, int64_t) {});
   }
 }
 
@@ -141,21 +144,23 @@ void run_step(ForwardJob<S>& job, const StepRows<S>& rows, const Acc<S>* inputs,
   const IntegerRows integers = job.quantize(job.d.hh, rows.h, rows.count, H);
   for (int64_t k = 0; k < job.last_panel() - job.first_panel(); ++k) {
     const int64_t panel = job.panel_of(k, step), unit = panel * kLanes<S>, units = job.units(panel);
-    multiply_gates<S>(job, rows.h, integers, rows.count, job.d.hh, H, panel, job.panel_of(k + 1, step), sums);
     Vec<Acc<S>> bias[4];
     for (int64_t q = 0; q < 4; ++q) bias[q] = vload(job.d.bias + q * H + unit, units);
     const Acc<S>* const start = inputs + panel * p.chunk_rows * 4 * kLanes<S>;
+    const auto finish = [&](int64_t first, int64_t count) FASTSEQ_NOINLINE {
 #pragma GCC unroll 1
-    for (int64_t r = 0; r < rows.count; ++r) {
-      Vec<Acc<S>> gates[4];
-      // The input part is added last: sums of h W_hh are small, and a large start value would round them coarsely.
+      for (int64_t r = first; r < first + count; ++r) {
+        Vec<Acc<S>> gates[4];
+        // The input part is added last: sums of h W_hh are small, and a large start value would round them coarsely.
 #pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) {
-        const int64_t at = (r * 4 + q) * kLanes<S>;
-        gates[q] = vload(sums + at) + (vload(start + at) + bias[q]);
+        for (int q = 0; q < 4; ++q) {
+          const int64_t at = (r * 4 + q) * kLanes<S>;
+          gates[q] = vload(sums + at) + (vload(start + at) + bias[q]);
+        }
+        finish_row(job, r, rows.position[r], unit, units, (step + 1) % 2, gates);
       }
-      finish_row(job, r, rows.position[r], unit, units, (step + 1) % 2, gates);
-    }
+    };
+    multiply_gates<S>(job, rows.h, integers, rows.count, job.d.hh, H, panel, job.panel_of(k + 1, step), sums, finish);
   }
 }
 

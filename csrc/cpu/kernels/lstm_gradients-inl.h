@@ -111,15 +111,17 @@ FASTSEQ_INLINE const Operand<S>* gradient_rows(const Factor<S, T>& f,
   constexpr int64_t kWidth = 4 * kLanes<S>;
   alignas(64) Acc<S> sums[kGradientRows * kWidth];
   for (int64_t column = 0; column < f.columns; column += kWidth, panels += kWidth * K) {
-    multiply_block<S>(gates, count, panels, K, panels + kWidth * K, false, sums);
-    for (int64_t r = 0; r < count; ++r) {
-      for (int64_t j = 0; j < kWidth && column + j < f.columns; j += kLanes<S>) {
-        Acc<S>* const at = f.sums + (gate + r) * f.columns + column + j;
-        const int64_t n = f.columns - column - j;
-        const Vec<Acc<S>> sum = vload(sums + r * kWidth + j);
-        vstore(add ? vload(at, n) + sum : sum, at, n);
+    const auto finish = [&](int64_t first, int64_t rows) FASTSEQ_NOINLINE {
+      for (int64_t r = first; r < first + rows; ++r) {
+        for (int64_t j = 0; j < kWidth && column + j < f.columns; j += kLanes<S>) {
+          Acc<S>* const at = f.sums + (gate + r) * f.columns + column + j;
+          const int64_t n = f.columns - column - j;
+          const Vec<Acc<S>> sum = vload(sums + r * kWidth + j);
+          vstore(add ? vload(at, n) + sum : sum, at, n);
+        }
       }
-    }
+    };
+    multiply_block<S>(gates, count, panels, K, panels + kWidth * K, false, sums, finish);
   }
   return panels;
 }
