@@ -17,9 +17,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastseq.seq2seq.search import GenerateOutput, Options, beam_search, decode_rows
+from fastseq.seq2seq.options import Options, check
+from fastseq.seq2seq.prefix import read_prefix
+from fastseq.seq2seq.search import GenerateOutput, beam_search, decode_rows
 
-LENGTH_PENALTY_TYPES = ("avg", "wu", "none")
 EXTRA_TOKENS = 10  # the default limit is ceil(max_length_ratio * source length) + EXTRA_TOKENS
 
 
@@ -40,8 +41,11 @@ def generate(
     length_penalty: float = 1.0,
     length_penalty_type: str = "avg",
     no_repeat_ngram_size: int = 0,
+    coverage_penalty: float = 0.0,
     early_stopping: bool | str = False,
     generate_unk: bool = True,
+    prefix_tokens: Tensor | Sequence[Sequence[int]] | None = None,
+    output_scores: bool = False,
     output_attentions: bool = False,
     generator: torch.Generator | None = None,
 ) -> GenerateOutput:
@@ -55,10 +59,10 @@ def generate(
     Args:
         src: (B, S) tokens or (B, S, F) features, as the model's ``encode`` takes them.
         src_lengths: (B,) valid positions of each source, 0 allowed; None means all S.
-        max_new_tokens: limit on the tokens of a sequence, eos included. Default: each sentence's own limit,
+        max_new_tokens: limit on the tokens after the prefix, eos included. Default: each sentence's own limit,
             ``ceil(max_length_ratio * source length) + 10``, or ``min_new_tokens`` where that is more. Beam search lets
             the hypotheses cut off at the limit compete with the finished ones.
-        min_new_tokens: tokens that must come before eos.
+        min_new_tokens: tokens that must come between the prefix and eos.
         num_beams: width of the beam; 1 is greedy decoding.
         num_return_sequences: the n best of a beam search (at most ``num_beams``), or that many samples per sentence.
             Where fewer sequences are possible, the others are empty: length 0, all pad, score -inf.
@@ -70,21 +74,27 @@ def generate(
         length_penalty_type: "avg": ``length ** p``; "wu": ``((5 + length) / 6) ** p`` (Wu et al. 2016); "none": 1.
         no_repeat_ngram_size: no n-gram of this size occurs twice in a sequence (Paulus et al. 2018); 0: off. Where this
             and ``min_new_tokens`` together forbid every token, the sequence ends with eos.
+        coverage_penalty: beta of the term ``beta * sum over s of log(min(sum over t of attention[t, s], 1))`` that is
+            added to the score of a finished hypothesis: it loses rank for source positions that it has hardly looked at
+            (Wu et al. 2016, equation 14, with their values 0 to 0.4). 0: off. Beam search of a model with attention.
         early_stopping: when the search of a sentence with ``num_beams`` finished hypotheses ends. False (default, as in
             Hugging Face): when no beam beats the worst of them at its present length. True: at once, which may drop the
             best beam. "never": when no beam can beat the worst of them at any length up to the limit. The best score
             never falls from True to False to "never".
         generate_unk: False forbids the unknown token, ``config.unk_id``, as well.
+        prefix_tokens: the first tokens of each sequence, without bos and eos: (B, P) filled up with pad, or B lists.
+            Empty for a sentence: none. They are part of the sequence and of its score, and may be forbidden tokens.
+        output_scores: return the log-probability of each token too.
         output_attentions: return the attention weights too.
         generator: source of random numbers for sampling, on the device of ``src``; default: torch's own.
 
     Returns:
-        GenerateOutput. Scores are log-probabilities under the model itself in every mode: temperature, top-k, top-p and
-        forbidden tokens change the choice of tokens, not the score of a sequence.
+        GenerateOutput. Scores are log-probabilities under the model itself in every mode: temperature, top-k, top-p,
+        prefixes and forbidden tokens change the choice of tokens, not the score of a sequence.
 
     Raises:
-        ValueError: an option out of its range, options that exclude each other, an empty batch, or
-            ``output_attentions`` for a model without attention.
+        ValueError: an option out of its range, options that exclude each other, an empty batch, a prefix that holds
+            eos or unknown ids, or ``output_attentions`` or ``coverage_penalty`` for a model without attention.
     """
     ids = model.config.pad_id, model.config.bos_id, model.config.eos_id
     forbidden_ids = {*ids[:2], *(() if generate_unk else (model.config.unk_id,))} - {model.config.eos_id}
@@ -104,60 +114,21 @@ def generate(
         length_penalty_type=length_penalty_type,
         no_repeat_ngram_size=no_repeat_ngram_size,
         early_stopping=early_stopping,
+        coverage_penalty=coverage_penalty,
+        output_scores=output_scores,
         output_attentions=output_attentions,
         generator=generator,
     )
-    _check(options)
+    check(options)
     if src.shape[0] == 0:
         raise ValueError("generate: the batch is empty; expected src with at least one sentence.")
+    prefix = read_prefix(prefix_tokens, src.shape[0], model.config, src.device)
     with torch.no_grad(), _eval_mode(model):
         enc = model.encode(src, src_lengths)
         limits = _limits(enc.lengths.to(src.device), options)
-        if num_beams > 1:
-            return beam_search(model, enc, limits, options)
-        return decode_rows(model, enc, limits, options)
-
-
-def _check(o: Options) -> None:
-    """Raise ValueError for the first invalid option."""
-    infinity = float("inf")
-    limit = infinity if o.max_new_tokens is None else o.max_new_tokens
-    sampling = f"temperature={o.temperature}, top_k={o.top_k}, top_p={o.top_p}"
-    beams, samples = f"num_beams={o.num_beams}", f"num_return_sequences={o.num_return_sequences}"
-    types = ", ".join(LENGTH_PENALTY_TYPES)
-    requirements = [
-        (o.num_beams >= 1, f"num_beams must be at least 1 (got {o.num_beams})"),
-        (o.num_return_sequences >= 1, f"num_return_sequences must be at least 1 (got {o.num_return_sequences})"),
-        (limit >= 1, f"max_new_tokens must be at least 1, or None for the default (got {o.max_new_tokens})"),
-        (0 <= o.max_length_ratio < infinity, f"max_length_ratio must be finite and >= 0 (got {o.max_length_ratio})"),
-        (o.min_new_tokens >= 0, f"min_new_tokens must be >= 0 (got {o.min_new_tokens})"),
-        (0 < o.temperature < infinity, f"temperature must be finite and > 0 (got {o.temperature})"),
-        (o.top_k >= 0, f"top_k must be >= 0 (got {o.top_k}); 0 keeps all tokens"),
-        (0 < o.top_p <= 1, f"top_p must be > 0 and <= 1 (got {o.top_p}); 1 keeps all tokens"),
-        (o.no_repeat_ngram_size >= 0, f"no_repeat_ngram_size must be >= 0 (got {o.no_repeat_ngram_size}); 0 is off"),
-        (abs(o.length_penalty) < infinity, f"length_penalty must be finite (got {o.length_penalty})"),
-        (
-            o.length_penalty_type in LENGTH_PENALTY_TYPES,
-            f"length_penalty_type={o.length_penalty_type!r}; valid: {types}",
-        ),
-        (
-            o.early_stopping in (True, False, "never"),
-            f"early_stopping={o.early_stopping!r}; valid: True, False, 'never'",
-        ),
-        (o.min_new_tokens <= limit, f"min_new_tokens={o.min_new_tokens} is more than max_new_tokens={limit}"),
-        (not o.do_sample or o.num_beams == 1, f"do_sample=True needs num_beams=1 (got {beams}); beams are not sampled"),
-        (
-            o.do_sample or o.num_return_sequences <= o.num_beams,
-            f"{samples} is more than {beams}; raise num_beams, or draw samples with do_sample=True",
-        ),
-        (
-            o.do_sample or (o.temperature, o.top_k, o.top_p) == (1, 0, 1),
-            f"{sampling} act on sampling only; add do_sample=True or leave them out",
-        ),
-    ]
-    for holds, sentence in requirements:
-        if not holds:
-            raise ValueError(f"generate: {sentence}.")
+        if prefix is not None:
+            limits = limits + prefix.lengths
+        return (beam_search if num_beams > 1 else decode_rows)(model, enc, limits, prefix, options)
 
 
 @contextmanager

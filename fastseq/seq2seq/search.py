@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastseq.ops.candidates.api import candidates, forbidden_mask
+from fastseq.ops.candidates.api import candidates
+from fastseq.seq2seq.options import MINUS_INFINITY, Options
+from fastseq.seq2seq.prefix import Prefix, force_candidates, forced_log_probs
+from fastseq.seq2seq.sampling import choose
 
 STEPS_BETWEEN_CHECKS = 8  # on a GPU the check "how many sentences are done" synchronises; on the CPU every step checks
 DONE_BEFORE_LEAVING = 0.25  # of the sentences: fewer stay in the batch, since selecting the others copies their sources
 FEW_ROWS = 256  # their tokens are read faster one by one than by tensor operations
-MINUS_INFINITY = float("-inf")
 
 
 class GenerateOutput(NamedTuple):
@@ -25,30 +27,7 @@ class GenerateOutput(NamedTuple):
     sequences_scores: Tensor  # (B * R,) log-probability, eos included, divided by the length penalty; float32 or wider
     lengths: Tensor  # (B * R,) int64: number of tokens, eos included
     cross_attentions: Tensor | None  # (B * R, L, S) weights behind each token, 0 past the length; None unless requested
-
-
-class Options(NamedTuple):
-    """The options of one ``generate`` call, with the special tokens of the model."""
-
-    pad_id: int
-    bos_id: int
-    eos_id: int
-    forbidden_ids: tuple[int, ...]
-    max_new_tokens: int | None
-    max_length_ratio: float
-    min_new_tokens: int
-    num_beams: int
-    num_return_sequences: int
-    do_sample: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    length_penalty: float
-    length_penalty_type: str
-    no_repeat_ngram_size: int
-    early_stopping: bool | str
-    output_attentions: bool
-    generator: torch.Generator | None
+    token_scores: Tensor | None  # (B * R, L) log-probability of each token, 0 past the length; None unless requested
 
 
 class Batch:
@@ -57,12 +36,15 @@ class Batch:
     Attributes:
         sentences: (b,) their numbers in the batch of ``generate``.
         limits: (b,) limit on the tokens of each.
+        src_lengths: (b,) valid positions of each source.
+        prefix: the first tokens of each, or None.
         done: (b, K) in sampling, (b, 1) in beam search.
         rows: K, 1 until ``widen``.
     """
 
-    def __init__(self, model: nn.Module, enc: Any, limits: Tensor, options: Options):
+    def __init__(self, model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | None, options: Options):
         self.model, self.enc, self.limits, self.options = model, enc, limits, options
+        self.prefix, self.src_lengths = prefix, enc.lengths.to(limits.device)
         self.state, self.rows = model.start(enc), 1
         self.sentences = torch.arange(len(limits), device=limits.device)
         self.done = limits.new_zeros(len(limits), 1, dtype=torch.bool)
@@ -85,20 +67,29 @@ class Batch:
 
     def advance(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """One step of the model for tokens (N,): logits (N, V), attention (N, S) if requested."""
-        wanted = self.options.output_attentions
+        option = "output_attentions=True" if self.options.output_attentions else "coverage_penalty"
+        wanted = self.options.output_attentions or bool(self.options.coverage_penalty)
         logits, self.state, attention = self.model.decode_step(tokens, self.state, self.enc, need_weights=wanted)
         if wanted and attention is None:
-            raise ValueError("generate: output_attentions=True needs a model with attention; this one has none.")
+            raise ValueError(f"generate: {option} needs a model with attention; this one has none.")
         return logits, attention if wanted else None
 
     def forbidden(self, step: int) -> Tensor:
         """(F,) or (N, F) tokens that may not follow the ``step`` tokens so far; -1 forbids nothing."""
         fixed = self.at_first if step < self.options.min_new_tokens else self.always
+        if self.prefix is not None and self.options.min_new_tokens:
+            early = self.prefix.lengths + self.options.min_new_tokens > step  # (b,)
+            eos = torch.where(early, self.options.eos_id, -1).repeat_interleave(self.rows)[:, None]
+            fixed = torch.cat([self.always.expand(len(eos), -1), eos], 1)
         size = self.options.no_repeat_ngram_size
         if not size:
             return fixed
         repeats = _repeats(self.history[:, :step], size)
         return torch.cat([fixed.expand(len(repeats), -1), repeats], 1)
+
+    def is_forced(self, step: int) -> bool:
+        """True if the token of this step is given for a sentence."""
+        return self.prefix is not None and step < self.prefix.tokens.shape[1]
 
     def append(self, tokens: Tensor, step: int) -> None:
         """Remember tokens (N,), the ones of this step."""
@@ -135,6 +126,8 @@ class Batch:
         self.enc = self.enc.index_select(self.row_numbers(places) if self.repeated else places)
         self.sentences, self.limits = self.sentences.index_select(0, places), self.limits.index_select(0, places)
         self.done = self.done.index_select(0, places)
+        self.src_lengths = self.src_lengths.index_select(0, places)
+        self.prefix = None if self.prefix is None else self.prefix.index_select(places)
 
     def select(self, rows: Tensor) -> None:
         """Let the decoder go on with ``rows`` (M,) of its state, in that order, repeats allowed."""
@@ -166,34 +159,6 @@ def _repeats(history: Tensor, size: int) -> Tensor:
     return ngrams[..., -1].where((ngrams[..., :-1] == begun).all(-1), -1)
 
 
-def _choose(logits: Tensor, forbidden: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """The next token of each row of logits (N, V) and its log-probability: (N, 1) each."""
-    limits = {"forbidden": forbidden, "last_resort": options.eos_id}
-    if not options.do_sample:
-        log_probs, _, tokens = candidates(logits, 1, **limits)
-        return log_probs, tokens
-    if options.top_k:
-        log_probs, _, tokens = candidates(logits, min(options.top_k, logits.shape[1]), **limits)
-        drawn = _sample(log_probs, options)
-        return log_probs.gather(1, drawn), tokens.gather(1, drawn)
-    log_probs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    log_probs.masked_fill_(forbidden_mask(logits.shape[1], **limits), MINUS_INFINITY)
-    tokens = _sample(log_probs, options)
-    return log_probs.gather(1, tokens), tokens
-
-
-def _sample(log_probs: Tensor, options: Options) -> Tensor:
-    """(N, 1) columns drawn from log-probabilities (N, C) after temperature and top-p."""
-    temperature = max(options.temperature, torch.finfo(log_probs.dtype).tiny)  # its reciprocal is finite
-    log_probs = (log_probs - log_probs.amax(1, keepdim=True)) / temperature
-    if options.top_p == 1:
-        return log_probs.softmax(1).multinomial(1, generator=options.generator)
-    log_probs, columns = log_probs.sort(1, descending=True)
-    probs = log_probs.softmax(1)
-    probs = probs.masked_fill(probs.cumsum(1) - probs >= options.top_p, 0.0)  # the tokens before make up top_p
-    return columns.gather(1, probs.multinomial(1, generator=options.generator))
-
-
 class _Chosen(NamedTuple):
     """One step of decoding without beams. A row that is done goes on; its later tokens are dropped at the end."""
 
@@ -202,9 +167,9 @@ class _Chosen(NamedTuple):
     attention: Tensor | None  # (N, S)
 
 
-def decode_rows(model: nn.Module, enc: Any, limits: Tensor, options: Options) -> GenerateOutput:
+def decode_rows(model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | None, options: Options) -> GenerateOutput:
     """Greedy decoding and sampling: rows are independent. limits (B,)."""
-    batch, returned = Batch(model, enc, limits, options), options.num_return_sequences
+    batch, returned = Batch(model, enc, limits, prefix, options), options.num_return_sequences
     if returned > 1:
         batch.select(batch.sentences.repeat_interleave(returned))
         batch.widen(returned)
@@ -214,7 +179,10 @@ def decode_rows(model: nn.Module, enc: Any, limits: Tensor, options: Options) ->
     steps, parts = [], []  # parts: row numbers and steps between two changes of the batch
     for step in range(max(batch.ends)):
         logits, attention = batch.advance(tokens)
-        log_probs, chosen = _choose(logits, batch.forbidden(step), options)
+        log_probs, chosen = choose(logits, batch.forbidden(step), options)
+        if batch.is_forced(step):
+            forced, given = batch.prefix.at(step, batch.rows)
+            log_probs, chosen = forced_log_probs(logits, given).where(forced, log_probs), given.where(forced, chosen)
         tokens = chosen.view(-1)
         steps.append(_Chosen(chosen, log_probs, attention))
         batch.append(tokens, step)
@@ -236,7 +204,7 @@ def decode_rows(model: nn.Module, enc: Any, limits: Tensor, options: Options) ->
 def _finish(parts: list[tuple[Tensor, list[_Chosen]]], limits: Tensor, options: Options) -> GenerateOutput:
     """Put the parts of the rows together; limits (B * R,). Each row ends at its first eos or at its limit."""
     sequences = _join(parts, [torch.cat([step.tokens for step in steps], 1) for _, steps in parts])
-    scores = _join(parts, [torch.cat([step.log_probs for step in steps], 1) for _, steps in parts]).cumsum(1)
+    log_probs = _join(parts, [torch.cat([step.log_probs for step in steps], 1) for _, steps in parts])
     is_eos = sequences == options.eos_id
     lengths = torch.where(is_eos.any(1), is_eos.byte().argmax(1) + 1, sequences.shape[1]).minimum(limits)
     longest, last = int(lengths.max()), lengths[:, None] - 1
@@ -247,9 +215,10 @@ def _finish(parts: list[tuple[Tensor, list[_Chosen]]], limits: Tensor, options: 
         attentions = weights[:, :longest].masked_fill(outside[..., None], 0.0)
     return GenerateOutput(
         sequences[:, :longest].masked_fill(outside, options.pad_id),
-        _penalised(scores.gather(1, last).view(-1), lengths, options),
+        _penalised(log_probs.cumsum(1).gather(1, last).view(-1), lengths, options),
         lengths,
         attentions,
+        log_probs[:, :longest].masked_fill(outside, 0.0) if options.output_scores else None,
     )
 
 
@@ -270,6 +239,7 @@ class _Step(NamedTuple):
 
     beams: Tensor  # (b, 2K) the beam (0..K-1) that each candidate extends
     tokens: Tensor  # (b, 2K) the token that it adds
+    totals: Tensor  # (b, 2K) its log-probability
     survivors: Tensor  # (b, K) the candidates that are the beams of the next step
     attention: Tensor | None  # (b * K, S) weights of the beams before the step; (b, S) before the first one
     places: Tensor | None  # (B,) the place of each sentence, 0 for those that have left; None: all are there, in order
@@ -291,13 +261,14 @@ class _Pool(NamedTuple):
         return _Pool(*(t.index_select(0, places) for t in self))
 
 
-def beam_search(model: nn.Module, enc: Any, limits: Tensor, options: Options) -> GenerateOutput:
+def beam_search(model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | None, options: Options) -> GenerateOutput:
     """Beam search over all sentences at once; limits (B,). A sentence that is done keeps its pool from then on.
 
     Before the first step the beams of a sentence are equal, so that step runs one row a sentence.
     """
-    batch, beams = Batch(model, enc, limits, options), options.num_beams
+    batch, beams = Batch(model, enc, limits, prefix, options), options.num_beams
     tokens, scores, steps = limits.new_full((len(limits),), options.bos_id), None, []
+    coverage = None  # (b, K, S) attention that the beams have spent
     free = limits.new_zeros(len(limits), beams)
     pool = _Pool(free.float() + MINUS_INFINITY, free, free)
     pools, places = [], None  # pools: numbers and pools of the sentences that have left, and at the end of all others
@@ -305,23 +276,35 @@ def beam_search(model: nn.Module, enc: Any, limits: Tensor, options: Options) ->
         logits, attention = batch.advance(tokens)
         limits_of_step = {"forbidden": batch.forbidden(step), "last_resort": options.eos_id}
         best = candidates(logits, 2 * beams, scores, **limits_of_step)  # (b, 2K)
+        if batch.is_forced(step):
+            best = force_candidates(best, logits, scores, batch.prefix, step)
         is_eos, at_limit = best.tokens == options.eos_id, batch.at_limit(step)
         scores, survivors = best.totals.masked_fill(is_eos, MINUS_INFINITY).topk(beams)  # at most K of the 2K are eos
-        steps.append(_Step(best.beams, best.tokens, survivors, attention, places))
+        kept = attention if options.output_attentions else None
+        steps.append(_Step(best.beams, best.tokens, best.totals, survivors, kept, places))
 
         ended = (is_eos | at_limit) & ~batch.done
         lengths = torch.full_like(pool.lengths, step + 1)
-        pool = _collect(pool, best.totals.masked_fill(~ended, MINUS_INFINITY)[:, :beams], lengths, options)
+        ended_scores = _penalised(best.totals.masked_fill(~ended, MINUS_INFINITY)[:, :beams], lengths, options)
+        if options.coverage_penalty:
+            coverage = _spent(coverage, attention, len(batch))
+            spent = _of_beams(coverage, best.beams[:, :beams])
+            ended_scores = ended_scores + _coverage_scores(spent, batch.src_lengths, options)
+        pool = _collect(pool, ended_scores, lengths)
         batch.done |= at_limit | _decided(pool, scores[:, 0], lengths[:, 0], batch.limits, options)[:, None]
         rest = batch.remaining(step)
         if rest is not None and len(rest) == 0:
             break
         first_rows = torch.arange(len(batch), device=limits.device)[:, None] * batch.rows
-        rows = first_rows + best.beams.gather(1, survivors)  # (b, K)
+        surviving_beams = best.beams.gather(1, survivors)  # (b, K)
+        rows = first_rows + surviving_beams
         next_tokens = best.tokens.gather(1, survivors)
+        if coverage is not None:
+            coverage = _of_beams(coverage, surviving_beams)
         if rest is not None:
             pools.append((batch.sentences, pool))
             rows, next_tokens, scores = (t.index_select(0, rest) for t in (rows, next_tokens, scores))
+            coverage = None if coverage is None else coverage.index_select(0, rest)
             batch.keep(rest)
             pool, places = pool.index_select(rest), torch.zeros_like(limits)
             places[batch.sentences] = torch.arange(len(batch), device=limits.device)
@@ -351,10 +334,28 @@ def _penalised(scores: Tensor, lengths: Tensor, options: Options) -> Tensor:
     return scores / base**options.length_penalty
 
 
-def _collect(pool: _Pool, scores: Tensor, lengths: Tensor, options: Options) -> _Pool:
+def _spent(coverage: Tensor | None, attention: Tensor, sentences: int) -> Tensor:
+    """coverage (b, K, S) of the steps before, None at the first one, plus attention (N, S) of this step."""
+    weights = attention.unflatten(0, (sentences, -1)).to(torch.promote_types(attention.dtype, torch.float32))
+    return weights if coverage is None else coverage + weights
+
+
+def _of_beams(coverage: Tensor, beams: Tensor) -> Tensor:
+    """The rows ``beams`` (b, M) of coverage (b, K, S): (b, M, S)."""
+    return coverage.gather(1, beams[..., None].expand(-1, -1, coverage.shape[2]))
+
+
+def _coverage_scores(coverage: Tensor, src_lengths: Tensor, options: Options) -> Tensor:
+    """``beta * sum over s of log(min(coverage, 1))`` of coverage (b, M, S): (b, M). Wu et al. 2016, equation 14."""
+    logs = coverage.clamp(torch.finfo(coverage.dtype).tiny, 1.0).log()  # tiny: weights may underflow to 0
+    outside = torch.arange(coverage.shape[2], device=coverage.device) >= src_lengths[:, None, None]
+    return options.coverage_penalty * logs.masked_fill(outside, 0.0).sum(2)
+
+
+def _collect(pool: _Pool, scores: Tensor, lengths: Tensor) -> _Pool:
     """Put the K best candidates of a step, scores (B, K) and lengths (B, K), into the pool; -inf: not finished."""
     places = torch.arange(scores.shape[1], device=scores.device).expand_as(lengths)
-    scores = torch.cat([pool.scores, _penalised(scores, lengths, options)], 1)  # (B, 2K)
+    scores = torch.cat([pool.scores, scores], 1)  # (B, 2K)
     scores, order = scores.sort(dim=1, descending=True, stable=True)  # stable: equals stay, free places keep length 0
     scores, order = scores[:, : places.shape[1]], order[:, : places.shape[1]]
     lengths = torch.cat([pool.lengths, lengths], 1).gather(1, order)
@@ -377,21 +378,30 @@ def _trace_back(steps: list[_Step], pool: _Pool, options: Options) -> GenerateOu
     lengths = pool.lengths[:, : options.num_return_sequences]
     last = pool.candidates[:, : options.num_return_sequences]
     beam = torch.zeros_like(last)  # (B, R) beam before step + 1 that the hypothesis came through
-    tokens, attentions = [], []
+    tokens, totals, attentions = [], [], []
     for number in range(int(lengths.max()), 0, -1):
         step = steps[number - 1]
         candidate = torch.where(lengths == number, last, step.of_all(step.survivors).gather(1, beam))
         outside = lengths < number
         tokens.append(step.of_all(step.tokens).gather(1, candidate).masked_fill(outside, options.pad_id))
+        if options.output_scores:
+            totals.append(step.of_all(step.totals).gather(1, candidate).masked_fill(outside, 0.0))
         beam = step.of_all(step.beams).gather(1, candidate)
         if step.attention is not None:
             weights = step.of_all(step.attention.unflatten(0, (len(step.tokens), -1)))  # (B, K, S)
             weights = weights.gather(1, beam[..., None].expand(-1, -1, weights.shape[2]))
             attentions.append(weights.masked_fill(outside[..., None], 0.0))
-    tokens, attentions = tokens[::-1], attentions[::-1]
+    tokens, totals, attentions = tokens[::-1], totals[::-1], attentions[::-1]
     return GenerateOutput(
         torch.stack(tokens, 2).flatten(0, 1),
         scores.flatten(),
         lengths.flatten(),
         torch.stack(attentions, 2).flatten(0, 1) if attentions else None,
+        _differences(torch.stack(totals, 2).flatten(0, 1), lengths.flatten()) if totals else None,
     )
+
+
+def _differences(totals: Tensor, lengths: Tensor) -> Tensor:
+    """Running sums (M, L) over ``lengths`` (M,) tokens -> the summands, 0 past the length."""
+    outside = torch.arange(totals.shape[1], device=totals.device) >= lengths[:, None]
+    return totals.diff(dim=1, prepend=totals.new_zeros(len(totals), 1)).masked_fill(outside, 0.0)

@@ -73,6 +73,19 @@ class ConstantModel(FakeModel):
         self.table = torch.tensor(probs, dtype=dtype).log().expand(PRIME, -1)
 
 
+class CountingModel(FakeModel):
+    """Keeps the number of decoder rows of each step."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.rows = []
+
+    def decode_step(self, tokens, state, enc, **options):
+        self.rows.append(len(tokens))
+        assert len(enc.seed) == len(tokens)
+        return super().decode_step(tokens, state, enc, **options)
+
+
 def real_model(**options):
     """Seq2Seq with weights large enough for its answers to differ, in float64 so that no batch shape decides a tie."""
     config = Seq2SeqConfig(src_vocab_size=8, tgt_vocab_size=9, embedding_dim=6, hidden_size=8, **options)

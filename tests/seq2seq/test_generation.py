@@ -13,6 +13,7 @@ from generation_models import (
     MODELS,
     PENALTIES,
     SOURCES,
+    CountingModel,
     FakeModel,
     all_sequences,
     force,
@@ -26,6 +27,8 @@ from fastseq.ops.candidates.api import forbidden_mask
 from fastseq.seq2seq import generation, search
 from fastseq.seq2seq.generation import generate
 from fastseq.seq2seq.model import Seq2Seq
+
+EVERYTHING = {"output_attentions": True, "output_scores": True}
 
 
 @pytest.fixture
@@ -176,27 +179,27 @@ MODES = {
 
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
 def test_batched_equals_one_by_one(model, options):
-    together = generate(model, SOURCES, LENGTHS, output_attentions=True, **options)
+    together = generate(model, SOURCES, LENGTHS, **EVERYTHING, **options)
     sequences, returned = rows(together), options.get("num_return_sequences", 1)
     for b, length in enumerate(LENGTHS.tolist()):
         own = slice(b * returned, (b + 1) * returned)
-        alone = generate(model, SOURCES[b : b + 1], LENGTHS[b : b + 1], output_attentions=True, **options)
+        alone = generate(model, SOURCES[b : b + 1], LENGTHS[b : b + 1], **EVERYTHING, **options)
         assert rows(alone) == sequences[own]
         torch.testing.assert_close(alone.sequences_scores, together.sequences_scores[own])
         width = alone.sequences.shape[1]
         torch.testing.assert_close(alone.cross_attentions, together.cross_attentions[own, :width])
         if length:
-            unpadded = generate(model, SOURCES[b : b + 1, :length], output_attentions=True, **options)
+            unpadded = generate(model, SOURCES[b : b + 1, :length], **EVERYTHING, **options)
             assert rows(unpadded) == sequences[own]
             torch.testing.assert_close(unpadded.sequences_scores, together.sequences_scores[own])
 
 
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
 def test_steps_after_the_end_change_nothing(fake, monkeypatch, options):
-    output = generate(fake, SOURCES, LENGTHS, max_new_tokens=40, output_attentions=True, **options)
+    output = generate(fake, SOURCES, LENGTHS, max_new_tokens=40, **EVERYTHING, **options)
     steps, fake.steps = fake.steps, 0
     monkeypatch.setattr(search, "_number_done", lambda done, step: 0)
-    longer = generate(fake, SOURCES, LENGTHS, max_new_tokens=40, output_attentions=True, **options)
+    longer = generate(fake, SOURCES, LENGTHS, max_new_tokens=40, **EVERYTHING, **options)
     assert steps < fake.steps == 40
     for a, b in zip(output, longer, strict=True):
         assert torch.equal(a, b)
@@ -217,19 +220,6 @@ def test_an_accelerator_is_asked_only_now_and_then():
     assert search._number_done(torch.tensor([[True, False], [True, True]]), 0) == 1
 
 
-class CountingModel(FakeModel):
-    """Keeps the number of decoder rows of each step."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.rows = []
-
-    def decode_step(self, tokens, state, enc, **options):
-        self.rows.append(len(tokens))
-        assert len(enc.seed) == len(tokens)
-        return super().decode_step(tokens, state, enc, **options)
-
-
 LEAVING = {**MODES, "samples": {"do_sample": True, "num_return_sequences": 2, "top_k": 1}}
 
 
@@ -237,7 +227,7 @@ LEAVING = {**MODES, "samples": {"do_sample": True, "num_return_sequences": 2, "t
 def test_sentences_that_are_done_leave_the_batch(monkeypatch, options):
     src = torch.randint(3, 6, (40, 5))
     model = CountingModel(eos_bonus=0.5).eval()
-    output = generate(model, src, output_attentions=True, **options)
+    output = generate(model, src, **EVERYTHING, **options)
     rows_of_a_sentence = model.rows[1] // len(src)
     assert len(set(model.rows[1:])) > 3
     assert model.rows[1:] == sorted(model.rows[1:], reverse=True)
@@ -246,7 +236,7 @@ def test_sentences_that_are_done_leave_the_batch(monkeypatch, options):
         assert after % rows_of_a_sentence == 0
     leaving, model.rows = model.rows, []
     monkeypatch.setattr(search, "DONE_BEFORE_LEAVING", 2.0)
-    staying = generate(model, src, output_attentions=True, **options)
+    staying = generate(model, src, **EVERYTHING, **options)
     assert len(set(model.rows[1:])) == 1
     assert len(model.rows) == len(leaving)
     for a, b in zip(output, staying, strict=True):
@@ -280,11 +270,11 @@ def test_rows_that_share_sources_give_the_results_of_repeated_sources(seq2seq, o
     asked = []
     step = seq2seq.decode_step
     seq2seq.decode_step = lambda tokens, state, enc, **more: asked.append(enc) or step(tokens, state, enc, **more)
-    shared = generate(seq2seq, src, lengths, output_attentions=True, **options)
+    shared = generate(seq2seq, src, lengths, **EVERYTHING, **options)
     assert max(len(enc.lengths) for enc in asked) == len(src)
     repeating = RepeatingModel(seq2seq.config).double().eval()
     repeating.load_state_dict(seq2seq.state_dict())
-    repeated = generate(repeating, src, lengths, output_attentions=True, **options)
+    repeated = generate(repeating, src, lengths, **EVERYTHING, **options)
     assert rows(shared) == rows(repeated)
     torch.testing.assert_close(shared, repeated)
 
@@ -293,9 +283,7 @@ def test_rows_that_share_sources_give_the_results_of_repeated_sources(seq2seq, o
 @pytest.mark.parametrize("kind", ["avg", "wu", "none"])
 def test_scores_and_attentions_are_those_of_the_returned_sequences(seq2seq, kind, options):
     src, lengths = torch.randint(4, 8, (4, 6)), torch.tensor([6, 1, 4, 5])
-    output = generate(
-        seq2seq, src, lengths, length_penalty=0.8, length_penalty_type=kind, output_attentions=True, **options
-    )
+    output = generate(seq2seq, src, lengths, length_penalty=0.8, length_penalty_type=kind, **EVERYTHING, **options)
     returned = len(output.lengths) // len(src)
     assert output.cross_attentions.shape == (*output.sequences.shape, src.shape[1])
     for n, sequence in enumerate(rows(output)):
