@@ -12,6 +12,7 @@ from fastseq.testing.numerics import Results, compare, evaluate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("host", "cuda")
+GIVEN = ("output", "h_n", "c_n", "cell_states")  # results of a recurrence that may have a gradient
 
 
 class Place(NamedTuple):
@@ -140,3 +141,42 @@ def check(actual: Results, case: Recurrence, gradients: bool) -> None:
 def on(place: Place, *tensors: Tensor | None) -> list[Tensor | None]:
     """Copy the tensors to the device of ``place``."""
     return [t if t is None else t.to(place.device) for t in tensors]
+
+
+def forward(place: Place, case: Recurrence, activations=True, cell_states=True) -> list[Tensor]:
+    """Call lstm_recurrence_forward -> output, h_n, c_n, activations, cell_states, on the CPU."""
+    call = case._replace(**dict(zip(case._fields[:5], on(place, *case[:5]), strict=True)))
+    outputs = place.operators.lstm_recurrence_forward(*call, activations, cell_states)
+    return [t.cpu() for t in outputs]
+
+
+def check_forward(place: Place, case: Recurrence) -> None:
+    """Check every result of the forward by the float64 rule."""
+    output, h_n, c_n, _, cell_states = forward(place, case)
+    check(Results({"output": output, "h_n": h_n, "c_n": c_n, "cell_states": cell_states}, {}), case, gradients=False)
+
+
+def check_gradients(place: Place, case: Recurrence, given=GIVEN) -> list[Tensor]:
+    """Check forward and backward; fastseq.testing.evaluate draws the gradients of the results ``given``."""
+    call = case._replace(**dict(zip(case._fields[:5], on(place, *case[:5]), strict=True)))
+    output, h_n, c_n, activations, cells = place.operators.lstm_recurrence_forward(*call, True, True)
+    results = {"output": output, "h_n": h_n, "c_n": c_n, "cell_states": cells}
+    generator, grads = torch.Generator().manual_seed(3), {}
+    for name in given:
+        factors = torch.randn(results[name].shape, generator=generator).bfloat16()
+        grads[name] = factors.to(place.device, case.gates.dtype)
+    saved = (activations, cells, call.c0, call.weight_hh, call.lengths)
+    outputs = place.operators.lstm_recurrence_backward(
+        *(grads.get(name) for name in GIVEN), *saved, case.reverse, case.tf32
+    )
+    named = dict(zip(("gates", "h0", "c0"), (t.cpu() for t in outputs), strict=True))
+    oracle, baseline = (_gradients(case, given, dtype) for dtype in (torch.float64, case.gates.dtype))
+    wrong = [str(c) for c in compare(Results({}, named), oracle, baseline) if not c.ok]
+    assert not wrong, "\n".join(wrong)
+    return outputs
+
+
+def _gradients(case: Recurrence, given, dtype: torch.dtype) -> Results:
+    results, leaves = plain(case, dtype)
+    outputs = evaluate({name: results[name] for name in given}, leaves)
+    return Results({}, outputs.gradients)

@@ -3,53 +3,12 @@
 import emulator
 import pytest
 import torch
-from cuda_cases import DTYPES, check, on, place_of, plain, recurrence
-
-from fastseq.testing.numerics import Results, compare, evaluate
-
-GIVEN = ("output", "h_n", "c_n", "cell_states")  # results that may have a gradient
+from cuda_cases import DTYPES, GIVEN, check_forward, check_gradients, forward, on, place_of, recurrence
 
 
 @pytest.fixture(autouse=True)
 def _clusters(monkeypatch):
     monkeypatch.setenv("FASTSEQ_LSTM_KERNEL", "cluster")
-
-
-def _forward(place, case, activations=True, cell_states=True):
-    call = case._replace(**dict(zip(case._fields[:5], on(place, *case[:5]), strict=True)))
-    outputs = place.operators.lstm_recurrence_forward(*call, activations, cell_states)
-    return [t.cpu() for t in outputs]
-
-
-def _check_forward(place, case):
-    output, h_n, c_n, _, cell_states = _forward(place, case)
-    check(Results({"output": output, "h_n": h_n, "c_n": c_n, "cell_states": cell_states}, {}), case, gradients=False)
-
-
-def _check_gradients(place, case, given=GIVEN):
-    """Check forward and backward; fastseq.testing.evaluate draws the gradients of the results ``given``."""
-    call = case._replace(**dict(zip(case._fields[:5], on(place, *case[:5]), strict=True)))
-    output, h_n, c_n, activations, cells = place.operators.lstm_recurrence_forward(*call, True, True)
-    results = {"output": output, "h_n": h_n, "c_n": c_n, "cell_states": cells}
-    generator, grads = torch.Generator().manual_seed(3), {}
-    for name in given:
-        factors = torch.randn(results[name].shape, generator=generator).bfloat16()
-        grads[name] = factors.to(place.device, case.gates.dtype)
-    saved = (activations, cells, call.c0, call.weight_hh, call.lengths)
-    outputs = place.operators.lstm_recurrence_backward(
-        *(grads.get(name) for name in GIVEN), *saved, case.reverse, case.tf32
-    )
-    named = dict(zip(("gates", "h0", "c0"), (t.cpu() for t in outputs), strict=True))
-    oracle, baseline = (_gradients(case, given, dtype) for dtype in (torch.float64, case.gates.dtype))
-    wrong = [str(c) for c in compare(Results({}, named), oracle, baseline) if not c.ok]
-    assert not wrong, "\n".join(wrong)
-    return outputs
-
-
-def _gradients(case, given, dtype):
-    results, leaves = plain(case, dtype)
-    outputs = evaluate({name: results[name] for name in given}, leaves)
-    return Results({}, outputs.gradients)
 
 
 def _case(T, B, H, dtype, **options):
@@ -63,19 +22,19 @@ SHAPES = [(1, 3, 16), (5, 1, 1), (4, 17, 63), (3, 9, 128), (2, 3, 200), (2, 2, 2
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_accuracy(place, shape, dtype):
-    _check_forward(place, _case(*shape, dtype))
+    check_forward(place, _case(*shape, dtype))
 
 
 # float32 only up to H = 256: larger weights do not fit.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 3, 16), (5, 1, 1), (4, 17, 63), (3, 9, 128), (2, 3, 200)], ids=str)
 def test_gradients(place, shape, dtype):
-    _check_gradients(place, _case(*shape, dtype))
+    check_gradients(place, _case(*shape, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_of_the_largest_cluster(place, dtype):
-    _check_gradients(place, _case(2, 2, 257, dtype))
+    check_gradients(place, _case(2, 2, 257, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -83,19 +42,19 @@ def test_gradients_of_the_largest_cluster(place, dtype):
 @pytest.mark.parametrize("directions", ["one", "reverse", "both"])
 def test_gradients_of_lengths_and_directions(place, directions, given, dtype):
     D, reverse = (2 if directions == "both" else 1), directions == "reverse"
-    _check_gradients(place, _case(6, 9, 24, dtype, D=D, reverse=reverse, lengths="mixed"), given)
+    check_gradients(place, _case(6, 9, 24, dtype, D=D, reverse=reverse, lengths="mixed"), given)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("longest", [0, 3])
 def test_gradients_past_the_longest_sequence(place, longest, reverse):
     case = _case(5, 3, 12, torch.bfloat16, reverse=reverse)
-    _check_gradients(place, case._replace(lengths=torch.tensor([1, 0, 3]).clamp(max=longest)))
+    check_gradients(place, case._replace(lengths=torch.tensor([1, 0, 3]).clamp(max=longest)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_large_values(place, dtype):
-    _check_gradients(place, _case(4, 3, 16, dtype, scale=100.0))
+    check_gradients(place, _case(4, 3, 16, dtype, scale=100.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -104,21 +63,21 @@ def test_gradients_of_large_values(place, dtype):
 def test_lengths_and_directions(place, options, D, dtype):
     if D == 2:
         options = {**options, "reverse": False}
-    _check_forward(place, _case(6, 9, 24, dtype, D=D, **options))
+    check_forward(place, _case(6, 9, 24, dtype, D=D, **options))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("longest", [0, 3])
 def test_steps_past_the_longest_sequence(place, longest, reverse):
     case = _case(5, 3, 12, torch.bfloat16, reverse=reverse)
-    _check_forward(place, case._replace(lengths=torch.tensor([1, 0, 3]).clamp(max=longest)))
+    check_forward(place, case._replace(lengths=torch.tensor([1, 0, 3]).clamp(max=longest)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_values_and_unneeded_results(place, dtype):
     case = _case(4, 3, 16, dtype, scale=100.0)
-    _check_forward(place, case)
-    whole, part = _forward(place, case), _forward(place, case, activations=False, cell_states=False)
+    check_forward(place, case)
+    whole, part = forward(place, case), forward(place, case, activations=False, cell_states=False)
     assert part[3].numel() == part[4].numel() == 0
     assert whole[3].shape == (4, 3, 64) and torch.isfinite(whole[3]).all()
     assert all(torch.equal(a, b) for a, b in zip(whole[:3], part[:3], strict=True))
@@ -139,7 +98,7 @@ def test_states_and_weights_that_are_views_at_odd_addresses(place, monkeypatch):
 def test_activations(place):
     """Saved i, f, g, o within the lengths reproduce c = f c_before + i g and h = o tanh(c)."""
     case = _case(5, 3, 24, torch.bfloat16, lengths="mixed")
-    output, _, _, activations, cells = (t.float() for t in _forward(place, case))
+    output, _, _, activations, cells = (t.float() for t in forward(place, case))
     i, f, g, o = activations.chunk(4, dim=-1)
     valid = (torch.arange(5).unsqueeze(1) < case.lengths).unsqueeze(-1)
     before = torch.cat((case.c0.float(), cells[:-1]))
@@ -151,7 +110,7 @@ def test_activations(place):
 
 def test_no_steps(place):
     case = _case(0, 2, 16, torch.bfloat16)
-    output, h_n, c_n, *_ = _forward(place, case)
+    output, h_n, c_n, *_ = forward(place, case)
     assert output.shape == (0, 2, 16) and torch.equal(h_n, case.h0) and torch.equal(c_n, case.c0)
 
 
@@ -169,35 +128,35 @@ def test_no_steps(place):
 )
 def test_small_devices(multiprocessors, shape, dtype):
     with emulator.device(multiprocessors=multiprocessors):
-        _check_forward(place_of("host"), _case(*shape, dtype, lengths="mixed"))
+        check_forward(place_of("host"), _case(*shape, dtype, lengths="mixed"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_on_small_devices(dtype):
     with emulator.device(multiprocessors=2):
-        _check_gradients(place_of("host"), _case(3, 33, 16, dtype, lengths="mixed"))
+        check_gradients(place_of("host"), _case(3, 33, 16, dtype, lengths="mixed"))
 
 
 def test_shapes_that_do_not_fit_are_refused():
     host = place_of("host")
     case = _case(2, 2, 16, torch.bfloat16)
     with pytest.raises(RuntimeError, match="no CUDA kernel fits"):
-        _forward(host, recurrence(2, 2, 16))  # exact float32
+        forward(host, recurrence(2, 2, 16))  # exact float32
     with pytest.raises(RuntimeError, match="no CUDA kernel fits"):
-        _forward(host, _case(1, 1, 520, torch.bfloat16))
+        forward(host, _case(1, 1, 520, torch.bfloat16))
     for limits in [{"capability": 80}, {"multiprocessors": 1}, {"shared_memory": 4 << 10}]:
         with emulator.device(**limits), pytest.raises(RuntimeError, match="no CUDA kernel fits"):
-            _forward(host, case)
+            forward(host, case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_order_of_threads_gives_the_same_bits(dtype):
     host, case = place_of("host"), _case(5, 9, 24, dtype, D=2, lengths="mixed")
-    first = _forward(host, case)
+    first = forward(host, case)
     valid = (torch.arange(5).unsqueeze(1) < case.lengths).unsqueeze(-1)
     for seed in range(20):
         with emulator.schedule(seed):
-            again = _forward(host, case)
+            again = forward(host, case)
         for a, b in zip(first, again, strict=True):
             a, b = (torch.where(valid, t, 0) if t.dim() == 3 and len(t) == 5 else t for t in (a, b))
             assert torch.equal(a, b), seed
@@ -206,10 +165,10 @@ def test_any_order_of_threads_gives_the_same_bits(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_order_of_threads_gives_the_same_gradients(dtype):
     host, case = place_of("host"), _case(4, 9, 24, dtype, D=2, lengths="mixed")
-    first = _check_gradients(host, case)
+    first = check_gradients(host, case)
     for seed in range(20):
         with emulator.schedule(seed):
-            again = _check_gradients(host, case)
+            again = check_gradients(host, case)
         for a, b in zip(first, again, strict=True):
             assert torch.equal(a, b), seed
 

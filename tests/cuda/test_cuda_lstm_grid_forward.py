@@ -161,7 +161,7 @@ def test_fits(B, H, kind, D, device):
         (256, 1024, torch.bfloat16, 1, H100),
         (1, 2048, torch.bfloat16, 1, A100),
         (1, 16, torch.bfloat16, 1, {"capability": 75}),
-        (1, 16, torch.bfloat16, 2, {"multiprocessors": 1}),
+        (1, 16, torch.bfloat16, 1, {"resident": 1}),
     ],
 )
 def test_does_not_fit(B, H, kind, D, device):

@@ -15,6 +15,7 @@ import test_cuda_lstm_cluster
 import test_cuda_lstm_grid_backward
 import test_cuda_lstm_grid_forward
 import test_cuda_lstm_step
+import test_cuda_lstm_steps
 import torch
 from cuda_cases import Place
 from ptx import running
@@ -59,6 +60,11 @@ def cluster_backward(dtype, *shape):
     return Case(kernels, test_cuda_lstm_cluster.test_gradients, (shape, dtype), (90,), "cluster")
 
 
+def steps(kind, *shape):
+    kernels = "lstm_backward_step_kernel lstm_forward_step_kernel"
+    return Case(kernels, test_cuda_lstm_steps.test_steps, (shape, kind), recurrence="steps")
+
+
 def attention(dtype, score, padding, kernels, T=5, S=9):
     kernels = {f"attention_{name}_kernel" for name in ("grad_softmax", "product", *kernels.split())}
     if score == "additive":
@@ -91,6 +97,9 @@ CASES = {
     "cluster backward bfloat16": cluster_backward(BF16, 3, 3, 100),
     "cluster backward float16, odd sizes": cluster_backward(F16, 2, 5, 63),
     "cluster backward tf32": cluster_backward(F32, 3, 3, 40),
+    "step by step bfloat16": steps(BF16, 3, 3, 20),
+    "step by step float16": steps(F16, 2, 5, 9),
+    "step by step float32": steps(F32, 3, 2, 16),
     "attention dot bfloat16": attention(BF16, "dot", "mask", "forward"),
     "attention dot float16": attention(F16, "dot", "none", "forward"),
     "attention dot float32": attention(F32, "dot", "step_mask", "forward"),

@@ -16,7 +16,7 @@ struct Launch {
   dim3 grid, block;
   size_t shared_memory = 0;  // dynamic, bytes
   Stream stream = nullptr;
-  bool cooperative = false;  // all blocks must be resident at once, else the launch fails
+  bool cooperative = false;  // all blocks must be resident at once, else the launch is refused
   unsigned cluster = 1;      // blocks of a cluster, along x
 };
 
@@ -39,6 +39,14 @@ std::string launch(const Launch& l, void (*kernel)(Parameters...), Arguments... 
   const std::string error =
       host::launch(l.grid, l.block, l.shared_memory, together, l.cluster, [&] { kernel(arguments...); });
   return error.empty() ? error : "host-side device: " + error;
+}
+
+template <class... Parameters, class... Arguments>
+Outcome launch_together(const Launch& l, void (*kernel)(Parameters...), Arguments... arguments) {
+  const unsigned together = l.cooperative ? l.grid.count() : l.cluster;
+  const unsigned resident = static_cast<unsigned>(host::options().resident_blocks);
+  if (together > resident) return {"host-side device: no room for " + std::to_string(together) + " blocks", true};
+  return {launch(l, kernel, arguments...)};
 }
 
 // Clusters resident at once; 0 if the device cannot run them.
@@ -111,12 +119,30 @@ inline cudaLaunchConfig_t configuration(const Launch& l, cudaLaunchAttribute (&a
 }
 
 template <class... Parameters, class... Arguments>
-std::string launch(const Launch& l, void (*kernel)(Parameters...), Arguments... arguments) {
+cudaError_t enqueue(const Launch& l, void (*kernel)(Parameters...), Arguments... arguments) {
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configuration(l, attributes);
-  cudaError_t error = allow_shared_memory(l, kernel);
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  return error_text(error);
+  const cudaError_t error = allow_shared_memory(l, kernel);
+  return error == cudaSuccess ? cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...) : error;
+}
+
+template <class... Parameters, class... Arguments>
+std::string launch(const Launch& l, void (*kernel)(Parameters...), Arguments... arguments) {
+  return error_text(enqueue(l, kernel, arguments...));
+}
+
+// True if the driver found no room for the blocks. The attributes of a device promise more than a green context, a
+// share of MPS or a partition by MIG may hold.
+inline bool means_no_room(cudaError_t error) {
+  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorLaunchOutOfResources ||
+         error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported;
+}
+
+// launch() for a cooperative grid or for clusters.
+template <class... Parameters, class... Arguments>
+Outcome launch_together(const Launch& l, void (*kernel)(Parameters...), Arguments... arguments) {
+  const cudaError_t error = enqueue(l, kernel, arguments...);
+  return {error_text(error), means_no_room(error)};
 }
 
 // Clusters resident at once, cached per kernel, device, cluster and block size: each LSTM call tries several plans.

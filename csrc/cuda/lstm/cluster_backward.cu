@@ -81,7 +81,7 @@ std::optional<LstmPlan<LstmBackwardParams>> plan_lstm_cluster_backward(const Lst
   return {{0, [plan = *chosen, type](const LstmBackwardParams& p, Stream stream) {
              Launch l = plan.launch;
              l.stream = stream;
-             return with_kernel(plan, type, [&](auto* kernel) { return launch(l, kernel, p, plan.tile); });
+             return with_kernel(plan, type, [&](auto* kernel) { return launch_together(l, kernel, p, plan.tile); });
            }}};
 }
 

@@ -95,7 +95,7 @@ std::optional<LstmPlan<LstmForwardParams>> plan_lstm_cluster_forward(const LstmS
   return {{0, [plan = *chosen, type](const LstmForwardParams& p, Stream stream) {
              Launch l = plan.launch;
              l.stream = stream;
-             return with_kernel(plan, type, [&](auto* kernel) { return launch(l, kernel, p, plan.tile); });
+             return with_kernel(plan, type, [&](auto* kernel) { return launch_together(l, kernel, p, plan.tile); });
            }}};
 }
 

@@ -67,13 +67,13 @@ auto with_product(const LstmShape& s, Type type, const Run& run) {
 }
 
 template <class Product, int R>
-std::string launch_plan(const LstmBackwardParams& p, const Plan& plan, Stream stream) {
+Outcome launch_plan(const LstmBackwardParams& p, const Plan& plan, Stream stream) {
   const Launch l{.grid = dim3(plan.slices, plan.groups, static_cast<unsigned>(p.shape.directions)),
                  .block = dim3(32 * plan.warps),
                  .shared_memory = plan.shared_memory,
                  .stream = stream,
                  .cooperative = true};
-  return launch(l, lstm_grid_backward_kernel<Product, R>, p, plan);
+  return launch_together(l, lstm_grid_backward_kernel<Product, R>, p, plan);
 }
 
 // Bytes of the workspace: flags, then both buffers of the exchange.

@@ -80,13 +80,13 @@ std::optional<Plan> best_plan(const LstmShape& s) {
 }
 
 template <class M, int G>
-std::string launch_plan(const LstmForwardParams& p, const Plan& plan, Stream stream) {
+Outcome launch_plan(const LstmForwardParams& p, const Plan& plan, Stream stream) {
   const Launch l{.grid = dim3(static_cast<unsigned>(p.shape.directions * plan.splits * plan.blocks)),
                  .block = dim3(kThreads),
                  .shared_memory = plan.shared_memory,
                  .stream = stream,
                  .cooperative = true};
-  return launch(l, lstm_grid_forward_kernel<M, G>, p, plan);
+  return launch_together(l, lstm_grid_forward_kernel<M, G>, p, plan);
 }
 
 template <class M>

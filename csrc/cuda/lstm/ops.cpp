@@ -7,11 +7,12 @@
 #include <tuple>
 
 #include "cuda/common/operators.h"
+#include "cuda/lstm/step_loop.h"
 
 namespace fastseq::cuda {
 namespace {
 
-// FASTSEQ_LSTM_KERNEL=grid|cluster restricts the choice, for tests and measurements. Unset: both are allowed.
+// FASTSEQ_LSTM_KERNEL=grid|cluster|steps restricts the choice, for tests and measurements. Unset: all are allowed.
 bool allowed(std::string_view kernel) {
   const char* name = std::getenv("FASTSEQ_LSTM_KERNEL");
   return !name || !*name || kernel == name;
@@ -67,15 +68,50 @@ std::optional<LstmPlan<P>> choose(const Kernel<P> (&kernels)[2], const LstmShape
   return {};
 }
 
+// Runs the first kernel that is allowed, fits, and for which the device has room. Returns false if there is none.
 template <class P>
-void run(const char* op, const Kernel<P> (&kernels)[2], P& p, Type type, const Tensor& like, Stream stream) {
-  const LstmShape& s = p.shape;
-  const std::optional<LstmPlan<P>> plan = choose(kernels, s, type);
-  STD_TORCH_CHECK(plan, op, ": no CUDA kernel fits batch ", s.batch, ", hidden size ", s.hidden, ", ", s.directions,
-                  " direction(s) on this device; use backend='torch' or 'triton'");
-  Tensor workspace = zeros(like, plan->workspace);
-  p.workspace = write(workspace);
-  check_launch(op, plan->launch(p, stream));
+bool run(const char* op, const Kernel<P> (&kernels)[2], P& p, Type type, const Tensor& like, Stream stream) {
+  for (const Kernel<P>& kernel : kernels) {
+    const std::optional<LstmPlan<P>> plan = allowed(kernel.name) ? kernel.plan(p.shape, type) : std::nullopt;
+    if (!plan) continue;
+    Tensor workspace = zeros(like, plan->workspace);
+    p.workspace = write(workspace);
+    const Outcome outcome = plan->launch(p, stream);
+    if (outcome.refused) continue;
+    check_launch(op, outcome.error);
+    return true;
+  }
+  return false;
+}
+
+void check_steps_allowed(const char* op, const LstmShape& s) {
+  STD_TORCH_CHECK(allowed("steps"), op, ": no CUDA kernel fits batch ", s.batch, ", hidden size ", s.hidden,
+                  " on this device among those that FASTSEQ_LSTM_KERNEL allows; unset it");
+}
+
+// Direction d of a tensor whose last dimension holds both, and of one whose first dimension does.
+Tensor columns_of(Tensor t, int64_t d) {
+  if (t.numel() == 0) return t;
+  const int64_t last = t.dim() - 1, size = t.size(last) / 2;
+  return torch::stable::contiguous(torch::stable::narrow(t, last, d * size, size));
+}
+
+OptionalTensor columns_of(const OptionalTensor& t, int64_t d) { return t ? OptionalTensor(columns_of(*t, d)) : t; }
+
+Tensor rows_of(Tensor t, int64_t d) { return torch::stable::narrow(t, 0, d, 1); }
+
+OptionalTensor rows_of(const OptionalTensor& t, int64_t d) { return t ? OptionalTensor(rows_of(*t, d)) : t; }
+
+void put_columns(Tensor& all, int64_t d, const Tensor& part) {
+  if (all.numel() == 0) return;
+  const int64_t last = all.dim() - 1, size = all.size(last) / 2;
+  Tensor to = torch::stable::narrow(all, last, d * size, size);
+  torch::stable::copy_(to, part);
+}
+
+void put_rows(Tensor& all, int64_t d, const Tensor& part) {
+  Tensor to = rows_of(all, d);
+  torch::stable::copy_(to, part);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence_forward_cuda(Tensor gates,
@@ -116,7 +152,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence_forward_cuda(
                       .workspace = nullptr};
   if (B * H == 0) return {output, h_n, c_n, activations, cell_states};
 
-  run(op, kForward, p, type, c0, device.stream());
+  if (run(op, kForward, p, type, c0, device.stream())) return {output, h_n, c_n, activations, cell_states};
+  if (D == 1) {
+    check_steps_allowed(op, s);
+    run_lstm_forward_steps(op, p, type, h0, c0, weight_hh, h_n, c_n, device.stream());
+  }
+  for (int64_t d = 0; d < D && D == 2; ++d) {
+    const auto [of_output, of_h_n, of_c_n, of_activations, of_cell_states] =
+        lstm_recurrence_forward_cuda(columns_of(gates, d), rows_of(h0, d), rows_of(c0, d), rows_of(weight_hh, d),
+                                     lengths, d == 1, tf32, need_activations, need_cell_states);
+    put_columns(output, d, of_output);
+    put_columns(activations, d, of_activations);
+    put_columns(cell_states, d, of_cell_states);
+    put_rows(h_n, d, of_h_n);
+    put_rows(c_n, d, of_c_n);
+  }
   return {output, h_n, c_n, activations, cell_states};
 }
 
@@ -164,7 +214,20 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward_cuda(OptionalTensor 
                        .workspace = nullptr};
   if (B * H == 0) return {grad_gates, grad_h0, grad_c0};
 
-  run(op, kBackward, p, type, c0, device.stream());
+  if (run(op, kBackward, p, type, c0, device.stream())) return {grad_gates, grad_h0, grad_c0};
+  if (D == 1) {
+    check_steps_allowed(op, s);
+    run_lstm_backward_steps(op, p, type, grad_h_n, grad_c_n, weight_hh, grad_gates, device.stream());
+  }
+  for (int64_t d = 0; d < D && D == 2; ++d) {
+    const auto [of_gates, of_h0, of_c0] = lstm_recurrence_backward_cuda(
+        columns_of(grad_output, d), rows_of(grad_h_n, d), rows_of(grad_c_n, d), columns_of(grad_cell_states, d),
+        columns_of(activations, d), columns_of(cell_states, d), rows_of(c0, d), rows_of(weight_hh, d), lengths, d == 1,
+        tf32);
+    put_columns(grad_gates, d, of_gates);
+    put_rows(grad_h0, d, of_h0);
+    put_rows(grad_c0, d, of_c0);
+  }
   return {grad_gates, grad_h0, grad_c0};
 }
 

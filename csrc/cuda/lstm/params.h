@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
-#include <string>
 
 #include "cuda/common/types.h"
 
@@ -54,8 +53,8 @@ struct LstmBackwardParams {
 // A kernel's plan for one shape on the current device. P: LstmForwardParams or LstmBackwardParams.
 template <class P>
 struct LstmPlan {
-  size_t workspace;                                     // bytes of P::workspace
-  std::function<std::string(const P&, Stream)> launch;  // returns the error, or ""
+  size_t workspace;  // bytes of P::workspace
+  std::function<Outcome(const P&, Stream)> launch;
 };
 
 // Each returns its kernel's plan, or nullopt if the kernel does not fit the device.

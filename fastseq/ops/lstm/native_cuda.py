@@ -1,10 +1,10 @@
 """The ``native`` backend of ``lstm`` on CUDA: one kernel runs the recurrence of a layer, all steps and directions.
 
-torch multiplies by W_ih before it and computes the weight gradients after it, each in one product over all steps.
+torch multiplies by W_ih before it and computes the weight gradients after it, each in one product over all steps. Where
+the GPU has no room for the kernel, the operator computes one direction after the other, or step by step.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from fastseq.ops.common.layout import contiguous
 from fastseq.ops.lstm.spec import Grads, Layer, LayerGrads, Result, Want, Weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRACED_HIDDEN_SIZE = 512  # the largest that an A100 and every Hopper have room for
 
 
 def forward(layer: Layer, want: Want) -> Result:
@@ -26,13 +25,16 @@ def forward(layer: Layer, want: Want) -> Result:
     weight_ih = _cat([w.ih for w in layer.weights])  # (D * 4H, I)
     gates = product(input.flatten(0, 1), weight_ih, _bias(layer.weights), transpose_b=True)
     gates = gates.unflatten(0, input.shape[:2])  # (T, B, D * 4H)
-    output, h_n, c_n, activations, cell_states = _by_direction(
-        _native.operators.lstm_recurrence_forward.default,
-        layer,
-        columns=(gates,),
-        states=(layer.h0.contiguous(), layer.c0.contiguous(), torch.stack([w.hh for w in layer.weights])),
-        options=(_lengths(lengths, input), (tf32_allowed(), want.backward, want.backward or want.cell_states)),
-        joins=(-1, 0, 0, -1, -1),
+    output, h_n, c_n, activations, cell_states = _native.operators.lstm_recurrence_forward.default(
+        gates,
+        layer.h0.contiguous(),
+        layer.c0.contiguous(),
+        torch.stack([w.hh for w in layer.weights]),
+        _lengths(lengths, input),
+        layer.reverse,
+        tf32_allowed(),
+        want.backward,
+        want.backward or want.cell_states,
     )
     saved = (activations, cell_states) if want.backward else ()
     wanted = cell_states.to(input.dtype, copy=True) if want.cell_states else None  # backward reads the saved ones
@@ -55,20 +57,15 @@ def backward(layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: Layer
         )
     elif lengths is not None:
         input = layout.zero_padding(input, lengths)
-    grad_gates, grad_h0, grad_c0 = _by_direction(
-        lambda output, cells, acts, states, h, c, *rest: _native.operators.lstm_recurrence_backward.default(
-            output, h, c, cells, acts, states, *rest
-        ),
-        layer,
-        columns=(contiguous(grad_output), contiguous(grad_cell_states), activations, cell_states),
-        states=(
-            contiguous(grads.h_n),
-            contiguous(grads.c_n),
-            layer.c0.contiguous(),
-            torch.stack([w.hh for w in layer.weights]),
-        ),
-        options=(_lengths(lengths, input), (tf32_allowed(),)),
-        joins=(-1, 0, 0),
+    grad_gates, grad_h0, grad_c0 = _native.operators.lstm_recurrence_backward.default(
+        *map(contiguous, (grad_output, grads.h_n, grads.c_n, grad_cell_states)),
+        activations,
+        cell_states,
+        layer.c0.contiguous(),
+        torch.stack([w.hh for w in layer.weights]),
+        _lengths(lengths, input),
+        layer.reverse,
+        tf32_allowed(),
     )
     grad_input = None
     if needs.input:
@@ -127,50 +124,23 @@ def _own_tf32_products() -> bool:
 _own_tf32_products._dynamo_marked_constant = True
 
 
-def _by_direction(
-    operator: Callable,
-    layer: Layer,
-    *,
-    columns: Sequence[Tensor | None],  # (T, B, D * X) each
-    states: Sequence[Tensor | None],  # (D, ...) each
-    options: tuple,  # lengths, and what comes after ``reverse``
-    joins: tuple[int, ...],  # the axis of each result along which directions are concatenated
-) -> tuple[Tensor, ...]:
-    """Call a recurrence operator, for both directions at once if the device can hold the weights of both."""
-    lengths, rest = options
-    directions, batch, hidden_size = layer.c0.shape
-    index = layer.c0.device.index
-    together = directions == 1 or torch.compiler.is_compiling()
-    if together or fits(batch, hidden_size, layer.c0.dtype, directions, index=index):
-        return operator(*columns, *states, lengths, layer.reverse, *rest)
-    results = []
-    for d in range(directions):
-        own_columns = (contiguous(t if t is None else t.chunk(directions, -1)[d]) for t in columns)
-        own_states = (t if t is None else t[d : d + 1] for t in states)
-        results.append(operator(*own_columns, *own_states, lengths, d == 1, *rest))
-    return tuple(torch.cat(of_both, axis) for axis, of_both in zip(joins, zip(*results, strict=True), strict=True))
-
-
 def unsupported(call) -> str | None:
-    """Why no CUDA kernel fits an ``LSTMCall`` that passed ``native.unsupported``, and the way out; or None."""
-    if call.compiling:  # while a graph is traced the device is not queried
-        if call.hidden_size > TRACED_HIDDEN_SIZE:
-            return (
-                f"lstm: the native backend is traced up to hidden_size={TRACED_HIDDEN_SIZE} on CUDA "
-                f"(got {call.hidden_size}); use backend='torch' or 'triton'."
-            )
-    elif not fits(call.batch or 1, call.hidden_size, call.dtype, index=call.device_index):
-        return (
-            f"lstm: no CUDA kernel keeps the weights of hidden_size={call.hidden_size} in {call.dtype} on the device "
-            f"for a batch of {call.batch}; use backend='torch' or 'triton'."
-        )
-    return None
+    """Why no CUDA kernel fits an ``LSTMCall`` that passed ``native.unsupported``, and the way out; or None.
+
+    While a graph is traced the device is not queried: what does not fit runs step by step.
+    """
+    if call.compiling or fits(call.batch or 1, call.hidden_size, call.dtype, call.device_index):
+        return None
+    return (
+        f"lstm: no CUDA kernel keeps the weights of hidden_size={call.hidden_size} in {call.dtype} on the device "
+        f"for a batch of {call.batch}; use backend='torch' or 'triton'."
+    )
 
 
-def fits(batch: int, hidden_size: int, dtype: torch.dtype, directions: int = 1, index: int | None = None) -> bool:
-    """True if the GPU of this index, or the current one, can run forward and backward of such a recurrence."""
+def fits(batch: int, hidden_size: int, dtype: torch.dtype, index: int | None = None) -> bool:
+    """True if the GPU of this index, or the current one, can run all steps of a direction in one kernel, both ways."""
     with contextlib.nullcontext() if index is None else torch.cuda.device(index):
-        return _native.operators.lstm_recurrence_fits(batch, directions, hidden_size, dtype.itemsize, tf32_allowed())
+        return _native.operators.lstm_recurrence_fits(batch, 1, hidden_size, dtype.itemsize, tf32_allowed())
 
 
 def _padded(layer: Layer) -> tuple[Tensor, Tensor | None]:

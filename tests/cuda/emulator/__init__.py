@@ -41,14 +41,24 @@ def schedule(seed: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def device(multiprocessors: int = 132, capability: int = 90, shared_memory: int = 227 << 10) -> Iterator[None]:
-    """Change the limits of the host-side device (default: an H100). shared_memory: bytes per block."""
+def device(
+    multiprocessors: int = 132, capability: int = 90, shared_memory: int = 227 << 10, resident: int | None = None
+) -> Iterator[None]:
+    """Change the limits of the host-side device (default: an H100).
+
+    shared_memory: bytes per block. resident: blocks of a cooperative launch or a cluster that find room, by default one
+    a multiprocessor; fewer where other work holds a part of the device.
+    """
     load()
-    load.handle.fastseq_host_device(multiprocessors, capability, ctypes.c_size_t(shared_memory))
+
+    def limit(multiprocessors: int, capability: int, shared_memory: int, resident: int) -> None:
+        load.handle.fastseq_host_device(multiprocessors, capability, ctypes.c_size_t(shared_memory), resident)
+
+    limit(multiprocessors, capability, shared_memory, multiprocessors if resident is None else resident)
     try:
         yield
     finally:
-        load.handle.fastseq_host_device(132, 90, ctypes.c_size_t(227 << 10))
+        limit(132, 90, 227 << 10, 132)
 
 
 @contextlib.contextmanager

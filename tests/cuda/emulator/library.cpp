@@ -10,11 +10,14 @@ extern "C" __attribute__((visibility("default"))) void fastseq_host_schedule(int
   host::options().seed = seed;
 }
 
-// capability: 10 * major + minor. shared_memory: largest of a block, bytes.
+// capability: 10 * major + minor. shared_memory: largest of a block, bytes. resident_blocks: limit of a launch whose
+// blocks must run at the same time.
 extern "C" __attribute__((visibility("default"))) void fastseq_host_device(int multiprocessors,
                                                                            int capability,
-                                                                           size_t shared_memory) {
-  host::options().multiprocessors = host::options().resident_blocks = multiprocessors;
+                                                                           size_t shared_memory,
+                                                                           int resident_blocks) {
+  host::options().multiprocessors = multiprocessors;
+  host::options().resident_blocks = resident_blocks;
   host::options().capability = capability;
   host::options().shared_memory = shared_memory;
 }

@@ -17,7 +17,7 @@ PROGRAMS = {
     "race_lstm_cluster": ("lstm/cluster_forward", "lstm/cluster_backward"),
     "race_lstm_grid_backward": ("lstm/grid_backward",),
     "race_lstm_grid_forward": ("lstm/grid_forward",),
-    "race_lstm_step": ("lstm_cell/step",),
+    "race_lstm_step": ("lstm_cell/step", "lstm/steps"),
 }
 STRICT = ("-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 

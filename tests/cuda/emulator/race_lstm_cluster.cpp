@@ -31,7 +31,7 @@ static bool both(int64_t T, int64_t B, int64_t H, int64_t longest = 100) {
   const auto forward = plan_lstm_cluster_forward(shape, Type::kFloat);
   const auto backward = plan_lstm_cluster_backward(shape, Type::kFloat);
   if (!forward || !backward) return std::puts("no plan"), false;
-  std::string error = forward->launch(p, nullptr);
+  std::string error = forward->launch(p, nullptr).error;
   std::vector<float> grad_gates(gates.size()), grad_h0(h0.size()), grad_c0(c0.size());
   const LstmBackwardParams b{.shape = shape,
                              .grad_output = output.data(),
@@ -46,7 +46,7 @@ static bool both(int64_t T, int64_t B, int64_t H, int64_t longest = 100) {
                              .grad_h0 = grad_h0.data(),
                              .grad_c0 = grad_c0.data(),
                              .workspace = nullptr};
-  if (error.empty()) error = backward->launch(b, nullptr);
+  if (error.empty()) error = backward->launch(b, nullptr).error;
   if (!error.empty()) std::printf("%s\n", error.c_str());
   return error.empty();
 }

@@ -66,7 +66,7 @@ std::vector<Tensor> run(const Case& c, Type type) {
   if (!plan) return std::puts("no plan"), std::vector<Tensor>{};
   const Tensor workspace(plan->workspace, 1);
   p.workspace = workspace.data();
-  const std::string error = plan->launch(p, nullptr);
+  const std::string error = plan->launch(p, nullptr).error;
   if (error.empty()) return results;
   std::printf("%s\n", error.c_str());
   return {};

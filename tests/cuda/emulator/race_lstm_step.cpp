@@ -1,7 +1,9 @@
-// Decoding step on the host-side device, as a program for the sanitizers. Exits with 0 if every launch succeeds.
+// Decoding step, and the cells of a recurrence in steps, on the host-side device, as a program for the sanitizers.
+// Exits with 0 if every launch succeeds.
 #include <cstdio>
 #include <vector>
 
+#include "cuda/lstm/steps.h"
 #include "cuda/lstm_cell/step.h"
 #include "world.h"
 
@@ -29,8 +31,42 @@ static bool step(int64_t B, int64_t I, int64_t H) {
   return error.empty();
 }
 
+static bool cells(int64_t B, int64_t H, bool reverse) {
+  constexpr int64_t T = 2;
+  std::vector<float> gates(T * B * 4 * H, 0.5f), product(B * 4 * H, 0.25f), c(B * H, 1.0f), carry(2 * B * H);
+  std::vector<float> output(T * B * H), cell_states(T * B * H), states(B * H), activations(T * B * 4 * H);
+  std::vector<int64_t> lengths(B, 1);
+  lengths[0] = T;
+  const LstmShape shape{T, B, 1, H, lengths.data(), reverse, false};
+  const LstmForwardParams f{shape,
+                            gates.data(),
+                            nullptr,
+                            nullptr,
+                            nullptr,
+                            output.data(),
+                            states.data(),
+                            states.data(),
+                            activations.data(),
+                            cell_states.data(),
+                            nullptr};
+  const LstmBackwardParams b{shape,         output.data(),      nullptr,       nullptr, nullptr,
+                             gates.data(),  cell_states.data(), states.data(), nullptr, activations.data(),
+                             states.data(), states.data(),      nullptr};
+  std::string error;
+  for (int64_t t = 0; t < T && error.empty(); ++t) {
+    const int64_t time = reverse ? T - 1 - t : t;
+    error = launch_lstm_forward_step(f, time, product.data(), c.data(), Type::kFloat, nullptr);
+  }
+  for (int64_t t = 0; t <= T && error.empty(); ++t) {
+    const int64_t time = reverse ? t : T - 1 - t;
+    error = launch_lstm_backward_step(b, time, product.data(), carry.data(), Type::kFloat, nullptr);
+  }
+  if (!error.empty()) std::printf("%s\n", error.c_str());
+  return error.empty();
+}
+
 int main() {
-  bool fine = step(1, 520, 4) && step(3, 5, 7);
+  bool fine = step(1, 520, 4) && step(3, 5, 7) && cells(3, 100, false) && cells(2, 5, true);
   host::options().shuffle = true;
   for (uint64_t seed = 0; seed < 3; ++seed) {
     host::options().seed = seed;
