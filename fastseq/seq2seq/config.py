@@ -10,6 +10,7 @@ ATTENTIONS = ("none", *SCORES)
 BRIDGES = ("concat", "linear", "zeros")
 BRIDGE_ACTIVATIONS = ("tanh", "relu", "none")
 MAX_LAYERS = 1000  # a module is built for each, in seconds
+MAX_REDUCTION = 1024  # source positions joined to one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,10 @@ class Seq2SeqConfig:
             bidirectional encoder gets half of it per direction (as in OpenNMT), so it must be even then.
         encoder_layers, decoder_layers: stacked LSTM layers.
         bidirectional: encode in both directions.
+        frame_stack: n successive source positions enter the encoder as one, side by side: an n-th of the steps, and of
+            the positions that the attention sees. For speech and other sources with many positions for each token.
+        pyramid: each encoder layer above the first reads pairs of positions of the layer below as one (Chan et al.
+            2016), so that L layers leave S / 2**(L - 1) positions.
         attention: "none", "dot", "general", "additive" or "normed_additive"; see :class:`fastseq.Attention`.
         attention_size: inner size of the additive scores, default ``hidden_size``.
         attention_scale: constant factor of the scores, default 1.0.
@@ -59,6 +64,8 @@ class Seq2SeqConfig:
     encoder_layers: int = 1
     decoder_layers: int = 1
     bidirectional: bool = True
+    frame_stack: int = 1
+    pyramid: bool = False
     attention: str = "additive"
     attention_size: int | None = None
     attention_scale: float | None = None
@@ -88,12 +95,18 @@ class Seq2SeqConfig:
         return self.share_all_embeddings or self.share_decoder_input_output_embed
 
     @property
+    def time_reduction(self) -> int:
+        """Source positions for each position of the encoder's output."""
+        return self.frame_stack * (2 ** (self.encoder_layers - 1) if self.pyramid else 1)
+
+    @property
     def parameter_count(self) -> int:
         """Number of parameters of the model, computed without allocating it."""
         size, attended = self.hidden_size, 0 if self.attention == "none" else 1
         directions = 2 if self.bidirectional else 1
-        source = self.source_features or self.embedding_dim
-        encoder = directions * _lstm(source, size, size // directions, self.encoder_layers)
+        source = (self.source_features or self.embedding_dim) * self.frame_stack
+        above = 2 * size if self.pyramid else size
+        encoder = directions * _lstm(source, above, size // directions, self.encoder_layers)
         target = self.embedding_dim + (size if self.input_feeding else 0)
         decoder = _lstm(target, size, size, self.decoder_layers) + attended * 2 * size * size
         if self.attention == "general":
@@ -138,12 +151,20 @@ def _check_sizes(c: Seq2SeqConfig) -> None:
         f"got {c.src_vocab_size} and {c.source_features}",
     )
     sizes = ("src_vocab_size", "tgt_vocab_size", "source_features", "embedding_dim", "hidden_size", "attention_size")
-    for name in (*sizes, "encoder_layers", "decoder_layers"):
+    for name in (*sizes, "encoder_layers", "decoder_layers", "frame_stack"):
         value = getattr(c, name)
         _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
     for name in ("encoder_layers", "decoder_layers"):
         value = getattr(c, name)
         _require(value <= MAX_LAYERS, f"{name} must be at most {MAX_LAYERS}, got {value}")
+    _require(
+        c.encoder_layers > 1 or not c.pyramid,
+        "pyramid joins pairs between encoder layers, and encoder_layers is 1; raise it, or use frame_stack",
+    )
+    _require(
+        c.time_reduction <= MAX_REDUCTION,
+        f"frame_stack and pyramid join more than {MAX_REDUCTION} positions to one; lower frame_stack or encoder_layers",
+    )
     for name in ("dropout", "embed_dropout", "output_dropout"):
         value = getattr(c, name)
         _require(value is None or 0 <= value < 1, f"{name} must lie in [0, 1), got {value}")

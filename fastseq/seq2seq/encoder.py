@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseq.nn.lstm import LSTM
@@ -41,30 +42,66 @@ class EncoderOutput(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Embedding (unless the source is features) and a stacked LSTM."""
+    """Embedding (unless the source is features) and a stacked LSTM, which may read several positions as one.
+
+    With ``pyramid`` each layer above the first is an LSTM of its own, on pairs of the outputs of the layer below.
+    """
 
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
-        directions = 2 if config.bidirectional else 1
         self.embedding = None if config.src_vocab_size is None else embedding(config.src_vocab_size, config)
         self.embed_dropout = nn.Dropout(config.dropout if config.embed_dropout is None else config.embed_dropout)
-        self.lstm = LSTM(
-            config.source_features if self.embedding is None else config.embedding_dim,
-            config.hidden_size // directions,
-            num_layers=config.encoder_layers,
-            batch_first=True,
-            dropout=config.dropout if config.encoder_layers > 1 else 0.0,
-            bidirectional=config.bidirectional,
-            backend=config.backend,
-        )
+        self.frame_stack = config.frame_stack
+        width = config.source_features if self.embedding is None else config.embedding_dim
+        above = config.encoder_layers - 1 if config.pyramid else 0
+        self.lstm = _lstm(config, width * config.frame_stack, config.encoder_layers - above)
+        self.dropout = nn.Dropout(config.dropout)
+        self.upper = nn.ModuleList(_lstm(config, 2 * config.hidden_size, 1) for _ in range(above))
 
-    def forward(self, src: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """src (B, S) tokens or (B, S, F) features -> memory (B, S, D), final h and c of each layer (layers, B, D)."""
+    def forward(self, src: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Encode src (B, S) tokens or (B, S, F) features.
+
+        Returns memory (B, S', D), final h and c of each layer (layers, B, D), and the lengths (B,) in memory, None for
+        all S'. S' is S / ``config.time_reduction``, rounded up.
+        """
         x = src if self.embedding is None else self.embed_dropout(self.embedding(src))
-        memory, (h, c) = self.lstm(x, lengths=lengths)
+        if self.frame_stack > 1:
+            x, lengths = stacked(x, lengths, self.frame_stack)
+        memory, state = self.lstm(x, lengths=lengths)
+        states = [state]
+        for layer in self.upper:
+            x, lengths = stacked(self.dropout(memory), lengths, 2)
+            memory, state = layer(x, lengths=lengths)
+            states.append(state)
+        h, c = (torch.cat(parts) for parts in zip(*states, strict=True)) if self.upper else state
         if self.lstm.bidirectional:  # (layers * 2, B, D / 2): forward and backward of a layer side by side
             h, c = torch.cat((h[0::2], h[1::2]), -1), torch.cat((c[0::2], c[1::2]), -1)
-        return memory, h, c
+        return memory, h, c, lengths
+
+
+def _lstm(config: Seq2SeqConfig, input_size: int, layers: int) -> LSTM:
+    return LSTM(
+        input_size,
+        config.hidden_size // (2 if config.bidirectional else 1),
+        num_layers=layers,
+        batch_first=True,
+        dropout=config.dropout if layers > 1 else 0.0,
+        bidirectional=config.bidirectional,
+        backend=config.backend,
+    )
+
+
+def stacked(x: Tensor, lengths: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
+    """Join n successive positions to one: x (B, S, W) -> (B, S / n rounded up, n * W), and the lengths (B,) of that.
+
+    Positions past a length, and those that fill the last group, are zeros.
+    """
+    if lengths is not None:
+        position = torch.arange(x.size(1), device=x.device)
+        x = x.masked_fill((position >= lengths.to(x.device)[:, None])[..., None], 0.0)
+        lengths = (lengths + (n - 1)) // n
+    x = F.pad(x, (0, 0, 0, -x.size(1) % n))
+    return x.unflatten(1, (-1, n)).flatten(2), lengths
 
 
 class Bridge(nn.Module):

@@ -153,7 +153,7 @@ class Seq2Seq(nn.Module):
 
         Returns:
             EncoderOutput with memory (B, S, H), keys (opaque) or None, lengths (B,), and the decoder's first h and c
-            (L, B, H).
+            (L, B, H). With ``frame_stack`` or ``pyramid``, S and lengths belong to the reduced source.
         """
         if self.config.source_features is None:
             _check_tokens("src", src, self.config.src_vocab_size, "(B, S)")
@@ -165,10 +165,10 @@ class Seq2Seq(nn.Module):
         if src.size(1) == 0:
             raise ValueError(f"Seq2Seq: src must have at least one position (S >= 1), got {tuple(src.shape)}")
         src_lengths = None if src_lengths is None else as_lengths(src_lengths)
-        memory, h, c = self.encoder(src, src_lengths)
+        memory, h, c, src_lengths = self.encoder(src, src_lengths)
         h, c = self.bridge(h, c)
         if src_lengths is None:
-            lengths = torch.full((src.size(0),), src.size(1), dtype=torch.int64, device=src.device)
+            lengths = torch.full((src.size(0),), memory.size(1), dtype=torch.int64, device=src.device)
         else:
             lengths = src_lengths.to(src.device, torch.int64)
         keys = None

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fastseq.errors import UserError
 from fastseq.training.data import Sequences
-from fastseq.training.tokenizer import BOS, EOS, PAD
+from fastseq.training.tokenizer import BOS, PAD
 
 
 class Batch(NamedTuple):
     """One process's share of the examples of one update."""
 
-    source: Tensor  # (B, S) int64, closed by eos, padded
+    source: Tensor  # (B, S) int64, closed by eos, padded; or features (B, S, F) float32
     source_lengths: Tensor | None  # (B,) int64; None where all are S, which skips packing
     target_in: Tensor  # (B, T) int64, opened by bos
     labels: Tensor  # (B, T) int64, closed by eos, padded
@@ -42,7 +42,7 @@ def make_batch(source: Sequences, target: Sequences, rows: Tensor, update_tokens
     """Pad the examples `rows` (B,). Without rows the batch holds one example without labels, which has no loss."""
     if len(rows) == 0:
         token = torch.ones(1, 1, dtype=torch.int64)
-        return Batch(token * EOS, None, token * BOS, token * PAD, update_tokens)
+        return Batch(source.filler(), None, token * BOS, token * PAD, update_tokens)
     tokens, lengths = source.padded(rows)
     full = int(lengths.min()) == tokens.shape[1]
     labels, _ = target.padded(rows)

@@ -13,9 +13,13 @@ from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training import metrics
 from fastseq.training.data import Pairs, Sequences, encode, group_references, read_pairs
 from fastseq.training.decode import LEAST_LENGTH_RATIO, decode
+from fastseq.training.features import Features
+from fastseq.training.folder import model_options
 from fastseq.training.options import DataOptions, options_of
 from fastseq.training.progress import say
-from fastseq.training.tokenizer import TextTokenizer
+from fastseq.training.tokenizer import RESERVED, TextTokenizer
+
+LEAST_SIZE = len(RESERVED)  # of a vocabulary
 
 
 class Decoding:
@@ -28,9 +32,11 @@ class Decoding:
         tokenizer: TextTokenizer,
         *,
         text: bool,
+        rates: bool,
         max_length_ratio: float,
     ) -> None:
-        self.sources, self.references, self.tokenizer, self.text = sources, references, tokenizer, text
+        self.sources, self.references, self.tokenizer = sources, references, tokenizer
+        self.text, self.rates = text, rates
         self.max_length_ratio = max_length_ratio
 
     def __call__(self, model: Seq2Seq, rank: int, world_size: int) -> dict[str, float]:
@@ -43,13 +49,13 @@ class Decoding:
             shares = [None] * world_size
             torch.distributed.all_gather_object(shares, texts)
         predictions = [shares[i % world_size][i // world_size] for i in range(len(self.sources))]
-        return metrics.score(predictions, self.references, self.tokenizer, text=self.text)
+        return metrics.score(predictions, self.references, self.tokenizer, text=self.text, rates=self.rates)
 
 
 class Corpus(NamedTuple):
     """The encoded training and validation data of a run."""
 
-    source_tokenizer: TextTokenizer
+    source_tokenizer: TextTokenizer | Features
     target_tokenizer: TextTokenizer
     train: tuple[Sequences, Sequences]
     valid: tuple[Sequences, Sequences]
@@ -78,30 +84,57 @@ def spread(items: Sequence, n: int) -> list:
     return [items[i * len(items) // n] for i in range(n)]
 
 
-def length_ratio(source: Sequences, target: Sequences) -> float:
-    """Target tokens allowed for each source token: one and a half times what the training data needs, at least 2."""
-    return max(LEAST_LENGTH_RATIO, round(1.5 * float((target.lengths / source.lengths).max()), 2))
+def length_ratio(source: Sequences, target: Sequences, reduction: int = 1, least: float = LEAST_LENGTH_RATIO) -> float:
+    """Target tokens allowed for each position of the encoder's output: 1.5 times what the training data needs.
+
+    `reduction` source positions make one of the encoder's output. The result is at least `least`.
+    """
+    positions = -(-source.lengths // reduction)
+    return max(least, round(1.5 * float((target.lengths / positions).max()), 2))
 
 
-def load_corpus(config: Namespace, tokenizers: tuple[TextTokenizer, TextTokenizer] | None) -> Corpus:
+def load_corpus(config: Namespace, tokenizers: tuple[TextTokenizer | Features, TextTokenizer] | None) -> Corpus:
     """Read and encode both files, with these tokenizers or, for a new run, with new ones."""
     options = options_of(config, "data", DataOptions)
-    train, valid = read_pairs(config.train), read_pairs(config.valid)
-    tokenizers = tokenizers or train_tokenizers(options, train)
-    encoded = []
-    for name, pairs in ((config.train, train), (config.valid, valid)):
-        for tokenizer, lines, side in zip(tokenizers, pairs, ("source", "target"), strict=True):
-            sequences, note = encode(tokenizer, lines, f"{name} ({side})")
-            encoded.append(sequences)
-            if note:
-                say(note)
-    sample = spread(list(group_references(valid).items()), options.valid_sentences)
-    sources, _ = encode(tokenizers[0], [source for source, _ in sample], config.valid)
+    features = config.model.source_features
+    reduction = model_options(config, features or LEAST_SIZE, LEAST_SIZE).time_reduction  # checks them before the work
+    files, pairs = (config.train, config.valid), (read_pairs(config.train), read_pairs(config.valid))
+    if features is None:
+        source, target = tokenizers or train_tokenizers(options, pairs[0])
+        sources = [_encoded(source, part.sources, f"{file} (source)") for file, part in zip(files, pairs, strict=True)]
+        least = LEAST_LENGTH_RATIO
+    else:
+        source, target = tokenizers or new_features(config, options, pairs[0])
+        sources = [source.read(part.sources, file) for file, part in zip(files, pairs, strict=True)]
+        if source.mean is None:
+            source.fit(sources[0])
+            sources = [source.normalise(frames) for frames in sources]
+        least = 0.0
+    targets = [_encoded(target, part.targets, f"{file} (target)") for file, part in zip(files, pairs, strict=True)]
+    sample = spread(list(group_references(pairs[1]).items()), options.valid_sentences)
+    first = {text: row for row, text in reversed(list(enumerate(pairs[1].sources)))}
     decoding = Decoding(
-        sources,
+        sources[1].select(torch.tensor([first[text] for text, _ in sample])),
         [refs for _, refs in sample],
-        tokenizers[1],
+        target,
         text=options.text_metrics,
-        max_length_ratio=options.max_length_ratio or length_ratio(*encoded[:2]),
+        rates=features is not None,
+        max_length_ratio=options.max_length_ratio or length_ratio(sources[0], targets[0], reduction, least),
     )
-    return Corpus(*tokenizers, (encoded[0], encoded[1]), (encoded[2], encoded[3]), decoding)
+    return Corpus(source, target, (sources[0], targets[0]), (sources[1], targets[1]), decoding)
+
+
+def new_features(config: Namespace, options: DataOptions, pairs: Pairs) -> tuple[Features, TextTokenizer]:
+    """The reader of features, without mean and deviation yet, and the target tokenizer of a new run."""
+    if options.shared_vocabulary:
+        raise UserError("data.shared_vocabulary needs text on both sides, and --model.source_features reads features")
+    target = TextTokenizer.train(options.target_tokenizer, pairs.targets, options.vocab_size)
+    return Features(int(config.model.source_features), float(options.highest_frequency)), target
+
+
+def _encoded(tokenizer: TextTokenizer, lines: Sequence[str], name: str) -> Sequences:
+    """The token ids of one side of a file; unknown tokens are reported."""
+    sequences, note = encode(tokenizer, lines, name)
+    if note:
+        say(note)
+    return sequences

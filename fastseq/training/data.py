@@ -88,10 +88,19 @@ class Sequences:
 
     def padded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The sequences `rows` (B,) as tokens (B, longest) filled up with pad, and their lengths (B,)."""
+        index, outside, lengths = self._gather(rows)
+        return self._flat[index].masked_fill_(outside, PAD), lengths
+
+    def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions in the flat tensor (B, longest), a mask of the padding among them, and the lengths (B,)."""
         lengths = self.lengths[rows]
         position = torch.arange(int(lengths.max()))  # (longest,)
         index = (self._starts[rows, None] + position).clamp_(max=len(self._flat) - 1)
-        return self._flat[index].masked_fill_(position >= lengths[:, None], PAD), lengths
+        return index, position >= lengths[:, None], lengths
+
+    def filler(self) -> Tensor:
+        """One token (1, 1), for a process that has no example in an update."""
+        return torch.full((1, 1), EOS)
 
 
 def encode(tokenizer: TextTokenizer, lines: Sequence[str], name: str) -> tuple[Sequences, str | None]:

@@ -23,7 +23,7 @@ class Hypothesis(NamedTuple):
     text: str
     ids: list[int]  # eos included if it was reached
     score: float  # log-probability, divided by the length penalty
-    attention: Tensor | None  # (len(ids), source length with eos), when asked for
+    attention: Tensor | None  # (len(ids), positions of the encoder's output), when asked for
     token_scores: list[float] | None = None  # log-probability of each of ids, when asked for
 
     @property
@@ -68,18 +68,20 @@ def decode(
             if not str(error).startswith("generate: "):
                 raise
             raise UserError(str(error)) from error
-        hypotheses = _hypotheses(output, lengths.repeat_interleave(n_best), tokenizer)
+        positions = -(-lengths // model.config.time_reduction)
+        hypotheses = _hypotheses(output, positions.repeat_interleave(n_best), tokenizer)
         for i, row in enumerate(rows.tolist()):
             results[row] = hypotheses[i * n_best : (i + 1) * n_best]
     return results
 
 
-def _hypotheses(output: GenerateOutput, source_lengths: Tensor, tokenizer: TextTokenizer) -> list[Hypothesis]:
+def _hypotheses(output: GenerateOutput, positions: Tensor, tokenizer: TextTokenizer) -> list[Hypothesis]:
+    """The sequences of `output` as hypotheses; positions (B * n_best,) of the encoder's output."""
     rows = [ids[:n] for ids, n in zip(output.sequences.tolist(), output.lengths.tolist(), strict=True)]
     scores = output.sequences_scores.tolist()
     attentions: list[Tensor | None] = [None] * len(rows)
     if output.cross_attentions is not None:
         weights = output.cross_attentions.float().cpu()  # (B * n_best, longest, S)
-        sizes = zip(map(len, rows), source_lengths.tolist(), strict=True)
+        sizes = zip(map(len, rows), positions.tolist(), strict=True)
         attentions = [w[:n, :s] for w, (n, s) in zip(weights, sizes, strict=True)]
     return [Hypothesis(*fields) for fields in zip(tokenizer.decode(rows), rows, scores, attentions, strict=True)]

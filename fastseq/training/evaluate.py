@@ -15,17 +15,18 @@ from jsonargparse import ArgumentParser
 
 from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training import metrics
-from fastseq.training.data import Sequences, encode, group_references, read_pairs
+from fastseq.training.data import Sequences, group_references, read_pairs
 from fastseq.training.decode import LEAST_LENGTH_RATIO, Hypothesis, decode
+from fastseq.training.features import Features, encode_sources
 from fastseq.training.files import refuse_links, write_text
 from fastseq.training.folder import RunFolder
 from fastseq.training.options import Beams, Count, CountOrZero, NewTokens, ReferenceResult, command_parser, parsed
-from fastseq.training.plots import plot_attention
+from fastseq.training.plots import plot_attention, plot_attention_over
 from fastseq.training.saved import is_saved
 from fastseq.training.tokenizer import TextTokenizer
 from fastseq.training.trained import TrainedModel
 
-Tokenizers = tuple[TextTokenizer, TextTokenizer]
+Tokenizers = tuple[TextTokenizer | Features, TextTokenizer]
 
 
 def evaluate_parser() -> ArgumentParser:
@@ -37,7 +38,9 @@ def evaluate_parser() -> ArgumentParser:
     )
     parser.add_argument("run", type=str, help="run folder made by `fastseq train`, or a saved model's folder")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("--data", type=str, required=True, help="source<TAB>target lines, or several per source")
+    parser.add_argument(
+        "--data", type=str, required=True, help="source<TAB>target lines, several per source; for features a manifest"
+    )
     parser.add_argument(
         "--output",
         type=str | None,
@@ -54,7 +57,7 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument(
         "--text_metrics",
         type=bool | None,
-        help="BLEU and chrF as well; default: as in training, and with a bpe target tokenizer",
+        help="BLEU, chrF, word and character error rates as well; default: as in training, and with a bpe target",
     )
     parser.add_argument("--max_tokens", type=Count, default=4096, help="source tokens times beams in a batch")
     parser.add_argument(
@@ -76,11 +79,21 @@ def write_predictions(
     write_text(path, file.getvalue())
 
 
-def picture(hypothesis: Hypothesis, source: Sequences, row: int, tokenizers: Tokenizers, path: Path) -> None:
-    """Draw the attention of one hypothesis for source number `row`."""
-    tokens, _ = source.padded(torch.tensor([row]))
-    names = tokenizers[0].tokens(tokens[0].tolist())
-    plot_attention(hypothesis.attention, names, tokenizers[1].tokens(hypothesis.ids), path)
+def picture(
+    hypothesis: Hypothesis, source: Sequences, row: int, tokenizers: Tokenizers, reduction: int, path: Path
+) -> None:
+    """Draw the attention of one hypothesis for source number `row`; below features, if the source has these.
+
+    `reduction` source positions make one of the encoder's output.
+    """
+    positions, _ = source.padded(torch.tensor([row]))
+    target = tokenizers[1].tokens(hypothesis.ids)
+    if isinstance(tokenizers[0], Features):
+        plot_attention_over(hypothesis.attention, positions[0], target, reduction, path)
+    else:
+        names = tokenizers[0].tokens(positions[0].tolist())
+        names = ["".join(names[i : i + reduction]) for i in range(0, len(names), reduction)]
+        plot_attention(hypothesis.attention, names, target, path)
 
 
 def comparison(ours: dict[str, float], published: Sequence[ReferenceResult]) -> str:
@@ -112,7 +125,7 @@ def write_pictures(
     rows = (torch.arange(n) + 0.5).mul(len(sources) / n).long()
     chosen = decode(model, sources.select(rows), tokenizers[1], attention=True, **options)
     for number, (row, (hypothesis,)) in enumerate(zip(rows.tolist(), chosen, strict=True), start=1):
-        picture(hypothesis, sources, row, tokenizers, folder / f"{number:04d}.png")
+        picture(hypothesis, sources, row, tokenizers, model.config.time_reduction, folder / f"{number:04d}.png")
 
 
 def cut_off_note(cut_off: int, search: dict[str, Any]) -> str:
@@ -125,11 +138,14 @@ def cut_off_note(cut_off: int, search: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Command line of `fastseq evaluate`; `argv` without the command's own name."""
     options = parsed(evaluate_parser(), sys.argv[1:] if argv is None else argv)
-    references = group_references(read_pairs(options.data))
+    pairs = read_pairs(options.data)
+    references = group_references(pairs)
     trained = TrainedModel.from_pretrained(options.run, checkpoint=options.checkpoint, device=options.device)
     config = None if is_saved(options.run) else RunFolder(options.run).load_config()
     model, tokenizers = trained.model, (trained.source_tokenizer, trained.target_tokenizer)
-    sources, note = encode(tokenizers[0], list(references), options.data)
+    numbers = {source: number for number, source in reversed(list(enumerate(pairs.sources, start=1)))}
+    lines = [(numbers[source], source) for source in references]
+    sources, note = encode_sources(tokenizers[0], lines, options.data)
     if note:
         print(note)
     given = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
@@ -140,7 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     if text is None:
         text = (config is not None and config.data.text_metrics) or tokenizers[1].kind == "bpe"
     predictions = [hypothesis.text for hypothesis in best]
-    values = metrics.score(predictions, list(references.values()), tokenizers[1], text=text)
+    rates = isinstance(tokenizers[0], Features) or text
+    values = metrics.score(predictions, list(references.values()), tokenizers[1], text=text, rates=rates)
 
     output = Path(options.output or options.run)
     output.mkdir(parents=True, exist_ok=True)

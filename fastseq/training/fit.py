@@ -117,7 +117,7 @@ def memory_size() -> int:
 
 def check_monitor(config: Namespace) -> None:
     """Raise UserError when --trainer.monitor names no measured value."""
-    names = monitors(text=config.data.text_metrics)
+    names = monitors(text=config.data.text_metrics, rates=config.model.source_features is not None)
     if config.trainer.monitor not in names:
         raise UserError(f"--trainer.monitor {config.trainer.monitor} is not measured; choose one of {', '.join(names)}")
 
@@ -234,8 +234,7 @@ def write_folder(config: Namespace, folder: RunFolder, corpus: Corpus, *, resume
     """Write config.yaml, with all defaults; for a new run make the folder and write the tokenizers."""
     if not resume:
         folder.create(overwrite=config.overwrite)
-        corpus.source_tokenizer.save(folder.source_tokenizer)
-        corpus.target_tokenizer.save(folder.target_tokenizer)
+        folder.save_tokenizers(corpus.source_tokenizer, corpus.target_tokenizer)
     config.data.max_length_ratio = corpus.decoding.max_length_ratio
     folder.save_config(config)
 

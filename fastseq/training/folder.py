@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from fastseq.errors import UserError
 from fastseq.seq2seq.model import Seq2Seq, Seq2SeqConfig
 from fastseq.training.checkpoint import load_checkpoint, trained_model
+from fastseq.training.features import Features, load_source, save_source
 from fastseq.training.files import write_text
 from fastseq.training.options import read_config, train_parser
 from fastseq.training.tokenizer import BOS, EOS, PAD, UNK, TextTokenizer
@@ -19,15 +20,16 @@ from fastseq.training.tokenizer import BOS, EOS, PAD, UNK, TextTokenizer
 class RunFolder:
     """Paths below a run folder.
 
-    config.yaml, source_tokenizer.json, target_tokenizer.json, checkpoints/best.ckpt and last.ckpt, metrics.csv,
-    curves.png, tensorboard/; while a process trains, train.lock; after `fastseq evaluate`, evaluation.json,
-    predictions.tsv and attention/*.png.
+    config.yaml, source_tokenizer.json (or source_features.json), target_tokenizer.json, checkpoints/best.ckpt and
+    last.ckpt, metrics.csv, curves.png, tensorboard/; while a process trains, train.lock; after `fastseq evaluate`,
+    evaluation.json, predictions.tsv and attention/*.png.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.source_tokenizer = self.path / "source_tokenizer.json"
+        self.source_features = self.path / "source_features.json"
         self.target_tokenizer = self.path / "target_tokenizer.json"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.csv"
@@ -44,7 +46,8 @@ class RunFolder:
         for folder in (self.checkpoints, self.tensorboard, self.path / "attention"):
             folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
         evaluation = self.path / "evaluation.json", self.path / "predictions.tsv"
-        for file in (self.config, self.metrics, self.curves, *evaluation):
+        tokenizers = self.source_tokenizer, self.source_features, self.target_tokenizer
+        for file in (self.config, self.metrics, self.curves, *tokenizers, *evaluation):
             file.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True)
 
@@ -59,9 +62,14 @@ class RunFolder:
         """The options of the run; raises UserError when the folder holds none."""
         return read_config(self.config)
 
-    def load_tokenizers(self) -> tuple[TextTokenizer, TextTokenizer]:
-        """Source and target tokenizer."""
-        return TextTokenizer.load(self.source_tokenizer), TextTokenizer.load(self.target_tokenizer)
+    def save_tokenizers(self, source: TextTokenizer | Features, target: TextTokenizer) -> None:
+        """Write what turns both sides into numbers."""
+        save_source(source, self)
+        target.save(self.target_tokenizer)
+
+    def load_tokenizers(self) -> tuple[TextTokenizer | Features, TextTokenizer]:
+        """Source and target tokenizer; the reader of features for a run with --model.source_features."""
+        return load_source(self), TextTokenizer.load(self.target_tokenizer)
 
     def load_model(self, name: str = "best", device: str = "cpu") -> Seq2Seq:
         """The model with the weights of checkpoint `name` ("best" or "last") on `device`, in eval mode."""
@@ -88,19 +96,26 @@ def pick_device(name: str) -> torch.device:
 def on_device(model: Seq2Seq, device: torch.device) -> Seq2Seq:
     """The model on `device`, after one step there; raises UserError when its backend cannot run on it."""
     token = torch.full((1, 1), EOS, device=device)
+    features = model.config.source_features
     try:
-        model.to(device)(token, None, token)
+        model.to(device)(torch.zeros(1, 1, features, device=device) if features else token, None, token)
     except RuntimeError as error:
         raise UserError(f"--model.backend {model.config.backend} cannot run on {device}: {error}") from error
     return model
 
 
 def model_options(config: Namespace, source_size: int, target_size: int) -> Seq2SeqConfig:
-    """The options of a model for vocabularies of these sizes; raises UserError when they contradict each other."""
+    """The options of a model for vocabularies of these sizes; raises UserError when they contradict each other.
+
+    `source_size` is the number of features with --model.source_features.
+    """
+    features = config.model.source_features
+    if features is not None and features != source_size:
+        raise UserError(f"model.source_features is {features}, the source of this run has {source_size}")
     try:
         return Seq2SeqConfig(
             **vars(config.model),
-            src_vocab_size=source_size,
+            src_vocab_size=source_size if features is None else None,
             tgt_vocab_size=target_size,
             pad_id=PAD,
             bos_id=BOS,

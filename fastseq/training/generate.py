@@ -13,8 +13,9 @@ from typing import IO, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from fastseq.errors import UserError
-from fastseq.training.data import decoded_lines, encode
+from fastseq.training.data import decoded_lines
 from fastseq.training.decode import decode
+from fastseq.training.features import encode_sources
 from fastseq.training.options import Beams, Count, NewTokens, command_parser, parsed
 from fastseq.training.trained import TrainedModel
 
@@ -24,7 +25,7 @@ def generate_parser() -> ArgumentParser:
     parser = command_parser(
         "generate",
         "Read source lines, write predictions: one line for each, or --n-best lines with their scores "
-        "(prediction<TAB>score). An empty line stays empty.",
+        "(prediction<TAB>score). An empty line stays empty. A run on features reads the lines of a manifest.",
         "echo hello | fastseq generate runs/mine --num-beams 5 --n-best 3",
     )
     parser.add_argument("run", type=str, help="run folder made by `fastseq train`, or a saved model's folder")
@@ -97,7 +98,9 @@ class Generator:
     def __call__(self, group: list[tuple[int, str]]) -> Iterator[str]:
         """The output lines for numbered source lines."""
         filled = [(number, line) for number, line in group if line.strip()]
-        sources, note = encode(self.tokenizers[0], [line for _, line in filled], f"lines {group[0][0]}-{group[-1][0]}")
+        sources, note = encode_sources(
+            self.tokenizers[0], filled, self.options.input, f"lines {group[0][0]}-{group[-1][0]}"
+        )
         if note:
             print(note, file=sys.stderr)
         options = self.options
@@ -113,7 +116,8 @@ class Generator:
             from fastseq.training.evaluate import picture  # needs matplotlib
 
             for row, (number, _) in enumerate(filled):
-                picture(hypotheses[number][0], sources, row, self.tokenizers, self.pictures / f"{number:04d}.png")
+                file = self.pictures / f"{number:04d}.png"
+                picture(hypotheses[number][0], sources, row, self.tokenizers, self.model.config.time_reduction, file)
         for number, _ in group:
             for hypothesis in hypotheses.get(number, []):
                 yield hypothesis.text if options.n_best == 1 else f"{hypothesis.text}\t{hypothesis.score:.4f}"

@@ -1,8 +1,8 @@
-"""Quality of predictions: exact match, sequence and token error rates, BLEU and chrF."""
+"""Quality of predictions: exact match, error rates of sequences, tokens, words and characters, BLEU and chrF."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fastseq.training.tokenizer import TextTokenizer
@@ -11,6 +11,8 @@ LABELS = {
     "sequence_error_rate": "sequence error rate %",
     "token_error_rate": "token error rate %",
     "exact_match": "exact match %",
+    "word_error_rate": "word error rate %",
+    "character_error_rate": "character error rate %",
     "bleu": "BLEU",
     "chrf": "chrF",
     "loss": "loss per token",
@@ -42,7 +44,12 @@ def closest(prediction: Sequence[str], references: Sequence[Sequence[str]]) -> E
 
 
 def score(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: TextTokenizer, *, text: bool = False
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    tokenizer: TextTokenizer,
+    *,
+    text: bool = False,
+    rates: bool = False,
 ) -> dict[str, float]:
     """Compare each prediction with its references (one or more).
 
@@ -52,21 +59,30 @@ def score(
     token_error_rate: 100 * sum of edits / sum of lengths, both over all predictions, against the closest reference and
         that reference's length. Where tokens are phonemes this is the phoneme error rate (PER). Can exceed 100.
     exact_match: 100 - sequence_error_rate.
+    word_error_rate, character_error_rate: with `rates`, as token_error_rate, over the words between white space, and
+        over the characters, with one space between words: WER and CER of speech recognition.
     bleu, chrf: with `text`, corpus BLEU and chrF as computed by sacrebleu with its default settings.
 
     Tokens are what `tokenizer.units` makes of a text: characters, or words between white space.
     """
-    edits = [
-        closest(tokenizer.units(prediction), [tokenizer.units(ref) for ref in refs])
-        for prediction, refs in zip(predictions, references, strict=True)
-    ]
+    edits = _edits(predictions, references, tokenizer.units)
     wrong = 100.0 * sum(e.errors > 0 for e in edits) / len(edits)
-    values = {
-        "sequence_error_rate": wrong,
-        "token_error_rate": 100.0 * sum(e.errors for e in edits) / sum(e.length for e in edits),
-        "exact_match": 100.0 - wrong,
-    }
+    values = {"sequence_error_rate": wrong, "token_error_rate": _rate(edits), "exact_match": 100.0 - wrong}
+    if rates:
+        values["word_error_rate"] = _rate(_edits(predictions, references, str.split))
+        values["character_error_rate"] = _rate(_edits(predictions, references, lambda line: " ".join(line.split())))
     return values | _text_scores(predictions, references) if text else values
+
+
+def _edits(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], units: Callable[[str], Sequence[str]]
+) -> list[Edits]:
+    pairs = zip(predictions, references, strict=True)
+    return [closest(units(prediction), [units(ref) for ref in refs]) for prediction, refs in pairs]
+
+
+def _rate(edits: Sequence[Edits]) -> float:
+    return 100.0 * sum(e.errors for e in edits) / sum(e.length for e in edits)
 
 
 def _text_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -78,9 +94,11 @@ def _text_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]
     return {"bleu": bleu, "chrf": chrf}
 
 
-def monitors(*, text: bool) -> list[str]:
-    """Names of the values measured after each epoch; BLEU and chrF with `text`."""
-    return [f"valid_{name}" for name in LABELS if text or name not in ("bleu", "chrf")]
+def monitors(*, text: bool, rates: bool) -> list[str]:
+    """Names of the values measured after each epoch; BLEU and chrF with `text`, WER and CER with `rates`."""
+    absent = () if text else ("bleu", "chrf")
+    absent += () if rates else ("word_error_rate", "character_error_rate")
+    return [f"valid_{name}" for name in LABELS if name not in absent]
 
 
 def higher_is_better(name: str) -> bool:

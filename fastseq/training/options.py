@@ -19,7 +19,7 @@ from fastseq.training.messages import sentence
 from fastseq.training.tokenizer import RESERVED, Kind
 
 EXAMPLE = "fastseq train --train train.tsv --valid valid.tsv --run_dir runs/mine --trainer.max_epochs 10"
-FROM_DATA = {"src_vocab_size", "tgt_vocab_size", "source_features", "pad_id", "bos_id", "eos_id", "unk_id"}
+FROM_DATA = {"src_vocab_size", "tgt_vocab_size", "pad_id", "bos_id", "eos_id", "unk_id"}
 
 # Every number has an upper limit: past it an allocation fails, an int64 overflows, or a loop never ends.
 Count = restricted_number_type(None, int, [(">=", 1), ("<=", 1_000_000_000)])
@@ -30,6 +30,7 @@ Seed = restricted_number_type(None, int, [(">=", -(1 << 62)), ("<=", 1 << 62)])
 VocabSize = restricted_number_type(None, int, [(">", len(RESERVED)), ("<=", 10_000_000)])
 Decay = restricted_number_type(None, float, [(">=", 0), ("<", 1)])
 Factor = restricted_number_type(None, float, [(">=", 0), ("<=", 1_000_000)])
+Frequency = restricted_number_type(None, float, [(">=", 100), ("<=", 1_000_000)])
 LengthRatio = restricted_number_type(None, float, [(">", 0), ("<=", 1_000_000)])
 
 
@@ -38,7 +39,8 @@ class DataOptions:
     """Reading and batching.
 
     Args:
-        source_tokenizer: characters, white-space separated tokens, or byte-pair encoding trained on the training data.
+        source_tokenizer: characters, white-space separated tokens, or byte-pair encoding trained on the training data;
+            without effect on a source of features (--model.source_features).
         target_tokenizer: the same for the target side.
         vocab_size: largest vocabulary of each tokenizer, the 4 reserved ids included.
         shared_vocabulary: one tokenizer for both sides, as share_all_embeddings needs; both kinds must be equal.
@@ -46,7 +48,9 @@ class DataOptions:
         valid_sentences: sources of the validation file that are decoded after each epoch, spread over the file.
         text_metrics: BLEU and chrF as well.
         max_length_ratio: a prediction has at most this many tokens for each source token, and 10 more; null for one and
-            a half times what the training data needs, at least 2.
+            a half times what the training data needs, and for text at least 2. Features count after --model.frame_stack
+            and --model.pyramid.
+        highest_frequency: of the log-mel spectrogram of audio files, in Hz; at most half their sampling rate.
     """
 
     source_tokenizer: Kind = "char"
@@ -57,6 +61,7 @@ class DataOptions:
     valid_sentences: Count = 1000
     text_metrics: bool = False
     max_length_ratio: LengthRatio | None = None
+    highest_frequency: Frequency = 8000.0
 
 
 @dataclass

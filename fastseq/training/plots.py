@@ -81,6 +81,25 @@ def plot_attention(weights: Tensor, source: Sequence[str], target: Sequence[str]
     _save(figure, png)
 
 
+def plot_attention_over(weights: Tensor, frames: Tensor, target: Sequence[str], reduction: int, png: Path) -> None:
+    """Draw attention weights (T, S') below the features (S, F) that they attend to, over one axis of frames.
+
+    Each of the S' positions of the encoder's output stands for `reduction` frames. Feature 0 is at the bottom.
+    """
+    steps, size = frames.shape
+    reach = reduction * weights.size(1)  # frames, with the padding in the last group
+    figure = _figure(min(4 + 0.03 * steps, 20.0), min(3.5 + 0.2 * len(target), 40.0))
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, max(1.0, 0.12 * len(target))))
+    above.imshow(frames.T.numpy(), cmap="magma", origin="lower", aspect="auto", extent=(0, steps, 0, size))
+    above.set(ylabel="feature")
+    extent = (0, reach, len(target) - 0.5, -0.5)
+    image = below.imshow(weights.numpy(), cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto", extent=extent)
+    below.set_yticks(range(len(target)), _visible(target))
+    below.set(xlabel="frame", ylabel="prediction", xlim=(0, steps))
+    figure.colorbar(image, ax=below, label="attention weight")
+    _save(figure, png)
+
+
 def _save(figure: Figure, png: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, dpi=120, format="png")

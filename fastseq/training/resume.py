@@ -123,7 +123,7 @@ def _callbacks(states: object, trainer: L.Trainer) -> dict[str, Any]:
         state, where = states[key], f"callbacks.{type(callback).__name__}"
         _require(isinstance(state, dict), where)
         if isinstance(callback, BestAndLast):
-            _require(state.get("monitor") in monitors(text=True), f"{where}.monitor")
+            _require(state.get("monitor") in monitors(text=True, rates=True), f"{where}.monitor")
             for name in ("best", "best_epoch"):
                 if _field(state, name, where) is not None:
                     _like(state[name], BEST[name], f"{where}.{name}")

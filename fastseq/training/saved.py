@@ -18,6 +18,7 @@ from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training import generation_config
 from fastseq.training.checkpoint import weighted_model
 from fastseq.training.closed_json import check_values, read_object
+from fastseq.training.features import Features, load_source, save_source
 from fastseq.training.files import refuse_links, write_bytes, write_text
 from fastseq.training.folder import RunFolder, on_device, pick_device
 from fastseq.training.generation_config import read_search
@@ -34,7 +35,8 @@ RESERVED_IDS = {"pad_id": PAD, "bos_id": BOS, "eos_id": EOS, "unk_id": UNK}
 class SavedFolder:
     """Paths below a saved model's folder.
 
-    model.safetensors, config.json, source_tokenizer.json, target_tokenizer.json, generation_config.json, README.md.
+    model.safetensors, config.json, source_tokenizer.json (or source_features.json), target_tokenizer.json,
+    generation_config.json, README.md.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -42,13 +44,14 @@ class SavedFolder:
         self.weights = self.path / "model.safetensors"
         self.config = self.path / "config.json"
         self.source_tokenizer = self.path / "source_tokenizer.json"
+        self.source_features = self.path / "source_features.json"
         self.target_tokenizer = self.path / "target_tokenizer.json"
         self.generation_config = self.path / generation_config.NAME
         self.card = self.path / "README.md"
 
-    def load_tokenizers(self) -> tuple[TextTokenizer, TextTokenizer]:
-        """Source and target tokenizer."""
-        return TextTokenizer.load(self.source_tokenizer), TextTokenizer.load(self.target_tokenizer)
+    def load_tokenizers(self) -> tuple[TextTokenizer | Features, TextTokenizer]:
+        """Source and target tokenizer; the reader of features for a model with source_features."""
+        return load_source(self), TextTokenizer.load(self.target_tokenizer)
 
     def load_config(self) -> tuple[Seq2SeqConfig, Card]:
         """The model's options and the facts of its card; raises UserError for a wrong key, type or value."""
@@ -73,11 +76,11 @@ class SavedFolder:
         """The model on `device`, in eval mode; raises UserError for files that are damaged or do not fit each other."""
         place = pick_device(device)
         config, _ = self.load_config()
-        sizes = config.src_vocab_size, config.tgt_vocab_size
+        sizes = config.src_vocab_size or config.source_features, config.tgt_vocab_size
         vocabularies = tuple(map(len, self.load_tokenizers()))
         if sizes != vocabularies:
             raise UserError(
-                f"{self.config} has vocabularies of {sizes[0]} and {sizes[1]} tokens, the tokenizers beside it have "
+                f"{self.config} has vocabularies of {sizes[0]} and {sizes[1]} tokens, the files beside it have "
                 f"{vocabularies[0]} and {vocabularies[1]}; take all files from one save_pretrained"
             )
         return on_device(weighted_model(config, self._read_weights(config), self.weights), place).eval()
@@ -101,7 +104,7 @@ class SavedFolder:
     def save(
         self,
         model: Seq2Seq,
-        tokenizers: tuple[TextTokenizer, TextTokenizer],
+        tokenizers: tuple[TextTokenizer | Features, TextTokenizer],
         search: dict[str, Any],
         card: Card,
     ) -> None:
@@ -114,8 +117,8 @@ class SavedFolder:
         tied = tied_names(model.config)
         tensors = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n not in tied}
         write_bytes(self.weights, save(tensors, metadata={"format": "pt"}))
-        for tokenizer, path in zip(tokenizers, (self.source_tokenizer, self.target_tokenizer), strict=True):
-            tokenizer.save(path)
+        save_source(tokenizers[0], self)
+        tokenizers[1].save(self.target_tokenizer)
         write_text(self.generation_config, json.dumps(search, indent=2) + "\n")
         write_text(self.card, model_card(card, model.config))
         described = {"model_type": MODEL_TYPE, "fastseq_version": fastseq.__version__} | model.config.to_dict()
@@ -140,7 +143,7 @@ class Loaded(typing.NamedTuple):
     """The content of a run folder or of a saved model's folder."""
 
     model: Seq2Seq
-    tokenizers: tuple[TextTokenizer, TextTokenizer]
+    tokenizers: tuple[TextTokenizer | Features, TextTokenizer]
     search: dict[str, Any]  # options of Seq2Seq.generate
     card: Card
     evaluation: Path | None  # where `fastseq evaluate` leaves its metrics, for the card

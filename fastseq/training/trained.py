@@ -11,6 +11,7 @@ from fastseq.errors import UserError
 from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training.data import Sequences, encode
 from fastseq.training.decode import Hypothesis, decode
+from fastseq.training.features import Features
 from fastseq.training.generation_config import check_search
 from fastseq.training.model_card import Card, measured
 from fastseq.training.saved import SavedFolder, load_folder
@@ -19,13 +20,14 @@ from fastseq.training.tokenizer import TextTokenizer
 
 
 class TrainedModel:
-    """A :class:`fastseq.Seq2Seq` with its tokenizers: text in, text out.
+    """A :class:`fastseq.Seq2Seq` with its tokenizers: text or features in, text out.
 
     Calling it gives the best prediction of each source. Needs the extra ``train``.
 
     Args:
         model: the weights, put into eval mode.
-        source_tokenizer: for the sources; its size is the model's ``src_vocab_size``.
+        source_tokenizer: for the sources; its size is the model's ``src_vocab_size``. For a model on features, the
+            reader of these.
         target_tokenizer: for the targets; its size is the model's ``tgt_vocab_size``.
         generation_config: options of :meth:`fastseq.Seq2Seq.generate` that hold where a call does not say otherwise.
         card: training data, metrics and licence, for the model card.
@@ -37,16 +39,17 @@ class TrainedModel:
     def __init__(
         self,
         model: Seq2Seq,
-        source_tokenizer: TextTokenizer,
+        source_tokenizer: TextTokenizer | Features,
         target_tokenizer: TextTokenizer,
         *,
         generation_config: dict[str, Any] | None = None,
         card: Card | None = None,
     ) -> None:
         sizes, expected = (len(source_tokenizer), len(target_tokenizer)), model.config
-        if sizes != (expected.src_vocab_size, expected.tgt_vocab_size):
+        source_size = expected.src_vocab_size or expected.source_features
+        if sizes != (source_size, expected.tgt_vocab_size):
             raise UserError(
-                f"the tokenizers have {sizes[0]} and {sizes[1]} tokens, the model {expected.src_vocab_size} and "
+                f"the tokenizers have {sizes[0]} and {sizes[1]} tokens, the model {source_size} and "
                 f"{expected.tgt_vocab_size}; give the ones that it was trained with"
             )
         self.model = model.eval()
@@ -117,7 +120,8 @@ class TrainedModel:
         """The ``n_best`` predictions of each source, best first (in sampling: as drawn).
 
         Args:
-            sources: texts, any number; they are sorted and batched here. A tokenizer's unknown token is read as unk.
+            sources: texts, any number; they are sorted and batched here. A tokenizer's unknown token is read as unk. A
+                model on features takes arrays (S, F), or names of files as in a manifest.
             n_best: predictions of each source; default: ``num_return_sequences`` of ``generation_config``, or 1. A
                 beam search is widened to it.
             attention: attention weights (T, S) of each prediction, and with them ``alignment``.
@@ -171,6 +175,8 @@ class TrainedModel:
     def _encode(self, sources: Sequence[str]) -> Sequences:
         if isinstance(sources, str):
             raise TypeError(f"expected a list of texts, got one text; write [{sources[:40]!r}]")
+        if isinstance(self.source_tokenizer, Features):
+            return self.source_tokenizer.read(list(sources), "sources")
         return encode(self.source_tokenizer, list(sources), "sources")[0]
 
     def _with_token_scores(

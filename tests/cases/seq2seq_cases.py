@@ -23,6 +23,13 @@ VARIANTS = {
     "no attention": dict(attention="none", input_feeding=False, bridge="concat", bidirectional=False),
     "features": dict(src_vocab_size=None, source_features=5),
 }
+REDUCED = {
+    "frame stack": dict(src_vocab_size=None, source_features=5, frame_stack=3),
+    "frame stack of tokens, two layers": dict(frame_stack=2, encoder_layers=2, input_feeding=False),
+    "pyramid": dict(src_vocab_size=None, source_features=5, encoder_layers=3, pyramid=True),
+    "pyramid over frame stack": dict(frame_stack=2, encoder_layers=2, pyramid=True, bidirectional=False),
+    "pyramid, concat": dict(encoder_layers=2, decoder_layers=2, pyramid=True, bridge="concat", attention="general"),
+}
 
 
 def make_model(dtype=torch.float64, **options):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from seq2seq_cases import VARIANTS, E, H, make_batch, make_model
+from seq2seq_cases import REDUCED, VARIANTS, E, H, make_batch, make_model
 from torch import nn
 
 import fastseq
@@ -16,13 +16,17 @@ def textbook(model, src, tgt):
     """One sentence: src (S,) or (S, F), tgt (T,) -> logits (T, V), weights (T, S) or None."""
     c, p = model.config, model.state_dict()
     x = p["encoder.embedding.weight"][src] if c.source_features is None else src
-    encoder = nn.LSTM(
-        x.size(1), c.hidden_size // (1 + c.bidirectional), c.encoder_layers, bidirectional=c.bidirectional
-    ).double()
-    encoder.load_state_dict({k.removeprefix("encoder.lstm."): v for k, v in p.items() if k.startswith("encoder.lstm.")})
-    memory, final = encoder(x)
+    memory, finals = joined(x, c.frame_stack), []
+    for number in range(c.encoder_layers if c.pyramid else 1):
+        memory = joined(memory, 2) if number else memory
+        layers, hidden = 1 if c.pyramid else c.encoder_layers, c.hidden_size // (1 + c.bidirectional)
+        encoder = nn.LSTM(memory.size(1), hidden, layers, bidirectional=c.bidirectional).double()
+        prefix = f"encoder.upper.{number - 1}." if number else "encoder.lstm."
+        encoder.load_state_dict({k.removeprefix(prefix): v for k, v in p.items() if k.startswith(prefix)})
+        memory, final = encoder(memory)
+        finals.append(final)
     # (layers, directions, H / directions) -> (layers, H), the directions side by side
-    h, cell = (s.unflatten(0, (c.encoder_layers, -1)).flatten(1) for s in final)
+    h, cell = (torch.cat(s).unflatten(0, (c.encoder_layers, -1)).flatten(1) for s in zip(*finals, strict=True))
     if c.bridge == "zeros":
         h = cell = torch.zeros(c.decoder_layers, H).double()
     if c.bridge == "linear":
@@ -53,6 +57,12 @@ def textbook(model, src, tgt):
     return torch.stack(logits), torch.stack(all_weights) if all_weights else None
 
 
+def joined(x, n):
+    """(S, W) -> (S / n, n W): groups of n rows, the last one filled up with zeros."""
+    groups = [x[i : i + n] for i in range(0, len(x), n)]
+    return torch.stack([torch.cat([*group, *[torch.zeros_like(x[0])] * (n - len(group))]) for group in groups])
+
+
 def textbook_weights(c, p, query, memory):
     p = {k.removeprefix("decoder.attention."): v for k, v in p.items()}
     if c.attention == "dot":
@@ -65,14 +75,15 @@ def textbook_weights(c, p, query, memory):
     return torch.softmax((c.attention_scale or 1.0) * scores, 0)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS | REDUCED)
 def test_forward_is_the_textbook_model_without_padding(variant):
-    model = make_model(**VARIANTS[variant])
+    model = make_model(**(VARIANTS | REDUCED)[variant])
     src, lengths, tgt = make_batch(model)
     out = model(src, lengths, tgt, need_weights=True)
     for b, length in enumerate(lengths.tolist()):
         logits, weights = textbook(model, src[b, :length], tgt[b])
         torch.testing.assert_close(out.logits[b], logits)
+        length = -(-length // model.config.time_reduction)
         if weights is None:
             assert out.attention is None
         else:
@@ -80,9 +91,9 @@ def test_forward_is_the_textbook_model_without_padding(variant):
             assert out.attention[b, :, length:].eq(0).all()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS | REDUCED)
 def test_decode_step_is_forward_at_that_step(variant):
-    model = make_model(**VARIANTS[variant])
+    model = make_model(**(VARIANTS | REDUCED)[variant])
     src, lengths, tgt = make_batch(model)
     out = model(src, lengths, tgt, need_weights=True)
     enc = model.encode(src, lengths)
@@ -94,6 +105,20 @@ def test_decode_step_is_forward_at_that_step(variant):
     torch.testing.assert_close(tuple(state), tuple(out.state))
     assert (state.feed is not None) == model.config.input_feeding
     assert model.decode_step(tgt[:, 0], model.start(enc), enc, need_weights=False)[2] is None
+
+
+@pytest.mark.parametrize("variant", REDUCED)
+def test_padding_of_a_reduced_source_has_no_influence(variant):
+    model = make_model(**REDUCED[variant])
+    src, lengths, tgt = make_batch(model, lengths=(7, 3, 0))
+    expected = model(src, lengths, tgt, need_weights=True)
+    for b, length in enumerate(lengths.tolist()):
+        src[b, length:] = float("nan") if src.is_floating_point() else 9
+    actual = model(src, lengths, tgt, need_weights=True)
+    torch.testing.assert_close(tuple(actual[:2]), tuple(expected[:2]), rtol=0, atol=0)
+    reduced = model.encode(src, lengths)
+    assert reduced.lengths.tolist() == [-(-n // model.config.time_reduction) for n in (7, 3, 0)]
+    assert model.encode(src[:1]).lengths.tolist() == [reduced.memory.size(1)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -24,6 +24,8 @@ LIVE = {
     "encoder_layers": ({}, 2),
     "decoder_layers": ({}, 2),
     "bidirectional": ({}, False),
+    "frame_stack": ({}, 2),
+    "pyramid": (dict(encoder_layers=2), True),
     "attention": ({}, "normed_additive"),
     "attention_size": ({}, 5),
     "attention_scale": ({}, 2.0),
@@ -102,6 +104,9 @@ REFUSED = {
         dict(bridge="zeros", bridge_activation="relu"),
         "bridge_activation has no use with bridge='zeros'",
     ),
+    "pyramid of one layer": (dict(pyramid=True), "encoder_layers is 1; raise it, or use frame_stack"),
+    "long frames": (dict(frame_stack=1025), "more than 1024 positions to one; lower frame_stack"),
+    "high pyramid": (dict(encoder_layers=1000, pyramid=True), "more than 1024 positions to one"),
     "sizes of shared": (
         dict(share_decoder_input_output_embed=True),
         "needs embedding_dim == hidden_size .*got 6 and 8; make",

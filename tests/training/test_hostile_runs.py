@@ -229,7 +229,8 @@ def test_parameter_count(attention):
         {"encoder_layers": 2, "decoder_layers": 3},
         {"bridge": "concat", "bidirectional": False, "share_decoder_input_output_embed": True},
         {"share_all_embeddings": True, "encoder_layers": 3},
-        {"src_vocab_size": None, "source_features": 5, "input_feeding": False},
+        {"src_vocab_size": None, "source_features": 5, "input_feeding": False, "frame_stack": 3},
+        {"encoder_layers": 3, "pyramid": True, "frame_stack": 2},
     ):
         sizes = {"src_vocab_size": 11, "tgt_vocab_size": 11, "embedding_dim": 6, "hidden_size": 6}
         options = Seq2SeqConfig(**sizes | {"attention": attention, "input_feeding": attention != "none"} | change)
