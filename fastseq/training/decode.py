@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -43,6 +44,7 @@ def decode(
     tokenizer: TextTokenizer,
     *,
     num_beams: int = 1,
+    prefix_tokens: Sequence[Sequence[int]] | None = None,
     n_best: int = 1,
     attention: bool = False,
     max_tokens: int = 4096,
@@ -52,7 +54,8 @@ def decode(
     """The `n_best` hypotheses of every source, best first.
 
     `search` holds further options of `Seq2Seq.generate`, such as `max_length_ratio`. A batch has at most `max_tokens`
-    source tokens, padding included, times beams. Raises UserError for search options that `generate` refuses.
+    source tokens, padding included, times beams. `prefix_tokens` are the first tokens of each source's hypotheses.
+    Raises UserError for search options that `generate` refuses.
     """
     device = next(model.parameters()).device
     ascending = sources.lengths.sort(stable=True)
@@ -62,6 +65,8 @@ def decode(
         rows = ascending.indices[start:stop]
         tokens, lengths = sources.padded(rows)
         options = {"num_beams": num_beams, "num_return_sequences": n_best, "output_attentions": attention} | search
+        if prefix_tokens is not None:
+            options["prefix_tokens"] = [prefix_tokens[row] for row in rows.tolist()]
         try:
             output = model.generate(tokens.to(device), lengths.to(device), **options)
         except ValueError as error:
@@ -84,4 +89,8 @@ def _hypotheses(output: GenerateOutput, positions: Tensor, tokenizer: TextTokeni
         weights = output.cross_attentions.float().cpu()  # (B * n_best, longest, S)
         sizes = zip(map(len, rows), positions.tolist(), strict=True)
         attentions = [w[:n, :s] for w, (n, s) in zip(weights, sizes, strict=True)]
-    return [Hypothesis(*fields) for fields in zip(tokenizer.decode(rows), rows, scores, attentions, strict=True)]
+    token_scores: list[list[float] | None] = [None] * len(rows)
+    if output.token_scores is not None:
+        token_scores = [s[:n] for s, n in zip(output.token_scores.tolist(), map(len, rows), strict=True)]
+    fields = zip(tokenizer.decode(rows), rows, scores, attentions, token_scores, strict=True)
+    return [Hypothesis(*values) for values in fields]

@@ -13,16 +13,17 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentParser
 
-from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training import metrics
 from fastseq.training.data import Sequences, group_references, read_pairs
-from fastseq.training.decode import LEAST_LENGTH_RATIO, Hypothesis, decode
+from fastseq.training.decode import LEAST_LENGTH_RATIO, Hypothesis
+from fastseq.training.decoding import Decoding
 from fastseq.training.features import Features, encode_sources
 from fastseq.training.files import refuse_links, write_text
 from fastseq.training.folder import RunFolder
-from fastseq.training.options import Beams, Count, CountOrZero, NewTokens, ReferenceResult, command_parser, parsed
+from fastseq.training.options import Count, CountOrZero, ReferenceResult, command_parser, parsed
 from fastseq.training.plots import plot_attention, plot_attention_over
 from fastseq.training.saved import is_saved
+from fastseq.training.search_options import add_search_options
 from fastseq.training.tokenizer import TextTokenizer
 from fastseq.training.trained import TrainedModel
 
@@ -46,14 +47,9 @@ def evaluate_parser() -> ArgumentParser:
         type=str | None,
         help="folder to write to, default the run folder; one for each setting keeps all results",
     )
-    parser.add_argument("--num_beams", type=Beams | None, help="beam size, 1 for greedy decoding; default: the model's")
+    add_search_options(parser)
     parser.add_argument("--checkpoint", type=Literal["best", "last"] | None, help="weights of a run, default best")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto: cuda where there is one")
-    parser.add_argument(
-        "--max_new_tokens",
-        type=NewTokens | None,
-        help="most tokens of a prediction, in place of the run's data.max_length_ratio",
-    )
     parser.add_argument(
         "--text_metrics",
         type=bool | None,
@@ -67,15 +63,22 @@ def evaluate_parser() -> ArgumentParser:
 
 
 def write_predictions(
-    path: Path, references: dict[str, list[str]], predictions: Sequence[str], tokenizer: TextTokenizer
+    path: Path, references: dict[str, list[str]], predictions: Sequence[Hypothesis], tokenizer: TextTokenizer
 ) -> None:
-    """Write one line for each source: source, prediction, references joined by " | ", and correct as 1 or 0."""
+    """Write one line for each source: source, prediction, references joined by " | ", and correct as 1 or 0.
+
+    With token scores, the score and they are two more columns.
+    """
+    scored = predictions[0].token_scores is not None
     file = io.StringIO()
     writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
-    writer.writerow(["source", "prediction", "references", "correct"])
+    names = ["source", "prediction", "references", "correct"]
+    writer.writerow([*names, "score", "token_scores"] if scored else names)
     for (source, refs), prediction in zip(references.items(), predictions, strict=True):
-        correct = tokenizer.units(prediction) in [tokenizer.units(ref) for ref in refs]
-        writer.writerow([source, prediction, " | ".join(refs), int(correct)])
+        correct = tokenizer.units(prediction.text) in [tokenizer.units(ref) for ref in refs]
+        scores = " ".join(f"{score:.4f}" for score in prediction.token_scores or ())
+        columns = [f"{prediction.score:.4f}", scores] if scored else []
+        writer.writerow([source, prediction.text, " | ".join(refs), int(correct), *columns])
     write_text(path, file.getvalue())
 
 
@@ -113,7 +116,7 @@ def comparison(ours: dict[str, float], published: Sequence[ReferenceResult]) -> 
 
 
 def write_pictures(
-    folder: Path, model: Seq2Seq, sources: Sequences, tokenizers: Tokenizers, options: dict, n: int
+    folder: Path, decoding: Decoding, sources: Sequences, lines: list[str], max_tokens: int, n: int
 ) -> None:
     """Draw the attention for `n` sources spread over the file, in place of the pictures of an earlier evaluation."""
     refuse_links([folder])
@@ -123,9 +126,11 @@ def write_pictures(
         return
     folder.mkdir(parents=True, exist_ok=True)
     rows = (torch.arange(n) + 0.5).mul(len(sources) / n).long()
-    chosen = decode(model, sources.select(rows), tokenizers[1], attention=True, **options)
-    for number, (row, (hypothesis,)) in enumerate(zip(rows.tolist(), chosen, strict=True), start=1):
-        picture(hypothesis, sources, row, tokenizers, model.config.time_reduction, folder / f"{number:04d}.png")
+    chosen = [lines[row] for row in rows.tolist()]
+    found = decoding(sources.select(rows), chosen, rows.tolist(), attention=True, max_tokens=max_tokens)
+    reduction = decoding.model.config.time_reduction
+    for number, (row, (hypothesis,)) in enumerate(zip(rows.tolist(), found, strict=True), start=1):
+        picture(hypothesis, sources, row, decoding.tokenizers, reduction, folder / f"{number:04d}.png")
 
 
 def cut_off_note(cut_off: int, search: dict[str, Any]) -> str:
@@ -142,16 +147,15 @@ def main(argv: list[str] | None = None) -> None:
     references = group_references(pairs)
     trained = TrainedModel.from_pretrained(options.run, checkpoint=options.checkpoint, device=options.device)
     config = None if is_saved(options.run) else RunFolder(options.run).load_config()
-    model, tokenizers = trained.model, (trained.source_tokenizer, trained.target_tokenizer)
+    decoding, lines = Decoding(options, trained, n_best=1), list(references)
+    decoding.check_number(len(lines))
+    tokenizers = decoding.tokenizers
     numbers = {source: number for number, source in reversed(list(enumerate(pairs.sources, start=1)))}
-    lines = [(numbers[source], source) for source in references]
-    sources, note = encode_sources(tokenizers[0], lines, options.data)
+    sources, note = encode_sources(tokenizers[0], [(numbers[line], line) for line in lines], options.data)
     if note:
         print(note)
-    given = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
-    decoding = trained.search({name: value for name, value in given.items() if value is not None}, n_best=1)
-    decoding["max_tokens"] = options.max_tokens
-    best = [h for (h,) in decode(model, sources, tokenizers[1], progress=sys.stderr.isatty(), **decoding)]
+    batching = {"max_tokens": options.max_tokens, "progress": sys.stderr.isatty()}
+    best = [hypothesis for (hypothesis,) in decoding(sources, lines, range(len(lines)), **batching)]
     text = options.text_metrics
     if text is None:
         text = (config is not None and config.data.text_metrics) or tokenizers[1].kind == "bpe"
@@ -161,19 +165,19 @@ def main(argv: list[str] | None = None) -> None:
 
     output = Path(options.output or options.run)
     output.mkdir(parents=True, exist_ok=True)
-    write_predictions(output / "predictions.tsv", references, predictions, tokenizers[1])
-    beams, checkpoint = int(decoding.get("num_beams", 1)), options.checkpoint or "best"
+    write_predictions(output / "predictions.tsv", references, best, tokenizers[1])
+    beams, checkpoint = int(decoding.search.get("num_beams", 1)), options.checkpoint or "best"
     facts = {"data": options.data, "sources": len(references), "num_beams": beams}
     cut_off = sum(hypothesis.cut_off for hypothesis in best)
-    facts |= {"checkpoint": checkpoint, "cut_off": cut_off}
+    facts |= {"checkpoint": checkpoint, "cut_off": cut_off, "search": decoding.facts()}
     write_text(output / "evaluation.json", json.dumps(facts | values, indent=2) + "\n")
-    pictures = 0 if model.config.attention == "none" else min(options.pictures, len(references))
-    write_pictures(output / "attention", model, sources, tokenizers, decoding, pictures)
+    pictures = 0 if trained.model.config.attention == "none" else min(options.pictures, len(references))
+    write_pictures(output / "attention", decoding, sources, lines, options.max_tokens, pictures)
 
     print(f"{options.data}: {len(references):,} sources, checkpoint {checkpoint}, {beams} beam(s)")
     print(metrics.table(values))
     if cut_off:
-        print(cut_off_note(cut_off, decoding))
+        print(cut_off_note(cut_off, decoding.search))
     if config is not None and config.reference_results:
         print("\n" + comparison(values, config.reference_results))
     written = f"predictions: {output / 'predictions.tsv'}"

@@ -14,9 +14,12 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fastseq.errors import UserError
 from fastseq.training.data import decoded_lines
-from fastseq.training.decode import decode
+from fastseq.training.decode import Hypothesis
+from fastseq.training.decoding import Decoding
 from fastseq.training.features import encode_sources
-from fastseq.training.options import Beams, Count, NewTokens, command_parser, parsed
+from fastseq.training.options import Beams, Count, command_parser, parsed
+from fastseq.training.search_options import add_search_options
+from fastseq.training.tokenizer import EOS
 from fastseq.training.trained import TrainedModel
 
 
@@ -25,19 +28,23 @@ def generate_parser() -> ArgumentParser:
     parser = command_parser(
         "generate",
         "Read source lines, write predictions: one line for each, or --n-best lines with their scores "
-        "(prediction<TAB>score). An empty line stays empty. A run on features reads the lines of a manifest.",
+        "(prediction<TAB>score). --output-scores adds the log-probability of each token, --output-attentions the "
+        "alignment, as further columns. An empty line stays empty. A run on features reads the lines of a manifest.",
         "echo hello | fastseq generate runs/mine --num-beams 5 --n-best 3",
     )
     parser.add_argument("run", type=str, help="run folder made by `fastseq train`, or a saved model's folder")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--input", type=str, default="-", help="file of source lines, - for standard input")
     parser.add_argument("--output", type=str, default="-", help="file to write, - for standard output")
-    parser.add_argument("--num_beams", type=Beams | None, help="beam size, 1 for greedy decoding; default: the model's")
-    parser.add_argument("--n_best", type=Beams, default=1, help="predictions for each line, at most --num_beams")
     parser.add_argument(
-        "--max_new_tokens",
-        type=NewTokens | None,
-        help="most tokens of a prediction, in place of the run's data.max_length_ratio",
+        "--n_best", "--num_return_sequences", type=Beams, default=1, help="predictions for each line, with scores"
+    )
+    add_search_options(parser)
+    parser.add_argument(
+        "--output_attentions",
+        type=bool,
+        default=False,
+        help="the alignment as well: target-source pairs of token numbers from 0, by the largest attention",
     )
     parser.add_argument("--plot_attention", type=str | None, help="folder for a heat map of each line (NUMBER.png)")
     parser.add_argument("--checkpoint", type=Literal["best", "last"] | None, help="weights of a run, default best")
@@ -48,7 +55,7 @@ def generate_parser() -> ArgumentParser:
 
 def check_beams(options: Namespace) -> Namespace:
     """The options; raises UserError for a beam that is smaller than `--n-best`."""
-    if options.num_beams is not None and options.n_best > options.num_beams:
+    if options.num_beams is not None and not options.do_sample and options.n_best > options.num_beams:
         raise UserError(
             f"--n-best {options.n_best} needs a beam of at least that size, got --num-beams {options.num_beams}; "
             f"give --num-beams {options.n_best} or leave it out"
@@ -85,14 +92,15 @@ class Generator:
     def __init__(self, options: Namespace) -> None:
         trained = TrainedModel.from_pretrained(options.run, checkpoint=options.checkpoint, device=options.device)
         self.options = options
-        self.model, self.tokenizers = trained.model, (trained.source_tokenizer, trained.target_tokenizer)
-        given = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
-        given = {name: value for name, value in given.items() if value is not None}
-        self.decoding = trained.search(given, n_best=options.n_best)
+        self.decoding = Decoding(options, trained, options.n_best)
+        self.tokenizers = self.decoding.tokenizers
         self.pictures = Path(options.plot_attention) if options.plot_attention else None
+        wanted = {"--plot-attention": self.pictures is not None, "--output-attentions": options.output_attentions}
+        self.attention = any(wanted.values())
+        if self.attention and trained.model.config.attention == "none":
+            name = next(name for name, value in wanted.items() if value)
+            raise UserError(f"{name} has nothing to show: the model has attention none; leave it out")
         if self.pictures is not None:
-            if self.model.config.attention == "none":
-                raise UserError("--plot-attention has nothing to draw: the model has attention none; leave it out")
             self.pictures.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, group: list[tuple[int, str]]) -> Iterator[str]:
@@ -103,26 +111,37 @@ class Generator:
         )
         if note:
             print(note, file=sys.stderr)
-        options = self.options
-        found = decode(
-            self.model,
-            sources,
-            self.tokenizers[1],
-            attention=self.pictures is not None,
-            **self.decoding,
-        )
+        lines, rows = [line for _, line in filled], [number - 1 for number, _ in filled]
+        found = self.decoding(sources, lines, rows, attention=self.attention)
         hypotheses = {number: best for (number, _), best in zip(filled, found, strict=True)}
         if self.pictures is not None:
             from fastseq.training.evaluate import picture  # needs matplotlib
 
             for row, (number, _) in enumerate(filled):
                 file = self.pictures / f"{number:04d}.png"
-                picture(hypotheses[number][0], sources, row, self.tokenizers, self.model.config.time_reduction, file)
+                picture(
+                    hypotheses[number][0],
+                    sources,
+                    row,
+                    self.tokenizers,
+                    self.decoding.model.config.time_reduction,
+                    file,
+                )
         for number, _ in group:
             for hypothesis in hypotheses.get(number, []):
-                yield hypothesis.text if options.n_best == 1 else f"{hypothesis.text}\t{hypothesis.score:.4f}"
+                yield "\t".join(self._columns(hypothesis))
             if number not in hypotheses:
-                yield from [""] * options.n_best
+                yield from [""] * self.options.n_best
+
+    def _columns(self, hypothesis: Hypothesis) -> Iterator[str]:
+        yield hypothesis.text
+        if self.options.n_best > 1 or self.options.output_scores:
+            yield f"{hypothesis.score:.4f}"
+        if self.options.output_scores:
+            yield " ".join(f"{score:.4f}" for score in hypothesis.token_scores)
+        if self.options.output_attentions:
+            pairs = zip(hypothesis.ids, hypothesis.alignment, strict=True)
+            yield " ".join(f"{source}-{place}" for place, (token, source) in enumerate(pairs) if token != EOS)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -133,7 +152,10 @@ def main(argv: list[str] | None = None) -> None:
         opened(options.input, "rb", getattr(sys.stdin, "buffer", None)) as source,
         opened(options.output, "w", sys.stdout) as destination,
     ):
+        number = 0
         for group in in_groups(decoded_lines(source, options.input), options.batch_lines):
+            number = group[-1][0]
             for line in generator(group):
                 print(line, file=destination)
             destination.flush()
+        generator.decoding.check_number(number)

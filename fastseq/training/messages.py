@@ -20,6 +20,8 @@ _REWRITES = (
     (r"Expected a typing\.Literal\[(.*?)\]\. Got value: ", r"expected one of \1; got "),
     (r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1; got "),
     (r"Expected a <class '(\w+)'>", r"expected \1"),
+    (r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1"),
+    (r"(expected [^;]*?) - expected ", r"\1 or "),
     (r"Not of type [\w-]+: invalid literal for (\w+)\(\) with base 10: ", r"expected \1; got "),
     (r"Not of type [\w-]+: could not convert string to float: ", "expected float; got "),
     (r"Not of type [\w-]+: (Exceeds the limit)", r"\1"),

@@ -99,6 +99,19 @@ class TextTokenizer:
         """Name of each id, for the axes of a picture."""
         return [self._tokenizer.id_to_token(token) for token in ids]
 
+    def pieces(self, lines: Sequence[str]) -> list[list[str]]:
+        """The text of each token of each line, as it stands in the line; unknown tokens keep theirs."""
+        encodings = self._tokenizer.encode_batch(list(lines), add_special_tokens=False)
+        return [
+            [line[start:stop].strip() or line[start:stop] for start, stop in encoding.offsets]
+            for line, encoding in zip(lines, encodings, strict=True)
+        ]
+
+    def join(self, tokens: Sequence[str]) -> str:
+        """The text of tokens given by name."""
+        decoder = self._tokenizer.decoder
+        return " ".join(tokens) if decoder is None else decoder.decode(list(tokens))
+
     def units(self, text: str) -> list[str]:
         """The tokens of the token error rate: characters for "char", else white-space separated words."""
         return list(text) if self.kind == "char" else text.split()

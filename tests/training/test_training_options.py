@@ -235,7 +235,7 @@ def test_ctrl_c_while_decoding(barely_trained, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("fastseq.training.evaluate.decode", interrupted)
+    monkeypatch.setattr("fastseq.training.decoding.decode", interrupted)
     assert stopped("evaluate", barely_trained, *TEST, "--output", tmp_path) == 130
 
 

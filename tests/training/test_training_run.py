@@ -1,6 +1,5 @@
 """The commands train, evaluate and generate on the toy corpus, end to end."""
 
-import importlib
 import io
 import json
 import os
@@ -14,7 +13,7 @@ import yaml
 from toy_runs import SMALL, TOY, refused, rows, train
 
 from fastseq.cli import main
-from fastseq.training import fit
+from fastseq.training import decoding, fit
 from fastseq.training.batching import TokenBatches
 from fastseq.training.decode import decode
 from fastseq.training.fit import cores
@@ -86,14 +85,13 @@ def test_evaluate_writes_its_files(trained, tmp_path, capsys, beams):
 
 @pytest.mark.parametrize(("command", "files"), [("evaluate", ("--data", str(TOY / "test.tsv"))), ("generate", ())])
 def test_beams_reach_the_decoder(trained, tmp_path, monkeypatch, command, files):
-    module = importlib.import_module(f"fastseq.training.{command}")
     beams = []
 
     def spy(*args, num_beams, **options):
         beams.append(num_beams)
         return decode(*args, num_beams=num_beams, **options)
 
-    monkeypatch.setattr(module, "decode", spy)
+    monkeypatch.setattr(decoding, "decode", spy)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc\n")))
     main([command, str(shutil.copytree(trained, tmp_path / "run")), *files, "--num-beams", "4"])
     assert set(beams) == {4}
