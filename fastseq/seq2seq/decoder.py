@@ -66,6 +66,8 @@ class Decoder(nn.Module):
             dropout=config.dropout if config.decoder_layers > 1 else 0.0,
             backend=config.backend,
         )
+        if config.freeze_bias_hh:
+            self.lstm.freeze_bias_hh()
         self.attention = None
         if config.attention != "none":
             options = dict(score=config.attention, attention_size=config.attention_size, scale=config.attention_scale)

@@ -80,7 +80,7 @@ class Encoder(nn.Module):
 
 
 def _lstm(config: Seq2SeqConfig, input_size: int, layers: int) -> LSTM:
-    return LSTM(
+    lstm = LSTM(
         input_size,
         config.hidden_size // (2 if config.bidirectional else 1),
         num_layers=layers,
@@ -89,6 +89,7 @@ def _lstm(config: Seq2SeqConfig, input_size: int, layers: int) -> LSTM:
         bidirectional=config.bidirectional,
         backend=config.backend,
     )
+    return lstm.freeze_bias_hh() if config.freeze_bias_hh else lstm
 
 
 def stacked(x: Tensor, lengths: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:

@@ -104,11 +104,17 @@ class Sequences:
 
 
 def encode(tokenizer: TextTokenizer, lines: Sequence[str], name: str) -> tuple[Sequences, str | None]:
-    """Token ids of `lines`, each closed by eos, and a sentence about unknown tokens (None if there are none)."""
+    """Token ids of `lines`, each closed by eos, and a sentence about unknown tokens (None if there are none).
+
+    Raises UserError for an empty line where the tokenizer is not closed: the model never read an empty source.
+    """
     rows = tokenizer.encode(lines)
+    if not tokenizer.closed and [] in rows:
+        raise UserError(f"{name}: line {rows.index([]) + 1} is empty; this model was trained without an end of source")
     unknown = sum(row.count(UNK) for row in rows)
     note = None
     if unknown:
         tokens = sum(map(len, rows))
         note = f"{name}: {unknown:,} of {tokens:,} tokens are not in the vocabulary and are read as <unk>"
-    return Sequences([*row, EOS] for row in rows), note
+    end = (EOS,) if tokenizer.closed else ()
+    return Sequences([*row, *end] for row in rows), note

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from fastseq.errors import UserError
 from fastseq.training.files import read_text, write_text
@@ -18,6 +18,7 @@ Kind = Literal["char", "whitespace", "bpe"]
 PAD, BOS, EOS, UNK = range(4)
 RESERVED = ("<pad>", "<bos>", "<eos>", "<unk>")
 MAX_BYTES = 256 << 20  # of a tokenizer's file
+MAX_PADDING = 1 << 16  # tokens to which `encode` fills a text up
 _RESERVED_WORD = re.compile("|".join(RESERVED))
 
 
@@ -45,6 +46,33 @@ class TextTokenizer:
     def __init__(self, kind: Kind, tokenizer: Tokenizer) -> None:
         self.kind = kind
         self._tokenizer = tokenizer
+
+    @property
+    def closed(self) -> bool:
+        """True if the model reads eos after a source; False for ports of models that were trained without."""
+        return self._tokenizer.post_processor is None
+
+    @classmethod
+    def of_words(
+        cls, kind: Kind, words: Sequence[str], *, closed: bool = True, padding: tuple[int, str] | None = None
+    ) -> Self:
+        """A tokenizer with these tokens, for ports: they get the ids from 4 on, in their order.
+
+        Args:
+            kind: "char" or "whitespace".
+            words: the tokens, without the reserved ones.
+            closed: see the property.
+            padding: (length, token): `encode` fills each shorter text up, for models that read the padding.
+        """
+        tokenizer = _untrained(kind)
+        vocabulary = {word: i for i, word in enumerate((*RESERVED, *words))}
+        tokenizer.model = models.WordLevel(vocabulary, unk_token=RESERVED[UNK])
+        _reserve(tokenizer)
+        if not closed:
+            tokenizer.post_processor = _open()
+        if padding is not None:
+            _pad(tokenizer, *padding)
+        return cls(kind, tokenizer)
 
     @classmethod
     def train(cls, kind: Kind, lines: Iterable[str], vocab_size: int) -> Self:
@@ -84,6 +112,9 @@ class TextTokenizer:
     def encode(self, lines: Sequence[str]) -> list[list[int]]:
         """Token ids of each line, without bos and eos; tokens outside the vocabulary become unk."""
         encodings = self._tokenizer.encode_batch(list(lines), add_special_tokens=False)
+        if self._tokenizer.padding is not None:
+            rows = (zip(encoding.ids, encoding.attention_mask, strict=True) for encoding in encodings)
+            return [[token if token > UNK or not text else UNK for token, text in row] for row in rows]
         return [[token if token > UNK else UNK for token in encoding.ids] for encoding in encodings]
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -128,6 +159,12 @@ def _rebuilt(kind: Kind, stored: dict) -> Tokenizer:
     Nothing else of the file is used: a regular expression or a normalizer of a stranger never runs.
     """
     tokenizer = _untrained(kind)
+    if stored["post_processor"] is not None:
+        tokenizer.post_processor = _open()
+    if stored["padding"] is not None:
+        _pad(
+            tokenizer, stored["padding"]["strategy"]["Fixed"], stored["padding"]["pad_token"], stored["model"]["vocab"]
+        )
     expected = json.loads(tokenizer.to_str())
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding"):
         if not _agree(stored[name], expected[name]):
@@ -146,8 +183,25 @@ def _rebuilt(kind: Kind, stored: dict) -> Tokenizer:
         tokenizer.model = models.BPE(vocabulary, [tuple(pair) for pair in model["merges"]], unk_token=RESERVED[UNK])
     else:
         tokenizer.model = models.WordLevel(vocabulary, unk_token=RESERVED[UNK])
-    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in RESERVED])
+    _reserve(tokenizer)
     return tokenizer
+
+
+def _reserve(tokenizer: Tokenizer) -> None:
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in RESERVED])
+
+
+def _open() -> processors.TemplateProcessing:
+    """The mark of a tokenizer that is not closed: a text is its tokens alone."""
+    return processors.TemplateProcessing(single="$A", special_tokens=[])
+
+
+def _pad(tokenizer: Tokenizer, length: int, token: str, vocabulary: dict[str, int] | None = None) -> None:
+    """Let the tokenizer fill texts up to ``length`` tokens; raises ValueError for another length or token."""
+    identity = tokenizer.token_to_id(token) if vocabulary is None else vocabulary.get(token)
+    if type(length) is not int or not 1 <= length <= MAX_PADDING or type(identity) is not int:
+        raise ValueError(f"padding to {length!r} with {token!r}; expected 1 to {MAX_PADDING} and a known token")
+    tokenizer.enable_padding(length=length, pad_id=identity, pad_token=token)
 
 
 def _agree(stored: object, expected: object) -> bool:

@@ -37,6 +37,7 @@ LIVE = {
     "output_dropout": (dict(dropout=0.0), 0.5),
     "share_all_embeddings": (dict(src_vocab_size=TGT_VOCAB, embedding_dim=H), True),
     "share_decoder_input_output_embed": (dict(embedding_dim=H), True),
+    "freeze_bias_hh": ({}, True),
     "pad_id": ({}, 10),
     "bos_id": ({}, 10),
     "eos_id": ({}, 10),
@@ -64,7 +65,8 @@ def trace_of(options):
         decoded = torch.cat(
             [model.generate(src, lengths, max_new_tokens=12, generate_unk=u).sequences for u in (0, 1)], 1
         )
-        return len(list(model.parameters())), shapes, logits.tolist(), decoded.tolist()
+        trained = [p.requires_grad for p in model.parameters()]
+        return trained, shapes, logits.tolist(), decoded.tolist()
     except (ValueError, RuntimeError) as error:
         return str(error)
 

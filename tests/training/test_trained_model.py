@@ -255,7 +255,15 @@ def test_every_field_of_the_configuration(saved):
     """A value of a wrong type or size is refused, or is one that the option may have."""
     path = saved / "config.json"
     stored = json.loads(path.read_text())
-    free = {"fastseq_version", "card", "embed_dropout", "output_dropout", "attention_scale", "attention_size"}
+    free = {
+        "freeze_bias_hh",
+        "fastseq_version",
+        "card",
+        "embed_dropout",
+        "output_dropout",
+        "attention_scale",
+        "attention_size",
+    }
     for name, right in stored.items():
         for wrong in (*WRONG, "missing"):
             path.write_text(json.dumps({n: v for n, v in (stored | {name: wrong}).items() if v != "missing"}))
