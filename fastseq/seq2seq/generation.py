@@ -11,7 +11,7 @@ optional:
 * ``index_select(rows)`` on the encoder output: then sentences that are done leave the batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -47,6 +47,7 @@ def generate(
     prefix_tokens: Tensor | Sequence[Sequence[int]] | None = None,
     output_scores: bool = False,
     output_attentions: bool = False,
+    logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> GenerateOutput:
     """Decode each source: greedily (default), by beam search (``num_beams > 1``) or by sampling (``do_sample=True``).
@@ -86,11 +87,17 @@ def generate(
             Empty for a sentence: none. They are part of the sequence and of its score, and may be forbidden tokens.
         output_scores: return the log-probability of each token too.
         output_attentions: return the attention weights too.
+        logits_processor: changes the scores of the next tokens: a ``transformers.LogitsProcessorList``, or any function
+            of input_ids (N, T), bos and the tokens so far, and scores (N, V) that returns scores (N, V). As in Hugging
+            Face the scores are logits in greedy decoding and sampling, which apply temperature, top-k and top-p after
+            it, and log-probabilities in beam search, which ranks by the ones returned. N = B * K rows, the K of a
+            sentence side by side; all B sentences stay until the last is done. Slower: no fused kernel serves it.
         generator: source of random numbers for sampling, on the device of ``src``; default: torch's own.
 
     Returns:
         GenerateOutput. Scores are log-probabilities under the model itself in every mode: temperature, top-k, top-p,
-        prefixes and forbidden tokens change the choice of tokens, not the score of a sequence.
+        prefixes and forbidden tokens change the choice of tokens, not the score of a sequence. Only in beam search with
+        a ``logits_processor`` they are the scores that it returned.
 
     Raises:
         ValueError: an option out of its range, options that exclude each other, an empty batch, a prefix that holds
@@ -118,6 +125,7 @@ def generate(
         output_scores=output_scores,
         output_attentions=output_attentions,
         generator=generator,
+        logits_processor=logits_processor,
     )
     check(options)
     if src.shape[0] == 0:

@@ -1,8 +1,10 @@
 """The options of one ``generate`` call, and the sentences for bad ones."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 MINUS_INFINITY = float("-inf")
 LENGTH_PENALTY_TYPES = ("avg", "wu", "none")
@@ -32,6 +34,7 @@ class Options(NamedTuple):
     output_scores: bool
     output_attentions: bool
     generator: torch.Generator | None
+    logits_processor: Callable[[Tensor, Tensor], Tensor] | None
 
 
 def check(o: Options) -> None:
@@ -43,6 +46,10 @@ def check(o: Options) -> None:
     types = ", ".join(LENGTH_PENALTY_TYPES)
     requirements = [
         (o.num_beams >= 1, f"num_beams must be at least 1 (got {o.num_beams})"),
+        (
+            o.logits_processor is None or callable(o.logits_processor),
+            f"logits_processor must be callable, (input_ids, scores) -> scores (got {type(o.logits_processor)})",
+        ),
         (o.num_return_sequences >= 1, f"num_return_sequences must be at least 1 (got {o.num_return_sequences})"),
         (limit >= 1, f"max_new_tokens must be at least 1, or None for the default (got {o.max_new_tokens})"),
         (0 <= o.max_length_ratio < infinity, f"max_length_ratio must be finite and >= 0 (got {o.max_length_ratio})"),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastseq.ops.candidates.api import Candidates
 from fastseq.seq2seq.options import MINUS_INFINITY
+from fastseq.seq2seq.sampling import log_probs_of
 
 
 class Prefix(NamedTuple):
@@ -66,11 +67,6 @@ def _check_ids(tokens: Tensor, lengths: Tensor, config: Any) -> None:
             raise ValueError(f"generate: prefix_tokens[{int(where.any(1).nonzero()[0, 0])}] holds {problem}.")
 
 
-def forced_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The log-probabilities (N, 1) of tokens (N, 1) under logits (N, V), in float32 at least."""
-    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).gather(1, tokens)
-
-
 def force_candidates(best: Candidates, logits: Tensor, scores: Tensor | None, prefix: Prefix, step: int) -> Candidates:
     """``best`` (b, C), where a sentence whose token is forced has that one candidate, of its first beam.
 
@@ -78,7 +74,7 @@ def force_candidates(best: Candidates, logits: Tensor, scores: Tensor | None, pr
     sentence have the total -inf, so that its other beams stay free.
     """
     forced, tokens = prefix.at(step)  # (b, 1)
-    first = forced_log_probs(logits.unflatten(0, (len(tokens), -1))[:, 0], tokens)  # (b, 1)
+    first = log_probs_of(logits.unflatten(0, (len(tokens), -1))[:, 0], tokens)  # (b, 1)
     if scores is not None:
         first = first + scores[:, :1]
     totals = torch.cat([first, torch.full_like(best.totals[:, 1:], MINUS_INFINITY)], 1)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastseq.ops.candidates.api import candidates
 from fastseq.seq2seq.options import MINUS_INFINITY, Options
-from fastseq.seq2seq.prefix import Prefix, force_candidates, forced_log_probs
-from fastseq.seq2seq.sampling import choose
+from fastseq.seq2seq.prefix import Prefix, force_candidates
+from fastseq.seq2seq.sampling import choose, log_probs_of, processed_candidates
 
 STEPS_BETWEEN_CHECKS = 8  # on a GPU the check "how many sentences are done" synchronises; on the CPU every step checks
 DONE_BEFORE_LEAVING = 0.25  # of the sentences: fewer stay in the batch, since selecting the others copies their sources
@@ -49,7 +49,8 @@ class Batch:
         self.sentences = torch.arange(len(limits), device=limits.device)
         self.done = limits.new_zeros(len(limits), 1, dtype=torch.bool)
         self.ends = set(limits.tolist())  # steps at which a sentence reaches its limit
-        self.history = limits[:, None][:, :0]  # (N, T), T > step, kept for n-gram blocking only
+        self.history = limits[:, None][:, :0]  # (N, T), T > step, kept where keeps_history
+        self.keeps_history = bool(options.no_repeat_ngram_size) or options.logits_processor is not None
         self.always = self.at_first = limits.new_tensor(options.forbidden_ids)
         if options.min_new_tokens:
             self.at_first = limits.new_tensor((*options.forbidden_ids, options.eos_id))
@@ -87,13 +88,20 @@ class Batch:
         repeats = _repeats(self.history[:, :step], size)
         return torch.cat([fixed.expand(len(repeats), -1), repeats], 1)
 
+    def input_ids(self, step: int) -> Tensor | None:
+        """(N, 1 + step) bos and the tokens so far, for logits processors; None without them."""
+        if self.options.logits_processor is None:
+            return None
+        bos = self.limits.new_full((len(self) * self.rows, 1), self.options.bos_id)
+        return torch.cat([bos, self.history[:, :step]], 1)
+
     def is_forced(self, step: int) -> bool:
         """True if the token of this step is given for a sentence."""
         return self.prefix is not None and step < self.prefix.tokens.shape[1]
 
     def append(self, tokens: Tensor, step: int) -> None:
         """Remember tokens (N,), the ones of this step."""
-        if self.options.no_repeat_ngram_size:
+        if self.keeps_history:
             self.history = _with_room(self.history, step, self.options.pad_id)
             self.history[:, step] = tokens
 
@@ -119,6 +127,7 @@ class Batch:
         """The places (0..b-1) of the sentences that are not done; None while too few are done to let them leave."""
         number = _number_done(self.done, step)
         leave = number >= DONE_BEFORE_LEAVING * len(self) and hasattr(self.enc, "index_select")
+        leave = leave and self.options.logits_processor is None  # a processor may count on the rows of all sentences
         return (~self.done.all(1)).nonzero()[:, 0] if number == len(self) or (number and leave) else None
 
     def keep(self, places: Tensor) -> None:
@@ -132,7 +141,7 @@ class Batch:
     def select(self, rows: Tensor) -> None:
         """Let the decoder go on with ``rows`` (M,) of its state, in that order, repeats allowed."""
         self.state = self.state.index_select(rows)
-        if self.options.no_repeat_ngram_size:
+        if self.keeps_history:
             self.history = self.history.index_select(0, rows)
 
 
@@ -179,10 +188,10 @@ def decode_rows(model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | Non
     steps, parts = [], []  # parts: row numbers and steps between two changes of the batch
     for step in range(max(batch.ends)):
         logits, attention = batch.advance(tokens)
-        log_probs, chosen = choose(logits, batch.forbidden(step), options)
+        log_probs, chosen = choose(logits, batch.forbidden(step), options, batch.input_ids(step))
         if batch.is_forced(step):
             forced, given = batch.prefix.at(step, batch.rows)
-            log_probs, chosen = forced_log_probs(logits, given).where(forced, log_probs), given.where(forced, chosen)
+            log_probs, chosen = log_probs_of(logits, given).where(forced, log_probs), given.where(forced, chosen)
         tokens = chosen.view(-1)
         steps.append(_Chosen(chosen, log_probs, attention))
         batch.append(tokens, step)
@@ -264,18 +273,27 @@ class _Pool(NamedTuple):
 def beam_search(model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | None, options: Options) -> GenerateOutput:
     """Beam search over all sentences at once; limits (B,). A sentence that is done keeps its pool from then on.
 
-    Before the first step the beams of a sentence are equal, so that step runs one row a sentence.
+    Before the first step the beams of a sentence are equal, so that step runs one row a sentence, unless there are
+    logits processors.
     """
     batch, beams = Batch(model, enc, limits, prefix, options), options.num_beams
     tokens, scores, steps = limits.new_full((len(limits),), options.bos_id), None, []
     coverage = None  # (b, K, S) attention that the beams have spent
+    if options.logits_processor is not None:  # a processor sees all beams from the first step on
+        tokens, scores = tokens.repeat_interleave(beams), tokens.new_zeros(len(batch), beams).float()
+        scores[:, 1:] = MINUS_INFINITY
+        batch.select(batch.sentences.repeat_interleave(beams))
+        batch.widen(beams)
     free = limits.new_zeros(len(limits), beams)
     pool = _Pool(free.float() + MINUS_INFINITY, free, free)
     pools, places = [], None  # pools: numbers and pools of the sentences that have left, and at the end of all others
     for step in range(max(batch.ends)):
         logits, attention = batch.advance(tokens)
-        limits_of_step = {"forbidden": batch.forbidden(step), "last_resort": options.eos_id}
-        best = candidates(logits, 2 * beams, scores, **limits_of_step)  # (b, 2K)
+        if options.logits_processor is not None:
+            best = processed_candidates(logits, scores, batch.forbidden(step), options, batch.input_ids(step))
+        else:
+            limits_of_step = {"forbidden": batch.forbidden(step), "last_resort": options.eos_id}
+            best = candidates(logits, 2 * beams, scores, **limits_of_step)  # (b, 2K)
         if batch.is_forced(step):
             best = force_candidates(best, logits, scores, batch.prefix, step)
         is_eos, at_limit = best.tokens == options.eos_id, batch.at_limit(step)
@@ -309,7 +327,7 @@ def beam_search(model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | Non
             pool, places = pool.index_select(rest), torch.zeros_like(limits)
             places[batch.sentences] = torch.arange(len(batch), device=limits.device)
         batch.select(rows.flatten())
-        if step == 0:
+        if batch.rows < beams:
             batch.widen(beams)
         tokens = next_tokens.flatten()
         batch.append(tokens, step)

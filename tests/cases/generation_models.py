@@ -146,14 +146,14 @@ def all_sequences(model, src, src_lengths, limit, prefix=(), total=0.0):
                 yield from all_sequences(model, src, src_lengths, limit, sequence, total + log_prob)
 
 
-def slow_beam_search(model, src, src_lengths, limit, beams, penalty, early_stopping, grows):
+def slow_beam_search(model, src, src_lengths, limit, beams, penalty, early_stopping, grows, following=next_log_probs):
     """One sentence, Python lists: [(score, sequence)], best first. penalty(length) grows with it, or not."""
     running, finished = [(0.0, [])], []
     for length in range(1, limit + 1):
         extended = [
             (total + log_prob, [*prefix, token])
             for total, prefix in running
-            for token, log_prob in enumerate(next_log_probs(model, src, src_lengths, prefix))
+            for token, log_prob in enumerate(following(model, src, src_lengths, prefix))
             if log_prob > -math.inf
         ]
         extended = sorted(extended, reverse=True)[: 2 * beams]

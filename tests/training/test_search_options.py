@@ -35,7 +35,7 @@ def lines(barely_trained, tmp_path):
 
 def test_every_keyword_of_generate_is_an_option(capsys):
     keywords = {p.name for p in inspect.signature(generate).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    assert keywords == {*SEARCH, *OTHERWISE}
+    assert keywords == {*SEARCH, *OTHERWISE, "logits_processor"}
     for command in ("generate", "evaluate"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
