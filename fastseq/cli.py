@@ -34,7 +34,7 @@ COMMANDS = {
         "train a model",
         "fastseq train --train a.tsv --valid b.tsv --run_dir runs/x",
         files=("--train", "--valid"),
-        runs=("--resume",),
+        runs=("--resume", "--init_from"),
     ),
     "evaluate": Command(
         "fastseq.training.evaluate",
@@ -153,7 +153,7 @@ def check_inputs(command: Command, argv: list[str]) -> None:
             raise UserError(f"{given[name]} cannot be read (No such file or directory), given as {name}")
     for name in command.runs:
         folder = Path(given.get(name, "."))
-        known = "config.yaml" if name else "config.yaml or config.json"  # "": a saved model serves as well
+        known = "config.yaml" if name == "--resume" else "config.yaml or config.json"  # of a saved model
         if name in given and not any((folder / file).exists() for file in known.split(" or ")):
             raise UserError(f"{folder} is not a run folder: it has no {known}; make one with `fastseq train`")
 

@@ -15,6 +15,7 @@ from fastseq.training.data import Pairs, Sequences, encode, group_references, re
 from fastseq.training.decode import LEAST_LENGTH_RATIO, decode
 from fastseq.training.features import Features
 from fastseq.training.folder import model_options
+from fastseq.training.init_from import grown
 from fastseq.training.options import DataOptions, options_of
 from fastseq.training.progress import say
 from fastseq.training.tokenizer import RESERVED, TextTokenizer
@@ -93,12 +94,19 @@ def length_ratio(source: Sequences, target: Sequences, reduction: int = 1, least
     return max(least, round(1.5 * float((target.lengths / positions).max()), 2))
 
 
-def load_corpus(config: Namespace, tokenizers: tuple[TextTokenizer | Features, TextTokenizer] | None) -> Corpus:
-    """Read and encode both files, with these tokenizers or, for a new run, with new ones."""
+def load_corpus(
+    config: Namespace, tokenizers: tuple[TextTokenizer | Features, TextTokenizer] | None, *, grow: bool = False
+) -> Corpus:
+    """Read and encode both files, with these tokenizers or, for a new run, with new ones.
+
+    `grow` adds the tokens of the training file to the tokenizers.
+    """
     options = options_of(config, "data", DataOptions)
     features = config.model.source_features
     reduction = model_options(config, features or LEAST_SIZE, LEAST_SIZE).time_reduction  # checks them before the work
     files, pairs = (config.train, config.valid), (read_pairs(config.train), read_pairs(config.valid))
+    if tokenizers is not None and grow:
+        tokenizers = grown(tokenizers, pairs[0], options.vocab_size)
     if features is None:
         source, target = tokenizers or train_tokenizers(options, pairs[0])
         sources = [_encoded(source, part.sources, f"{file} (source)") for file, part in zip(files, pairs, strict=True)]

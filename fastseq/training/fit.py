@@ -24,6 +24,7 @@ from fastseq.training.checkpoint import load_checkpoint, trained_model
 from fastseq.training.corpus import Corpus, load_corpus
 from fastseq.training.files import refuse_links
 from fastseq.training.folder import RunFolder, model_options, on_device
+from fastseq.training.init_from import freeze, take_over
 from fastseq.training.lock import locked
 from fastseq.training.metrics import LABELS, higher_is_better, monitors
 from fastseq.training.options import OptimOptions, TrainerOptions, options_of
@@ -31,6 +32,7 @@ from fastseq.training.plots import plot_curves, read_metrics
 from fastseq.training.profile import TimeSplit
 from fastseq.training.progress import Bar, EpochLines, UpdateRows, say
 from fastseq.training.resume import resumable
+from fastseq.training.saved import load_folder
 from fastseq.training.task import Seq2SeqTask
 
 
@@ -184,7 +186,9 @@ def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None
     checkpoint = load_checkpoint(last) if resume else None
     if options.threads is not None:
         torch.set_num_threads(min(options.threads, cores()))
-    corpus = load_corpus(config, folder.load_tokenizers() if resume else None)
+    start = None if resume or config.init_from is None else load_folder(config.init_from, None, "cpu")
+    tokenizers = folder.load_tokenizers() if resume else start and start.tokenizers
+    corpus = load_corpus(config, tokenizers, grow=start is not None and config.grow_vocabulary)
     pairs = len(corpus.train[0])
     if options.accumulate > pairs:
         raise UserError(
@@ -193,6 +197,9 @@ def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None
         )
     sizes = model_options(config, len(corpus.source_tokenizer), len(corpus.target_tokenizer))
     model = trained_model(sizes, checkpoint, last) if resume else new_model(sizes, int(config.seed))
+    if start is not None:
+        take_over(model, start.model)
+    freeze(model, config.freeze)
     checkpoint_io = AtomicCheckpointIO()
     trainer = make_trainer(options, optim, folder, checkpoint_io)
     on_device(model, trainer.strategy.root_device)
@@ -214,9 +221,12 @@ def train(config: Namespace, folder: RunFolder, run: Run) -> None:
     """Run Lightning's loop, and report; exits with the signal's code after a signal."""
     trainer, last = run.trainer, folder.checkpoints / "last.ckpt"
     trainer.loggers = loggers(folder, run.checkpoint["global_step"] if run.checkpoint else 0)
+    parameters = list(run.task.parameters())
+    frozen = sum(p.numel() for p in parameters if not p.requires_grad)
     say(
         f"{len(run.corpus.train[0]):,} training pairs in {len(run.batches):,} batches, "
-        f"{sum(p.numel() for p in run.task.parameters()):,} parameters, run folder {folder.path}"
+        f"{sum(p.numel() for p in parameters):,} parameters{f', {frozen:,} of them frozen' if frozen else ''}, "
+        f"run folder {folder.path}"
     )
     if run.task.updates_per_epoch == 1:
         say(f"warning: one update an epoch; lower --data.max_tokens ({config.data.max_tokens}) for more")

@@ -19,6 +19,7 @@ from fastseq.training.messages import sentence
 from fastseq.training.tokenizer import RESERVED, Kind
 
 EXAMPLE = "fastseq train --train train.tsv --valid valid.tsv --run_dir runs/mine --trainer.max_epochs 10"
+FIXED = ("seed", "trainer.accumulate", "init_from", "grow_vocabulary", "freeze")  # by the checkpoint of a run
 FROM_DATA = {"src_vocab_size", "tgt_vocab_size", "pad_id", "bos_id", "eos_id", "unk_id"}
 
 # Every number has an upper limit: past it an allocation fails, an int64 overflows, or a loop never ends.
@@ -163,6 +164,23 @@ def train_parser() -> ArgumentParser:
     parser.add_argument(
         "--resume", type=str | None, help="run folder to continue from its last checkpoint; needs no --run_dir"
     )
+    parser.add_argument(
+        "--init_from",
+        type=str | None,
+        help="run or saved model whose weights, tokenizers and model options the new run starts from",
+    )
+    parser.add_argument(
+        "--grow_vocabulary",
+        type=bool,
+        default=False,
+        help="with --init_from: add the tokens of the new training data to its vocabularies, up to data.vocab_size",
+    )
+    parser.add_argument(
+        "--freeze",
+        type=str | None,
+        help="parts that are not trained, joined by commas: encoder, decoder, attention, bridge, output, embedding "
+        "(or src_embedding, tgt_embedding)",
+    )
     parser.add_argument("--profile", action="store_true", help="print where the time went, after each epoch")
     parser.add_argument("--seed", type=Seed, default=1, help="of weights, dropout and order")
     parser.add_class_arguments(DataOptions, "data")
@@ -248,6 +266,8 @@ def parse_train(argv: list[str]) -> Namespace:
     config = parsed(train_parser(), argv)
     if config.resume is not None:
         config = _resumed(config, argv)
+    if config.grow_vocabulary and config.init_from is None:
+        raise UserError("--grow_vocabulary adds to the vocabularies of --init_from, which is missing; leave it out")
     for name in ("train", "valid", "run_dir"):
         if config[name] is None:
             raise UserError(f"--{name} is missing; example: {EXAMPLE}")
@@ -271,7 +291,7 @@ def _resumed(given: Namespace, argv: list[str]) -> Namespace:
 def _check_resumed(config: Namespace, stored: Namespace) -> None:
     """Raise UserError for a changed option on which the checkpoint depends; the others take effect."""
     for name, value in config.items():
-        fixed = name == "seed" or name == "trainer.accumulate" or name.partition(".")[0] in ("data", "model", "optim")
+        fixed = name in FIXED or name.partition(".")[0] in ("data", "model", "optim")
         if fixed and value != stored[name]:
             raise UserError(
                 f"--{name} is {stored[name]} in the run that is resumed and cannot change to {value}; "

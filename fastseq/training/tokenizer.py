@@ -17,6 +17,7 @@ Kind = Literal["char", "whitespace", "bpe"]
 
 PAD, BOS, EOS, UNK = range(4)
 RESERVED = ("<pad>", "<bos>", "<eos>", "<unk>")
+MOST_TOKENS = 10_000_000
 MAX_BYTES = 256 << 20  # of a tokenizer's file
 MAX_PADDING = 1 << 16  # tokens to which `encode` fills a text up
 _RESERVED_WORD = re.compile("|".join(RESERVED))
@@ -105,6 +106,29 @@ class TextTokenizer:
     def save(self, path: Path) -> None:
         """Write the tokenizer as JSON in the format of the `tokenizers` library."""
         write_text(path, self._tokenizer.to_str(pretty=True))
+
+    def __eq__(self, other: object) -> bool:
+        """True if both turn every text into the same ids."""
+        return isinstance(other, TextTokenizer) and self._tokenizer.to_str() == other._tokenizer.to_str()
+
+    def __hash__(self) -> int:
+        return hash((self.kind, len(self)))
+
+    def grown(self, lines: Iterable[str], vocab_size: int) -> Self:
+        """This tokenizer with further tokens of `lines`, the frequent ones first: at most `vocab_size` ids in all.
+
+        All tokens keep their ids. A BPE tokenizer keeps its merges and gains single characters alone.
+        """
+        if self.kind == "bpe":
+            fresh = TextTokenizer.train("char", (line.replace(" ", "▁") for line in lines), MOST_TOKENS)
+        else:
+            fresh = TextTokenizer.train(self.kind, lines, MOST_TOKENS)
+        stored = json.loads(self._tokenizer.to_str())
+        known, words = stored["model"]["vocab"], fresh._tokenizer.get_vocab()
+        new = [word for word in sorted(words, key=words.__getitem__) if word not in known]
+        for word in new[: max(0, vocab_size - len(known))]:
+            known[word] = len(known)
+        return type(self)(self.kind, _rebuilt(self.kind, stored))
 
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size()

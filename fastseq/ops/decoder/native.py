@@ -1,5 +1,7 @@
 """The ``native`` backend of the decoder op: C++ on the CPU (csrc/cpu/ops/decoder_forward.cpp)."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -126,7 +128,7 @@ def forward(s: Sequence) -> Result:
 def backward(s: Sequence, saved: tuple[Tensor, ...], grads: Grads, needs: tuple[bool, ...]) -> tuple:
     """The gradients of ``Sequence.tensors()``. saved: vectors, attention, then ``Result.saved``.
 
-    The operator runs the steps; the gradients of the weights follow by one product each over all steps.
+    The operator runs the steps; the gradients of the weights that need one follow by a product each over all steps.
     """
     vectors, attention, h_steps, cell_states, activations, inputs, queries, contexts = saved
     h_top, additive = h_steps[-1], s.query is not None
@@ -157,23 +159,34 @@ def backward(s: Sequence, saved: tuple[Tensor, ...], grads: Grads, needs: tuple[
         )
     )
     A, D = s.keys.shape[2], s.memory.shape[2]
-    grad_sums = sums.flatten(0, 1).t()
-    combine = torch.cat((grad_sums @ contexts.flatten(0, 1), grad_sums @ h_top.flatten(0, 1)), 1)
-    query = grad_queries.flatten(0, 1).t() @ h_top.flatten(0, 1) if additive else None
-    keys = key_sums[..., :A] * s.score if additive else _sum_of_steps(scores, h_top, s)
-    memory = _sum_of_steps(attention, joined[..., :D], s)
-    result = [gates[0], h0, c0, feed, combine, query]
-    result += [grad_queries.sum((0, 1)), weight_sums.sum(0)[:A]] if additive else [None, None]
-    result += [keys, memory, None, None, None]
+    top, grad_sums, grad_rows = h_top.flatten(0, 1), sums.flatten(0, 1).t(), grad_queries.flatten(0, 1)
     starts = (*s.h0.unsqueeze(1), s.feed.unsqueeze(0))
-    below = [torch.cat((starts[-1], vectors[:-1]))]
-    below += [h_steps[k] if s.masks is None else inputs[k] for k in range(s.layers() - 1)]
-    for k, grad in enumerate(gates.flatten(1, 2).mT):
-        before = torch.cat((starts[k], h_steps[k, :-1]))
-        result += [grad @ below[k].flatten(0, 1), grad @ before.flatten(0, 1)]
-    for grad in gates[1:]:
-        result += [grad.sum((0, 1))] * 2
-    return tuple(grad if need else None for grad, need in zip(result, needs, strict=True))
+
+    def combine():
+        return torch.cat((grad_sums @ contexts.flatten(0, 1), grad_sums @ top), 1)
+
+    def keys():
+        return key_sums[..., :A] * s.score if additive else _sum_of_steps(scores, h_top, s)
+
+    def of_input(k: int):
+        below = h_steps[k - 1] if s.masks is None or k == 0 else inputs[k - 1]
+        below = torch.cat((starts[-1], vectors[:-1])) if k == 0 else below
+        return gates[k].flatten(0, 1).t() @ below.flatten(0, 1)
+
+    def of_hidden(k: int):
+        return gates[k].flatten(0, 1).t() @ torch.cat((starts[k], h_steps[k, :-1])).flatten(0, 1)
+
+    @functools.cache  # b_ih and b_hh have the same one
+    def of_bias(k: int):
+        return gates[k].sum((0, 1))
+
+    layers = range(s.layers())
+    products = [lambda: gates[0], lambda: h0, lambda: c0, lambda: feed, combine, lambda: grad_rows.t() @ top]
+    products += [lambda: grad_rows.sum(0), lambda: weight_sums.sum(0)[:A]]
+    products += [keys, lambda: _sum_of_steps(attention, joined[..., :D], s), None, None, None]
+    products += [functools.partial(of, k) for k in layers for of in (of_input, of_hidden)]
+    products += [functools.partial(of_bias, k) for k in layers[1:] for _ in range(2)]
+    return tuple(product() if need else None for product, need in zip(products, needs, strict=True))
 
 
 def _sum_of_steps(weights: Tensor, rows: Tensor, s: Sequence) -> Tensor:
