@@ -18,7 +18,7 @@ def read(source: str, path: str | Path, given: Given | None = None) -> Port:
     """Read a model of the library ``source``; ``port.trained()`` is the :class:`fastseq.TrainedModel`.
 
     Args:
-        source: "keras".
+        source: "keras", "opennmt", "fairseq" or "joeynmt".
         path: the checkpoint.
         given: files and names that the checkpoint lacks.
 

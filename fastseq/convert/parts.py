@@ -53,7 +53,7 @@ class Parts:
     key: Tensor | None = None  # general: (N, C) in query @ key @ memory; additive: (A, C)
     score: Tensor | None = None  # (A,), additive
     combine: Affine | None = None  # (N, C + N), reads [context, query]
-    bridge: tuple[Affine, Affine] | None = None  # h and c: (L * N, M * C); None: the states, layer by layer
+    bridge: tuple[Affine, ...] | None = None  # (L * N, M * C) for h and c, or for both; None: layer by layer
     options: dict[str, Any] = field(default_factory=dict)  # further options of Seq2SeqConfig
     start: str | None = None  # the token that the decoder reads first, if not bos
     closed: bool = True  # sources end with eos
@@ -72,17 +72,33 @@ class Weights:
                 raise UserError(f"{source}: {name} is no tensor of floating-point numbers")
 
     def __contains__(self, ours: str) -> bool:
-        return self._names[ours] in self._left
+        return self._name(ours) in self._left
 
-    def take(self, ours: str, *shape: int | None, **place: Any) -> Tensor:
-        """The tensor of the row ``ours``, float32; ``place`` fills in its name, None in ``shape`` is any size."""
-        name = self._names[ours].format(**place)
+    def _name(self, ours: str, **place: Any) -> str:
+        """The name of the row ``ours`` in the checkpoint: the first alternative that it has."""
+        names = [name.format(**place) for name in self._names[ours].split(" or ")]
+        return next((name for name in names if name in self._left), names[0])
+
+    def drop(self, ours: str) -> None:
+        """Leave out a tensor that equals another one, which the model shares."""
+        self._left.pop(self._name(ours), None)
+
+    def take(self, ours: str, *shape: int | None, keep: bool = False, **place: Any) -> Tensor:
+        """The tensor of the row ``ours``, float32.
+
+        Args:
+            ours: the name in fastseq, a row of the table.
+            shape: the expected sizes; None is any.
+            keep: it will be taken again.
+            place: fills in the name: layer k, direction d.
+        """
+        name = self._name(ours, **place)
         if name not in self._left:
             raise UserError(
                 f"{self.source}: the checkpoint has no tensor {name}{did_you_mean(name, self._left)}; expected it for "
                 f"{ours.format(**place)}"
             )
-        tensor = self._left.pop(name)
+        tensor = self._left[name] if keep else self._left.pop(name)
         fits = len(shape) == tensor.dim() and all(
             want in (None, size) for want, size in zip(shape, tensor.shape, strict=True)
         )
@@ -90,6 +106,25 @@ class Weights:
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             raise UserError(f"{self.source}: {name} has shape {tuple(tensor.shape)}, expected ({wanted})")
         return tensor.detach().float()
+
+    def stack(
+        self, ours: str, layers: int, directions: int, inputs: int, units: int | None = None
+    ) -> list[list[Layer]]:
+        """The layers of the LSTM ``ours``, by layer and direction; ``units`` None is any size."""
+        found = []
+        for k in range(layers):
+            row = []
+            for d in ("", "_reverse")[:directions]:
+                place = {"k": k, "d": d} if ours == "encoder.lstm" else {"k": k}
+                suffix = "_l{k}{d}" if ours == "encoder.lstm" else "_l{k}"
+                weight_hh = self.take(f"{ours}.weight_hh{suffix}", None, units, **place)
+                units = weight_hh.size(1)
+                weight_ih = self.take(f"{ours}.weight_ih{suffix}", 4 * units, inputs, **place)
+                biases = [self.take(f"{ours}.bias_{n}{suffix}", 4 * units, **place) for n in ("ih", "hh")]
+                row.append(Layer(weight_ih, weight_hh, *biases))
+            found.append(row)
+            inputs = directions * units
+        return found
 
     def finish(self) -> None:
         """Raise UserError for tensors that no row named: the model has a part that fastseq lacks."""
@@ -211,7 +246,7 @@ def _place_encoder(state: dict[str, Tensor], parts: Parts, sizes: _Sizes, rows: 
     if parts.bridge is not None:
         inner = torch.cat([k * sizes.hidden + sizes.memory for k in range(len(parts.encoder))])
         outer = torch.cat([k * sizes.hidden + sizes.state for k in range(len(parts.decoder))])
-        for name, map_ in zip(("h_proj", "c_proj"), parts.bridge, strict=True):
+        for name, map_ in zip(("h_proj", "c_proj")[: len(parts.bridge)], parts.bridge, strict=True):
             _put(state[f"bridge.{name}.weight"], map_.weight, outer, inner)
             _put(state[f"bridge.{name}.bias"], map_.bias, outer)
 

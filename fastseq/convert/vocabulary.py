@@ -76,17 +76,21 @@ class Vocabulary:
         return TextTokenizer.of_words(kind, self.words, closed=closed, padding=padding)
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file, cut at line feeds alone."""
+    return read_text(path, MAX_BYTES).removesuffix("\n").split("\n")
+
+
 def read_tokens(path: Path) -> list[str]:
     """The tokens of a file in the order of their ids.
 
     A JSON list; a JSON object from token to id, where a missing id 0 is the padding, as in Keras; or text with a token
     in each line.
     """
-    text = read_text(path, MAX_BYTES)
     if path.suffix != ".json":
-        return text.removesuffix("\n").split("\n")
+        return read_lines(path)
     try:
-        stored = json.loads(text)
+        stored = json.loads(read_text(path, MAX_BYTES))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if isinstance(stored, dict) and all(type(i) is int for i in stored.values()):

@@ -7,8 +7,9 @@ from fastseq.dispatch import check_name
 from fastseq.ops.attention.api import SCORES
 
 ATTENTIONS = ("none", *SCORES)
-BRIDGES = ("concat", "linear", "zeros")
+BRIDGES = ("concat", "linear", "linear_h", "zeros")
 BRIDGE_ACTIVATIONS = ("tanh", "relu", "none")
+COMBINE_ACTIVATIONS = ("tanh", "none")
 MAX_LAYERS = 1000  # a module is built for each, in seconds
 MAX_REDUCTION = 1024  # source positions joined to one
 
@@ -38,8 +39,12 @@ class Seq2SeqConfig:
             the whole target goes through the decoder LSTM, and through the attention, at once: faster to train.
         bridge: how the encoder's final states start the decoder. "concat": layer by layer, the directions
             concatenated (needs equal numbers of layers); "linear": all layers' final states through one linear map
-            for h and one for c; "zeros": the decoder starts from zeros.
+            for h and one for c; "linear_h": the final h through one map, whose result starts both h and c (JoeyNMT);
+            "zeros": the decoder starts from zeros.
         bridge_activation: "tanh", "relu" or "none", after the linear bridge.
+        combine_bias, combine_activation: a bias in the attentional vector, and "tanh" or "none" around it; by default
+            tanh(W [context, h]). Ports of OpenNMT-py and JoeyNMT need them. Another choice than the default runs step
+            by step in Python instead of in one operator.
         dropout: between the LSTM layers, and the default of the next two.
         embed_dropout: on the embeddings.
         output_dropout: on the input of the output projection.
@@ -74,6 +79,8 @@ class Seq2SeqConfig:
     input_feeding: bool = True
     bridge: str = "linear"
     bridge_activation: str = "tanh"
+    combine_bias: bool = False
+    combine_activation: str = "tanh"
     dropout: float = 0.1
     embed_dropout: float | None = None
     output_dropout: float | None = None
@@ -111,13 +118,13 @@ class Seq2SeqConfig:
         above = 2 * size if self.pyramid else size
         encoder = directions * _lstm(source, above, size // directions, self.encoder_layers)
         target = self.embedding_dim + (size if self.input_feeding else 0)
-        decoder = _lstm(target, size, size, self.decoder_layers) + attended * 2 * size * size
+        decoder = _lstm(target, size, size, self.decoder_layers) + attended * size * (2 * size + self.combine_bias)
         if self.attention == "general":
             decoder += size * size
         elif self.attention in ("additive", "normed_additive"):
             decoder += (self.attention_size or size) * (2 * size + 2) + (self.attention == "normed_additive")
         inner, outer = self.encoder_layers * size, self.decoder_layers * size
-        bridge = 2 * (inner + 1) * outer if self.bridge == "linear" else 0
+        bridge = {"linear": 2, "linear_h": 1}.get(self.bridge, 0) * (inner + 1) * outer
         vocabularies = self.tgt_vocab_size + (0 if self.share_all_embeddings else self.src_vocab_size or 0)
         output = self.tgt_vocab_size * (1 if self.tied else size + 1)
         return encoder + decoder + bridge + vocabularies * self.embedding_dim + output
@@ -186,7 +193,12 @@ def _check_sizes(c: Seq2SeqConfig) -> None:
 
 
 def _check_names(c: Seq2SeqConfig) -> None:
-    choices = {"attention": ATTENTIONS, "bridge": BRIDGES, "bridge_activation": BRIDGE_ACTIVATIONS}
+    choices = {
+        "attention": ATTENTIONS,
+        "bridge": BRIDGES,
+        "bridge_activation": BRIDGE_ACTIVATIONS,
+        "combine_activation": COMBINE_ACTIVATIONS,
+    }
     for name, valid in choices.items():
         value = getattr(c, name)
         _require(value in valid, f"unknown {name} {value!r}; choose one of {', '.join(map(repr, valid))}")
@@ -196,6 +208,10 @@ def _check_names(c: Seq2SeqConfig) -> None:
             "input_feeding feeds the attentional vector; set input_feeding=False with attention='none'",
         )
         _require(c.attention_scale is None, "attention_scale has no use with attention='none'")
+        _require(
+            not c.combine_bias and c.combine_activation == "tanh",
+            "combine_bias and combine_activation have no use with attention='none'",
+        )
         _require(
             c.bridge != "zeros",
             "with attention='none' and bridge='zeros' the decoder would not see the source; change one",
@@ -210,7 +226,7 @@ def _check_names(c: Seq2SeqConfig) -> None:
         f"decoder_layers, got {c.encoder_layers} and {c.decoder_layers}; choose bridge='linear' or 'zeros'",
     )
     _require(
-        c.bridge == "linear" or c.bridge_activation == "tanh",
+        c.bridge in ("linear", "linear_h") or c.bridge_activation == "tanh",
         f"bridge_activation has no use with bridge={c.bridge!r}; leave it out or choose bridge='linear'",
     )
 

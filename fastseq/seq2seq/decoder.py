@@ -50,6 +50,8 @@ class Decoder(nn.Module):
     layout; with input feeding the first layer reads [embedding, feed] and is wider by H.
     """
 
+    combine_activation = "tanh"  # for models that were pickled without one
+
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
         size = config.hidden_size
@@ -72,7 +74,8 @@ class Decoder(nn.Module):
         if config.attention != "none":
             options = dict(score=config.attention, attention_size=config.attention_size, scale=config.attention_scale)
             self.attention = Attention(size, size, **options, backend=config.backend)
-            self.combine = nn.Linear(2 * size, size, bias=False)
+            self.combine = nn.Linear(2 * size, size, bias=config.combine_bias)
+            self.combine_activation = config.combine_activation
         self.output_dropout = nn.Dropout(config.dropout if config.output_dropout is None else config.output_dropout)
         self.output = nn.Linear(size, config.tgt_vocab_size)
         if config.tied:
@@ -175,9 +178,10 @@ class Decoder(nn.Module):
 
     def _has_plain_attention(self) -> bool:
         attention = self._modules.get("attention")
-        if attention is None or not (
-            _is_plain(attention, Attention) and _is_plain(self._modules["combine"], nn.Linear)
-        ):
+        combine = self._modules.get("combine")
+        if attention is None or not (_is_plain(attention, Attention) and _is_plain(combine, nn.Linear)):
+            return False
+        if combine.bias is not None or self.combine_activation != "tanh":
             return False
         return attention.score not in ADDITIVE or _is_plain(attention._modules["query_proj"], nn.Linear)
 
@@ -295,7 +299,8 @@ class Decoder(nn.Module):
         if shared:
             context = context.flatten(0, 1)
             weights = None if weights is None else weights.flatten(0, 1)
-        return torch.tanh(self.combine(torch.cat((context, query), -1))), weights
+        vector = self.combine(torch.cat((context, query), -1))
+        return torch.tanh(vector) if self.combine_activation == "tanh" else vector, weights
 
     def _project(self, vectors: Tensor) -> Tensor:
         return self.output(self.output_dropout(vectors))

@@ -112,9 +112,11 @@ class Bridge(nn.Module):
         super().__init__()
         self.kind = config.bridge
         self.layers = config.decoder_layers
-        if self.kind == "linear":
+        if self.kind in ("linear", "linear_h"):
             inner, outer = config.encoder_layers * config.hidden_size, config.decoder_layers * config.hidden_size
-            self.h_proj, self.c_proj = nn.Linear(inner, outer), nn.Linear(inner, outer)
+            self.h_proj = nn.Linear(inner, outer)
+            if self.kind == "linear":
+                self.c_proj = nn.Linear(inner, outer)
             self.activation = {"tanh": nn.Tanh(), "relu": nn.ReLU(), "none": nn.Identity()}[config.bridge_activation]
 
     def extra_repr(self) -> str:
@@ -126,7 +128,8 @@ class Bridge(nn.Module):
         if self.kind == "zeros":
             zeros = h.new_zeros(self.layers, h.size(1), h.size(2))
             return zeros, zeros
-        return self._map(self.h_proj, h), self._map(self.c_proj, c)
+        first = self._map(self.h_proj, h)
+        return first, first if self.kind == "linear_h" else self._map(self.c_proj, c)
 
     def _map(self, proj: nn.Linear, state: Tensor) -> Tensor:
         """(encoder_layers, B, H) -> (B, encoder_layers * H) -> (B, decoder_layers * H) -> (decoder_layers, B, H)."""

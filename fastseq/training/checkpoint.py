@@ -24,19 +24,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path.parent.parent} has no checkpoint {path.name}; {start_again(path.parent.parent)}")
     try:
-        _check_archive(path)
+        check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
             raise ValueError("it holds no state_dict")
         for name, tensor in checkpoint["state_dict"].items():
-            _check_tensor(name, tensor)
+            check_tensor(name, tensor)
     except Exception as error:  # torch.load raises a different type for every kind of damage
         reason = str(error).partition("\n")[0][:200]
         raise UserError(f"{path} is not a checkpoint of `fastseq train` or is damaged: {reason}") from error
     return checkpoint
 
 
-def _check_archive(path: Path) -> None:
+def check_archive(path: Path) -> None:
     """Raise unless the file is as large as its contents: a compressed archive may hold far more than memory does."""
     with zipfile.ZipFile(path) as archive:
         content = sum(entry.file_size for entry in archive.infolist())
@@ -44,7 +44,7 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"its {content:,} bytes of content are compressed")
 
 
-def _check_tensor(name: object, tensor: object) -> None:
+def check_tensor(name: object, tensor: object) -> None:
     """Raise ValueError unless `tensor` is a dense floating-point one that owns as much memory as its shape says."""
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
         raise ValueError("state_dict holds something else than named tensors")

@@ -30,6 +30,12 @@ REDUCED = {
     "pyramid over frame stack": dict(frame_stack=2, encoder_layers=2, pyramid=True, bidirectional=False),
     "pyramid, concat": dict(encoder_layers=2, decoder_layers=2, pyramid=True, bridge="concat", attention="general"),
 }
+PORTED = {  # the options of ports
+    "general, bias, no tanh": dict(
+        attention="general", combine_bias=True, combine_activation="none", bridge="linear_h", decoder_layers=2
+    ),
+    "additive, bias, h for both": dict(combine_bias=True, bridge="linear_h", encoder_layers=2),
+}
 
 
 def make_model(dtype=torch.float64, **options):

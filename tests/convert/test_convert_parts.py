@@ -26,7 +26,9 @@ def test_each_row_names_a_parameter_of_the_model():
     options = dict(bidirectional=True, encoder_layers=2, decoder_layers=2)
     every = set()
     for attention in ("general", "additive"):
-        config = Seq2SeqConfig(src_vocab_size=9, tgt_vocab_size=9, hidden_size=4, attention=attention, **options)
+        config = Seq2SeqConfig(
+            src_vocab_size=9, tgt_vocab_size=9, hidden_size=4, attention=attention, combine_bias=True, **options
+        )
         every |= set(Seq2Seq(config).state_dict())
     assert set(TABLES) == set(SOURCES) == set(CONVENTIONS) - {"fastseq"}
     for source, rows in TABLES.items():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from seq2seq_cases import REDUCED, VARIANTS, E, H, make_batch, make_model
+from seq2seq_cases import PORTED, REDUCED, VARIANTS, E, H, make_batch, make_model
 from torch import nn
 
 import fastseq
@@ -29,13 +29,14 @@ def textbook(model, src, tgt):
     h, cell = (torch.cat(s).unflatten(0, (c.encoder_layers, -1)).flatten(1) for s in zip(*finals, strict=True))
     if c.bridge == "zeros":
         h = cell = torch.zeros(c.decoder_layers, H).double()
-    if c.bridge == "linear":
+    if c.bridge in ("linear", "linear_h"):
+        names = (("h", h), ("c", cell)) if c.bridge == "linear" else (("h", h), ("h", h))
         squash = {"tanh": torch.tanh, "relu": torch.relu, "none": lambda x: x}[c.bridge_activation]
         h, cell = (
             squash(p[f"bridge.{name}_proj.weight"] @ s.flatten() + p[f"bridge.{name}_proj.bias"]).view(
                 c.decoder_layers, H
             )
-            for name, s in (("h", h), ("c", cell))
+            for name, s in names
         )
     h, cell, feed = list(h), list(cell), torch.zeros(H).double()
     logits, all_weights = [], []
@@ -51,7 +52,9 @@ def textbook(model, src, tgt):
             h[k] = inner = o.sigmoid() * cell[k].tanh()
         if c.attention != "none":
             weights = textbook_weights(c, p, inner, memory)
-            feed = inner = torch.tanh(p["decoder.combine.weight"] @ torch.cat((weights @ memory, inner)))
+            feed = p["decoder.combine.weight"] @ torch.cat((weights @ memory, inner))
+            feed = feed + p["decoder.combine.bias"] if c.combine_bias else feed
+            feed = inner = feed.tanh() if c.combine_activation == "tanh" else feed
             all_weights.append(weights)
         logits.append(p["decoder.output.weight"] @ inner + p["decoder.output.bias"])
     return torch.stack(logits), torch.stack(all_weights) if all_weights else None
@@ -75,9 +78,9 @@ def textbook_weights(c, p, query, memory):
     return torch.softmax((c.attention_scale or 1.0) * scores, 0)
 
 
-@pytest.mark.parametrize("variant", VARIANTS | REDUCED)
+@pytest.mark.parametrize("variant", VARIANTS | REDUCED | PORTED)
 def test_forward_is_the_textbook_model_without_padding(variant):
-    model = make_model(**(VARIANTS | REDUCED)[variant])
+    model = make_model(**(VARIANTS | REDUCED | PORTED)[variant])
     src, lengths, tgt = make_batch(model)
     out = model(src, lengths, tgt, need_weights=True)
     for b, length in enumerate(lengths.tolist()):
