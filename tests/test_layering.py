@@ -43,6 +43,7 @@ ARROWS = {
     "parity": "testing console seq2seq nn ops ops.OP dispatch errors",
     "warmup": "console seq2seq nn ops ops.common dispatch errors",
     "training": "fastseq seq2seq nn ops dispatch errors",
+    "hf": "fastseq training seq2seq",
     "convert": "training seq2seq errors",
     "cli": "fastseq errors",  # each command's module is imported by name
     "": "_native dispatch info ops ops.OP nn seq2seq training",  # fastseq/__init__.py

@@ -107,9 +107,13 @@ class TextTokenizer:
         """Write the tokenizer as JSON in the format of the `tokenizers` library."""
         write_text(path, self._tokenizer.to_str(pretty=True))
 
+    def to_json(self) -> str:
+        """The tokenizer in the format of the `tokenizers` library."""
+        return self._tokenizer.to_str()
+
     def __eq__(self, other: object) -> bool:
         """True if both turn every text into the same ids."""
-        return isinstance(other, TextTokenizer) and self._tokenizer.to_str() == other._tokenizer.to_str()
+        return isinstance(other, TextTokenizer) and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
         return hash((self.kind, len(self)))
