@@ -13,9 +13,9 @@ from fastseq.errors import UserError
 from fastseq.training.data import Sequences
 from fastseq.training.decode import Hypothesis, decode
 from fastseq.training.search_options import check_search_options, given_search, read_dictionary, read_prefixes
-from fastseq.training.tokenizer import UNK, TextTokenizer
+from fastseq.training.tokenizer import UNK
 from fastseq.training.trained import TrainedModel
-from fastseq.training.unknown import replace_unknown
+from fastseq.training.unknown import check_replacement, replace_unknown
 
 
 class Decoding:
@@ -31,7 +31,7 @@ class Decoding:
         self.prefix, self.prefixes, self.prefix_file = options.prefix, read_prefixes(options), options.prefix_file
         self.dictionary = read_dictionary(options)
         if self.dictionary is not None:
-            self._check_replacement()
+            check_replacement(self.model.config.attention, self.tokenizers[0])
         if options.seed is not None:
             if not self.search.get("do_sample"):
                 raise UserError("--seed acts on sampling only; add --do-sample true, or leave it out")
@@ -64,12 +64,6 @@ class Decoding:
         """The options that decide the predictions, for a report."""
         named = {"prefix": self.prefix, "prefix_file": self.prefix_file, "replace_unk": self.dictionary is not None}
         return self.search | {name: value for name, value in named.items() if value}
-
-    def _check_replacement(self) -> None:
-        if self.model.config.attention == "none":
-            raise UserError("--replace-unk follows the attention, and the model has attention none; leave it out")
-        if not isinstance(self.tokenizers[0], TextTokenizer):
-            raise UserError("--replace-unk copies tokens of the source, and the model reads features; leave it out")
 
     def _prefix_tokens(self, rows: Sequence[int]) -> list[list[int]] | None:
         if self.prefixes is None and not self.prefix:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastseq.training.model_card import Card, measured
 from fastseq.training.saved import SavedFolder, load_folder
 from fastseq.training.scoring import PairScore, log_probabilities
 from fastseq.training.tokenizer import TextTokenizer
+from fastseq.training.unknown import check_replacement, replace_unknown
 
 
 class TrainedModel:
@@ -113,6 +114,8 @@ class TrainedModel:
         n_best: int | None = None,
         attention: bool = False,
         token_scores: bool = False,
+        prefixes: Sequence[str] | None = None,
+        replace_unk: bool | Mapping[str, str] = False,
         max_tokens: int = 4096,
         progress: bool = False,
         **search: Any,
@@ -125,7 +128,10 @@ class TrainedModel:
             n_best: predictions of each source; default: ``num_return_sequences`` of ``generation_config``, or 1. A
                 beam search is widened to it.
             attention: attention weights (T, S) of each prediction, and with them ``alignment``.
-            token_scores: log-probability of each token, by one more pass of the decoder.
+            token_scores: log-probability of each token.
+            prefixes: a text with which the predictions of each source begin; "" for none.
+            replace_unk: put the source token with the most attention in place of each predicted unknown token, or its
+                value in this mapping, if it is there. Needs a model with attention that reads text.
             max_tokens: source tokens of a batch, padding included, times beams.
             progress: show a bar.
             search: options of :meth:`fastseq.Seq2Seq.generate`, over the ones of ``generation_config``.
@@ -134,18 +140,21 @@ class TrainedModel:
             UserError: search options out of range or that exclude each other.
             TypeError: one text in place of a list; an unknown option.
         """
+        options = self.search(search, n_best=n_best) | {"max_tokens": max_tokens, "progress": progress}
+        if token_scores:
+            options["output_scores"] = True
+        if prefixes is not None:
+            options["prefix_tokens"] = self.target_tokenizer.encode(_one_for_each(prefixes, sources))
+        replace = replace_unk is not False
+        if replace:
+            check_replacement(self.model.config.attention, self.source_tokenizer)
         tokens = self._encode(sources)
-        options = self.search(search, n_best=n_best)
-        found = decode(
-            self.model,
-            tokens,
-            self.target_tokenizer,
-            attention=attention,
-            max_tokens=max_tokens,
-            progress=progress,
-            **options,
-        )
-        return self._with_token_scores(tokens, found, max_tokens) if token_scores else found
+        found = decode(self.model, tokens, self.target_tokenizer, attention=attention or replace, **options)
+        if not replace:
+            return found
+        tokenizers = self.source_tokenizer, self.target_tokenizer
+        found = replace_unknown(found, sources, tokenizers, {} if replace_unk is True else replace_unk)
+        return found if attention else [[best._replace(attention=None) for best in several] for several in found]
 
     def search(self, given: dict[str, Any], *, n_best: int | None) -> dict[str, Any]:
         """The options of :func:`fastseq.training.decode.decode`: ``given`` over ``generation_config``."""
@@ -179,11 +188,9 @@ class TrainedModel:
             return self.source_tokenizer.read(list(sources), "sources")
         return encode(self.source_tokenizer, list(sources), "sources")[0]
 
-    def _with_token_scores(
-        self, sources: Sequences, found: list[list[Hypothesis]], max_tokens: int
-    ) -> list[list[Hypothesis]]:
-        flat = [(row, hypothesis) for row, several in enumerate(found) for hypothesis in several]
-        rows = [row for row, _ in flat]
-        targets = Sequences(hypothesis.ids for _, hypothesis in flat)
-        scores = iter(log_probabilities(self.model, sources.select(rows), targets, max_tokens))
-        return [[hypothesis._replace(token_scores=next(scores)) for hypothesis in several] for several in found]
+
+def _one_for_each(prefixes: Sequence[str], sources: Sequence[Any]) -> list[str]:
+    if isinstance(prefixes, str) or len(prefixes) != len(sources):
+        given = "one text" if isinstance(prefixes, str) else f"{len(prefixes)}"
+        raise UserError(f"expected a list of {len(sources)} prefixes, one for each source, got {given}")
+    return list(prefixes)

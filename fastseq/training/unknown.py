@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from fastseq.errors import UserError
 from fastseq.training.decode import Hypothesis
 from fastseq.training.tokenizer import EOS, UNK, TextTokenizer
+
+
+def check_replacement(attention: str, source: object) -> None:
+    """Raise UserError for a model without attention, or one whose source is not a text."""
+    if attention == "none":
+        raise UserError("replace_unk follows the attention, and the model has attention none; leave it out")
+    if not isinstance(source, TextTokenizer):
+        raise UserError("replace_unk copies tokens of the source, and the model reads features; leave it out")
 
 
 def replace_unknown(

@@ -1,6 +1,7 @@
 """Shared by the tests of generate(): a fake model, small real ones, brute force, a slow beam search."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -84,6 +85,27 @@ class CountingModel(FakeModel):
         self.rows.append(len(tokens))
         assert len(enc.seed) == len(tokens)
         return super().decode_step(tokens, state, enc, **options)
+
+
+class RepeatingModel(Seq2Seq):
+    """A model whose decode_step needs a sentence for each row, and whose sentences cannot leave the batch."""
+
+    rows_share_sources = False
+
+    def encode(self, *args, **options):
+        enc = super().encode(*args, **options)
+        return SimpleNamespace(enc=enc, lengths=enc.lengths, repeat_interleave=partial(self.repeated, enc))
+
+    @staticmethod
+    def repeated(enc, k):
+        return SimpleNamespace(enc=enc.repeat_interleave(k))
+
+    def start(self, enc):
+        return super().start(enc.enc)
+
+    def decode_step(self, tokens, state, enc, **options):
+        assert len(enc.enc.lengths) == len(tokens)
+        return super().decode_step(tokens, state, enc.enc, **options)
 
 
 def real_model(**options):

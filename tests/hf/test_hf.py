@@ -210,6 +210,28 @@ def test_loss_and_logits_are_those_of_the_model(folder, masked):
         torch.testing.assert_close(training.loss, loss)
 
 
+def test_features_in_place_of_tokens(tmp_path):
+    torch.manual_seed(1)
+    model = FastseqForSeq2SeqLM(FastseqConfig(source_features=5, tgt_vocab_size=14, embedding_dim=16, hidden_size=32))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(tmp_path)
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    features, lengths = torch.randn(30, 9, 5), torch.randint(1, 10, (30,))
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    for options in ({}, {"num_beams": 3}):
+        theirs = model.generate(input_features=features, attention_mask=mask, max_new_tokens=12, **options)[:, 1:]
+        ours = model.seq2seq.generate(features, lengths, max_new_tokens=12, **options).sequences
+        width = max(theirs.shape[1], ours.shape[1])
+        assert torch.equal(padded(theirs, width), padded(ours, width))
+    labels = torch.randint(4, 14, (30, 6))
+    batch = {"input_features": features, "attention_mask": mask, "labels": labels}
+    expected = model.seq2seq.loss(features, lengths, nn.functional.pad(labels[:, :-1], (1, 0), value=1), labels)
+    torch.testing.assert_close(model(**batch).loss, expected)
+    model.train()(**batch).loss.backward()
+    assert model.encoder.lstm.weight_ih_l0.grad is not None
+
+
 def test_the_tokenizers(plain_folder):
     source, target = load_tokenizers(plain_folder)
     batch = source(["abc", "a"], padding=True, return_tensors="pt")

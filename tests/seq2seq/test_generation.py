@@ -2,8 +2,6 @@
 
 import inspect
 import math
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from generation_models import (
     SOURCES,
     CountingModel,
     FakeModel,
+    RepeatingModel,
     all_sequences,
     force,
     has_repeat,
@@ -26,7 +25,6 @@ from generation_models import (
 from fastseq.ops.candidates.api import forbidden_mask
 from fastseq.seq2seq import generation, search
 from fastseq.seq2seq.generation import generate
-from fastseq.seq2seq.model import Seq2Seq
 
 EVERYTHING = {"output_attentions": True, "output_scores": True}
 
@@ -241,27 +239,6 @@ def test_sentences_that_are_done_leave_the_batch(monkeypatch, options):
     assert len(model.rows) == len(leaving)
     for a, b in zip(output, staying, strict=True):
         assert torch.equal(a, b)
-
-
-class RepeatingModel(Seq2Seq):
-    """A model whose decode_step needs a sentence for each row, and whose sentences cannot leave the batch."""
-
-    rows_share_sources = False
-
-    def encode(self, *args, **options):
-        enc = super().encode(*args, **options)
-        return SimpleNamespace(enc=enc, lengths=enc.lengths, repeat_interleave=partial(self.repeated, enc))
-
-    @staticmethod
-    def repeated(enc, k):
-        return SimpleNamespace(enc=enc.repeat_interleave(k))
-
-    def start(self, enc):
-        return super().start(enc.enc)
-
-    def decode_step(self, tokens, state, enc, **options):
-        assert len(enc.enc.lengths) == len(tokens)
-        return super().decode_step(tokens, state, enc.enc, **options)
 
 
 @pytest.mark.parametrize("options", LEAVING.values(), ids=LEAVING)

@@ -13,6 +13,7 @@ from generation_models import (
     SOURCES,
     CountingModel,
     FakeModel,
+    RepeatingModel,
     has_repeat,
     next_log_probs,
     rows,
@@ -221,6 +222,16 @@ def test_repeats_of_processors_and_options_combine():
     output = generate(model, SOURCES, LENGTHS, no_repeat_ngram_size=2, logits_processor=processor, num_beams=3)
     for sequence in rows(output):
         assert 4 not in sequence and not has_repeat(sequence, 2)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2, "top_k": 1}])
+def test_processors_with_repeated_sources(options):
+    shared = MODELS["input_feeding"]()
+    repeating = RepeatingModel(shared.config).double().eval()
+    repeating.load_state_dict(shared.state_dict())
+    options = options | {"logits_processor": RepetitionPenaltyLogitsProcessor(2.0)}
+    outputs = [generate(model, SOURCES, LENGTHS, **options) for model in (shared, repeating)]
+    assert rows(outputs[0]) == rows(outputs[1])
 
 
 @pytest.mark.parametrize(

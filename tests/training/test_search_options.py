@@ -8,12 +8,14 @@ import pytest
 import torch
 from toy_runs import TOY, refused
 
+import fastseq
 from fastseq.cli import main
+from fastseq.errors import UserError
 from fastseq.seq2seq.generation import generate
 from fastseq.training.decode import Hypothesis
 from fastseq.training.search_options import SEARCH
 from fastseq.training.tokenizer import EOS, UNK, TextTokenizer
-from fastseq.training.unknown import replace_unknown
+from fastseq.training.unknown import check_replacement, replace_unknown
 
 TEST = ("--data", str(TOY / "test.tsv"))
 WORDS = ["abcde", "edcba", "aabbc", "ddee", "cab"]
@@ -151,6 +153,33 @@ def test_replacement_in_each_kind_of_text(kind):
     ((named,),) = replace_unknown([[hypothesis]], [source], (tokenizer, tokenizer), {"名": "name"})
     assert named.text == plain.text.replace("名", "name")
     assert named.ids == ids and named.score == -1.0
+
+
+def test_the_object_takes_prefixes_and_replaces_unknown_tokens(barely_trained, lines):
+    trained = fastseq.TrainedModel.from_pretrained(barely_trained)
+    prefixes = ["a b c", "", "zz", "e e e e", "zz"]
+    plain = trained.predict(WORDS, prefixes=prefixes, num_beams=2, token_scores=True)
+    replaced = trained.predict(WORDS, prefixes=prefixes, num_beams=2, replace_unk=True)
+    names = dict.fromkeys("abcde", "X")
+    named = trained.predict(WORDS, prefixes=prefixes, num_beams=2, replace_unk=names, attention=True)
+    for word, prefix, (first,), (second,), (third,) in zip(WORDS, prefixes, plain, replaced, named, strict=True):
+        assert first.text.startswith(prefix.replace("zz", "<unk>"))
+        assert "<unk>" not in second.text and second.attention is None and third.attention is not None
+        assert (second.text != first.text) == (prefix == "zz") == third.text.startswith("X")
+        assert sum(first.token_scores) / len(first.ids) == pytest.approx(first.score, rel=1e-4)
+        assert second.text.split()[0] in word or prefix != "zz"
+    assert [best.text for (best,) in trained.predict(WORDS, prefixes=[""] * 5)] == lines()
+    for bad in (["a"], "abc"):
+        with pytest.raises(UserError, match=r"expected a list of 5 prefixes, one for each source, got (1|one text)"):
+            trained.predict(WORDS, prefixes=bad)
+
+
+def test_replacement_needs_attention_and_text():
+    tokenizer = TextTokenizer.train("char", ["ab"], 20)
+    with pytest.raises(UserError, match="the model has attention none"):
+        check_replacement("none", tokenizer)
+    with pytest.raises(UserError, match="the model reads features"):
+        check_replacement("additive", object())
 
 
 SENTENCES = {
