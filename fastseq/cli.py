@@ -63,6 +63,12 @@ COMMANDS = {
         "fastseq convert --from keras s2s.keras models/s2s",
         files=("--source-vocab", "--target-vocab", "--config"),
     ),
+    "average": Command(
+        "fastseq.training.average",
+        "average the last weights of a run",
+        "fastseq average runs/x --last 5 --output averaged",
+        runs=("",),
+    ),
     "bench": Command(
         "fastseq.bench.main", "measure the backends against torch's modules", "fastseq bench --suite cpu --threads 1"
     ),

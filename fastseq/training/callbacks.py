@@ -16,8 +16,10 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from fastseq.errors import UserError
+from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training.checkpoint import start_again
 from fastseq.training.metrics import higher_is_better
+from fastseq.training.saved import kept_weights, write_weights
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -57,10 +59,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class BestAndLast(Checkpoint):
-    """Saves last.ckpt after every epoch, and best.ckpt when `monitor` improves."""
+    """Saves last.ckpt after every epoch, best.ckpt when `monitor` improves, and the weights of the last `keep` epochs.
 
-    def __init__(self, folder: Path, monitor: str) -> None:
-        self.folder, self.monitor = folder, monitor
+    The kept weights are files weights-UPDATE.safetensors, with the number of updates.
+    """
+
+    def __init__(self, folder: Path, monitor: str, keep: int = 0) -> None:
+        self.folder, self.monitor, self.keep = folder, monitor, keep
         self.best: float | None = None
         self.best_epoch: int | None = None
 
@@ -85,7 +90,22 @@ class BestAndLast(Checkpoint):
         if math.isfinite(value) and (self.best is None or sign * value < sign * self.best):
             self.best, self.best_epoch = value, trainer.current_epoch
             trainer.save_checkpoint(self.folder / "best.ckpt")
+        if self.keep and trainer.is_global_zero:
+            self._keep_weights(trainer.global_step, task.model)
         trainer.save_checkpoint(self.folder / "last.ckpt")
+
+    def _keep_weights(self, update: int, model: Seq2Seq) -> None:
+        path = self.folder / f"weights-{update:010d}.safetensors"
+        try:
+            write_weights(path, model.state_dict(), model.config)
+        except OSError as error:
+            path.with_name(path.name + ".partial").unlink(missing_ok=True)
+            raise UserError(
+                f"{path} could not be written ({error}); make room or choose another disk, then continue with: "
+                f"fastseq train --resume {self.folder.parent}"
+            ) from error
+        for old in kept_weights(self.folder)[: -self.keep]:
+            old.unlink()
 
 
 class Patience(EarlyStopping):

@@ -62,7 +62,8 @@ def make_trainer(
     options: TrainerOptions, optim: OptimOptions, folder: RunFolder, checkpoint_io: AtomicCheckpointIO
 ) -> L.Trainer:
     """A Lightning trainer that saves into the run folder, without loggers; raises UserError for a bad option."""
-    callbacks: list[L.Callback] = [BestAndLast(folder.checkpoints, options.monitor), StopCleanly(folder.checkpoints)]
+    best_and_last = BestAndLast(folder.checkpoints, options.monitor, options.keep)
+    callbacks: list[L.Callback] = [best_and_last, StopCleanly(folder.checkpoints)]
     if options.patience is not None:
         mode = "max" if higher_is_better(options.monitor) else "min"
         callbacks.append(Patience(options.monitor, patience=options.patience, mode=mode, check_finite=False))

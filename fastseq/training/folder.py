@@ -43,7 +43,7 @@ class RunFolder:
                 f"{self.path} holds a run already; choose another --run_dir, continue it with --resume {self.path}, "
                 "or replace it with --overwrite"
             )
-        for folder in (self.checkpoints, self.tensorboard, self.path / "attention"):
+        for folder in (self.checkpoints, self.tensorboard, self.path / "attention", self.path / "averaged"):
             folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
         evaluation = self.path / "evaluation.json", self.path / "predictions.tsv"
         tokenizers = self.source_tokenizer, self.source_features, self.target_tokenizer

@@ -100,6 +100,7 @@ class TrainerOptions:
         max_epochs: passes over the training file.
         monitor: value that chooses the best checkpoint and stops early (a valid_ column of metrics.csv).
         patience: epochs without improvement before training stops, null for never.
+        keep: weights of the last validations to keep beside best and last, for `fastseq average`.
         accumulate: batches of each process in one update.
         precision: 32-true, bf16-mixed, or another of Lightning's.
         accelerator: auto, cpu, cuda, or another of Lightning's.
@@ -113,6 +114,7 @@ class TrainerOptions:
     max_epochs: Count = 20
     monitor: str = "valid_loss"
     patience: CountOrZero | None = None
+    keep: CountOrZero = 0
     accumulate: Count = 1
     precision: str = "32-true"
     accelerator: str = "auto"

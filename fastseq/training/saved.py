@@ -83,23 +83,7 @@ class SavedFolder:
                 f"{self.config} has vocabularies of {sizes[0]} and {sizes[1]} tokens, the files beside it have "
                 f"{vocabularies[0]} and {vocabularies[1]}; take all files from one save_pretrained"
             )
-        return on_device(weighted_model(config, self._read_weights(config), self.weights), place).eval()
-
-    def _read_weights(self, config: Seq2SeqConfig) -> dict[str, torch.Tensor]:
-        """The tensors of model.safetensors, a tied matrix under each of its names."""
-        if not self.weights.is_file():
-            raise UserError(f"{self.weights} is missing; give a folder written by save_pretrained, or a run folder")
-        try:
-            weights = load_file(self.weights)
-        except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-            raise UserError(f"{self.weights} is not a safetensors file or is damaged: {str(error)[:200]}") from error
-        for name, tensor in weights.items():
-            if tensor.dtype not in DTYPES:
-                raise UserError(f"{self.weights}: {name[:100]} has dtype {tensor.dtype}; expected floating point")
-        for name, origin in tied_names(config).items():
-            if origin in weights:
-                weights.setdefault(name, weights[origin])
-        return weights
+        return on_device(weighted_model(config, read_weights(self.weights, config), self.weights), place).eval()
 
     def save(
         self,
@@ -114,15 +98,42 @@ class SavedFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         refuse_links([self.path])
         self.config.unlink(missing_ok=True)
-        tied = tied_names(model.config)
-        tensors = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n not in tied}
-        write_bytes(self.weights, save(tensors, metadata={"format": "pt"}))
+        write_weights(self.weights, model.state_dict(), model.config)
         save_source(tokenizers[0], self)
         tokenizers[1].save(self.target_tokenizer)
         write_text(self.generation_config, json.dumps(search, indent=2) + "\n")
         write_text(self.card, model_card(card, model.config))
         described = {"model_type": MODEL_TYPE, "fastseq_version": fastseq.__version__} | model.config.to_dict()
         write_text(self.config, json.dumps(described | {"card": card.to_dict()}, indent=2) + "\n")
+
+
+def read_weights(path: Path, config: Seq2SeqConfig) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, a tied matrix under each of its names; UserError for a damaged file."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; give a folder written by save_pretrained, or a run folder")
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is not a safetensors file or is damaged: {str(error)[:200]}") from error
+    for name, tensor in weights.items():
+        if tensor.dtype not in DTYPES:
+            raise UserError(f"{path}: {name[:100]} has dtype {tensor.dtype}; expected floating point")
+    for name, origin in tied_names(config).items():
+        if origin in weights:
+            weights.setdefault(name, weights[origin])
+    return weights
+
+
+def write_weights(path: Path, weights: dict[str, torch.Tensor], config: Seq2SeqConfig) -> None:
+    """Write the state_dict of a model, a tied matrix once; the file is complete at every moment."""
+    tied = tied_names(config)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in weights.items() if name not in tied}
+    write_bytes(path, save(tensors, metadata={"format": "pt"}))
+
+
+def kept_weights(checkpoints: Path) -> list[Path]:
+    """The files weights-UPDATE.safetensors that --trainer.keep leaves, the oldest first."""
+    return sorted(checkpoints.glob("weights-*.safetensors"))
 
 
 def tied_names(config: Seq2SeqConfig) -> dict[str, str]:
