@@ -16,9 +16,10 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from fastseq.errors import UserError
-from fastseq.seq2seq.model import Seq2Seq
+from fastseq.seq2seq.config import Seq2SeqConfig
 from fastseq.training.checkpoint import start_again
 from fastseq.training.metrics import higher_is_better
+from fastseq.training.moving_average import MovingAverage
 from fastseq.training.saved import kept_weights, write_weights
 
 
@@ -91,13 +92,15 @@ class BestAndLast(Checkpoint):
             self.best, self.best_epoch = value, trainer.current_epoch
             trainer.save_checkpoint(self.folder / "best.ckpt")
         if self.keep and trainer.is_global_zero:
-            self._keep_weights(trainer.global_step, task.model)
+            average = next((callback for callback in trainer.callbacks if isinstance(callback, MovingAverage)), None)
+            weights = task.model.state_dict() if average is None else average.averaged(task.model)
+            self._keep_weights(trainer.global_step, weights, task.model.config)
         trainer.save_checkpoint(self.folder / "last.ckpt")
 
-    def _keep_weights(self, update: int, model: Seq2Seq) -> None:
+    def _keep_weights(self, update: int, weights: dict[str, torch.Tensor], config: Seq2SeqConfig) -> None:
         path = self.folder / f"weights-{update:010d}.safetensors"
         try:
-            write_weights(path, model.state_dict(), model.config)
+            write_weights(path, weights, config)
         except OSError as error:
             path.with_name(path.name + ".partial").unlink(missing_ok=True)
             raise UserError(

@@ -27,6 +27,7 @@ from fastseq.training.folder import RunFolder, model_options, on_device
 from fastseq.training.init_from import freeze, take_over
 from fastseq.training.lock import locked
 from fastseq.training.metrics import LABELS, higher_is_better, monitors
+from fastseq.training.moving_average import MovingAverage
 from fastseq.training.options import OptimOptions, TrainerOptions, options_of
 from fastseq.training.plots import plot_curves, read_metrics
 from fastseq.training.profile import TimeSplit
@@ -63,7 +64,8 @@ def make_trainer(
 ) -> L.Trainer:
     """A Lightning trainer that saves into the run folder, without loggers; raises UserError for a bad option."""
     best_and_last = BestAndLast(folder.checkpoints, options.monitor, options.keep)
-    callbacks: list[L.Callback] = [best_and_last, StopCleanly(folder.checkpoints)]
+    callbacks: list[L.Callback] = [MovingAverage(optim.ema)] if optim.ema else []
+    callbacks += [best_and_last, StopCleanly(folder.checkpoints)]
     if options.patience is not None:
         mode = "max" if higher_is_better(options.monitor) else "min"
         callbacks.append(Patience(options.monitor, patience=options.patience, mode=mode, check_finite=False))

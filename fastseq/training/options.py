@@ -80,6 +80,8 @@ class OptimOptions:
         label_smoothing: probability spread evenly over the vocabulary.
         teacher_forcing_ratio: probability that a decoder step reads the right token instead of the predicted one.
         gradient_clip: largest norm of the gradient, 0 for no limit.
+        ema: decay of the exponential moving average of the weights, such as 0.999. The average is evaluated and saved.
+            0: none.
     """
 
     lr: Factor = 2e-3
@@ -90,6 +92,7 @@ class OptimOptions:
     label_smoothing: ClosedUnitInterval = 0.1
     teacher_forcing_ratio: ClosedUnitInterval = 1.0
     gradient_clip: Factor = 1.0
+    ema: Decay = 0.0
 
 
 @dataclass

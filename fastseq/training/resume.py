@@ -14,6 +14,7 @@ from fastseq.errors import UserError
 from fastseq.training.callbacks import BestAndLast, Patience
 from fastseq.training.checkpoint import start_again
 from fastseq.training.metrics import monitors
+from fastseq.training.moving_average import RAW, MovingAverage
 from fastseq.training.progress import EpochLines
 from fastseq.training.task import Seq2SeqTask
 
@@ -62,6 +63,8 @@ def _checked(checkpoint: dict[str, Any], task: Seq2SeqTask, trainer: L.Trainer) 
     schedule = {"base_lrs": [task.options.lr], "last_epoch": step, "_step_count": step + 1, "lr_lambdas": [None]}
     kept["lr_schedulers"] = [schedule | {"_last_lr": [group["lr"]]}]
     kept["random_states"] = _random_states(checkpoint.get("random_states"))
+    if any(isinstance(callback, MovingAverage) for callback in trainer.callbacks):
+        kept[RAW] = _raw_weights(checkpoint.get(RAW), task)
     name = type(trainer.precision_plugin).__qualname__
     if name in checkpoint:
         kept[name] = {key: checkpoint[name][key] for key in _like(checkpoint[name], SCALER, name)}
@@ -163,6 +166,15 @@ def _moments(checkpoint: dict[str, Any], task: Seq2SeqTask) -> dict[int, dict[st
         _require(math.isfinite(state["step"]) and 0 <= float(state["step"]) <= LARGEST, f"{where}.state.{number}.step")
     names = ("step", "exp_avg", "exp_avg_sq")
     return {number: {name: state[name] for name in names} for number, state in moments.items()}
+
+
+def _raw_weights(weights: object, task: Seq2SeqTask) -> dict[str, torch.Tensor]:
+    """The weights beside the moving average, by the name of the parameter."""
+    expected = dict(task.model.named_parameters())
+    _require(isinstance(weights, dict) and weights.keys() == expected.keys(), RAW)
+    for name, parameter in expected.items():
+        _require(_is_tensor(weights[name], tuple(parameter.shape)), f"{RAW}.{name}")
+    return weights
 
 
 def _random_states(states: object) -> list[dict[str, torch.Tensor]]:
