@@ -155,7 +155,7 @@ def check_inputs(command: Command, argv: list[str]) -> None:
     """Raise UserError for a missing file or run folder, before the imports of the command, which take seconds."""
     given = dict(_values(argv))
     for name in command.files:
-        if name in given and given[name] != "-" and not Path(given[name]).exists():
+        if name in given and given[name][:1] not in ("-", "[") and not Path(given[name]).exists():
             raise UserError(f"{given[name]} cannot be read (No such file or directory), given as {name}")
     for name in command.runs:
         folder = Path(given.get(name, "."))

@@ -12,6 +12,9 @@ from fastseq.errors import UserError
 from fastseq.training.data import Sequences
 from fastseq.training.tokenizer import BOS, PAD
 
+WINDOW = 1 << 20  # examples that are ordered by length together
+BLOCK = 1 << 14  # successive examples that stay in one window
+
 
 class Batch(NamedTuple):
     """One process's share of the examples of one update."""
@@ -50,6 +53,26 @@ def make_batch(source: Sequences, target: Sequences, rows: Tensor, update_tokens
     return Batch(tokens, None if full else lengths, target_in, labels, update_tokens)
 
 
+class Window(NamedTuple):
+    """Examples that are ordered by length together: some blocks of `BLOCK` successive examples."""
+
+    blocks: list[int]
+    examples: int  # of all windows
+
+    def rows(self) -> Tensor:
+        """The numbers (n,) of its examples."""
+        ends = ((block * BLOCK, min((block + 1) * BLOCK, self.examples)) for block in self.blocks)
+        return torch.cat([torch.arange(start, stop) for start, stop in ends])
+
+
+def windows(examples: int, seed: int) -> list[Window]:
+    """Split the examples into windows of at most `WINDOW`: their blocks are drawn at random, and kept in order."""
+    blocks = torch.arange(-(-examples // BLOCK))
+    if examples > WINDOW:
+        blocks = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+    return [Window(sorted(part.tolist()), examples) for part in blocks.split(WINDOW // BLOCK)]
+
+
 class TokenBatches:
     """The batches of one process, epoch by epoch; Lightning takes it as a data loader.
 
@@ -61,6 +84,9 @@ class TokenBatches:
     Examples are ordered by source length, then by target length, so that little is padded. With `shuffle` they are in
     random order where both are equal, and updates come in random order; this depends on `seed` and the epoch alone, and
     every epoch has the same number of batches.
+
+    More than `WINDOW` examples are ordered in windows, which hold blocks of successive examples from all over the file
+    and come one after the other, in random order too: memory does not grow with the file.
     """
 
     def __init__(
@@ -78,10 +104,9 @@ class TokenBatches:
         self.source, self.target = source, target
         self.world_size, self.rank, self.accumulate = world_size, rank, accumulate
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
-        # (N,) orders by source length, then target length
-        self._key = source.lengths * (int(target.lengths.max()) + 1) + target.lengths
-        longer = torch.maximum(source.lengths, target.lengths)[self._key.argsort()]
-        self._slices = cut_by_tokens(longer.tolist(), max_tokens * world_size * accumulate)
+        self._update_tokens = max_tokens * world_size * accumulate
+        self._windows = windows(len(source), seed)
+        self._sizes = [len(self._plan(number)[2]) for number in range(len(self._windows))]  # updates of each window
         self._done = 0  # batches of this epoch that were handed out
         self.make_batch = make_batch
 
@@ -103,25 +128,46 @@ class TokenBatches:
         self.epoch, self._done = state["epoch"], state["done"]
 
     def __len__(self) -> int:
-        return len(self._slices) * self.accumulate
+        return sum(self._sizes) * self.accumulate
 
-    def updates(self) -> list[Tensor]:
-        """The examples of each update of this epoch, for all processes together."""
-        if not self.shuffle:
-            order = self._key.argsort(stable=True)
-            return [order[start:stop] for start, stop in self._slices]
-        random = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        order = torch.randperm(len(self._key), generator=random)
-        order = order[self._key[order].argsort(stable=True)]
-        turns = torch.randperm(len(self._slices), generator=random).tolist()
-        return [order[slice(*self._slices[turn])] for turn in turns]
+    def _plan(self, window: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        """Examples of a window (n,), the key (n,) that orders them by length, and updates as slices of that order."""
+        rows = self._windows[window].rows()
+        source, target = self.source.lengths_of(rows), self.target.lengths_of(rows)
+        key = source * (int(target.max()) + 1) + target
+        longer = torch.maximum(source, target)[key.argsort()]
+        return rows, key, cut_by_tokens(longer.tolist(), self._update_tokens)
+
+    def updates(self, skip: int = 0) -> Iterator[Tensor]:
+        """The examples of each update of this epoch after the first `skip`, for all processes together."""
+        numbers = list(range(len(self._windows)))
+        if self.shuffle and len(numbers) > 1:
+            random = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+            numbers = torch.randperm(len(numbers), generator=random).tolist()
+        for number in numbers:
+            if skip >= self._sizes[number]:
+                skip -= self._sizes[number]
+                continue
+            rows, key, slices = self._plan(number)
+            if self.shuffle:
+                random = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch + 7_919 * number)
+                order = torch.randperm(len(rows), generator=random)
+                order = order[key[order].argsort(stable=True)]
+                turns = torch.randperm(len(slices), generator=random).tolist()
+            else:
+                order, turns = key.argsort(stable=True), range(len(slices))
+            for turn in turns[skip:]:
+                yield rows[order[slice(*slices[turn])]]
+            skip = 0
 
     def __iter__(self) -> Iterator[Batch]:
         shares = self.world_size * self.accumulate
-        updates = self.updates()
-        for number in range(self._done, len(self)):
-            rows = updates[number // self.accumulate]
+        done = self._done
+        updates = self.updates(done // self.accumulate)
+        for number in range(done, len(self)):
+            if number == done or number % self.accumulate == 0:
+                rows = next(updates)
             share = number % self.accumulate * self.world_size + self.rank
             self._done = (number + 1) % len(self)
-            update_tokens = int(self.target.lengths[rows].sum())
+            update_tokens = int(self.target.lengths_of(rows).sum())
             yield self.make_batch(self.source, self.target, rows[share::shares], update_tokens)

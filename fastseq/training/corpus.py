@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,15 +13,19 @@ from jsonargparse import Namespace
 from fastseq.errors import UserError
 from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training import metrics
-from fastseq.training.data import Pairs, Sequences, encode, group_references, read_pairs
+from fastseq.training.cache import SIDES, cached
+from fastseq.training.data import Joined, Pairs, Sequences, encode, group_references, read_pairs, unknown_note
 from fastseq.training.decode import LEAST_LENGTH_RATIO, decode
 from fastseq.training.features import Features
 from fastseq.training.folder import model_options
 from fastseq.training.init_from import grown
 from fastseq.training.options import DataOptions, options_of
 from fastseq.training.progress import say
+from fastseq.training.reading import PairFile, as_list
 from fastseq.training.tokenizer import RESERVED, TextTokenizer
 
+CACHED_FROM = 64 << 20  # bytes of training files
+VOCABULARY_LINES = 2_000_000  # of a large file
 LEAST_SIZE = len(RESERVED)  # of a vocabulary
 
 
@@ -63,11 +69,75 @@ class Corpus(NamedTuple):
     decoding: Decoding
 
 
-def train_tokenizers(options: DataOptions, pairs: Pairs) -> tuple[TextTokenizer, TextTokenizer]:
+class Part(NamedTuple):
+    """One training file: its pairs in memory, or the folder of its cache where it is large."""
+
+    file: PairFile
+    pairs: Pairs | None
+    cache: Path | None
+
+    def lines(self, side: int) -> Iterator[str]:
+        """Lines of one side for a vocabulary: all of them, or some `VOCABULARY_LINES` spread over a large file."""
+        if self.pairs is not None:
+            return iter(self.pairs[side])
+        size, first = self.file.size(), list(itertools.islice(self.file, 1000))
+        pair = sum(len(text.encode("utf-8", "surrogatepass")) + 1 for pair in first for text in pair) / len(first)
+        step = max(1, round(size / pair / VOCABULARY_LINES))
+        return (pair[side] for pair in itertools.islice(self.file, 0, None, step))
+
+    def encoded(self, tokenizers: tuple[TextTokenizer, TextTokenizer]) -> tuple[Sequences, Sequences]:
+        """Both sides as token ids; unknown tokens are reported."""
+        names = [f"{self.file.path} ({side})" for side in SIDES]
+        if self.pairs is not None:
+            sides = zip(tokenizers, self.pairs, names, strict=True)
+            source, target = (_encoded(tokenizer, lines, name) for tokenizer, lines, name in sides)
+            return source, target
+        sides, counts, seconds = cached(self.file, tokenizers, self.cache)
+        for name, unknown, tokens in zip(names, counts.unknown, counts.tokens, strict=True):
+            if unknown:
+                say(unknown_note(name, unknown, tokens))
+        made = f"encoded in {seconds:.0f} s" if seconds else "already encoded"
+        say(f"{self.file.path}: {counts.rows:,} pairs {made}, {counts.bytes / 2**20:,.0f} MiB in {self.cache}")
+        return sides
+
+
+def training_parts(config: Namespace) -> list[Part]:
+    """The training files; large ones, or all with --data.cache, are not read into memory. Raises UserError."""
+    files = pair_files(config, "train")
+    weights = config.data.weights
+    if weights is not None and len(weights) != len(files):
+        raise UserError(
+            f"--data.weights has {len(weights)} numbers for {len(files)} training file(s); give one for each"
+        )
+    folder = Path(config.data.cache) if config.data.cache else None
+    if folder is None and sum(file.size() for file in files) >= CACHED_FROM:
+        folder = Path(config.run_dir) / "cache"
+    if folder is None or config.model.source_features is not None:
+        return [Part(file, read_pairs(file), None) for file in files]
+    return [Part(file, None, folder) for file in files]
+
+
+def pair_files(config: Namespace, name: str) -> list[PairFile]:
+    """The files of --train or --valid, each with the file of its targets, if any."""
+    paths, targets = (as_list(config[key]) for key in (name, f"{name}_targets"))
+    if targets and len(targets) != len(paths):
+        raise UserError(f"--{name}_targets names {len(targets)} file(s), --{name} {len(paths)}; give one for each")
+    columns = config.data.source_column, config.data.target_column
+    return [PairFile(path, targets[i] if targets else None, *columns) for i, path in enumerate(paths)]
+
+
+def sides_of(parts: Sequence[Part]) -> tuple[Iterator[str], Iterator[str]]:
+    """The lines of both sides of all files, for a vocabulary."""
+    source, target = (itertools.chain.from_iterable([part.lines(side) for part in parts]) for side in (0, 1))
+    return source, target
+
+
+def train_tokenizers(options: DataOptions, parts: Sequence[Part]) -> tuple[TextTokenizer, TextTokenizer]:
     """Source and target tokenizer from the training data: one for both sides with `shared_vocabulary`."""
     kinds = options.source_tokenizer, options.target_tokenizer
+    sides = sides_of(parts)
     if not options.shared_vocabulary:
-        sides = zip(kinds, pairs, strict=True)
+        sides = zip(kinds, sides, strict=True)
         source, target = (TextTokenizer.train(kind, lines, options.vocab_size) for kind, lines in sides)
         return source, target
     if kinds[0] != kinds[1]:
@@ -75,7 +145,7 @@ def train_tokenizers(options: DataOptions, pairs: Pairs) -> tuple[TextTokenizer,
             f"data.shared_vocabulary needs one kind of tokenizer on both sides, got {kinds[0]} and {kinds[1]}; "
             "make data.source_tokenizer and data.target_tokenizer equal"
         )
-    shared = TextTokenizer.train(kinds[0], [*pairs.sources, *pairs.targets], options.vocab_size)
+    shared = TextTokenizer.train(kinds[0], itertools.chain(*sides), options.vocab_size)
     return shared, shared
 
 
@@ -90,53 +160,74 @@ def length_ratio(source: Sequences, target: Sequences, reduction: int = 1, least
 
     `reduction` source positions make one of the encoder's output. The result is at least `least`.
     """
-    positions = -(-source.lengths // reduction)
-    return max(least, round(1.5 * float((target.lengths / positions).max()), 2))
+    largest = 0.0
+    for rows in torch.arange(len(source)).split(1 << 20):
+        positions = -(-source.lengths_of(rows) // reduction)
+        largest = max(largest, float((target.lengths_of(rows) / positions).max()))
+    return max(least, round(1.5 * largest, 2))
 
 
 def load_corpus(
     config: Namespace, tokenizers: tuple[TextTokenizer | Features, TextTokenizer] | None, *, grow: bool = False
 ) -> Corpus:
-    """Read and encode both files, with these tokenizers or, for a new run, with new ones.
+    """Read and encode all files, with these tokenizers or, for a new run, with new ones.
 
-    `grow` adds the tokens of the training file to the tokenizers.
+    `grow` adds the tokens of the training files to the tokenizers.
     """
     options = options_of(config, "data", DataOptions)
     features = config.model.source_features
     reduction = model_options(config, features or LEAST_SIZE, LEAST_SIZE).time_reduction  # checks them before the work
-    files, pairs = (config.train, config.valid), (read_pairs(config.train), read_pairs(config.valid))
+    parts, valid_files = training_parts(config), pair_files(config, "valid")
+    if len(valid_files) != 1:
+        raise UserError(f"--valid needs one file, got {len(valid_files)}")
+    valid = Part(valid_files[0], read_pairs(valid_files[0]), None)
     if tokenizers is not None and grow:
-        tokenizers = grown(tokenizers, pairs[0], options.vocab_size)
+        tokenizers = grown(tokenizers, sides_of(parts), options.vocab_size)
     if features is None:
-        source, target = tokenizers or train_tokenizers(options, pairs[0])
-        sources = [_encoded(source, part.sources, f"{file} (source)") for file, part in zip(files, pairs, strict=True)]
+        tokenizers = tokenizers or train_tokenizers(options, parts)
+        encoded = [part.encoded(tokenizers) for part in (*parts, valid)]
         least = LEAST_LENGTH_RATIO
     else:
-        source, target = tokenizers or new_features(config, options, pairs[0])
-        sources = [source.read(part.sources, file) for file, part in zip(files, pairs, strict=True)]
-        if source.mean is None:
-            source.fit(sources[0])
-            sources = [source.normalise(frames) for frames in sources]
+        tokenizers = tokenizers or new_features(config, options, parts)
+        encoded = _read_features(tokenizers, (*parts, valid))
         least = 0.0
-    targets = [_encoded(target, part.targets, f"{file} (target)") for file, part in zip(files, pairs, strict=True)]
-    sample = spread(list(group_references(pairs[1]).items()), options.valid_sentences)
-    first = {text: row for row, text in reversed(list(enumerate(pairs[1].sources)))}
+    weights = [float(weight) for weight in options.weights or [1.0] * len(parts)]
+    train = tuple(joined(side[:-1], weights) for side in zip(*encoded, strict=True))
+    sample = spread(list(group_references(valid.pairs).items()), options.valid_sentences)
+    first = {text: row for row, text in reversed(list(enumerate(valid.pairs.sources)))}
     decoding = Decoding(
-        sources[1].select(torch.tensor([first[text] for text, _ in sample])),
+        encoded[-1][0].select(torch.tensor([first[text] for text, _ in sample])),
         [refs for _, refs in sample],
-        target,
+        tokenizers[1],
         text=options.text_metrics,
         rates=features is not None,
-        max_length_ratio=options.max_length_ratio or length_ratio(sources[0], targets[0], reduction, least),
+        max_length_ratio=options.max_length_ratio or length_ratio(*train, reduction, least),
     )
-    return Corpus(source, target, (sources[0], targets[0]), (sources[1], targets[1]), decoding)
+    return Corpus(*tokenizers, train, encoded[-1], decoding)
 
 
-def new_features(config: Namespace, options: DataOptions, pairs: Pairs) -> tuple[Features, TextTokenizer]:
+def joined(parts: Sequence[Sequences], weights: Sequence[float]) -> Sequences:
+    """One side of all training files."""
+    return parts[0] if len(parts) == 1 and weights[0] == 1 else Joined(parts, weights)
+
+
+def _read_features(readers: tuple[Features, TextTokenizer], parts: Sequence[Part]) -> list[tuple[Sequences, Sequences]]:
+    """The frames and target ids of each file; a new reader takes its statistics from all files but the last."""
+    source, target = readers
+    frames = [source.read(part.pairs.sources, part.file.path) for part in parts]
+    if source.mean is None:
+        source.fit(frames[:-1])
+        frames = [source.normalise(part) for part in frames]
+    targets = [_encoded(target, part.pairs.targets, f"{part.file.path} (target)") for part in parts]
+    return list(zip(frames, targets, strict=True))
+
+
+def new_features(config: Namespace, options: DataOptions, parts: Sequence[Part]) -> tuple[Features, TextTokenizer]:
     """The reader of features, without mean and deviation yet, and the target tokenizer of a new run."""
     if options.shared_vocabulary:
         raise UserError("data.shared_vocabulary needs text on both sides, and --model.source_features reads features")
-    target = TextTokenizer.train(options.target_tokenizer, pairs.targets, options.vocab_size)
+    lines = itertools.chain.from_iterable([part.lines(1) for part in parts])
+    target = TextTokenizer.train(options.target_tokenizer, lines, options.vocab_size)
     return Features(int(config.model.source_features), float(options.highest_frequency)), target
 
 

@@ -1,9 +1,8 @@
-"""Parallel text: `source<TAB>target` files in, padded batches out."""
+"""Parallel text: pairs in, padded batches out."""
 
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,51 +11,26 @@ import torch
 from torch import Tensor
 
 from fastseq.errors import UserError
+from fastseq.training.reading import PairFile
 from fastseq.training.tokenizer import EOS, PAD, UNK, TextTokenizer
 
 
 class Pairs(NamedTuple):
-    """The lines of a TSV file, in order: `targets[i]` belongs to `sources[i]`."""
+    """The pairs of a file, in order: `targets[i]` belongs to `sources[i]`."""
 
     sources: list[str]
     targets: list[str]
 
 
-def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
-    """Line numbers (from 1) and text of UTF-8 `lines` that came from `name`; raises UserError at the first bad byte."""
-    for number, line in enumerate(lines, start=1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        try:
-            yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode()
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{name}, line {number}: byte {error.start + 1} is not UTF-8; save the file as UTF-8"
-            ) from error
+def read_pairs(file: str | Path | PairFile) -> Pairs:
+    """All pairs of a file, in memory: `source<TAB>target` lines, or what else a `PairFile` reads.
 
-
-def read_pairs(path: str | Path) -> Pairs:
-    """Read a TSV file of `source<TAB>target` lines in UTF-8.
-
-    Raises UserError for a missing or empty file, a line without exactly one tab, an empty source or target, bad UTF-8.
+    Raises UserError as :func:`fastseq.training.reading.pairs_of` does.
     """
-    try:
-        lines = io.BytesIO(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); expected source<TAB>target lines") from error
     pairs = Pairs([], [])
-    for number, line in decoded_lines(lines, str(path)):
-        where = f"{path}, line {number}"
-        fields = line.split("\t")
-        if len(fields) != 2:
-            raise UserError(f"{where}: expected source<TAB>target with one tab, found {len(fields) - 1} tabs")
-        for field, value in zip(("source", "target"), fields, strict=True):
-            if not value.strip():
-                raise UserError(f"{where}: the {field} is empty; expected source<TAB>target, fill or remove the line")
-        pairs.sources.append(fields[0])
-        pairs.targets.append(fields[1])
-    if not pairs.sources:
-        raise UserError(f"{path} is empty; expected at least one source<TAB>target line")
+    for source, target in file if isinstance(file, PairFile) else PairFile(str(file)):
+        pairs.sources.append(source)
+        pairs.targets.append(target)
     return pairs
 
 
@@ -79,6 +53,10 @@ class Sequences:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def lengths_of(self, rows: Tensor) -> Tensor:
+        """The lengths (M,) of the sequences `rows` (M,)."""
+        return self.lengths[rows]
 
     def select(self, rows: Tensor | list[int]) -> Sequences:
         """The sequences `rows` (M,), on the same memory."""
@@ -103,6 +81,59 @@ class Sequences:
         return torch.full((1, 1), EOS)
 
 
+class Joined(Sequences):
+    """Several sets of sequences as one, each taken as often as its weight says."""
+
+    def __init__(self, parts: Sequence[Sequences], weights: Sequence[float]) -> None:
+        """A part of n sequences gives `weight * n` rows: its sequences in turn, or an even spread for less than n."""
+        self._parts = list(parts)
+        self._counts = [max(1, round(weight * len(part))) for part, weight in zip(parts, weights, strict=True)]
+        self._bounds = torch.tensor([0, *self._counts]).cumsum(0)  # (parts + 1,)
+
+    def __len__(self) -> int:
+        return int(self._bounds[-1])
+
+    def _split(self, rows: Tensor) -> Iterator[tuple[Tensor, Sequences, Tensor]]:
+        """For each part among `rows` (M,): where its rows stand in `rows`, the part, and the rows in it."""
+        numbers = torch.bucketize(rows, self._bounds[1:], right=True)
+        for number in numbers.unique().tolist():
+            places, part, count = (numbers == number).nonzero()[:, 0], self._parts[number], self._counts[number]
+            row = rows[places] - self._bounds[number]
+            n = len(part)
+            yield places, part, row % n if count >= n else row * n // count
+
+    @property
+    def lengths(self) -> Tensor:
+        """The lengths (N,) of all rows."""
+        return self.lengths_of(torch.arange(len(self)))
+
+    def lengths_of(self, rows: Tensor) -> Tensor:
+        """The lengths (M,) of the rows (M,)."""
+        lengths = torch.empty_like(rows)
+        for places, part, inner in self._split(rows):
+            lengths[places] = part.lengths_of(inner)
+        return lengths
+
+    def padded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The sequences `rows` (B,), padded, and their lengths (B,), as each part pads them."""
+        lengths = self.lengths_of(rows)
+        parts = [(places, *part.padded(inner)) for places, part, inner in self._split(rows)]
+        first = parts[0][1]
+        joined = first.new_full((len(rows), int(lengths.max()), *first.shape[2:]), PAD)
+        for places, tokens, _ in parts:
+            joined[places, : tokens.size(1)] = tokens
+        return joined, lengths
+
+    def filler(self) -> Tensor:
+        """One position, for a process that has no example in an update."""
+        return self._parts[0].filler()
+
+
+def unknown_note(name: str, unknown: int, tokens: int) -> str:
+    """The sentence about unknown tokens."""
+    return f"{name}: {unknown:,} of {tokens:,} tokens are not in the vocabulary and are read as <unk>"
+
+
 def encode(tokenizer: TextTokenizer, lines: Sequence[str], name: str) -> tuple[Sequences, str | None]:
     """Token ids of `lines`, each closed by eos, and a sentence about unknown tokens (None if there are none).
 
@@ -115,6 +146,6 @@ def encode(tokenizer: TextTokenizer, lines: Sequence[str], name: str) -> tuple[S
     note = None
     if unknown:
         tokens = sum(map(len, rows))
-        note = f"{name}: {unknown:,} of {tokens:,} tokens are not in the vocabulary and are read as <unk>"
+        note = unknown_note(name, unknown, tokens)
     end = (EOS,) if tokenizer.closed else ()
     return Sequences([*row, *end] for row in rows), note

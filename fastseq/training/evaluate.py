@@ -22,6 +22,7 @@ from fastseq.training.files import refuse_links, write_text
 from fastseq.training.folder import RunFolder
 from fastseq.training.options import Count, CountOrZero, ReferenceResult, command_parser, parsed
 from fastseq.training.plots import plot_attention, plot_attention_over
+from fastseq.training.reading import PairFile
 from fastseq.training.saved import is_saved
 from fastseq.training.search_options import add_search_options
 from fastseq.training.tokenizer import TextTokenizer
@@ -42,6 +43,9 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument(
         "--data", type=str, required=True, help="source<TAB>target lines, several per source; for features a manifest"
     )
+    parser.add_argument("--targets", type=str | None, help="target file; --data then holds sources alone")
+    parser.add_argument("--source_column", type=str, default="source", help="of JSONL, CSV, Parquet and Arrow")
+    parser.add_argument("--target_column", type=str, default="target", help="of JSONL, CSV, Parquet and Arrow")
     parser.add_argument(
         "--output",
         type=str | None,
@@ -143,7 +147,7 @@ def cut_off_note(cut_off: int, search: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Command line of `fastseq evaluate`; `argv` without the command's own name."""
     options = parsed(evaluate_parser(), sys.argv[1:] if argv is None else argv)
-    pairs = read_pairs(options.data)
+    pairs = read_pairs(PairFile(options.data, options.targets, options.source_column, options.target_column))
     references = group_references(pairs)
     trained = TrainedModel.from_pretrained(options.run, checkpoint=options.checkpoint, device=options.device)
     config = None if is_saved(options.run) else RunFolder(options.run).load_config()

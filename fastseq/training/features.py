@@ -18,6 +18,7 @@ from fastseq.errors import UserError
 from fastseq.training.data import Sequences, encode
 from fastseq.training.files import read_text, write_text
 from fastseq.training.mel import log_mel
+from fastseq.training.reading import missing_package
 from fastseq.training.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -79,9 +80,12 @@ class Features:
     def __len__(self) -> int:
         return self.size
 
-    def fit(self, frames: Frames) -> Self:
-        """Take mean and standard deviation from `frames`, not normalised yet. A constant feature keeps its scale."""
-        std, mean = torch.std_mean(frames.flat.double(), 0, correction=0)
+    def fit(self, parts: Sequence[Frames]) -> Self:
+        """Take mean and deviation from frames that are not normalised yet. A constant feature keeps its scale."""
+        flats = [chunk for part in parts for chunk in part.flat.split(1 << 16)]
+        count = sum(len(flat) for flat in flats)
+        mean = sum(flat.double().sum(0) for flat in flats) / count
+        std = (sum((flat - mean).square().sum(0) for flat in flats) / count).sqrt()
         self.mean, self.std = mean.float(), torch.where(std > 1e-6 * mean.abs(), std, 1.0).float()
         return self
 
@@ -323,8 +327,3 @@ def checked(array: np.ndarray | Tensor, size: int, source: str) -> Tensor:
         value = f"{frames[step, feature]:g} at frame {step}, feature {feature}"
         raise UserError(f"{source} holds {value}; expected finite numbers")
     return frames
-
-
-def missing_package(name: str, path: Path) -> UserError:
-    """The sentence for a package that reads files of this kind."""
-    return UserError(f'{path} needs the package {name}; bring it with: pip install "fastseq[data]"')

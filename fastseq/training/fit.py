@@ -32,6 +32,7 @@ from fastseq.training.options import OptimOptions, TrainerOptions, options_of
 from fastseq.training.plots import plot_curves, read_metrics
 from fastseq.training.profile import TimeSplit
 from fastseq.training.progress import Bar, EpochLines, UpdateRows, say
+from fastseq.training.reading import as_list
 from fastseq.training.resume import resumable
 from fastseq.training.saved import load_folder
 from fastseq.training.task import Seq2SeqTask
@@ -186,6 +187,8 @@ def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None
     last = folder.checkpoints / "last.ckpt"
     if resume:
         refuse_links(folder.path.rglob("*"))
+    else:
+        folder.check_free(overwrite=config.overwrite)
     checkpoint = load_checkpoint(last) if resume else None
     if options.threads is not None:
         torch.set_num_threads(min(options.threads, cores()))
@@ -195,7 +198,8 @@ def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None
     pairs = len(corpus.train[0])
     if options.accumulate > pairs:
         raise UserError(
-            f"--trainer.accumulate {options.accumulate} needs as many pairs, {config.train} has {pairs:,}; "
+            f"--trainer.accumulate {options.accumulate} needs as many pairs, {', '.join(as_list(config.train))} has "
+            f"{pairs:,}; "
             f"choose at most {pairs}"
         )
     sizes = model_options(config, len(corpus.source_tokenizer), len(corpus.target_tokenizer))

@@ -36,13 +36,17 @@ class RunFolder:
         self.curves = self.path / "curves.png"
         self.tensorboard = self.path / "tensorboard"
 
-    def create(self, *, overwrite: bool) -> None:
-        """Make the folder. An earlier run in it is removed with `overwrite`, and raises UserError without."""
+    def check_free(self, *, overwrite: bool) -> None:
+        """Raise UserError if the folder holds a run and `overwrite` does not allow to replace it."""
         if self.config.exists() and not overwrite:
             raise UserError(
                 f"{self.path} holds a run already; choose another --run_dir, continue it with --resume {self.path}, "
                 "or replace it with --overwrite"
             )
+
+    def create(self, *, overwrite: bool) -> None:
+        """Make the folder. An earlier run in it is removed with `overwrite`, and raises UserError without."""
+        self.check_free(overwrite=overwrite)
         for folder in (self.checkpoints, self.tensorboard, self.path / "attention", self.path / "averaged"):
             folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
         evaluation = self.path / "evaluation.json", self.path / "predictions.tsv"

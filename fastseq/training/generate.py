@@ -13,11 +13,11 @@ from typing import IO, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from fastseq.errors import UserError
-from fastseq.training.data import decoded_lines
 from fastseq.training.decode import Hypothesis
 from fastseq.training.decoding import Decoding
 from fastseq.training.features import encode_sources
 from fastseq.training.options import Beams, Count, command_parser, parsed
+from fastseq.training.reading import decoded_lines
 from fastseq.training.search_options import add_search_options
 from fastseq.training.tokenizer import EOS
 from fastseq.training.trained import TrainedModel

@@ -18,7 +18,7 @@ from fastseq.training.tokenizer import TextTokenizer
 
 FREE = ("dropout", "embed_dropout", "output_dropout", "backend")  # the weights do not depend on them
 PARTS = {
-    "encoder": ("encoder.lstm",),
+    "encoder": ("encoder.lstm", "encoder.upper"),
     "decoder": ("decoder.lstm", "decoder.combine"),
     "attention": ("decoder.attention",),
     "bridge": ("bridge",),

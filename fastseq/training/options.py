@@ -33,6 +33,7 @@ VocabSize = restricted_number_type(None, int, [(">", len(RESERVED)), ("<=", 10_0
 Decay = restricted_number_type(None, float, [(">=", 0), ("<", 1)])
 Factor = restricted_number_type(None, float, [(">=", 0), ("<=", 1_000_000)])
 Frequency = restricted_number_type(None, float, [(">=", 100), ("<=", 1_000_000)])
+Weight = restricted_number_type(None, float, [(">", 0), ("<=", 1_000_000)])
 LengthRatio = restricted_number_type(None, float, [(">", 0), ("<=", 1_000_000)])
 
 
@@ -52,6 +53,10 @@ class DataOptions:
         max_length_ratio: a prediction has at most this many tokens for each source token, and 10 more; null for one and
             a half times what the training data needs, and for text at least 2. Features count after --model.frame_stack
             and --model.pyramid.
+        source_column, target_column: of JSONL, CSV, Parquet and Arrow files.
+        weights: how often an epoch takes each training file, such as [1, 0.5]; null for once.
+        cache: folder for encoded training data, memory-mapped and shared by runs; null for RUN_DIR/cache if the
+            training files have 64 MiB or more, and for memory if less.
         highest_frequency: of the log-mel spectrogram of audio files, in Hz; at most half their sampling rate.
     """
 
@@ -63,6 +68,10 @@ class DataOptions:
     valid_sentences: Count = 1000
     text_metrics: bool = False
     max_length_ratio: LengthRatio | None = None
+    source_column: str = "source"
+    target_column: str = "target"
+    weights: list[Weight] | None = None
+    cache: str | None = None
     highest_frequency: Frequency = 8000.0
 
 
@@ -162,8 +171,19 @@ def train_parser() -> ArgumentParser:
         "train", "Train a sequence-to-sequence model on a file of source<TAB>target lines.", EXAMPLE
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("--train", type=str | None, help="training file, source<TAB>target lines")
+    parser.add_argument(
+        "--train",
+        type=list[str] | str | None,
+        help="training file of source<TAB>target lines, or several: '[a.tsv, b.tsv]'; also .jsonl, .csv, .parquet, a "
+        "folder of datasets' save_to_disk, and .gz or .zst of text files",
+    )
+    parser.add_argument(
+        "--train_targets",
+        type=list[str] | str | None,
+        help="target file for each file of --train, which then holds sources alone",
+    )
     parser.add_argument("--valid", type=str | None, help="validation file; lines with one source are alternatives")
+    parser.add_argument("--valid_targets", type=str | None, help="target file of --valid")
     parser.add_argument("--run_dir", type=str | None, help="folder to write to")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --run_dir holds")
     parser.add_argument(
@@ -297,7 +317,7 @@ def _check_resumed(config: Namespace, stored: Namespace) -> None:
     """Raise UserError for a changed option on which the checkpoint depends; the others take effect."""
     for name, value in config.items():
         fixed = name in FIXED or name.partition(".")[0] in ("data", "model", "optim")
-        if fixed and value != stored[name]:
+        if fixed and name != "data.cache" and value != stored[name]:
             raise UserError(
                 f"--{name} is {stored[name]} in the run that is resumed and cannot change to {value}; "
                 "leave it out, or start another run with another --run_dir"

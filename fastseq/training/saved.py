@@ -23,6 +23,7 @@ from fastseq.training.files import refuse_links, write_bytes, write_text
 from fastseq.training.folder import RunFolder, on_device, pick_device
 from fastseq.training.generation_config import read_search
 from fastseq.training.model_card import Card, model_card
+from fastseq.training.reading import as_list
 from fastseq.training.tokenizer import BOS, EOS, PAD, UNK, TextTokenizer
 
 MODEL_TYPE = "fastseq"
@@ -179,6 +180,6 @@ def load_folder(path: str | Path, checkpoint: str | None, device: str) -> Loaded
         )
     config = run.load_config()
     search = {} if config.data.max_length_ratio is None else {"max_length_ratio": float(config.data.max_length_ratio)}
-    card = Card(data=Path(config.train or "").name or None)
+    card = Card(data=", ".join(Path(path).name for path in as_list(config.train)) or None)
     model = run.load_model(checkpoint or "best", device)
     return Loaded(model, run.load_tokenizers(), search | read_search(run.path), card, run.path / "evaluation.json")

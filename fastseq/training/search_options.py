@@ -11,8 +11,9 @@ from jsonargparse import ArgumentParser, Namespace
 from fastseq.errors import UserError
 from fastseq.seq2seq.generation import generate
 from fastseq.seq2seq.options import Options, check
-from fastseq.training.data import decoded_lines, read_pairs
+from fastseq.training.data import read_pairs
 from fastseq.training.options import Beams, CountOrZero, Factor, NewTokens, NewTokensOrZero, Seed
+from fastseq.training.reading import decoded_lines
 
 DEFAULTS = {
     parameter.name: parameter.default

@@ -173,7 +173,7 @@ def test_normalisation_is_that_of_the_training_data(tmp_path):
         np.save(tmp_path / f"{i}.npy", array)
     features = Features(F, 8000.0)
     raw = features.read(["0.npy", "1.npy"], tmp_path / "m.tsv")
-    features.fit(raw)
+    features.fit([raw])
     features.normalise(raw)
     flat = np.concatenate(arrays)
     torch.testing.assert_close(raw.flat.mean(0), torch.zeros(F), atol=1e-5, rtol=0)

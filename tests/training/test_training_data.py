@@ -80,6 +80,20 @@ def test_tokenizer_round_trip(tmp_path, kind):
 
 
 @KINDS
+@pytest.mark.parametrize("extra", ["", " <pad> x<unk>y", " a\x1cb\x1f", "\x85 \xa0\u2003\u3000\u200b\ufeff\U0001f600"])
+def test_flat_encoding_is_the_same(kind, extra):
+    rng = random.Random(2)
+    letters = "abc  \t\u00e9\u65e5\u2028\U0001f600"
+    lines = ["".join(rng.choices(letters, k=rng.randint(0, 20))) for _ in range(50)] + ["the cat" + extra, ""]
+    tokenizer = TextTokenizer.train(kind, ["the cat a b c \u65e5 ab bc"], 80)
+    flat, lengths = tokenizer.encode_flat(lines)
+    rows = tokenizer.encode(lines)
+    assert flat.dtype.name == "int32"
+    assert lengths.tolist() == [len(row) for row in rows]
+    assert flat.tolist() == [token for row in rows for token in row]
+
+
+@KINDS
 def test_text_never_yields_a_reserved_id_but_unk(kind):
     tokenizer = TextTokenizer.train(kind, LINES, 80)
     (ids,) = tokenizer.encode(["a <pad> <bos> <eos> ζ"])
