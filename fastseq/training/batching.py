@@ -85,6 +85,8 @@ class TokenBatches:
     random order where both are equal, and updates come in random order; this depends on `seed` and the epoch alone, and
     every epoch has the same number of batches.
 
+    An epoch is a pass over the data, or `every` updates: then the next one goes on where it ended, into further passes.
+
     More than `WINDOW` examples are ordered in windows, which hold blocks of successive examples from all over the file
     and come one after the other, in random order too: memory does not grow with the file.
     """
@@ -100,6 +102,7 @@ class TokenBatches:
         accumulate: int = 1,
         shuffle: bool = True,
         seed: int = 0,
+        every: int | None = None,
     ) -> None:
         self.source, self.target = source, target
         self.world_size, self.rank, self.accumulate = world_size, rank, accumulate
@@ -107,6 +110,8 @@ class TokenBatches:
         self._update_tokens = max_tokens * world_size * accumulate
         self._windows = windows(len(source), seed)
         self._sizes = [len(self._plan(number)[2]) for number in range(len(self._windows))]  # updates of each window
+        self.updates_per_pass = sum(self._sizes)
+        self._updates = every or self.updates_per_pass
         self._done = 0  # batches of this epoch that were handed out
         self.make_batch = make_batch
 
@@ -128,7 +133,7 @@ class TokenBatches:
         self.epoch, self._done = state["epoch"], state["done"]
 
     def __len__(self) -> int:
-        return sum(self._sizes) * self.accumulate
+        return self._updates * self.accumulate
 
     def _plan(self, window: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
         """Examples of a window (n,), the key (n,) that orders them by length, and updates as slices of that order."""
@@ -139,10 +144,17 @@ class TokenBatches:
         return rows, key, cut_by_tokens(longer.tolist(), self._update_tokens)
 
     def updates(self, skip: int = 0) -> Iterator[Tensor]:
-        """The examples of each update of this epoch after the first `skip`, for all processes together."""
+        """The examples of the updates from this epoch on, after the first `skip`, for all processes together."""
+        number, skip = divmod(self.epoch * self._updates + skip, self.updates_per_pass)
+        while True:
+            yield from self._pass(number, skip)
+            number, skip = number + 1, 0
+
+    def _pass(self, data_pass: int, skip: int) -> Iterator[Tensor]:
+        """The examples of the updates of one pass over the data, after the first `skip`."""
         numbers = list(range(len(self._windows)))
         if self.shuffle and len(numbers) > 1:
-            random = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+            random = torch.Generator().manual_seed(self.seed + 1_000_003 * data_pass)
             numbers = torch.randperm(len(numbers), generator=random).tolist()
         for number in numbers:
             if skip >= self._sizes[number]:
@@ -150,7 +162,7 @@ class TokenBatches:
                 continue
             rows, key, slices = self._plan(number)
             if self.shuffle:
-                random = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch + 7_919 * number)
+                random = torch.Generator().manual_seed(self.seed + 1_000_003 * data_pass + 7_919 * number)
                 order = torch.randperm(len(rows), generator=random)
                 order = order[key[order].argsort(stable=True)]
                 turns = torch.randperm(len(slices), generator=random).tolist()

@@ -70,7 +70,7 @@ def make_trainer(
     if options.patience is not None:
         mode = "max" if higher_is_better(options.monitor) else "min"
         callbacks.append(Patience(options.monitor, patience=options.patience, mode=mode, check_finite=False))
-    callbacks += [UpdateRows(options.log_every), EpochLines()]
+    callbacks += [UpdateRows(options.log_every), EpochLines(steps=options.val_every is not None)]
     progress_bar = options.progress_bar and sys.stdout.isatty()
     if progress_bar:
         callbacks.append(Bar(refresh_rate=10))
@@ -141,7 +141,9 @@ def finished(checkpoint: dict[str, Any], task: Seq2SeqTask, trainer: L.Trainer) 
             "resume with the same training file and the same number of processes"
         )
     if checkpoint["global_step"] >= task.total_updates:
-        return f"all {trainer.max_epochs} epochs are trained; train on with a larger --trainer.max_epochs"
+        return (
+            f"all {trainer.max_epochs} epochs are trained; train on with a larger --trainer.max_epochs (or max_steps)"
+        )
     waiting = [callback for callback in trainer.callbacks if isinstance(callback, Patience)]
     if any(callback.spent(checkpoint) for callback in waiting):
         return f"it was stopped early by --trainer.patience {waiting[0].patience}; train on with a larger one"
@@ -211,17 +213,27 @@ def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None
     trainer = make_trainer(options, optim, folder, checkpoint_io)
     on_device(model, trainer.strategy.root_device)
     share = {"max_tokens": config.data.max_tokens, "world_size": trainer.world_size, "rank": trainer.global_rank}
-    batches = TokenBatches(*corpus.train, **share, accumulate=options.accumulate, seed=int(config.seed))
+    every = options.val_every
+    batches = TokenBatches(*corpus.train, **share, accumulate=options.accumulate, seed=int(config.seed), every=every)
+    trainer.fit_loop.max_epochs = epochs(options, batches)
     valid = TokenBatches(*corpus.valid, **share, shuffle=False)
     if config.profile:
         trainer.callbacks.insert(0, TimeSplit(model, batches))
-    task = Seq2SeqTask(model, optim, len(batches) // options.accumulate, options.max_epochs, corpus.decoding)
+    task = Seq2SeqTask(model, optim, len(batches) // options.accumulate, trainer.max_epochs, corpus.decoding)
     if checkpoint is not None:
         checkpoint_io.checkpoint = checkpoint = resumable(checkpoint, task, trainer, last)
         if why := finished(checkpoint, task, trainer):
             say(f"{folder.path} is finished: {why}")
             return None
     return Run(corpus, task, trainer, batches, valid, checkpoint)
+
+
+def epochs(options: TrainerOptions, batches: TokenBatches) -> int:
+    """Validations until the run ends: after `max_epochs` passes, or before, at or after `max_steps` updates."""
+    updates = options.max_epochs * batches.updates_per_pass
+    if options.max_steps is not None:
+        updates = min(updates, options.max_steps)
+    return -(-updates // (len(batches) // options.accumulate))
 
 
 def train(config: Namespace, folder: RunFolder, run: Run) -> None:
@@ -235,7 +247,7 @@ def train(config: Namespace, folder: RunFolder, run: Run) -> None:
         f"{sum(p.numel() for p in parameters):,} parameters{f', {frozen:,} of them frozen' if frozen else ''}, "
         f"run folder {folder.path}"
     )
-    if run.task.updates_per_epoch == 1:
+    if run.batches.updates_per_pass == 1:
         say(f"warning: one update an epoch; lower --data.max_tokens ({config.data.max_tokens}) for more")
     torch.manual_seed(config.seed + trainer.global_rank)
     try:
@@ -243,7 +255,7 @@ def train(config: Namespace, folder: RunFolder, run: Run) -> None:
     except Stopped as stop:
         say(f"stopped at update {trainer.global_step}; continue with: fastseq train --resume {folder.path}")
         raise SystemExit(128 + stop.args[0]) from None
-    report(trainer, folder)
+    report(trainer, folder, config.trainer.val_every)
 
 
 @rank_zero_only
@@ -257,13 +269,15 @@ def write_folder(config: Namespace, folder: RunFolder, corpus: Corpus, *, resume
 
 
 @rank_zero_only
-def report(trainer: L.Trainer, folder: RunFolder) -> None:
-    """Draw the curves, print the best result and the next command."""
+def report(trainer: L.Trainer, folder: RunFolder, every: int | None) -> None:
+    """Draw the curves, print the best result and the next command. An epoch is `every` updates, None for a pass."""
     plot_curves(folder.metrics, folder.curves)
     best = next(callback for callback in trainer.callbacks if isinstance(callback, BestAndLast))
     if best.best is not None:
         label = LABELS.get(best.monitor.removeprefix("valid_"), best.monitor)
-        say(f"best epoch {best.best_epoch + 1} of {trainer.current_epoch}: validation {label} {best.best:.4g}")
+        unit, size = ("epoch", 1) if every is None else ("update", every)
+        when = f"{unit} {(best.best_epoch + 1) * size} of {trainer.current_epoch * size}"
+        say(f"best {when}: validation {label} {best.best:.4g}")
     say(f"curves: {folder.curves}; next: fastseq evaluate {folder.path} --data test.tsv")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,9 @@ def freeze(model: Seq2Seq, names: str | None) -> Seq2Seq:
 
 
 def grown(
-    tokenizers: tuple[TextTokenizer | Features, TextTokenizer], sides: tuple[list[str], list[str]], vocab_size: int
+    tokenizers: tuple[TextTokenizer | Features, TextTokenizer],
+    sides: tuple[Iterable[str], Iterable[str]],
+    vocab_size: int,
 ) -> tuple[TextTokenizer | Features, TextTokenizer]:
     """Both tokenizers with the new tokens of their side's lines behind their own, up to `vocab_size` ids each."""
     source, target = tokenizers

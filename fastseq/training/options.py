@@ -19,7 +19,14 @@ from fastseq.training.messages import sentence
 from fastseq.training.tokenizer import RESERVED, Kind
 
 EXAMPLE = "fastseq train --train train.tsv --valid valid.tsv --run_dir runs/mine --trainer.max_epochs 10"
-FIXED = ("seed", "trainer.accumulate", "init_from", "grow_vocabulary", "freeze")  # by the checkpoint of a run
+FIXED = (
+    "seed",
+    "trainer.accumulate",
+    "trainer.val_every",
+    "init_from",
+    "grow_vocabulary",
+    "freeze",
+)  # by the checkpoint of a run
 FROM_DATA = {"src_vocab_size", "tgt_vocab_size", "pad_id", "bos_id", "eos_id", "unk_id"}
 
 # Every number has an upper limit: past it an allocation fails, an int64 overflows, or a loop never ends.
@@ -109,7 +116,10 @@ class TrainerOptions:
     """Lightning's training loop.
 
     Args:
-        max_epochs: passes over the training file.
+        max_epochs: passes over the training data.
+        max_steps: updates after which training ends as well, at the next validation; null for no limit.
+        val_every: updates between two validations, each with its checkpoint, in place of one after each pass; the
+            options that count epochs then count these, but for max_epochs.
         monitor: value that chooses the best checkpoint and stops early (a valid_ column of metrics.csv).
         patience: epochs without improvement before training stops, null for never.
         keep: weights of the last validations to keep beside best and last, for `fastseq average`.
@@ -124,6 +134,8 @@ class TrainerOptions:
     """
 
     max_epochs: Count = 20
+    max_steps: Count | None = None
+    val_every: Count | None = None
     monitor: str = "valid_loss"
     patience: CountOrZero | None = None
     keep: CountOrZero = 0

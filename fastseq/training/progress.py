@@ -65,9 +65,13 @@ class UpdateRows(L.Callback):
 
 
 class EpochLines(L.Callback):
-    """Prints one line after each epoch: the mean training loss of its updates, validation results, time."""
+    """Prints one line after each epoch: the mean training loss of its updates, validation results, time.
 
-    def __init__(self) -> None:
+    With `steps` it counts updates, for epochs that are not passes over the data.
+    """
+
+    def __init__(self, *, steps: bool = False) -> None:
+        self.steps = steps
         self._start = 0.0
         self._loss_sum, self._updates = torch.zeros(()), 0
 
@@ -108,4 +112,7 @@ class EpochLines(L.Callback):
         }
         parts = [f"{label} {float(values[name]):{form}}" for label, (name, form) in shown.items() if name in values]
         seconds = time.perf_counter() - self._start
-        trainer.print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {', '.join(parts)}, {seconds:.0f} s")
+        number, last = trainer.current_epoch + 1, trainer.max_epochs
+        if self.steps:
+            number, last = number * task.updates_per_epoch, last * task.updates_per_epoch
+        trainer.print(f"{'update' if self.steps else 'epoch'} {number}/{last}: {', '.join(parts)}, {seconds:.0f} s")

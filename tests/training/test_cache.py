@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_runs import SMALL, TOY, refused, train
+from toy_runs import SMALL, TOY, refused, rows, train
 
 from fastseq.cli import main
 from fastseq.errors import UserError
@@ -56,10 +56,10 @@ def test_a_cache_is_the_encoded_file(tmp_path, monkeypatch, large_vocabulary):
         assert (unknown > 0) == (note is not None)
         assert len(side) == len(expected) == counts.rows == 40
         assert torch.equal(side.lengths, expected.lengths)
-        for rows in (torch.arange(40), torch.tensor([39]), torch.tensor([6, 7, 0, 39, 7])):
-            for actual, wanted in zip(side.padded(rows), expected.padded(rows), strict=True):
+        for some in (torch.arange(40), torch.tensor([39]), torch.tensor([6, 7, 0, 39, 7])):
+            for actual, wanted in zip(side.padded(some), expected.padded(some), strict=True):
                 assert torch.equal(actual, wanted)
-            assert torch.equal(side.select(rows).padded(torch.arange(len(rows)))[0], expected.padded(rows)[0])
+            assert torch.equal(side.select(some).padded(torch.arange(len(some)))[0], expected.padded(some)[0])
     again, _, seconds = cached(file, tokenizers, tmp_path / "cache")
     assert seconds == 0
     assert torch.equal(again[0].padded(torch.arange(40))[0], sides[0].padded(torch.arange(40))[0])
@@ -237,6 +237,28 @@ def test_parallel_training_files(tmp_path, capsys):
     main(["evaluate", str(tmp_path / "tsv"), "--data", str(tmp_path / "valid.a"), "--targets",
           str(tmp_path / "valid.b"), "--pictures", "0"])  # fmt: skip
     assert "20 sources" in capsys.readouterr().out
+
+
+FLAT = ("--optim.schedule", "constant", "--optim.warmup", "0")
+
+
+def test_validation_by_updates_changes_no_weight(tmp_path, capsys):
+    train(tmp_path / "passes", *FLAT, "--trainer.max_epochs", "3")  # of 4 updates
+    capsys.readouterr()
+    train(tmp_path / "updates", *FLAT, "--trainer.max_epochs", "3", "--trainer.val_every", "3")
+    printed = capsys.readouterr().out
+    assert "update 9/12: train loss " in printed and "best update " in printed and " of 12: " in printed
+    assert equal(weights_of(tmp_path / "passes"), weights_of(tmp_path / "updates"))
+    assert [row["step"] for row in rows(tmp_path / "updates") if row["valid_loss"]] == ["2", "5", "8", "11"]
+    train(tmp_path / "parts", *FLAT, "--trainer.max_steps", "5", "--trainer.val_every", "3")
+    assert [row["step"] for row in rows(tmp_path / "parts") if row["valid_loss"]] == ["2", "5"]
+    assert "--trainer.val_every is 3 in the run" in refused(
+        capsys, "train", "--resume", tmp_path / "parts", "--trainer.val_every", "4"
+    )
+    main(["train", "--resume", str(tmp_path / "parts"), "--trainer.max_steps", "12"])
+    assert equal(weights_of(tmp_path / "passes"), weights_of(tmp_path / "parts"))
+    main(["train", "--resume", str(tmp_path / "parts")])
+    assert "is finished: all 4 epochs are trained" in capsys.readouterr().out
 
 
 def test_joined_sequences():
