@@ -94,6 +94,9 @@ DATA_SETS = {
     "digits": Command(
         "fastseq.training.digits", "pictures of strings of handwritten digits", "fastseq data digits data/digits"
     ),
+    "spoken": Command(
+        "fastseq.training.spoken", "recordings of spoken digits, by espeak-ng", "fastseq data spoken data/spoken"
+    ),
 }
 EXTRAS = {"h5py": "convert"}  # other packages come with the extra "train"
 EXTRA_PACKAGES = {

@@ -1,0 +1,141 @@
+"""The makers of demonstration data: strings of handwritten digits, and spoken digits."""
+
+import stat
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy_runs import refused
+
+from fastseq.cli import main
+from fastseq.errors import UserError
+from fastseq.training import digits, spoken
+from fastseq.training.data import read_pairs
+from fastseq.training.features import Features
+
+
+def images() -> tuple[torch.Tensor, torch.Tensor]:
+    """Twenty images, each of one shade."""
+    return torch.arange(1, 21)[:, None, None].expand(20, 8, 8) / 20, torch.arange(20) % 10
+
+
+def test_digit_strings_are_a_manifest(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(digits, "read_digits", images)
+    monkeypatch.setattr(digits, "SIZES", {"train": 30, "valid": 5, "test": 7})
+    main(["data", "digits", str(tmp_path / "new")])
+    assert f"{tmp_path / 'new' / 'test'}.tsv: 7 strings" in capsys.readouterr().out
+    pairs = read_pairs(tmp_path / "new" / "train.tsv")
+    frames = Features(digits.HEIGHT, 8000.0).read(pairs.sources, tmp_path / "new" / "train.tsv")
+    assert len(frames) == 30
+    shown = torch.tensor([len(target.split()) for target in pairs.targets])
+    assert shown.min() >= 1 and shown.max() == digits.LONGEST
+    assert ((frames.lengths >= 8 * shown + 1) & (frames.lengths <= 10 * shown + 1)).all()
+    assert frames.flat.min() >= 0 and 0.5 < frames.flat.max() <= 1
+    again = tmp_path / "again"
+    main(["data", "digits", str(again)])
+    assert (again / "train.npy").read_bytes() == (tmp_path / "new" / "train.npy").read_bytes()
+
+
+def test_no_image_is_in_two_files():
+    parts = [digits.part_of(number) for number in range(1797)]
+    assert {name: parts.count(name) for name in digits.SIZES} == {"train": 1437, "valid": 180, "test": 180}
+
+
+def test_a_string_shows_its_digits_in_order():
+    ink, labels = images()
+    columns, texts = digits.strings(ink, labels, 50, bend=False, seed=3)
+    for column, text in zip(columns, texts, strict=True):
+        assert column.shape[1] == digits.HEIGHT
+        cells = (column.amax(1) > 0).sum()
+        assert cells == 8 * len(text.split())
+
+
+def test_the_real_digits():
+    try:
+        metadata.distribution("scikit-learn")
+    except metadata.PackageNotFoundError:
+        pytest.skip("needs scikit-learn")
+    found, labels = digits.read_digits()
+    assert found.shape == (1797, 8, 8) and found.max() == 1 and labels.bincount().min() > 170
+    assert "sklearn" not in sys.modules
+
+
+def test_without_scikit_learn(tmp_path, monkeypatch, capsys):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    sentence = refused(capsys, "data", "digits", tmp_path / "x")
+    assert "scikit-learn, which holds the digits, is missing; bring it with: pip install scikit-learn" in sentence
+    assert not (tmp_path / "x").exists()
+
+
+SPEAKER = """#!{python}
+import io, math, struct, sys, wave
+words = sys.argv[-1].split()
+if "--stdout" not in sys.argv or "-v" not in sys.argv or "fail" in sys.argv[2]:
+    sys.exit("no such voice")
+file = io.BytesIO()
+with wave.open(file, "wb") as out:
+    out.setnchannels(1), out.setsampwidth(2), out.setframerate(22050)
+    out.writeframes(b"".join(struct.pack("<h", int(9000 * math.sin(i / 9))) for i in range(2205 * len(words))))
+sys.stdout.buffer.write(file.getvalue())
+"""
+
+
+@pytest.fixture
+def speaker(tmp_path, monkeypatch) -> None:
+    """A program of the name espeak-ng that says each word as a tone of 0.1 s."""
+    pytest.importorskip("soundfile")
+    program = tmp_path / "bin" / "espeak-ng"
+    program.parent.mkdir()
+    program.write_text(SPEAKER.format(python=sys.executable))
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(program.parent))
+
+
+@pytest.mark.usefixtures("speaker")
+def test_spoken_digits_are_a_manifest(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(spoken, "SIZES", {"train": 6, "valid": 2, "test": 2})
+    main(["data", "spoken", str(tmp_path / "new")])
+    assert "train.tsv: 6 recordings by 8 speakers in 3 accents" in capsys.readouterr().out
+    pairs = read_pairs(tmp_path / "new" / "train.tsv")
+    frames = Features(20, 8000.0).read(pairs.sources, tmp_path / "new" / "train.tsv")
+    assert frames.lengths.tolist() == [
+        10 * len(target.split()) + (1 if len(target.split()) else 0) for target in pairs.targets
+    ]
+    assert frames.flat.isfinite().all()
+
+
+@pytest.mark.usefixtures("speaker")
+def test_a_voice_that_espeak_lacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(spoken, "ACCENTS", ("fail",))
+    with pytest.raises(UserError, match=r"espeak-ng cannot speak as fail\+\w+: no such voice"):
+        spoken.write_recordings(tmp_path / "x", {"train": 1})
+
+
+def test_without_espeak(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    sentence = refused(capsys, "data", "spoken", tmp_path / "x")
+    assert (
+        "the program espeak-ng, which speaks the digits, is missing; on Debian: apt-get install espeak-ng" in sentence
+    )
+
+
+def test_speakers_of_the_parts_differ():
+    every = [speaker for speakers in spoken.SPEAKERS.values() for speaker in speakers]
+    assert len(every) == len(set(every))
+    random = np.random.default_rng(0)
+    one = spoken.Recording.drawn(random, ("m3",))
+    assert one.voice.endswith("+m3") and 1 <= len(one.words) <= spoken.LONGEST
+
+
+@pytest.mark.parametrize("name", ["digits", "spoken"])
+def test_the_configuration_names_existing_options(name):
+    from fastseq.training.options import built_in_config, parsed, train_parser
+
+    config = parsed(train_parser(), ["--config", built_in_config(name)])
+    assert config.model.source_features and Path(built_in_config(name)).is_file()
