@@ -163,16 +163,21 @@ class TextTokenizer:
             codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
             return self._ids_of_characters[codes], np.array([len(line) for line in lines])
         else:
-            ids = self._tokenizer.get_vocab()
+            ids = self._ids_of_words
             rows = [[ids.get(word, UNK) for word in line.split()] for line in lines]
         lengths = np.array([len(row) for row in rows])
         return np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
 
     @functools.cached_property
+    def _ids_of_words(self) -> dict[str, int]:
+        """Id of each token of the vocabulary."""
+        return self._tokenizer.get_vocab()
+
+    @functools.cached_property
     def _ids_of_characters(self) -> np.ndarray:
         """Id of each code point, unk for one outside the vocabulary."""
         table = np.full(sys.maxunicode + 1, UNK, np.int32)
-        for word, token in self._tokenizer.get_vocab().items():
+        for word, token in self._ids_of_words.items():
             if len(word) == 1:
                 table[ord(word)] = token
         return table
