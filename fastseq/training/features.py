@@ -171,7 +171,7 @@ def encode_sources(
     Of a line of a manifest, all after a tab is ignored. The sentence begins with `name`, default `file`.
     """
     if isinstance(source, Features):
-        names = [line.partition("\t")[0] for _, line in lines]
+        names = [line.partition("\t")[0] if isinstance(line, str) else line for _, line in lines]
         return source.read(names, file, [number for number, _ in lines]), None
     return encode(source, [line for _, line in lines], name or file)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import io
 import itertools
@@ -10,7 +11,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from fastseq.errors import UserError
 
@@ -18,7 +19,8 @@ SUFFIXES = (".gz", ".zst")
 EXPECTED = "expected source<TAB>target lines"
 
 
-class PairFile(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class PairFile:
     """A file of pairs: where it is, and which columns hold the two sides."""
 
     path: str
@@ -32,7 +34,7 @@ class PairFile(NamedTuple):
         inner = [part for path in paths for part in (arrow_files(path) if path.is_dir() else [path])]
         return sum(part.stat().st_size for part in inner if part.exists())
 
-    def __iter__(self) -> Iterator[tuple[str, str]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[str, str]]:
         """The pairs in order; see :func:`pairs_of`."""
         return pairs_of(self)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser
 
 from fastseq.training.data import Pairs, read_pairs
+from fastseq.training.features import Features
 from fastseq.training.generate import opened
 from fastseq.training.options import Count, command_parser, parsed
 from fastseq.training.scoring import PairScore
@@ -53,7 +55,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parsed(score_parser(), sys.argv[1:] if argv is None else argv)
     pairs = read_pairs(options.data)
     trained = TrainedModel.from_pretrained(options.run, checkpoint=options.checkpoint, device=options.device)
-    scores = trained.score(list(zip(*pairs, strict=True)), max_tokens=options.max_tokens, warn=True)
+    sources = pairs.sources
+    if isinstance(trained.source_tokenizer, Features):
+        sources = [str(Path(options.data).parent / source) for source in sources]
+    scores = trained.score(list(zip(sources, pairs.targets, strict=True)), max_tokens=options.max_tokens, warn=True)
     with opened(options.output, "w", sys.stdout) as destination:
         for line in score_lines(pairs, scores):
             print(line, file=destination)

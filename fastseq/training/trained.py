@@ -11,7 +11,7 @@ from fastseq.errors import UserError
 from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training.data import Sequences, encode
 from fastseq.training.decode import Hypothesis, decode
-from fastseq.training.features import Features
+from fastseq.training.features import Features, encode_sources
 from fastseq.training.generation_config import check_search
 from fastseq.training.model_card import Card, measured
 from fastseq.training.saved import SavedFolder, load_folder
@@ -170,11 +170,14 @@ class TrainedModel:
         """Log-probability and perplexity of each (source, target) pair under the model, eos included.
 
         Args:
-            pairs: texts. Target tokens outside the vocabulary are scored as unk.
+            pairs: texts. Target tokens outside the vocabulary are scored as unk. A source of a model on features is an
+                array (S, F), or the name of a file.
             max_tokens: tokens of a batch, padding included, counted on the longer side.
             warn: print to standard error how many tokens are unknown.
         """
-        sources, note = encode(self.source_tokenizer, [source for source, _ in pairs], "sources")
+        sources, note = encode_sources(
+            self.source_tokenizer, list(enumerate((s for s, _ in pairs), start=1)), "sources"
+        )
         targets, other = encode(self.target_tokenizer, [target for _, target in pairs], "targets")
         for sentence in filter(None, (note, other)):
             if warn:

@@ -268,6 +268,17 @@ def test_the_commands_train_evaluate_and_generate(trained, tmp_path, capsys):
     assert len(list((tmp_path / "pictures").iterdir())) == 30
 
 
+def test_score_reads_the_manifest(trained, tmp_path, monkeypatch):
+    test = write_manifest(trained, "scored", 5, 3)
+    monkeypatch.chdir(tmp_path)
+    main(["score", str(trained / "run"), "--data", str(test), "--output", str(tmp_path / "scores.txt")])
+    assert len((tmp_path / "scores.txt").read_text().splitlines()) == 5
+    expected = TrainedModel.from_pretrained(trained / "run")
+    (source, target) = test.read_text().splitlines()[4].split("\t")
+    (score,) = expected.score([(str(trained / source), target)])
+    assert f"{score.log_prob:.4f}" in (tmp_path / "scores.txt").read_text().splitlines()[4]
+
+
 def test_the_run_folder_keeps_the_statistics(trained):
     run = RunFolder(trained / "run")
     assert not run.source_tokenizer.exists()
