@@ -42,7 +42,8 @@ bool run(Type type, int64_t T_, int64_t B, int64_t D, int64_t H, bool tf32) {
     const std::string error = plan->launch({shape, grad_output.data(), grad_n.data(), grad_n.data(), grad_output.data(),
                                             activations.data(), cell_states.data(), c0.data(), weight_hh.data(),
                                             grad_gates.data(), grad_h0.data(), grad_c0.data(), workspace.data()},
-                                           nullptr);
+                                           nullptr)
+                                  .error;
     if (!error.empty()) return std::puts(error.c_str()), false;
     grad_gates.insert(grad_gates.end(), grad_h0.begin(), grad_h0.end());
     grad_gates.insert(grad_gates.end(), grad_c0.begin(), grad_c0.end());
