@@ -95,11 +95,14 @@ FASTSEQ_DEVICE void mbarrier_arrive_expect(uint64_t* mbarrier, unsigned bytes) {
 #endif
 }
 
-// Waits until the phase of this parity has ended. Phases have parity 0, 1, 0, ...
-FASTSEQ_DEVICE void mbarrier_wait(uint64_t* mbarrier, unsigned parity) {
+// Waits until the phase of this parity has ended. Phases have parity 0, 1, 0, ... The blocks of a cluster always run at
+// the same time, so a wait longer than `limit` is a fault: it aborts the kernel.
+FASTSEQ_DEVICE void mbarrier_wait(uint64_t* mbarrier, unsigned parity, unsigned limit = 0) {
 #ifdef FASTSEQ_HOST_DEVICE
   SpinTimeout timeout;
-  while (!host::mbarrier_phase_ended(mbarrier, parity)) timeout.count();
+  while (!host::mbarrier_phase_ended(mbarrier, parity)) {
+    if (timeout.expired({limit, nullptr})) abort_kernel("a block of a cluster waited in vain");
+  }
 #elif FASTSEQ_HAS_CLUSTERS
   SpinTimeout timeout;
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(mbarrier));
@@ -113,7 +116,7 @@ FASTSEQ_DEVICE void mbarrier_wait(uint64_t* mbarrier, unsigned parity) {
         : "r"(address), "r"(parity)
         : "memory");
     if (ended) break;
-    timeout.count();
+    if (timeout.expired({limit, nullptr})) abort_kernel("a block of a cluster waited in vain");
   }
 #else
   refuse_cluster();

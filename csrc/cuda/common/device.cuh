@@ -298,6 +298,16 @@ FASTSEQ_DEVICE void store_release(unsigned* flag, unsigned x) {
 #endif
 }
 
+// Returns the old value.
+FASTSEQ_DEVICE unsigned exchange(unsigned* p, unsigned x) {
+#ifdef FASTSEQ_HOST_DEVICE
+  host::note_progress();
+  return __atomic_exchange_n(p, x, __ATOMIC_ACQ_REL);
+#else
+  return atomicExch(p, x);
+#endif
+}
+
 FASTSEQ_DEVICE unsigned load_acquire(const unsigned* flag) {
 #ifdef FASTSEQ_HOST_DEVICE
   host::poll();
@@ -337,39 +347,85 @@ FASTSEQ_DEVICE void store_relaxed(uint32_t* p, uint32_t x) {
 #endif
 }
 
+// Prints a line on the host's standard output, at its next synchronisation.
+FASTSEQ_DEVICE void report(const char* message) {
+  printf("fastseq: %s [block %u thread %u]\n", message, blockIdx.x, threadIdx.x);
+}
+
 // Aborts the kernel with an error that the next CUDA call of the host reports.
 FASTSEQ_DEVICE void abort_kernel(const char* message) {
 #ifdef FASTSEQ_HOST_DEVICE
   host::fail(message);
 #else
-  printf("fastseq: %s [block %u thread %u]\n", message, blockIdx.x, threadIdx.x);
+  report(message);
   __trap();
 #endif
 }
 
-// Spin timeout of a wait loop; call count() once per poll. It expires after minutes on any GPU, because another stream
-// may occupy the multiprocessors for seconds. Past that, the awaited block is not resident and never will be.
+// Units of 2^24 ns, 16.8 ms, of a clock that all multiprocessors share. The host-side device counts rounds of its
+// scheduler.
+FASTSEQ_DEVICE unsigned coarse_clock() {
+#ifdef FASTSEQ_HOST_DEVICE
+  return static_cast<unsigned>(host::world().passes >> 6);
+#else
+  uint64_t nanoseconds;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(nanoseconds));
+  return static_cast<unsigned>(nanoseconds >> 24);
+#endif
+}
+
+// When a wait for another block ends in vain. Cooperative blocks should run at the same time; a driver that places them
+// one by one leaves some out while another kernel, such as one of NCCL, holds their multiprocessors.
+struct SpinLimit {
+  unsigned units;  // of coarse_clock(), below 2^21; 0: wait for ever
+  unsigned* stop;  // a word, 0 at first: not 0 once a wait of these blocks has ended in vain. Null: none
+};
+
+// Clock of one wait, in one register: the low 10 bits count polls, the others hold the time of the first look at the
+// clock, which is taken every kPolls polls.
 struct SpinTimeout {
-  unsigned polls = 0;
-  FASTSEQ_DEVICE void count() {
-    if (++polls > (1u << 28)) abort_kernel("a block waited too long for the others; is the device shared or stopped?");
+#ifdef FASTSEQ_HOST_DEVICE
+  static constexpr unsigned kPolls = 64;
+#else
+  static constexpr unsigned kPolls = 1024;
+#endif
+  unsigned state = 0;
+
+  // Call once per poll. Returns true if the caller is to stop waiting.
+  FASTSEQ_DEVICE bool expired(const SpinLimit& limit) {
+    if (++state % kPolls) return false;
+    state -= kPolls;
+    if (limit.stop && load_acquire(limit.stop)) return true;
+    const unsigned now = coarse_clock() << 10;
+    if (state == 0) state = now | 1u << 10;
+    if (limit.units == 0 || (now - state) >> 10 < limit.units || now - state >= 1u << 31) return false;
+    if (limit.stop && exchange(limit.stop, 1)) return true;
+    report("a block has waited longer than FASTSEQ_SPIN_TIMEOUT allows for others that have no multiprocessor");
+    return true;
   }
 };
 
-// Waits until *flag reaches `goal`. The flag starts at 0 and only grows; the comparison is modulo 2^32.
-FASTSEQ_DEVICE void wait_for_flag(const unsigned* flag, unsigned goal) {
+// Waits until *flag reaches `goal`. The flag starts at 0 and only grows; the comparison is modulo 2^32. Returns false
+// if the limit ends the wait.
+FASTSEQ_DEVICE bool wait_for_flag(const unsigned* flag, unsigned goal, const SpinLimit& limit = {}) {
   SpinTimeout timeout;
-  while (static_cast<int>(load_acquire(flag) - goal) < 0) timeout.count();
+  while (static_cast<int>(load_acquire(flag) - goal) < 0) {
+    if (timeout.expired(limit)) return false;
+  }
+  return true;
 }
 
 // Barrier of all threads of `blocks` blocks of a cooperative grid. counter: 0 before the first round. round: 1, 2, ...
-FASTSEQ_DEVICE void grid_barrier(unsigned* counter, unsigned round, unsigned blocks) {
+// Returns false, to thread 0 only, if the limit ends the wait.
+FASTSEQ_DEVICE bool grid_barrier(unsigned* counter, unsigned round, unsigned blocks, const SpinLimit& limit = {}) {
+  bool complete = true;
   __syncthreads();
   if (threadIdx.x == 0) {
     add_release(counter, 1);
-    wait_for_flag(counter, round * blocks);
+    complete = wait_for_flag(counter, round * blocks, limit);
   }
   __syncthreads();
+  return complete;
 }
 
 // Asynchronous 16-byte copies to shared memory, in groups. The host fallback copies as late as the wait.

@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(Lstm
   for (int s = 0; s <= steps; ++s) {  // round `steps` only completes dh
     const int t = at.backwards ? s : steps - 1 - s;
     if (s) {
-      mbarrier_wait(arrived + s % 2, (s - 1) / 2 % 2);
+      mbarrier_wait(arrived + s % 2, (s - 1) / 2 % 2, p.shape.spin_limit);
       if (threadIdx.x == 0) mbarrier_arrive_expect(arrived + s % 2, bytes);  // step s + 2
 #pragma unroll
       for (int n = 0; n < N; ++n) dh[n] += add_parts(parts + s % 2 * parts_buffer, tile, at, n, N);

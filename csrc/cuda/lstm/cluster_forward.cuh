@@ -360,7 +360,7 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
   if (last >= 0) fetch_gates(gates, p, at, at.backwards ? last : 0);
   for (int s = 0; s <= last; ++s) {
     const int t = at.backwards ? last - s : s;
-    if (s) mbarrier_wait(arrived + s % 2, (s - 1) / 2 % 2);
+    if (s) mbarrier_wait(arrived + s % 2, (s - 1) / 2 % 2, p.shape.spin_limit);
     if (s && threadIdx.x == 0) mbarrier_arrive_expect(arrived + s % 2, bytes);  // step s + 2
     constexpr int kAccumulators = N == 1 ? 2 : 1;                               // 2: halve the dependency chain
     float sums[kAccumulators][N][2][4] = {}, pre[N][4];

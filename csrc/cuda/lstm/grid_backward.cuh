@@ -24,6 +24,23 @@
 
 namespace fastseq::cuda::grid_backward {
 
+// Makes one dgate of a slice NaN in each row of the buffer that `step` reads. So all later results of these rows are
+// NaN.
+template <class Product, int R>
+FASTSEQ_DEVICE void give_up(const Block<Product, R>& block, int step, int slice) {
+  using T = typename Product::Element;
+  constexpr int kChunk = Block<Product, R>::kChunk;
+  const int chunk = slice * Block<Product, R>::kBlockUnits / Product::kUnits;
+  T* from = block.exchange + ((step + 1) & 1) * block.buffer + static_cast<int64_t>(chunk) * kChunk;
+#pragma unroll 1
+  for (int row = 0; row < block.rows; ++row) {
+    T* to = from + row / kTileRows * block.plan.chunks * kChunk + row % kTileRows * Product::kUnits * 4;
+    T nan;
+    from_float(__builtin_nanf(""), &nan);
+    store_l2(to, nan);
+  }
+}
+
 // Waits until the blocks whose units this warp multiplies have finished step - 1.
 template <class Product, int R>
 FASTSEQ_DEVICE void wait(const Block<Product, R>& block, int step) {
@@ -31,7 +48,10 @@ FASTSEQ_DEVICE void wait(const Block<Product, R>& block, int step) {
   const int first = block.first_chunk * Product::kUnits / kBlockUnits;
   const int last = ((block.first_chunk + block.chunks) * Product::kUnits - 1) / kBlockUnits;
   for (int slice = first + lane_id(); slice <= last; slice += 32) {
-    wait_for_flag(block.flags + slice * kFlagStride, static_cast<unsigned>(step));
+    const SpinLimit limit{block.p.shape.spin_limit, block.flags + 1};
+    if (!wait_for_flag(block.flags + slice * kFlagStride, static_cast<unsigned>(step), limit)) {
+      give_up(block, step, slice);
+    }
   }
   __syncwarp();
 }

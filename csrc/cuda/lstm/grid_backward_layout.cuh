@@ -40,7 +40,7 @@ struct Block {
   int64_t direction, first_row, first_unit;
   int rows, tiles;          // of the group; rows excludes those past the batch
   int first_chunk, chunks;  // of this warp
-  unsigned* flags;          // (slices,) finished steps, kFlagStride apart
+  unsigned* flags;          // (slices,) finished steps, kFlagStride apart; word 1 is SpinLimit::stop
   T* exchange;              // of this direction and group, buffer 0
   int64_t buffer;           // numbers between the two buffers
   uint4* weights;           // (warps, warp_chunks - kHeld, R * parts, 32)

@@ -152,9 +152,12 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const Ls
   Weights<M, G> weights;
   weights.load(static_cast<const T*>(p.weight_hh) + task.direction * 4 * s.hidden * s.hidden, hidden_size, task, plan,
                shared);
-  grid_barrier(counter, 1, plan.blocks);
+  const SpinLimit limit{s.spin_limit, counter + 1};
+  if (!grid_barrier(counter, 1, plan.blocks, limit)) {  // blocks without a multiprocessor have not sent their h0
+    for (size_t k = 0; k < plan.buffer_words; ++k) store_relaxed(buffers + k, kNaNWord);
+  }
 
-  Hidden<M> h{.buffer = buffers, .step = 0, .rows = task.rows, .hidden = hidden_size};
+  Hidden<M> h{.buffer = buffers, .step = 0, .rows = task.rows, .hidden = hidden_size, .limit = limit};
   unsigned round = 0;
   for (int step = 0; step < s.steps; ++step) {
     h.step = step;

@@ -15,6 +15,8 @@
 
 namespace fastseq::cuda::grid_forward {
 
+constexpr uint32_t kNaNWord = 0x7fffffffu;  // as a float and as two 16-bit numbers
+
 FASTSEQ_DEVICE float as_float(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof x);
@@ -132,7 +134,7 @@ struct FmaFloat {
 
   static FASTSEQ_DEVICE uint32_t operand(uint32_t word) { return word; }
   static FASTSEQ_DEVICE uint32_t encode(float h, float) { return h == h ? as_bits(h) : kNaN; }
-  static FASTSEQ_DEVICE uint32_t decode(uint32_t word) { return word == kNaN ? 0x7fffffffu : word; }
+  static FASTSEQ_DEVICE uint32_t decode(uint32_t word) { return word == kNaN ? kNaNWord : word; }
   static FASTSEQ_DEVICE void multiply(Sum& sum, const Slice& w, const uint32_t (&h)[4]) {
     const int q = lane_id() % 4;
 #pragma unroll

@@ -25,6 +25,7 @@ struct Hidden {
   int step;
   int rows;    // of the team
   int hidden;  // H
+  SpinLimit limit;
 
   // Returns the end of the chunks in which this lane has a vector: the end of the warp's chunks or of K.
   static FASTSEQ_DEVICE int end(const Plan& plan, int hidden) {
@@ -64,9 +65,26 @@ struct Hidden {
     return step == 0 || !(wrong & M::kTag);  // h0 has no tag: a grid barrier precedes step 0
   }
 
+  // Ends a wait in vain: the vectors that this lane polls become NaN with the tag of the step. So all later results of
+  // these rows are NaN, and no product reads a mixture of two steps.
+  FASTSEQ_DEVICE void give_up(const Plan& plan, int pair, int first) const {
+    const int last = min(first + M::kStage, end(plan, hidden)), lane = thread_now() % 32;
+    const uint32_t word = M::encode(as_float(kNaNWord), as_float(kNaNWord)) | tag_of(step);
+#pragma unroll 1
+    for (int k = 0; k < 2 * 4; ++k) {
+      const int64_t line = static_cast<int64_t>(2 * pair + k / 4) * plan.chunks;
+      if (pair * kPair + k / 4 * kTile + lane / 4 >= rows) continue;
+      for (int c = first; c < last; ++c) {
+        store_relaxed(const_cast<uint32_t*>(buffer) + (line + c) * kTile * kChunkWords + 4 * lane + k % 4, word);
+      }
+    }
+  }
+
   FASTSEQ_DEVICE void read(uint32_t (&h)[M::kStage][2][4], const Plan& plan, int pair, int first) const {
     SpinTimeout timeout;
-    while (!poll(h, plan, pair, first)) timeout.count();
+    while (!poll(h, plan, pair, first)) {
+      if (timeout.expired(limit)) give_up(plan, pair, first);
+    }
     __syncwarp();
     if (step == 0) return;
 #pragma unroll

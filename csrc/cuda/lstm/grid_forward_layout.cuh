@@ -27,7 +27,8 @@ struct Plan {
   size_t shared_memory;
 
   FASTSEQ_INLINE int pairs() const { return (tiles + 1) / 2; }
-  // Workspace of a team: a 64-byte line for the barrier's counter, then buffers of h for h0, odd steps and even steps.
+  // Workspace of a team: a 64-byte line, word 0 the barrier's counter, word 1 SpinLimit::stop; then buffers of h for
+  // h0, odd steps and even steps.
   FASTSEQ_INLINE size_t team_words() const { return kChunkWords + 3 * buffer_words; }
 };
 

@@ -18,6 +18,19 @@ bool allowed(std::string_view kernel) {
   return !name || !*name || kernel == name;
 }
 
+// FASTSEQ_SPIN_TIMEOUT in units of SpinLimit: seconds that a block waits for another one; 0: for ever. Default: ten
+// minutes, because a collective of another process may hold multiprocessors while that process writes a checkpoint.
+unsigned spin_limit() {
+  const char* text = std::getenv("FASTSEQ_SPIN_TIMEOUT");
+  if (!text || !*text) text = "600";
+  char* end = nullptr;
+  const double seconds = std::strtod(text, &end);
+  STD_TORCH_CHECK(*end == 0 && seconds >= 0 && seconds <= 30000, "FASTSEQ_SPIN_TIMEOUT must be between 0 and 30000 ",
+                  "seconds, 0 to wait for ever, got '", text, "'");
+  constexpr double kUnit = 0x1p24 * 1e-9;  // seconds
+  return seconds == 0 ? 0 : std::max(1u, static_cast<unsigned>(seconds / kUnit));
+}
+
 LstmShape shape_of(const char* op,
                    const Tensor& c0,
                    const Tensor& weight_hh,
@@ -38,7 +51,8 @@ LstmShape shape_of(const char* op,
           .hidden = H,
           .lengths = static_cast<const int64_t*>(read(lengths)),
           .reverse = reverse,
-          .tf32 = tf32};
+          .tf32 = tf32,
+          .spin_limit = spin_limit()};
 }
 
 Tensor zeros(const Tensor& like, size_t bytes) {

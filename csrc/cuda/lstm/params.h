@@ -16,6 +16,7 @@ struct LstmShape {
   const int64_t* lengths;                    // (B,) on the device, or null: every length is T
   bool reverse;                              // D = 1: run from the last step to the first
   bool tf32;                                 // float operands of products may be rounded to TF32
+  unsigned spin_limit = 0;                   // SpinLimit::units
   int64_t output_columns() const { return directions * hidden; }
   bool backwards(int64_t direction) const { return directions == 2 ? direction == 1 : reverse; }
 };

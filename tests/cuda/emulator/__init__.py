@@ -42,23 +42,28 @@ def schedule(seed: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def device(
-    multiprocessors: int = 132, capability: int = 90, shared_memory: int = 227 << 10, resident: int | None = None
+    multiprocessors: int = 132,
+    capability: int = 90,
+    shared_memory: int = 227 << 10,
+    resident: int | None = None,
+    placed: int = 0,
 ) -> Iterator[None]:
     """Change the limits of the host-side device (default: an H100).
 
     shared_memory: bytes per block. resident: blocks of a cooperative launch or a cluster that find room, by default one
-    a multiprocessor; fewer where other work holds a part of the device.
+    a multiprocessor; fewer where other work holds a part of the device. placed: blocks of a cooperative launch that run
+    before the others begin, as if the driver placed a grid in pieces; 0: all run together.
     """
     load()
 
-    def limit(multiprocessors: int, capability: int, shared_memory: int, resident: int) -> None:
-        load.handle.fastseq_host_device(multiprocessors, capability, ctypes.c_size_t(shared_memory), resident)
+    def limit(multiprocessors: int, capability: int, shared_memory: int, *blocks: int) -> None:
+        load.handle.fastseq_host_device(multiprocessors, capability, ctypes.c_size_t(shared_memory), *blocks)
 
-    limit(multiprocessors, capability, shared_memory, multiprocessors if resident is None else resident)
+    limit(multiprocessors, capability, shared_memory, multiprocessors if resident is None else resident, placed)
     try:
         yield
     finally:
-        limit(132, 90, 227 << 10, 132)
+        limit(132, 90, 227 << 10, 132, 0)
 
 
 @contextlib.contextmanager

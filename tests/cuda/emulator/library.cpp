@@ -11,13 +11,12 @@ extern "C" __attribute__((visibility("default"))) void fastseq_host_schedule(int
 }
 
 // capability: 10 * major + minor. shared_memory: largest of a block, bytes. resident_blocks: limit of a launch whose
-// blocks must run at the same time.
-extern "C" __attribute__((visibility("default"))) void fastseq_host_device(int multiprocessors,
-                                                                           int capability,
-                                                                           size_t shared_memory,
-                                                                           int resident_blocks) {
+// blocks must run at the same time. placed_blocks: those that run until they end before the others begin; 0: all.
+extern "C" __attribute__((visibility("default"))) void fastseq_host_device(
+    int multiprocessors, int capability, size_t shared_memory, int resident_blocks, int placed_blocks) {
   host::options().multiprocessors = multiprocessors;
   host::options().resident_blocks = resident_blocks;
+  host::options().placed_blocks = placed_blocks;
   host::options().capability = capability;
   host::options().shared_memory = shared_memory;
 }

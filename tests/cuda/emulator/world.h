@@ -101,6 +101,7 @@ struct Options {
   long idle_passes = 2000;  // rounds in which threads only poll, before a deadlock is reported
   int multiprocessors = 132;
   int resident_blocks = 132;  // limit of a cooperative launch
+  int placed_blocks = 0;      // blocks of a cooperative launch that run before the others begin; 0: all run together
   int capability = 90;
   size_t shared_memory = 227 << 10;  // largest of a block, bytes
   size_t static_shared = 16 << 10;
@@ -113,6 +114,7 @@ struct World {
   Thread* running = nullptr;
   std::string error;
   long progress = 0;                      // counts all events except polls
+  long passes = 0;                        // rounds of the scheduler, the clock of the device
   char start_edge = 0, end_edge = 0;      // happens-before edges of the start and end of the launch
   std::vector<Block*> blocks;             // resident blocks by linear index
   std::vector<Barrier> cluster_barriers;  // by cluster
@@ -233,6 +235,7 @@ class Scheduler {
     World& w = world();
     const long before = w.progress;
     bool ran = false, held = false;
+    ++w.passes;
     if (options().shuffle) std::shuffle(order_.begin(), order_.end(), random_);
     for (int i : order_) {
       Thread& t = threads_[i];
@@ -327,8 +330,10 @@ inline std::string launch(dim3 grid,
   std::mt19937_64 random(options().seed + 1);
   // Blocks of a cluster keep their order: they must be resident together.
   if (options().shuffle && cluster_size == 1) std::shuffle(ids.begin(), ids.end(), random);
-  const size_t at_once = together ? (cluster_size > 1 ? cluster_size : count) : 1;
-  for (size_t first = 0; first < ids.size() && w.error.empty(); first += at_once) {
+  const int placed = options().placed_blocks ? std::min(options().placed_blocks, count) : count;
+  const size_t most = together ? (cluster_size > 1 ? cluster_size : placed) : 1;
+  for (size_t first = 0, at_once; first < ids.size() && w.error.empty(); first += at_once) {
+    at_once = std::min(most, ids.size() - first);
     std::vector<Block> blocks(at_once);
     w.blocks.assign(count, nullptr);
     w.cluster_barriers.assign(count / cluster_size, Barrier());
