@@ -130,6 +130,8 @@ def select(op: str, backend: str | None, call: Any) -> str:
         if sentence is not None:
             raise RuntimeError(sentence)
         chosen, why = requested, "requested by name"
+    elif torch.jit.is_tracing() and objection(op, "torch", call) is None:
+        chosen, why = "torch", "torch.jit.trace and the TorchScript exporter of ONNX record torch's own operators"
     elif call.compiling:
         chosen, why = first_rule(op, call)
     else:
@@ -170,13 +172,13 @@ def forget() -> None:
 
 
 def takes_auto(backend: str | None) -> bool:
-    """True if auto-selection applies and no record() is active, so a caller may take its op's fast path."""
-    return backend in (None, "auto") and _default == "auto" and not _records
+    """True if auto-selection applies, outside of record() and torch.jit.trace: a caller may take its fast path."""
+    return backend in (None, "auto") and _default == "auto" and not _records and not torch.jit.is_tracing()
 
 
 def unrecorded(backend: str | None) -> str | None:
-    """The name by which :func:`select` would choose; None while a record() is active, which no caller may skip."""
-    if _records:
+    """The name by which :func:`select` would choose; None in record() and torch.jit.trace, which no caller may skip."""
+    if _records or torch.jit.is_tracing():
         return None
     return _default if backend is None or backend == "auto" else backend
 

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastseq.dispatch import check_name
 from fastseq.nn.narrow import check_call, narrow_weights
+from fastseq.nn.quantization import Unquantized
 from fastseq.ops.common.autocast import autocast_enabled
 from fastseq.ops.common.checks import check_pair
 from fastseq.ops.lstm.api import Stack, check_batch_sizes, check_lengths, run, run_narrow, run_plain
@@ -17,7 +18,7 @@ States = tuple[Tensor, Tensor]
 Lengths = Tensor | Sequence[int]
 
 
-class LSTM(nn.RNNBase):
+class LSTM(Unquantized, nn.RNNBase):
     """A drop-in replacement for ``torch.nn.LSTM``: same arguments, parameters, initialisation, results and gradients.
 
     Derives from ``nn.RNNBase`` and not from ``nn.LSTM``, which ``torch.compile`` refuses. Weights may be tied, replaced

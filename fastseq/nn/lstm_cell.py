@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastseq.dispatch import check_name
 from fastseq.nn.narrow import check_inference, narrow_weights
+from fastseq.nn.quantization import Unquantized
 from fastseq.ops.common.checks import check_pair
 from fastseq.ops.lstm_cell.api import run
 from fastseq.ops.lstm_cell.rules import FAST_STEP, trains_on_torch
@@ -15,7 +16,7 @@ from fastseq.ops.lstm_cell.rules import FAST_STEP, trains_on_torch
 _CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class LSTMCell(nn.RNNCellBase):
+class LSTMCell(Unquantized, nn.RNNCellBase):
     """A drop-in replacement for ``torch.nn.LSTMCell``: same arguments, parameters, initialisation and results.
 
     Args:

@@ -44,7 +44,7 @@ def _sdpa(inputs: Inputs) -> Tensor:
 def _op_by_op(inputs: Inputs) -> tuple[Tensor, Tensor]:
     query, keys, values, weight, bias = inputs.differentiable()
     if weight is None:
-        scores = inputs.scale * (query @ keys.mT)
+        scores = inputs.scale * (query @ keys.transpose(1, 2))
     else:
         query = query if bias is None else query + bias
         scores = inputs.scale * ((query.unsqueeze(2) + keys.unsqueeze(1)).tanh() @ weight)
