@@ -41,48 +41,50 @@ def check(o: Options) -> None:
     """Raise ValueError for the first invalid option."""
     infinity = float("inf")
     limit = infinity if o.max_new_tokens is None else o.max_new_tokens
-    sampling = f"temperature={o.temperature}, top_k={o.top_k}, top_p={o.top_p}"
-    beams, samples = f"num_beams={o.num_beams}", f"num_return_sequences={o.num_return_sequences}"
-    types = ", ".join(LENGTH_PENALTY_TYPES)
-    requirements = [
-        (o.num_beams >= 1, f"num_beams must be at least 1 (got {o.num_beams})"),
+    requirements = [  # formatted where one fails: that would take longer than all checks
+        (o.num_beams >= 1, "num_beams must be at least 1 (got {num_beams})"),
         (
             o.logits_processor is None or callable(o.logits_processor),
-            f"logits_processor must be callable, (input_ids, scores) -> scores (got {type(o.logits_processor)})",
+            "logits_processor must be callable, (input_ids, scores) -> scores (got {logits_processor})",
         ),
-        (o.num_return_sequences >= 1, f"num_return_sequences must be at least 1 (got {o.num_return_sequences})"),
-        (limit >= 1, f"max_new_tokens must be at least 1, or None for the default (got {o.max_new_tokens})"),
-        (0 <= o.max_length_ratio < infinity, f"max_length_ratio must be finite and >= 0 (got {o.max_length_ratio})"),
-        (o.min_new_tokens >= 0, f"min_new_tokens must be >= 0 (got {o.min_new_tokens})"),
-        (0 < o.temperature < infinity, f"temperature must be finite and > 0 (got {o.temperature})"),
-        (o.top_k >= 0, f"top_k must be >= 0 (got {o.top_k}); 0 keeps all tokens"),
-        (0 < o.top_p <= 1, f"top_p must be > 0 and <= 1 (got {o.top_p}); 1 keeps all tokens"),
-        (o.no_repeat_ngram_size >= 0, f"no_repeat_ngram_size must be >= 0 (got {o.no_repeat_ngram_size}); 0 is off"),
-        (abs(o.length_penalty) < infinity, f"length_penalty must be finite (got {o.length_penalty})"),
-        (0 <= o.coverage_penalty < infinity, f"coverage_penalty must be finite and >= 0 (got {o.coverage_penalty})"),
+        (o.num_return_sequences >= 1, "num_return_sequences must be at least 1 (got {num_return_sequences})"),
+        (limit >= 1, "max_new_tokens must be at least 1, or None for the default (got {max_new_tokens})"),
+        (0 <= o.max_length_ratio < infinity, "max_length_ratio must be finite and >= 0 (got {max_length_ratio})"),
+        (o.min_new_tokens >= 0, "min_new_tokens must be >= 0 (got {min_new_tokens})"),
+        (0 < o.temperature < infinity, "temperature must be finite and > 0 (got {temperature})"),
+        (o.top_k >= 0, "top_k must be >= 0 (got {top_k}); 0 keeps all tokens"),
+        (0 < o.top_p <= 1, "top_p must be > 0 and <= 1 (got {top_p}); 1 keeps all tokens"),
+        (o.no_repeat_ngram_size >= 0, "no_repeat_ngram_size must be >= 0 (got {no_repeat_ngram_size}); 0 is off"),
+        (abs(o.length_penalty) < infinity, "length_penalty must be finite (got {length_penalty})"),
+        (0 <= o.coverage_penalty < infinity, "coverage_penalty must be finite and >= 0 (got {coverage_penalty})"),
         (
             o.coverage_penalty == 0 or o.num_beams > 1,
-            f"coverage_penalty={o.coverage_penalty} ranks the hypotheses of a beam search; add num_beams (got {beams})",
+            "coverage_penalty={coverage_penalty} ranks the hypotheses of a beam search; add num_beams > 1",
         ),
         (
             o.length_penalty_type in LENGTH_PENALTY_TYPES,
-            f"length_penalty_type={o.length_penalty_type!r}; valid: {types}",
+            "length_penalty_type={length_penalty_type!r}; valid: " + ", ".join(LENGTH_PENALTY_TYPES),
         ),
         (
             o.early_stopping in (True, False, "never"),
-            f"early_stopping={o.early_stopping!r}; valid: True, False, 'never'",
+            "early_stopping={early_stopping!r}; valid: True, False, 'never'",
         ),
-        (o.min_new_tokens <= limit, f"min_new_tokens={o.min_new_tokens} is more than max_new_tokens={limit}"),
-        (not o.do_sample or o.num_beams == 1, f"do_sample=True needs num_beams=1 (got {beams}); beams are not sampled"),
+        (o.min_new_tokens <= limit, "min_new_tokens={min_new_tokens} is more than max_new_tokens={max_new_tokens}"),
+        (
+            not o.do_sample or o.num_beams == 1,
+            "do_sample=True needs num_beams=1 (got num_beams={num_beams}); beams are not sampled",
+        ),
         (
             o.do_sample or o.num_return_sequences <= o.num_beams,
-            f"{samples} is more than {beams}; raise num_beams, or draw samples with do_sample=True",
+            "num_return_sequences={num_return_sequences} is more than num_beams={num_beams}; raise num_beams, or draw "
+            "samples with do_sample=True",
         ),
         (
             o.do_sample or (o.temperature, o.top_k, o.top_p) == (1, 0, 1),
-            f"{sampling} act on sampling only; add do_sample=True or leave them out",
+            "temperature={temperature}, top_k={top_k}, top_p={top_p} act on sampling only; add do_sample=True or leave "
+            "them out",
         ),
     ]
     for holds, sentence in requirements:
         if not holds:
-            raise ValueError(f"generate: {sentence}.")
+            raise ValueError(f"generate: {sentence.format(**o._asdict())}.")

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastseq.ops.candidates.api import candidates
+from fastseq.ops.candidates.api import Candidates, candidates
+from fastseq.seq2seq.coverage import Coverage
 from fastseq.seq2seq.options import MINUS_INFINITY, Options
 from fastseq.seq2seq.prefix import Prefix, force_candidates
 from fastseq.seq2seq.sampling import choose, log_probs_of, processed_candidates
@@ -36,15 +37,16 @@ class Batch:
     Attributes:
         sentences: (b,) their numbers in the batch of ``generate``.
         limits: (b,) limit on the tokens of each.
-        src_lengths: (b,) valid positions of each source.
         prefix: the first tokens of each, or None.
+        forced_steps: steps in which the token of a sentence is given.
         done: (b, K) in sampling, (b, 1) in beam search.
         rows: K, 1 until ``widen``.
     """
 
     def __init__(self, model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | None, options: Options):
         self.model, self.enc, self.limits, self.options = model, enc, limits, options
-        self.prefix, self.src_lengths = prefix, enc.lengths.to(limits.device)
+        self.prefix, self.forced_steps = prefix, 0 if prefix is None else prefix.tokens.shape[1]
+        self.needs_weights = options.output_attentions or options.coverage_penalty != 0
         self.state, self.rows = model.start(enc), 1
         self.sentences = torch.arange(len(limits), device=limits.device)
         self.done = limits.new_zeros(len(limits), 1, dtype=torch.bool)
@@ -68,10 +70,10 @@ class Batch:
 
     def advance(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """One step of the model for tokens (N,): logits (N, V), attention (N, S) if requested."""
-        option = "output_attentions=True" if self.options.output_attentions else "coverage_penalty"
-        wanted = self.options.output_attentions or bool(self.options.coverage_penalty)
+        wanted = self.needs_weights
         logits, self.state, attention = self.model.decode_step(tokens, self.state, self.enc, need_weights=wanted)
         if wanted and attention is None:
+            option = "output_attentions=True" if self.options.output_attentions else "coverage_penalty"
             raise ValueError(f"generate: {option} needs a model with attention; this one has none.")
         return logits, attention if wanted else None
 
@@ -94,10 +96,6 @@ class Batch:
             return None
         bos = self.limits.new_full((len(self) * self.rows, 1), self.options.bos_id)
         return torch.cat([bos, self.history[:, :step]], 1)
-
-    def is_forced(self, step: int) -> bool:
-        """True if the token of this step is given for a sentence."""
-        return self.prefix is not None and step < self.prefix.tokens.shape[1]
 
     def append(self, tokens: Tensor, step: int) -> None:
         """Remember tokens (N,), the ones of this step."""
@@ -135,7 +133,6 @@ class Batch:
         self.enc = self.enc.index_select(self.row_numbers(places) if self.repeated else places)
         self.sentences, self.limits = self.sentences.index_select(0, places), self.limits.index_select(0, places)
         self.done = self.done.index_select(0, places)
-        self.src_lengths = self.src_lengths.index_select(0, places)
         self.prefix = None if self.prefix is None else self.prefix.index_select(places)
 
     def select(self, rows: Tensor) -> None:
@@ -189,7 +186,7 @@ def decode_rows(model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | Non
     for step in range(max(batch.ends)):
         logits, attention = batch.advance(tokens)
         log_probs, chosen = choose(logits, batch.forbidden(step), options, batch.input_ids(step))
-        if batch.is_forced(step):
+        if step < batch.forced_steps:
             forced, given = batch.prefix.at(step, batch.rows)
             log_probs, chosen = log_probs_of(logits, given).where(forced, log_probs), given.where(forced, chosen)
         tokens = chosen.view(-1)
@@ -278,7 +275,7 @@ def beam_search(model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | Non
     """
     batch, beams = Batch(model, enc, limits, prefix, options), options.num_beams
     tokens, scores, steps = limits.new_full((len(limits),), options.bos_id), None, []
-    coverage = None  # (b, K, S) attention that the beams have spent
+    coverage = Coverage(options.coverage_penalty, enc.lengths.to(limits.device))
     if options.logits_processor is not None:  # a processor sees all beams from the first step on
         tokens, scores = tokens.repeat_interleave(beams), tokens.new_zeros(len(batch), beams).float()
         scores[:, 1:] = MINUS_INFINITY
@@ -289,13 +286,7 @@ def beam_search(model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | Non
     pools, places = [], None  # pools: numbers and pools of the sentences that have left, and at the end of all others
     for step in range(max(batch.ends)):
         logits, attention = batch.advance(tokens)
-        if options.logits_processor is not None:
-            best = processed_candidates(logits, scores, batch.forbidden(step), options, batch.input_ids(step))
-        else:
-            limits_of_step = {"forbidden": batch.forbidden(step), "last_resort": options.eos_id}
-            best = candidates(logits, 2 * beams, scores, **limits_of_step)  # (b, 2K)
-        if batch.is_forced(step):
-            best = force_candidates(best, logits, scores, batch.prefix, step)
+        best = _candidates(batch, logits, scores, step)
         is_eos, at_limit = best.tokens == options.eos_id, batch.at_limit(step)
         scores, survivors = best.totals.masked_fill(is_eos, MINUS_INFINITY).topk(beams)  # at most K of the 2K are eos
         kept = attention if options.output_attentions else None
@@ -303,12 +294,8 @@ def beam_search(model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | Non
 
         ended = (is_eos | at_limit) & ~batch.done
         lengths = torch.full_like(pool.lengths, step + 1)
-        ended_scores = _penalised(best.totals.masked_fill(~ended, MINUS_INFINITY)[:, :beams], lengths, options)
-        if options.coverage_penalty:
-            coverage = _spent(coverage, attention, len(batch))
-            spent = _of_beams(coverage, best.beams[:, :beams])
-            ended_scores = ended_scores + _coverage_scores(spent, batch.src_lengths, options)
-        pool = _collect(pool, ended_scores, lengths)
+        finished = _penalised(best.totals.masked_fill(~ended, MINUS_INFINITY)[:, :beams], lengths, options)
+        pool = _collect(pool, coverage.scored(finished, attention, best.beams[:, :beams]), lengths)
         batch.done |= at_limit | _decided(pool, scores[:, 0], lengths[:, 0], batch.limits, options)[:, None]
         rest = batch.remaining(step)
         if rest is not None and len(rest) == 0:
@@ -317,12 +304,10 @@ def beam_search(model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | Non
         surviving_beams = best.beams.gather(1, survivors)  # (b, K)
         rows = first_rows + surviving_beams
         next_tokens = best.tokens.gather(1, survivors)
-        if coverage is not None:
-            coverage = _of_beams(coverage, surviving_beams)
+        coverage.keep(surviving_beams, rest)
         if rest is not None:
             pools.append((batch.sentences, pool))
             rows, next_tokens, scores = (t.index_select(0, rest) for t in (rows, next_tokens, scores))
-            coverage = None if coverage is None else coverage.index_select(0, rest)
             batch.keep(rest)
             pool, places = pool.index_select(rest), torch.zeros_like(limits)
             places[batch.sentences] = torch.arange(len(batch), device=limits.device)
@@ -333,6 +318,16 @@ def beam_search(model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | Non
         batch.append(tokens, step)
     pools.append((batch.sentences, pool))
     return _trace_back(steps, _join_pools(pools), options)
+
+
+def _candidates(batch: Batch, logits: Tensor, scores: Tensor | None, step: int) -> Candidates:
+    """The 2K best continuations of each sentence, from logits (N, V) and the scores (b, K) of its beams."""
+    options, forbidden = batch.options, batch.forbidden(step)
+    if options.logits_processor is not None:
+        best = processed_candidates(logits, scores, forbidden, options, batch.input_ids(step))
+    else:
+        best = candidates(logits, 2 * options.num_beams, scores, forbidden=forbidden, last_resort=options.eos_id)
+    return force_candidates(best, logits, scores, batch.prefix, step) if step < batch.forced_steps else best
 
 
 def _join_pools(pools: list[tuple[Tensor, _Pool]]) -> _Pool:
@@ -350,24 +345,6 @@ def _penalised(scores: Tensor, lengths: Tensor, options: Options) -> Tensor:
     lengths = lengths.to(scores.dtype)
     base = lengths if options.length_penalty_type == "avg" else (5 + lengths) / 6
     return scores / base**options.length_penalty
-
-
-def _spent(coverage: Tensor | None, attention: Tensor, sentences: int) -> Tensor:
-    """coverage (b, K, S) of the steps before, None at the first one, plus attention (N, S) of this step."""
-    weights = attention.unflatten(0, (sentences, -1)).to(torch.promote_types(attention.dtype, torch.float32))
-    return weights if coverage is None else coverage + weights
-
-
-def _of_beams(coverage: Tensor, beams: Tensor) -> Tensor:
-    """The rows ``beams`` (b, M) of coverage (b, K, S): (b, M, S)."""
-    return coverage.gather(1, beams[..., None].expand(-1, -1, coverage.shape[2]))
-
-
-def _coverage_scores(coverage: Tensor, src_lengths: Tensor, options: Options) -> Tensor:
-    """``beta * sum over s of log(min(coverage, 1))`` of coverage (b, M, S): (b, M). Wu et al. 2016, equation 14."""
-    logs = coverage.clamp(torch.finfo(coverage.dtype).tiny, 1.0).log()  # tiny: weights may underflow to 0
-    outside = torch.arange(coverage.shape[2], device=coverage.device) >= src_lengths[:, None, None]
-    return options.coverage_penalty * logs.masked_fill(outside, 0.0).sum(2)
 
 
 def _collect(pool: _Pool, scores: Tensor, lengths: Tensor) -> _Pool:
