@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentParser
 
+from fastseq.errors import UserError
 from fastseq.training import metrics
 from fastseq.training.data import Sequences, group_references, read_pairs
 from fastseq.training.decode import LEAST_LENGTH_RATIO, Hypothesis
@@ -38,7 +39,7 @@ def evaluate_parser() -> ArgumentParser:
         "Measure a run on a test file. Writes evaluation.json, predictions.tsv and attention/*.png.",
         "fastseq evaluate runs/mine --data test.tsv --num-beams 5",
     )
-    parser.add_argument("run", type=str, help="run folder made by `fastseq train`, or a saved model's folder")
+    parser.add_argument("run", type=str, nargs="+", help="run or saved model; several make an ensemble")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument(
         "--data", type=str, required=True, help="source<TAB>target lines, several per source; for features a manifest"
@@ -147,10 +148,12 @@ def cut_off_note(cut_off: int, search: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Command line of `fastseq evaluate`; `argv` without the command's own name."""
     options = parsed(evaluate_parser(), sys.argv[1:] if argv is None else argv)
+    if len(options.run) > 1 and options.output is None:
+        raise UserError("--output is missing: the results of an ensemble belong to none of its folders")
     pairs = read_pairs(PairFile(options.data, options.targets, options.source_column, options.target_column))
     references = group_references(pairs)
     trained = TrainedModel.from_pretrained(options.run, checkpoint=options.checkpoint, device=options.device)
-    config = None if is_saved(options.run) else RunFolder(options.run).load_config()
+    config = None if is_saved(options.run[0]) else RunFolder(options.run[0]).load_config()
     decoding, lines = Decoding(options, trained, n_best=1), list(references)
     decoding.check_number(len(lines))
     tokenizers = decoding.tokenizers
@@ -167,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     rates = isinstance(tokenizers[0], Features) or text
     values = metrics.score(predictions, list(references.values()), tokenizers[1], text=text, rates=rates)
 
-    output = Path(options.output or options.run)
+    output = Path(options.output or options.run[0])
     output.mkdir(parents=True, exist_ok=True)
     write_predictions(output / "predictions.tsv", references, best, tokenizers[1])
     beams, checkpoint = int(decoding.search.get("num_beams", 1)), options.checkpoint or "best"

@@ -80,6 +80,16 @@ class Features:
     def __len__(self) -> int:
         return self.size
 
+    def __eq__(self, other: object) -> bool:
+        """True if both read every file as the same numbers."""
+        if not isinstance(other, Features) or (self.mean is None) != (other.mean is None):
+            return False
+        alike = (self.size, self.highest_frequency) == (other.size, other.highest_frequency)
+        return alike and (self.mean is None or (self.mean.equal(other.mean) and self.std.equal(other.std)))
+
+    def __hash__(self) -> int:
+        return hash((self.size, self.highest_frequency))
+
     def fit(self, parts: Sequence[Frames]) -> Self:
         """Take mean and deviation from frames that are not normalised yet. A constant feature keeps its scale."""
         flats = [chunk for part in parts for chunk in part.flat.split(1 << 16)]

@@ -32,7 +32,7 @@ def generate_parser() -> ArgumentParser:
         "alignment, as further columns. An empty line stays empty. A run on features reads the lines of a manifest.",
         "echo hello | fastseq generate runs/mine --num-beams 5 --n-best 3",
     )
-    parser.add_argument("run", type=str, help="run folder made by `fastseq train`, or a saved model's folder")
+    parser.add_argument("run", type=str, nargs="+", help="run or saved model; several make an ensemble")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--input", type=str, default="-", help="file of source lines, - for standard input")
     parser.add_argument("--output", type=str, default="-", help="file to write, - for standard output")

@@ -25,7 +25,7 @@ def score_parser() -> ArgumentParser:
         "the perplexity of all pairs on standard error.",
         "fastseq score runs/mine --data pairs.tsv > scores.tsv",
     )
-    parser.add_argument("run", type=str, help="run folder made by `fastseq train`, or a saved model's folder")
+    parser.add_argument("run", type=str, nargs="+", help="run or saved model; several make an ensemble")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--data", type=str, required=True, help="source<TAB>target lines")
     parser.add_argument("--output", type=str, default="-", help="file to write, - for standard output")

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fastseq.errors import UserError
+from fastseq.seq2seq.ensemble import Ensemble
 from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training.data import Sequences, encode
 from fastseq.training.decode import Hypothesis, decode
 from fastseq.training.features import Features, encode_sources
 from fastseq.training.generation_config import check_search
 from fastseq.training.model_card import Card, measured
-from fastseq.training.saved import SavedFolder, load_folder
+from fastseq.training.saved import Loaded, SavedFolder, load_folder
 from fastseq.training.scoring import PairScore, log_probabilities
 from fastseq.training.tokenizer import TextTokenizer
 from fastseq.training.unknown import check_replacement, replace_unknown
@@ -39,7 +40,7 @@ class TrainedModel:
 
     def __init__(
         self,
-        model: Seq2Seq,
+        model: Seq2Seq | Ensemble,
         source_tokenizer: TextTokenizer | Features,
         target_tokenizer: TextTokenizer,
         *,
@@ -60,21 +61,30 @@ class TrainedModel:
         self._evaluation: Path | None = None
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, checkpoint: str | None = None, device: str = "cpu") -> TrainedModel:
+    def from_pretrained(
+        cls, path: str | Path | Sequence[str | Path], *, checkpoint: str | None = None, device: str = "cpu"
+    ) -> TrainedModel:
         """Read a run folder of `fastseq train`, or a folder of :meth:`save_pretrained`; nothing is downloaded.
+
+        Several folders make an ensemble: each token is chosen by the mean of the log-probabilities of all models.
+        Search options and card are the ones of the first.
 
         No code in the folder runs, and sizes are checked before memory is allocated. Where a safetensors file lies in
         the folder, no checkpoint is read.
 
         Args:
-            path: the folder.
+            path: the folder, or several.
             checkpoint: "best" or "last" of a run folder; None for best.
             device: "cpu", "cuda", or "auto": cuda where there is one.
 
         Raises:
-            UserError: no such folder, a damaged or hostile file, or files that do not fit each other.
+            UserError: no such folder, a damaged or hostile file, files that do not fit each other, or an ensemble of
+                other vocabularies.
         """
-        loaded = load_folder(path, checkpoint, device)
+        paths = [path] if isinstance(path, str | Path) else list(path)
+        loaded = load_folder(paths[0], checkpoint, device)
+        if len(paths) > 1:
+            loaded = loaded._replace(model=_ensemble(paths, loaded, checkpoint, device))
         trained = cls(loaded.model, *loaded.tokenizers, generation_config=loaded.search, card=loaded.card)
         trained._evaluation = loaded.evaluation
         return trained
@@ -94,8 +104,10 @@ class TrainedModel:
             metrics: measured values by name; default: the card's; of a run, the ones of its last `fastseq evaluate`.
 
         Raises:
-            UserError: the folder holds a run, or is a link.
+            UserError: the folder holds a run, or is a link; this is an ensemble.
         """
+        if isinstance(self.model, Ensemble):
+            raise UserError("an ensemble is several models; save each of them, or average the weights of one run")
         facts = {"license": license, "data": data, "metrics": metrics}
         if metrics is None and self._evaluation is not None:
             facts["metrics"] = measured(self._evaluation)
@@ -190,6 +202,24 @@ class TrainedModel:
         if isinstance(self.source_tokenizer, Features):
             return self.source_tokenizer.read(list(sources), "sources")
         return encode(self.source_tokenizer, list(sources), "sources")[0]
+
+
+def _ensemble(paths: Sequence[str | Path], first: Loaded, checkpoint: str | None, device: str) -> Ensemble:
+    """The models of all folders; raises UserError for one whose vocabularies are not the ones of the first."""
+    models = [first.model]
+    for path in paths[1:]:
+        loaded = load_folder(path, checkpoint, device)
+        for side, one, other in zip(("source", "target"), first.tokenizers, loaded.tokenizers, strict=True):
+            if one != other:
+                raise UserError(
+                    f"{path} and {paths[0]} have different {side} vocabularies, so that their predictions cannot be "
+                    "averaged; give runs on the same data, or train the second with --init_from"
+                )
+        models.append(loaded.model)
+    try:
+        return Ensemble(models)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _one_for_each(prefixes: Sequence[str], sources: Sequence[Any]) -> list[str]:
