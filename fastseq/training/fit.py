@@ -242,8 +242,9 @@ def train(config: Namespace, folder: RunFolder, run: Run) -> None:
     trainer.loggers = loggers(folder, run.checkpoint["global_step"] if run.checkpoint else 0)
     parameters = list(run.task.parameters())
     frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+    accumulate = run.batches.accumulate
     say(
-        f"{len(run.corpus.train[0]):,} training pairs in {len(run.batches):,} batches, "
+        f"{len(run.corpus.train[0]):,} training pairs in {run.batches.updates_per_pass * accumulate:,} batches, "
         f"{sum(p.numel() for p in parameters):,} parameters{f', {frozen:,} of them frozen' if frozen else ''}, "
         f"run folder {folder.path}"
     )
