@@ -83,6 +83,15 @@ def test_generate_unk_is_connected(lines, barely_trained):
     assert not any("<unk>" in line for line in without)
 
 
+def test_the_folder_holds_defaults_that_options_override(lines, barely_trained, tmp_path):
+    saved = tmp_path / "saved"
+    fastseq.TrainedModel.from_pretrained(barely_trained).save_pretrained(saved)
+    stored = json.loads((saved / "generation_config.json").read_text())
+    (saved / "generation_config.json").write_text(json.dumps(stored | {"num_beams": 4, "min_new_tokens": 9}))
+    assert lines(model=saved) == lines(*BEAM, *LONG) != lines()
+    assert lines("--num-beams=1", "--min-new-tokens=0", model=saved) == lines()
+
+
 def test_evaluate_takes_the_same_options(barely_trained, tmp_path, capsys):
     options = ("--prefix", "e d", "--num-beams=3", "--length-penalty=0.5", "--output-scores", "true", "--pictures=1")
     main(["evaluate", str(barely_trained), *TEST, "--output", str(tmp_path), *options])

@@ -158,6 +158,7 @@ OPTIONS = {
     "length_penalty": 0.0,
     "no_repeat_ngram_size": 1,
     "min_new_tokens": 9,
+    "coverage_penalty": 2.0,
 }
 
 
