@@ -96,10 +96,16 @@ LOSS_CASES = tuple(
     BenchCase("loss", "loss", 1, rows, hidden, hidden, classes=classes, dtype=dtype, goals=goals)
     for rows, classes, hidden, dtype, goals in (
         (2560, 64, 256, torch.float32, (0.97, 0.97)),
+        (1600, 1024, 256, torch.float32, (0.97, 0.97)),
+        (400, 4096, 512, torch.float32, (0.97, 0.97)),
         (1600, 16384, 512, torch.float32, (1.2, 1.4)),
         (400, 32000, 256, torch.float32, (1.2, 1.4)),
         (1600, 16384, 512, torch.bfloat16, (0.97, 0.97)),
     )
+)
+DOT_CASES = tuple(
+    _attention("dot", (16, steps, keys, hidden))
+    for steps, keys, hidden in itertools.product((1, 10, 50, 100), (50, 400), (64, 256, 512))
 )
 CPU_CASES = (
     *(BenchCase("float32", "lstm", *size, goals=goals) for size, goals in SIZES.items()),
@@ -183,6 +189,7 @@ SUITES = {  # name -> cases, description
     ),
     "cpu": (CPU_CASES, "everything on the CPU, about six minutes"),
     "loss": (LOSS_CASES, "output layer and loss on the CPU, about a minute"),
+    "dot": (DOT_CASES, "dot attention on the CPU over steps, positions and sizes, about a minute"),
     "cuda": (CUDA_CASES[:40], "the most informative cases on a GPU, some minutes"),
     "cuda-full": (CUDA_CASES, "everything on a GPU, about an hour"),
 }

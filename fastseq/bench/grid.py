@@ -3,6 +3,7 @@
 One call of a case takes at most ``MOST_FLOPS`` operations forwards, so that a row takes about a second.
 """
 
+import math
 import random
 
 import torch
@@ -48,13 +49,22 @@ def _draw(generator: random.Random, dtype: torch.dtype) -> BenchCase:
 
 
 def cases() -> tuple[BenchCase, ...]:
-    """Sweeps over H and B in float32 and bfloat16, once slow rows, then drawn ones; each once, small ones first."""
+    """Sweeps over H and B in float32 and bfloat16, once slow rows, and drawn ones; each once, in spread_out order."""
     swept = [(10, 16, h, h) for h in HIDDEN[:-2]] + [(10, b, 256, 256) for b in BATCHES[:-1]]
     found = [_case(dtype, *shape) for dtype in SWEPT for shape in swept]
     found += [_case(torch.float32, *shape) for shape in ONCE_SLOWEST]
     generator = random.Random(14)
     found += [_draw(generator, dtype) for dtype, count in DRAWN.items() for _ in range(count)]
-    return tuple(sorted(dict.fromkeys(found), key=flops))
+    return spread_out(sorted(dict.fromkeys(found), key=lambda case: (case.group, flops(case))))
+
+
+def spread_out(ordered: list[BenchCase]) -> tuple[BenchCase, ...]:
+    """The cases in an order whose every beginning covers the list evenly: a run that is cut short is a fair sample.
+
+    Case k moves to the place of frac(k * golden ratio) among the others.
+    """
+    golden = (math.sqrt(5) - 1) / 2
+    return tuple(ordered[k] for k in sorted(range(len(ordered)), key=lambda k: k * golden % 1))
 
 
 CASES = cases()
