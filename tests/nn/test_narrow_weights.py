@@ -55,6 +55,17 @@ def test_linear_is_within_its_error(dtype, B, K, N):
     assert (error <= bound).all()
 
 
+@pytest.mark.skipif(_native.build_info().get("cpu") in (None, "baseline"), reason="no integer products")
+@pytest.mark.parametrize("B", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize(("K", "N"), [(1, 1), (31, 8), (64, 33), (513, 40), (1500, 16)])
+def test_int8_products_are_exact_in_integers(B, K, N):
+    """The same bits with every instruction set, with VNNI and without."""
+    narrow, x = round_weight(torch.randn(N, K), torch.int8), torch.randn(B, K)
+    most = x.abs().amax(1, keepdim=True)
+    integers = (x * (torch.tensor(16383.0) / most)).round().long() @ narrow.values.long().T
+    assert torch.equal(linear(x, narrow, None), integers.float() * (most / 16383) * narrow.scale)
+
+
 @pytest.mark.parametrize("form", ["one", "few", "batch", "lengths", "packed", "unbatched", "batch_first"])
 @pytest.mark.parametrize(("layers", "bidirectional", "bias"), [(1, False, True), (2, True, False)])
 @dtypes

@@ -68,6 +68,15 @@ const Isa* chosen() { return widest_built(requested() ? std::min(*requested(), s
 
 }  // namespace
 
+bool has_vnni() {
+#if FASTSEQ_X86
+  static const bool found = supported() >= Isa::kAvx512 && __builtin_cpu_supports("avx512vnni");
+  return found;
+#else
+  return false;
+#endif
+}
+
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::kAvx512Bf16:

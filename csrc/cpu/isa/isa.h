@@ -33,6 +33,9 @@ constexpr bool is_built(Isa isa) {
 // set. Requires isa_problem() == nullptr.
 Isa machine_isa();
 
+// True if the processor has AVX-512 VNNI: vpdpwssd, which multiplies 16-bit integers and adds to 32-bit ones.
+bool has_vnni();
+
 const char* isa_name(Isa isa);
 
 // Null if machine_isa() can choose a set, else the reason as a sentence.

@@ -18,6 +18,8 @@ FASTSEQ_REGION_BEGIN
 namespace fastseq::cpu::FASTSEQ_ISA {
 
 constexpr bool kIntegerDot = FASTSEQ_VECTOR_BYTES > 16;
+// True if has_vnni() chooses between two instructions with the same results.
+constexpr bool kVectorVnni = FASTSEQ_VECTOR_BYTES == 64;
 
 typedef int32_t VInteger __attribute__((vector_size(FASTSEQ_VECTOR_BYTES), may_alias));
 typedef int16_t VSigned __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2), may_alias));
@@ -64,19 +66,30 @@ FASTSEQ_INLINE float quantize_row(const float* row, int64_t K, int16_t* out) {
 FASTSEQ_INLINE VInteger widen_bytes(const int8_t* w) {
   return (VInteger)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
 }
+template <bool VNNI>
 FASTSEQ_INLINE VInteger multiply_integers(VInteger a, VInteger w, VInteger sum) {
-  return sum + (VInteger)_mm512_madd_epi16((__m512i)a, (__m512i)w);
+  if constexpr (VNNI) {
+    // By the assembler: the region is compiled for processors without VNNI, too, which never come here.
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(w));
+    return sum;
+  } else {
+    return sum + (VInteger)_mm512_madd_epi16((__m512i)a, (__m512i)w);
+  }
 }
 #elif FASTSEQ_VECTOR_BYTES == 32
 FASTSEQ_INLINE VInteger widen_bytes(const int8_t* w) {
   return (VInteger)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
 }
+template <bool VNNI>
 FASTSEQ_INLINE VInteger multiply_integers(VInteger a, VInteger w, VInteger sum) {
   return sum + (VInteger)_mm256_madd_epi16((__m256i)a, (__m256i)w);
 }
 #else
 FASTSEQ_INLINE VInteger widen_bytes(const int8_t*) { return VInteger{}; }
-FASTSEQ_INLINE VInteger multiply_integers(VInteger, VInteger, VInteger sum) { return sum; }
+template <bool VNNI>
+FASTSEQ_INLINE VInteger multiply_integers(VInteger, VInteger, VInteger sum) {
+  return sum;
+}
 #endif
 
 // Quantised rows of activations.
@@ -89,7 +102,7 @@ struct IntegerRows {
 
 // Row r times `count` rows of W from `weight` on, one in each lane, without the scales of W. Lanes past the last row
 // repeat it.
-template <int ROWS>
+template <bool VNNI, int ROWS>
 FASTSEQ_NOINLINE void dot_rows_int8(IntegerRows a,
                                     const int8_t* weight,  // (count, K)
                                     int64_t K,
@@ -116,7 +129,7 @@ FASTSEQ_NOINLINE void dot_rows_int8(IntegerRows a,
         for (int g = 0; g < GROUP; ++g) {
           const VInteger w = load(row[g] + k);
 #pragma GCC unroll 4
-          for (int r = 0; r < ROWS; ++r) sum[r][g] = multiply_integers(x[r], w, sum[r][g]);
+          for (int r = 0; r < ROWS; ++r) sum[r][g] = multiply_integers<VNNI>(x[r], w, sum[r][g]);
         }
       };
       int64_t k = 0;
@@ -164,7 +177,12 @@ FASTSEQ_INLINE void multiply_weight(const Operand<S>* const* a,
                                     Vec<Acc<S>> (&result)[ROWS]) {
   if constexpr (kIntegerDot && std::is_same_v<S, float>) {
     if (weight.type == WeightType::kInt8) {
-      dot_rows_int8<ROWS>(integers, static_cast<const int8_t*>(weight.rows) + first * K, K, count, result);
+      const auto* const rows = static_cast<const int8_t*>(weight.rows) + first * K;
+      if (kVectorVnni && has_vnni()) {
+        dot_rows_int8<kVectorVnni, ROWS>(integers, rows, K, count, result);
+      } else {
+        dot_rows_int8<false, ROWS>(integers, rows, K, count, result);
+      }
     } else if (weight.type == WeightType::kBFloat16) {
       dot_rows<S, ROWS>(a, static_cast<const BFloat16*>(weight.rows) + first * K, K, count, result);
     } else {
