@@ -84,10 +84,21 @@ FASTSEQ_NOINLINE Vec<Acc<S>> load_part_of_operands(const S* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
   return load_operands(lanes);
 }
+#if FASTSEQ_VECTOR_BYTES == 64
+template <class S>
+FASTSEQ_INLINE Vec<Acc<S>> load_operands(const S* p, int64_t n) {
+  if constexpr (kPair<S> == 1) {
+    return vload(p, n);
+  } else {
+    return n >= kLanes<S> * kPair<S> ? load_operands(p) : load_part_of_operands(p, n);
+  }
+}
+#else
 template <class S>
 FASTSEQ_INLINE Vec<Acc<S>> load_operands(const S* p, int64_t n) {
   return n >= kLanes<S> * kPair<S> ? load_operands(p) : load_part_of_operands(p, n);
 }
+#endif
 
 // Gathers one vector of operands: lane l holds depth k of row l, and k + 1 if depths are paired.
 template <class S, class W>

@@ -219,8 +219,34 @@ FASTSEQ_INLINE void vstore(VFloat v, Half* p) {  // as store() in storage.h
 }
 #endif
 
-// The first n lanes. Other lanes load as 0; their memory is neither read nor written. Part of a vector: one function
-// for each type, since the code of every call would be as long as that of whole vectors.
+// The first n lanes. Other lanes load as 0; their memory is neither read nor written.
+#if FASTSEQ_VECTOR_BYTES == 64
+FASTSEQ_INLINE uint32_t first_lanes(int64_t n) { return n > 0 ? (1u << n) - 1 : 0; }  // n < 32
+FASTSEQ_INLINE VFloat load_part(const float* p, int64_t n) { return (VFloat)_mm512_maskz_loadu_ps(first_lanes(n), p); }
+FASTSEQ_INLINE VDouble load_part(const double* p, int64_t n) {
+  return (VDouble)_mm512_maskz_loadu_pd(first_lanes(n), p);
+}
+FASTSEQ_INLINE VFloat load_part(const BFloat16* p, int64_t n) {
+  return (VFloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)), 16);
+}
+FASTSEQ_INLINE VFloat load_part(const Half* p, int64_t n) {
+  return (VFloat)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+FASTSEQ_INLINE VFloat load_part(const int8_t* p, int64_t n) {
+  return (VFloat)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
+}
+FASTSEQ_INLINE void store_part(VFloat v, float* p, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v); }
+FASTSEQ_INLINE void store_part(VDouble v, double* p, int64_t n) {
+  _mm512_mask_storeu_pd(p, first_lanes(n), (__m512d)v);
+}
+template <class S>
+FASTSEQ_INLINE void store_part(VFloat v, S* p, int64_t n) {
+  S lanes[kLanes<S>];
+  vstore(v, lanes);
+  _mm256_mask_storeu_epi16(p, first_lanes(n), load_bytes<__m256i>(lanes));
+}
+#else
+// One function for each type, since the code of every call would be as long as that of whole vectors.
 template <class S>
 FASTSEQ_NOINLINE Vec<Acc<S>> load_part(const S* p, int64_t n) {
   S lanes[kLanes<S>] = {};
@@ -233,6 +259,7 @@ FASTSEQ_NOINLINE void store_part(Vec<Acc<S>> v, S* p, int64_t n) {
   vstore(v, lanes);
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
+#endif
 template <class S>
 FASTSEQ_INLINE Vec<Acc<S>> vload(const S* p, int64_t n) {
   return n >= kLanes<S> ? vload(p) : load_part(p, n);
