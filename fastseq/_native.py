@@ -122,6 +122,12 @@ def matrix_unit() -> bool:
     return torch.cpu._is_amx_tile_supported() and (limit == "DEFAULT" or "AMX" in limit)
 
 
+@functools.cache
+def instruction_set() -> str:
+    """The instruction set of the CPU kernels, such as "avx2"; "" without them."""
+    return build_info().get("cpu", "")
+
+
 def left_out() -> dict[str, str]:
     """Parts that the build left out, with the reasons: {"CUDA kernels": "FASTSEQ_CUDA=0"}."""
     return build_record().get("left_out", {})

@@ -21,7 +21,7 @@ from attention_cases import (
 )
 from backends import serving_attention
 
-from fastseq import _native
+from fastseq import _native, dispatch
 from fastseq.dispatch import record, use_backend
 from fastseq.ops.attention import api, attention, reference
 from fastseq.ops.attention.rules import fast_path
@@ -380,6 +380,29 @@ needs_native = pytest.mark.skipif(not _native.available(), reason="the compiled 
 
 def plain_inputs():
     return torch.randn(2, 3, 5), torch.randn(2, 4, 5), torch.randn(2, 4, 6)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("vectors", "shape", "backend"),
+    [
+        ("avx2", (32, 33, 80), "torch"),
+        ("avx2", (32, 32, 80), "native"),
+        ("avx512", (32, 33, 64), "torch"),
+        ("avx512", (32, 33, 65), "native"),
+        ("baseline", (32, 33, 64), "native"),
+    ],
+)
+@torch.no_grad()
+def test_the_fast_path_leaves_many_scores_to_sdpa(vectors, shape, backend, monkeypatch):
+    monkeypatch.setattr(_native, "instruction_set", lambda: vectors)
+    dispatch.forget()
+    steps, positions, size = shape
+    query, keys = torch.randn(2, steps, size), torch.randn(2, positions, size)
+    with record() as choices:  # takes no fast path
+        expected, _ = attention(query, keys, scale=0.7)
+    assert [choice.backend for choice in choices] == [backend]
+    assert torch.equal(fast_path(query, keys, keys, 0.7), expected)
 
 
 @needs_native

@@ -166,6 +166,7 @@ def _call(inputs: Inputs, need_weights: bool) -> AttentionCall:
         positions=None if compiling else inputs.keys.shape[1],
         compiling=compiling,
         device_index=query.device.index,
+        size=query.shape[2],
     )
 
 

@@ -13,8 +13,8 @@ class AttentionCall(NamedTuple):
     """The properties of one ``attention`` call that decide its backend.
 
     ``score`` is "dot" or "additive"; "general" and "normed_additive" reduce to these. ``batch``, ``steps`` and
-    ``positions`` are B, T and S, None while a graph is traced (dynamic). ``prepared``: the keys carry prepared data.
-    ``device_index``: the GPU's index, None for the current one.
+    ``positions`` are B, T and S, None while a graph is traced (dynamic); ``size`` is A. ``prepared``: the keys carry
+    prepared data. ``device_index``: the GPU's index, None for the current one.
     """
 
     score: str
@@ -29,6 +29,7 @@ class AttentionCall(NamedTuple):
     positions: int | None = None
     compiling: bool = False
     device_index: int | None = None
+    size: int | None = None
 
 
 class Inputs(NamedTuple):

@@ -32,6 +32,12 @@ def run(inputs: Inputs, need_weights: bool) -> tuple[Tensor, Tensor | None]:
     return context, weights if need_weights else None
 
 
+def context(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """The context (B, T, D) of a dot score without padding, for inference."""
+    query, keys, values = query.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1)
+    return F.scaled_dot_product_attention(query, keys, values, scale=scale).squeeze(1)
+
+
 def _sdpa(inputs: Inputs) -> Tensor:
     heads = (x.unsqueeze(1) for x in inputs[:3])  # one head each: (B, 1, T or S, A or D)
     allowed = None if inputs.mask is None else inputs.mask.unsqueeze(1)

@@ -2,6 +2,8 @@
 
 from fastseq.dispatch import Rule
 
+CPU_RESULTS = "benchmarks/results/loss-xeon-avx2-1thread.json, benchmarks/results/loss-xeon-avx512-1thread.json"
+
 
 def on_cpu(call) -> bool:
     return call.device == "cpu"
@@ -28,7 +30,8 @@ RULES = (
     Rule(
         "native",
         (on_cpu, many_classes),
-        "not measured yet on a quiet machine: no logits in memory; 1.4 to 1.9 times as fast (V 16384 and 32000)",
+        "no logits in memory: 1.0 to 1.2 times as fast from 1024 classes on, 1.3 to 1.8 from 16384 (Xeon)",
+        CPU_RESULTS,
     ),
     Rule("triton", (on_cuda, eager, many_logits), "not measured yet: no logits in memory"),
     Rule("torch", (), "no kernel of fastseq was measured faster here"),
