@@ -235,16 +235,21 @@ def test_a_plain_call_sees_new_weights_and_options():
 
 @pytest.mark.parametrize("instructions", ["avx2", "avx512"])
 @needs_native
-def test_auto_gives_single_16_bit_steps_in_training_to_torch(instructions, monkeypatch):
+def test_auto_gives_single_steps_in_training_to_torch_except_in_float32(instructions, monkeypatch):
     monkeypatch.setattr(lstm_rules, "_instruction_set", lambda: instructions)
     monkeypatch.setattr(lstm_rules, "_amx", lambda: False)
     dispatch.forget()
     step = CALL._replace(steps=1, batch=1, requires_grad=True)
-    backends = {torch.float16: "torch", torch.bfloat16: "torch" if instructions == "avx2" else "native"}
-    for dtype, backend in backends.items():
-        assert select("lstm", "auto", step._replace(dtype=dtype)) == backend
-        for longer in (dict(steps=2), dict(batch=2), dict(requires_grad=False), dict(packed=True)):
+    assert select("lstm", "auto", step) == "native"
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert select("lstm", "auto", step._replace(dtype=dtype)) == "torch"
+        for longer in (dict(steps=2), dict(requires_grad=False), dict(packed=True)):
             assert select("lstm", "auto", step._replace(dtype=dtype, **longer)) == "native"
+    for dtype, batch in ((torch.float16, 2), (torch.bfloat16, 1), (torch.float64, 4)):
+        sequences = step._replace(dtype=dtype, batch=batch)
+        assert select("lstm", "auto", sequences) == "torch"
+        expected = "torch" if dtype == torch.float64 else "native"
+        assert select("lstm", "auto", sequences._replace(batch=batch + 1)) == expected
 
 
 @needs_native

@@ -167,7 +167,8 @@ def _plain_plan(requested, dtype, shape, options, sizes, needs_grad) -> tuple[tu
     if len(shape) != 3 or shape[2] != input_size or 0 in shape[:2]:
         return None
     batch, steps = shape[:2] if batch_first else shape[1::-1]
-    call = LSTMCall("cpu", dtype, *sizes, batch=batch, steps=steps, requires_grad=needs_grad)
+    form = {"batch": batch, "steps": steps, "layers": num_layers, "requires_grad": needs_grad}
+    call = LSTMCall("cpu", dtype, *sizes, **form)
     chosen = select("lstm", requested, call)
     rows = num_layers * (2 if bidirectional else 1)
     shapes = (rows, batch, proj_size or hidden_size), (rows, batch, hidden_size)
@@ -177,7 +178,7 @@ def _plain_plan(requested, dtype, shape, options, sizes, needs_grad) -> tuple[tu
 def _plain_kernel(backend: str, call: LSTMCall) -> Callable | None:
     """The ``plain`` of a backend, if it has one that serves the call."""
     module = implementation("lstm", backend)
-    form = {"batch": call.batch, "steps": call.steps, "requires_grad": call.requires_grad}
+    form = {"batch": call.batch, "steps": call.steps, "layers": call.layers, "requires_grad": call.requires_grad}
     if call != LSTMCall("cpu", *call[1:5], **form) or (
         call.requires_grad and not getattr(module, "PLAIN_HAS_BACKWARD", False)
     ):
@@ -292,6 +293,7 @@ def describe(stack: Stack, cell_states: bool) -> LSTMCall:
         compiling=compiling,
         vmapped=vmapped(),
         forward_mode=forward_mode(),
+        layers=stack.num_layers,
         subclass=not compiling and not PLAIN_TYPES.issuperset(map(type, tensors)),
         tf32=_native.device_of(input) == "cuda" and tf32_allowed(),
         device_index=device.index,

@@ -5,7 +5,7 @@ Rapids, AVX-512, no AMX) and an EPYC (Zen 4) with 1 and 2 threads, the rows abou
 Rapids, lowered to AVX2). It covers the cases of the evidence files and similar ones.
 """
 
-import functools
+import platform
 
 import torch
 
@@ -13,8 +13,11 @@ from fastseq import _native
 from fastseq.dispatch import Rule
 
 AVX2 = "benchmarks/results/grid-xeon-avx2-1thread.json"
-STEPS_AVX2 = "benchmarks/results/steps-xeon-avx2-1thread.json"
-STEPS_AMX = "benchmarks/results/steps-xeon-amx-1thread.json, benchmarks/results/grid-xeon-amx-1thread.json"
+AVX512 = "benchmarks/results/grid-xeon-avx512-1thread.json"
+AMX = "benchmarks/results/grid-xeon-amx-1thread.json"
+GRIDS = f"{AVX2}, {AVX512}, {AMX}"
+STEPS_AVX2 = f"benchmarks/results/steps-xeon-avx2-1thread.json, {GRIDS}"
+STEPS_AMX = f"benchmarks/results/steps-xeon-amx-1thread.json, {AMX}"
 XEON_AND_ZEN4 = "benchmarks/results/cpu-xeon-1thread.json, benchmarks/results/cpu-zen4-1thread.json"
 
 
@@ -52,8 +55,33 @@ def one_step(call) -> bool:
     return call.steps == 1
 
 
-def over_5_steps(call) -> bool:
-    return call.steps > 5
+def several_steps(call) -> bool:
+    return call.steps > 1
+
+
+def at_least_50_steps(call) -> bool:
+    return call.steps >= 50
+
+
+def at_least_200_steps(call) -> bool:
+    return call.steps >= 200
+
+
+def over_20_rows(call) -> bool:
+    return call.steps * call.batch > 20
+
+
+def partial_vectors(call) -> bool:
+    """Up to 256 hidden units, no multiple of the 16 floats of a vector."""
+    return call.hidden_size <= 256 and call.hidden_size % 16 > 0
+
+
+def one_input_column(call) -> bool:
+    return call.input_size == 1
+
+
+def one_layer(call) -> bool:
+    return call.layers == 1
 
 
 def one_sequence(call) -> bool:
@@ -62,6 +90,14 @@ def one_sequence(call) -> bool:
 
 def several_sequences(call) -> bool:
     return call.batch > 1
+
+
+def at_most_2_sequences(call) -> bool:
+    return call.batch <= 2
+
+
+def two_to_4_sequences(call) -> bool:
+    return 2 <= call.batch <= 4
 
 
 def over_4_sequences(call) -> bool:
@@ -130,6 +166,10 @@ def hidden_size_to_256(call) -> bool:
     return call.hidden_size <= 256
 
 
+def hidden_size_to_512(call) -> bool:
+    return call.hidden_size <= 512
+
+
 def hidden_size_over_512(call) -> bool:
     return call.hidden_size > 512
 
@@ -155,9 +195,8 @@ def hidden_values_to_128k(call) -> bool:
     return (call.batch or 1) * call.hidden_size <= 131072
 
 
-@functools.cache
 def _instruction_set() -> str:
-    return _native.build_info().get("cpu", "")
+    return _native.instruction_set()
 
 
 def avx512(call) -> bool:
@@ -165,9 +204,9 @@ def avx512(call) -> bool:
     return _instruction_set().startswith("avx512")
 
 
-def avx2(call) -> bool:
-    """The compiled kernels use AVX2: torch runs bfloat16 op by op, and oneDNN's float32 kernels are as narrow."""
-    return _instruction_set() == "avx2"
+def without_avx512(call) -> bool:
+    """The kernels use AVX2 or SSE: torch runs bfloat16 op by op, and oneDNN's float32 kernels are as narrow."""
+    return _instruction_set() in ("avx2", "baseline") and platform.machine().lower() in ("x86_64", "amd64")
 
 
 def avx512_bf16(call) -> bool:
@@ -197,27 +236,74 @@ RULES = (
     Rule("native", (under_vmap,), "under torch.func.vmap the samples are folded into the batch"),
     Rule(
         "torch",
-        (on_cpu, eager, padded, float16, training, one_step, one_sequence),
-        "a single step of one sequence in training, op by op: native is 0.5 to 0.7 times as fast in float16",
+        (on_cpu, eager, padded, float16, training, one_step, at_most_2_sequences),
+        "a single step of one or two sequences in training, op by op: native is 0.5 to 0.8 times as fast in float16",
         STEPS_AVX2,
     ),
     Rule(
         "torch",
-        (on_cpu, eager, padded, bfloat16, avx2, training, one_step, one_sequence),
+        (on_cpu, eager, padded, bfloat16, training, one_step, one_sequence),
         "a single step of one sequence in training, op by op: native is 0.6 to 1.1 times as fast in bfloat16",
         STEPS_AVX2,
     ),
     Rule(
         "torch",
-        (on_cpu, eager, padded, float16, matrix_unit, training, at_most_2_steps),
-        "oneDNN multiplies float16 by AVX-512 or AMX here: native is 0.2 to 1.0 times as fast in one or two steps",
+        (on_cpu, eager, padded, float64, training, one_step),
+        "a single step in training, op by op: native is 0.6 to 1.0 times as fast in float64",
+        GRIDS,
+    ),
+    Rule(
+        "torch",
+        (on_cpu, eager, padded, float16, matrix_unit, training, at_most_2_steps, several_sequences),
+        "oneDNN multiplies float16 by AVX-512 or AMX here: native is 0.2 to 0.8 times as fast in one or two steps",
         STEPS_AMX,
     ),
     Rule(
         "torch",
-        (on_cpu, eager, padded, bfloat16, matrix_unit, inference, several_sequences, over_5_steps, hidden_size_to_256),
-        "oneDNN multiplies bfloat16 by AMX: native is 0.4 to 0.8 times as fast at 2 to 4 sequences",
+        (on_cpu, eager, padded, float32, avx512, training, one_sequence, at_least_200_steps, partial_vectors),
+        "one sequence of 200 steps or more in training, H to 256, no multiple of 16: native is 0.8 times as fast",
+        AVX512,
+    ),
+    Rule(
+        "torch",
+        (
+            on_cpu,
+            eager,
+            padded,
+            float32,
+            avx512,
+            inference,
+            one_input_column,
+            two_to_4_sequences,
+            at_least_200_steps,
+            hidden_size_to_256,
+        ),
+        "200 steps or more of inputs of one number, H to 256, with AVX-512: native is 0.88 times as fast",
+        AVX512,
+    ),
+    Rule(
+        "native",
+        (on_cpu, eager, padded, bfloat16, matrix_unit, inference, one_input_column, one_layer),
+        "oneDNN does not use AMX for inputs of one number: native is 1.2 to 1.9 times as fast",
+        AMX,
+    ),
+    Rule(
+        "torch",
+        (on_cpu, eager, padded, bfloat16, matrix_unit, inference, several_sequences, over_20_rows, hidden_size_to_256),
+        "oneDNN multiplies bfloat16 by AMX: native is 0.3 to 0.9 times as fast",
         STEPS_AMX,
+    ),
+    Rule(
+        "torch",
+        (on_cpu, eager, padded, bfloat16, matrix_unit, inference, one_sequence, at_least_50_steps, hidden_size_to_512),
+        "oneDNN multiplies bfloat16 by AMX: native is 0.75 to 0.96 times as fast over 50 steps or more",
+        AMX,
+    ),
+    Rule(
+        "native",
+        (on_cpu, eager, padded, bfloat16, matrix_unit, at_most_8_sequences, at_most_2_steps),
+        "one or two steps: packing the weights takes longer than AMX multiplies; native is 1.2 to 3.2 times as fast",
+        AMX,
     ),
     Rule(
         "native",
@@ -235,6 +321,12 @@ RULES = (
         (on_cpu, eager, float64, at_most_4_sequences),
         "torch has no float64 kernel on CPU and runs op by op: native is 1.1 to 3.7 times as fast for few sequences",
         XEON_AND_ZEN4,
+    ),
+    Rule(
+        "native",
+        (on_cpu, eager, float64, at_most_8_sequences, several_steps),
+        "up to 8 sequences in float64, op by op in torch: native is 1.0 to 2.3 times as fast",
+        GRIDS,
     ),
     Rule(
         "native",
@@ -256,14 +348,14 @@ RULES = (
     ),
     Rule(
         "native",
-        (on_cpu, eager, bfloat16, avx2),
-        "torch has no bfloat16 LSTM without AVX-512 and runs op by op: native is 2 to 11 times as fast",
+        (on_cpu, eager, bfloat16, without_avx512),
+        "torch has no bfloat16 LSTM without AVX-512 and runs op by op: native is 1.3 to 35 times as fast",
         AVX2,
     ),
     Rule(
         "native",
-        (on_cpu, eager, float32, avx2),
-        "products and cell fused in registers of AVX2: native is 1.0 to 4 times as fast, 1.5 times in the mean",
+        (on_cpu, eager, float32, without_avx512),
+        "products and cell fused in registers: native is 0.95 to 5 times as fast with AVX2 or SSE, 1.35 in the mean",
         AVX2,
     ),
     Rule(
@@ -276,7 +368,7 @@ RULES = (
         "native",
         (on_cpu, eager, bfloat16, avx512, matrix_unit, training, at_most_8_sequences, hidden_size_over_512),
         "wide layers, few sequences: reading the weights takes longer than AMX multiplies: native is 1.5 times as fast",
-        "benchmarks/results/grid-xeon-amx-1thread.json",
+        AMX,
     ),
     Rule(
         "native",

@@ -18,7 +18,7 @@ class LSTMCall(NamedTuple):
     ``vmapped``: within torch.func.vmap. ``forward_mode``: with forward-mode derivatives.
     ``subclass``: a tensor is of a type that is neither torch.Tensor nor nn.Parameter.
     ``tf32``: on CUDA, float32 products of a recurrence may be rounded to TF32.
-    ``device_index``: the GPU's index, None for the current one.
+    ``device_index``: the GPU's index, None for the current one. ``layers``: of the whole module.
     """
 
     device: str
@@ -41,6 +41,7 @@ class LSTMCall(NamedTuple):
     subclass: bool = False
     tf32: bool = False
     device_index: int | None = None
+    layers: int = 1
 
 
 class Weights(NamedTuple):
