@@ -22,6 +22,7 @@ from fastseq.training.batching import TokenBatches
 from fastseq.training.callbacks import AtomicCheckpointIO, BestAndLast, Patience, StopCleanly, Stopped
 from fastseq.training.checkpoint import load_checkpoint, trained_model
 from fastseq.training.corpus import Corpus, load_corpus
+from fastseq.training.embeddings import load_embeddings
 from fastseq.training.files import refuse_links
 from fastseq.training.folder import RunFolder, model_options, on_device
 from fastseq.training.init_from import freeze, take_over
@@ -208,6 +209,8 @@ def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None
     model = trained_model(sizes, checkpoint, last) if resume else new_model(sizes, int(config.seed))
     if start is not None:
         take_over(model, start.model)
+    if not resume:
+        load_embeddings(model, config, corpus)
     freeze(model, config.freeze)
     checkpoint_io = AtomicCheckpointIO()
     trainer = make_trainer(options, optim, folder, checkpoint_io)

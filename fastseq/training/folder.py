@@ -13,7 +13,7 @@ from fastseq.seq2seq.model import Seq2Seq, Seq2SeqConfig
 from fastseq.training.checkpoint import load_checkpoint, trained_model
 from fastseq.training.features import Features, load_source, save_source
 from fastseq.training.files import write_text
-from fastseq.training.options import read_config, train_parser
+from fastseq.training.options import EMBEDDINGS, read_config, train_parser
 from fastseq.training.tokenizer import BOS, EOS, PAD, UNK, TextTokenizer
 
 
@@ -118,7 +118,7 @@ def model_options(config: Namespace, source_size: int, target_size: int) -> Seq2
         raise UserError(f"model.source_features is {features}, the source of this run has {source_size}")
     try:
         return Seq2SeqConfig(
-            **vars(config.model),
+            **{name: value for name, value in vars(config.model).items() if name not in EMBEDDINGS},
             src_vocab_size=source_size if features is None else None,
             tgt_vocab_size=target_size,
             pad_id=PAD,

@@ -13,7 +13,7 @@ from fastseq.seq2seq.config import Seq2SeqConfig
 from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training.features import Features
 from fastseq.training.folder import RunFolder, model_options
-from fastseq.training.options import parsed, train_parser, with_built_in_configs
+from fastseq.training.options import EMBEDDINGS, parsed, train_parser, with_built_in_configs
 from fastseq.training.saved import SavedFolder, is_saved
 from fastseq.training.tokenizer import TextTokenizer
 
@@ -36,7 +36,7 @@ def inherited(config: Namespace, argv: list[str]) -> Namespace:
     Raises UserError for a folder without a model, and for an option that the weights or tokenizers do not allow.
     """
     options, tokenizers = _description(config.init_from)
-    fixed = {f"model.{name}": getattr(options, name) for name in vars(config.model)}
+    fixed = {f"model.{name}": getattr(options, name) for name in vars(config.model) if name not in EMBEDDINGS}
     source, target = tokenizers
     fixed |= {"data.target_tokenizer": target.kind, "data.shared_vocabulary": source == target}
     if isinstance(source, Features):

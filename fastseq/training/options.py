@@ -27,6 +27,7 @@ FIXED = (
     "grow_vocabulary",
     "freeze",
 )  # by the checkpoint of a run
+EMBEDDINGS = ("src_embeddings", "tgt_embeddings")  # files beside the options of Seq2SeqConfig in the group model
 FROM_DATA = {"src_vocab_size", "tgt_vocab_size", "pad_id", "bos_id", "eos_id", "unk_id"}
 
 # Every number has an upper limit: past it an allocation fails, an int64 overflows, or a loop never ends.
@@ -222,6 +223,13 @@ def train_parser() -> ArgumentParser:
     parser.add_argument("--seed", type=Seed, default=1, help="of weights, dropout and order")
     parser.add_class_arguments(DataOptions, "data")
     parser.add_class_arguments(Seq2SeqConfig, "model", skip=FROM_DATA)
+    for name, side in zip(EMBEDDINGS, ("source", "target"), strict=True):
+        parser.add_argument(
+            f"--model.{name}",
+            type=str | None,
+            help=f"vectors that the {side} embedding starts from: lines of a token and its numbers, as word2vec and "
+            "GloVe have them in text form, or a .npy matrix with a row for each token id",
+        )
     parser.add_class_arguments(OptimOptions, "optim")
     parser.add_class_arguments(TrainerOptions, "trainer")
     parser.add_argument(
