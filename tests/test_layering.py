@@ -43,7 +43,7 @@ ARROWS = {
     "parity": "testing console seq2seq nn ops ops.OP dispatch errors",
     "warmup": "console seq2seq nn ops ops.common dispatch errors",
     "training": "fastseq seq2seq nn ops dispatch errors",
-    "hf": "fastseq training seq2seq",
+    "hf": "fastseq training seq2seq errors",
     "convert": "training seq2seq errors",
     "export": "training seq2seq ops.OP.api errors",
     "cli": "fastseq errors",  # each command's module is imported by name

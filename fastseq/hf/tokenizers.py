@@ -6,6 +6,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from fastseq.errors import UserError
 from fastseq.training.saved import SavedFolder
 from fastseq.training.tokenizer import EOS, RESERVED, TextTokenizer
 
@@ -13,11 +14,11 @@ from fastseq.training.tokenizer import EOS, RESERVED, TextTokenizer
 def load_tokenizers(path: str | Path) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
     """The source and the target tokenizer of a saved model's folder, or a run folder.
 
-    Both close a text with eos, as in training, and pad on the right; ``decode(ids, skip_special_tokens=True)``
-    gives the text.
+    They close a text with eos where training did, which some ports do not, and pad on the right;
+    ``decode(ids, skip_special_tokens=True)`` gives the text.
 
     Raises:
-        UserError: a missing or damaged file.
+        UserError: a missing or damaged file; the port of a model that reads padding, which transformers sets anew.
     """
     folder = SavedFolder(path)
     return tuple(_fast(TextTokenizer.load(file)) for file in (folder.source_tokenizer, folder.target_tokenizer))
@@ -25,7 +26,10 @@ def load_tokenizers(path: str | Path) -> tuple[PreTrainedTokenizerFast, PreTrain
 
 def _fast(tokenizer: TextTokenizer) -> PreTrainedTokenizerFast:
     copy = Tokenizer.from_str(tokenizer.to_json())
-    copy.post_processor = TemplateProcessing(single=f"$A {RESERVED[EOS]}", special_tokens=[(RESERVED[EOS], EOS)])
+    if copy.padding is not None:
+        raise UserError("this model reads sources padded to one length, which tokenizers of transformers do not keep")
+    if tokenizer.closed:
+        copy.post_processor = TemplateProcessing(single=f"$A {RESERVED[EOS]}", special_tokens=[(RESERVED[EOS], EOS)])
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), RESERVED, strict=True))
     return PreTrainedTokenizerFast(
         tokenizer_object=copy,

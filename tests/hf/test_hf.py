@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import fastseq
+from fastseq.errors import UserError
 from fastseq.hf import FastseqConfig, FastseqForSeq2SeqLM, load_tokenizers
 from fastseq.seq2seq.config import Seq2SeqConfig
 from fastseq.training.tokenizer import TextTokenizer
@@ -241,6 +242,20 @@ def test_the_tokenizers(plain_folder):
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert target.decode([1, *ids[0], 2, 0, 0], skip_special_tokens=True) == "abc"
     assert (target.pad_token_id, target.bos_token_id, target.eos_token_id, target.unk_token_id) == (0, 1, 2, 3)
+
+
+def test_tokenizers_of_ports(plain_folder, tmp_path):
+    """A port may have been trained without eos after a source, or on sources padded to one length."""
+    plain = TextTokenizer.load(plain_folder / "target_tokenizer.json")
+    for options, expected in ((dict(closed=False), [4, 5]), (dict(padding=(3, "b")), None)):
+        source = TextTokenizer.of_words("char", ["a", "b"], **options)
+        source.save(tmp_path / "source_tokenizer.json")
+        plain.save(tmp_path / "target_tokenizer.json")
+        if expected is None:
+            with pytest.raises(UserError, match="reads sources padded to one length"):
+                load_tokenizers(tmp_path)
+        else:
+            assert load_tokenizers(tmp_path)[0]("ab")["input_ids"] == expected
 
 
 def test_the_trainer_trains_for_an_epoch(plain_folder, tmp_path):
