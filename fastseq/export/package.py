@@ -17,11 +17,16 @@ SUFFIX = ".pt2"
 
 def write(graph: nn.Module, example: tuple[Tensor, ...], inputs: list[Axes], outputs: list[Axes], path: Path) -> None:
     """Compile ``graph`` for this machine's processor into a package."""
+    with torch.no_grad():
+        torch._inductor.aoti_compile_and_package(program(graph, example, inputs), package_path=str(path))
+
+
+def program(graph: nn.Module, example: tuple[Tensor, ...], inputs: list[Axes]) -> torch.export.ExportedProgram:
+    """The exported program of ``graph``, for all batches and lengths."""
     dims = {name: Dim(name) for axis in inputs for name in axis.sizes.values()}
     shapes = tuple({i: dims[name] for i, name in axis.sizes.items()} for axis in inputs)
     with torch.no_grad():
-        program = torch.export.export(graph, example, dynamic_shapes=_for(graph, shapes))
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        return torch.export.export(graph, example, dynamic_shapes=_for(graph, shapes))
 
 
 def _for(graph: nn.Module, shapes: tuple) -> tuple:

@@ -1,25 +1,20 @@
 """`fastseq export --format onnx`: graphs for every batch and length, and equal text from onnxruntime."""
 
-import random
 import shutil
 
 import numpy as np
 import pytest
-import torch
+from exported_models import sources, texts, trained
 from toy_runs import refused
 
-import fastseq
 from fastseq.cli import main
-from fastseq.convert.vocabulary import Vocabulary
 from fastseq.errors import UserError
 from fastseq.export.graphs import Encode, encoder_inputs, examples
 from fastseq.export.main import export, load
 from fastseq.training.saved import SavedFolder
-from fastseq.training.trained import TrainedModel
 
 pytest.importorskip("onnx", reason="torch.onnx writes with it")
 onnxruntime = pytest.importorskip("onnxruntime")
-LETTERS = "abcdefghijklmnop"
 VARIANTS = {
     "additive": dict(embedding_dim=8),
     "general, two layers": dict(attention="general", encoder_layers=2, decoder_layers=2, bridge="concat"),
@@ -28,26 +23,6 @@ VARIANTS = {
     "normed, pyramid": dict(attention="normed_additive", encoder_layers=2, pyramid=True),
     "bias, no tanh": dict(attention="general", combine_bias=True, combine_activation="none", bridge="linear_h"),
 }
-
-
-def trained(**options):
-    """A model of large random weights: its predictions differ from source to source."""
-    torch.manual_seed(0)
-    sizes = dict(src_vocab_size=20, tgt_vocab_size=20, embedding_dim=6, hidden_size=16)
-    model = fastseq.Seq2Seq(fastseq.Seq2SeqConfig(**(sizes | options)))
-    for p in model.parameters():
-        p.data *= 2.5
-    words = Vocabulary(list(LETTERS))
-    return TrainedModel(model, words.tokenizer("char"), words.tokenizer("char"))
-
-
-def sources(count):
-    generator = random.Random(0)
-    return ["".join(generator.choices(LETTERS + "?", k=generator.randint(0, 12))) for _ in range(count)]
-
-
-def texts(model, lines, **search):
-    return [[hypothesis.text for hypothesis in row] for row in model.predict(lines, max_new_tokens=12, **search)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
