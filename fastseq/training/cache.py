@@ -23,15 +23,14 @@ import torch
 from torch import Tensor
 
 from fastseq.errors import UserError
-from fastseq.training.data import Sequences
+from fastseq.training.data import Sequences, encode_flat
 from fastseq.training.files import read_text, write_text
 from fastseq.training.lock import NO_LOCKS
 from fastseq.training.reading import PairFile, arrow_files, missing_package
-from fastseq.training.tokenizer import EOS, PAD, UNK, TextTokenizer
+from fastseq.training.tokenizer import PAD, UNK, TextTokenizer
 
 FORMAT = 1  # of the files; part of the fingerprint
 ROWS = 1 << 16  # pairs of a record batch
-ENCODED = 1 << 12  # pairs encoded at once: their encodings take some hundred bytes a token
 SIDES = ("source", "target")
 
 
@@ -202,18 +201,6 @@ def _batched(pairs: PairFile, size: int) -> Iterator[list[tuple[str, str]]]:
     iterator = iter(pairs)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
-
-
-def encode_flat(tokenizer: TextTokenizer, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of all lines behind each other (sum of lengths,) int32, and the lengths (N,).
-
-    Each is closed by eos, unless the tokenizer is not.
-    """
-    parts = [tokenizer.encode_flat(lines[start : start + ENCODED]) for start in range(0, len(lines), ENCODED)]
-    flat, lengths = (np.concatenate(side) for side in zip(*parts, strict=True))
-    if not tokenizer.closed:
-        return flat, lengths
-    return np.insert(flat, lengths.cumsum(), EOS).astype(np.int32, copy=False), lengths + 1
 
 
 def open_cache(path: Path, counts: Counts) -> tuple[Mapped, Mapped]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastseq.errors import UserError
 from fastseq.training.reading import PairFile
 from fastseq.training.tokenizer import EOS, PAD, UNK, TextTokenizer
+
+ENCODED = 1 << 12  # lines encoded at once: the tokenizers library takes some hundred bytes a token
 
 
 class Pairs(NamedTuple):
@@ -50,6 +53,14 @@ class Sequences:
         self.lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)  # (N,)
         self._flat = torch.tensor([token for row in rows for token in row], dtype=torch.int64)  # (sum of lengths,)
         self._starts = self.lengths.cumsum(0) - self.lengths  # (N,)
+
+    @classmethod
+    def joined(cls, flat: Tensor, lengths: Tensor) -> Self:
+        """The sequences with these lengths (N,), which lie behind each other in `flat` (sum of lengths,)."""
+        sequences = cls(())
+        sequences.lengths, sequences._flat = lengths.long(), flat.long()
+        sequences._starts = sequences.lengths.cumsum(0) - sequences.lengths
+        return sequences
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -139,13 +150,23 @@ def encode(tokenizer: TextTokenizer, lines: Sequence[str], name: str) -> tuple[S
 
     Raises UserError for an empty line where the tokenizer is not closed: the model never read an empty source.
     """
-    rows = tokenizer.encode(lines)
-    if not tokenizer.closed and [] in rows:
-        raise UserError(f"{name}: line {rows.index([]) + 1} is empty; this model was trained without an end of source")
-    unknown = sum(row.count(UNK) for row in rows)
-    note = None
-    if unknown:
-        tokens = sum(map(len, rows))
-        note = unknown_note(name, unknown, tokens)
-    end = (EOS,) if tokenizer.closed else ()
-    return Sequences([*row, *end] for row in rows), note
+    flat, lengths = encode_flat(tokenizer, lines)
+    if not tokenizer.closed and not lengths.all():
+        number = int((lengths == 0).argmax()) + 1
+        raise UserError(f"{name}: line {number} is empty; this model was trained without an end of source")
+    unknown = int((flat == UNK).sum())
+    note = unknown_note(name, unknown, len(flat) - len(lengths) * tokenizer.closed) if unknown else None
+    return Sequences.joined(torch.from_numpy(flat), torch.from_numpy(lengths)), note
+
+
+def encode_flat(tokenizer: TextTokenizer, lines: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of all lines behind each other (sum of lengths,) int32, and the lengths (N,).
+
+    Each is closed by eos, unless the tokenizer is not.
+    """
+    starts = range(0, max(len(lines), 1), ENCODED)
+    parts = [tokenizer.encode_flat(lines[start : start + ENCODED]) for start in starts]
+    flat, lengths = (np.concatenate(side) for side in zip(*parts, strict=True))
+    if not tokenizer.closed:
+        return flat, lengths
+    return np.insert(flat, lengths.cumsum(), EOS).astype(np.int32, copy=False), lengths + 1

@@ -156,7 +156,7 @@ class TextTokenizer:
         Characters and words are looked up without the tokenizers library, many times faster, unless a reserved word or
         a separator on which Python and that library disagree is among them, or the tokenizer pads.
         """
-        slow = self.kind == "bpe" or self._tokenizer.padding is not None
+        slow = self.kind == "bpe" or self._tokenizer.padding is not None or not lines
         if slow or _UNUSUAL.search(text := "".join(lines)):
             rows = self.encode(lines)
         elif self.kind == "char":
@@ -165,7 +165,7 @@ class TextTokenizer:
         else:
             ids = self._ids_of_words
             rows = [[ids.get(word, UNK) for word in line.split()] for line in lines]
-        lengths = np.array([len(row) for row in rows])
+        lengths = np.array([len(row) for row in rows], np.int64)
         return np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
 
     @functools.cached_property

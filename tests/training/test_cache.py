@@ -13,7 +13,7 @@ from toy_runs import SMALL, TOY, refused, rows, train
 
 from fastseq.cli import main
 from fastseq.errors import UserError
-from fastseq.training import batching, cache
+from fastseq.training import batching, cache, data
 from fastseq.training.batching import TokenBatches
 from fastseq.training.cache import cached, fingerprint
 from fastseq.training.data import Joined, Sequences, encode, read_pairs
@@ -27,7 +27,7 @@ pytest.importorskip("pyarrow")
 def small_batches(monkeypatch):
     """Record batches of 7 pairs and encoding by 3, so that a small file has many of them."""
     monkeypatch.setattr(cache, "ROWS", 7)
-    monkeypatch.setattr(cache, "ENCODED", 3)
+    monkeypatch.setattr(data, "ENCODED", 3)
 
 
 def write_file(folder: Path, n: int = 40) -> PairFile:
@@ -118,7 +118,7 @@ import os, sys
 from fastseq.training import cache
 from fastseq.training.reading import PairFile
 from fastseq.training.tokenizer import TextTokenizer
-cache.ROWS = cache.ENCODED = 7
+cache.ROWS = 7
 stage, folder = sys.argv[1:]
 tokenizers = [TextTokenizer.load(cache.Path(folder, f"{side}.json")) for side in cache.SIDES]
 calls = 0
