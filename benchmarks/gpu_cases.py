@@ -11,6 +11,8 @@ from fastseq.parity.cases import GRIDS, ParityCase
 
 SIMULATED = os.environ.get("FASTSEQ_SIM") == "1"
 KERNELS = ("cluster", "grid")  # values of FASTSEQ_LSTM_KERNEL: the recurrences of csrc/cuda/lstm
+STEPS = "steps"  # another value: one product and one kernel a step, where neither fits; checked, not timed
+STEPS_HIDDEN = (16, 264)
 CLUSTER_HIDDEN = 512  # the largest hidden size of the cluster kernels
 SMOKE_SIZES = ((256, 1), (512, 16), (512, 64), (512, 128), (1024, 1), (1024, 16), (1024, 64), (1024, 128))  # (H, B)
 SMOKE_PRECISIONS = ("bf16", "tf32", "default")
@@ -26,7 +28,12 @@ LOAD_SIZES = (
 
 
 def kernel_fits(kernel: str, hidden_size: int, precision: str) -> bool:
-    """False where the recurrence has no such kernel: clusters hold 512 units, and no full float32 products."""
+    """False where the recurrence has no such kernel: clusters hold 512 units, and no full float32 products.
+
+    Steps have one kernel for all sizes, so two sizes suffice.
+    """
+    if kernel == STEPS:
+        return hidden_size in STEPS_HIDDEN
     return kernel == "grid" or (hidden_size <= CLUSTER_HIDDEN and precision not in ("float32", "float64"))
 
 

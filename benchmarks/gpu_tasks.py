@@ -3,7 +3,7 @@
 import itertools
 import random
 
-from gpu_cases import KERNELS, SIMULATED, bench_case_list, kernel_fits, parity_case_list
+from gpu_cases import KERNELS, SIMULATED, STEPS, bench_case_list, kernel_fits, parity_case_list
 
 from fastseq.bench.cases import PRECISIONS, BenchCase
 
@@ -27,7 +27,7 @@ def kernels() -> list[dict]:
         {"task": "parity", "grid": "kernels", "index": index, "op": case.op, "case": case.name, "dtype": precision}
         | {"backends": ["native"], "kernel": kernel, "draws": 1}
         for index, case in enumerate(parity_case_list("kernels"))
-        for precision, kernel in itertools.product(precisions, KERNELS)
+        for precision, kernel in itertools.product(precisions, (*KERNELS, STEPS))
         if kernel_fits(kernel, case.options["shape"][-1], precision)
     ]
     random.Random(0).shuffle(tasks)

@@ -47,7 +47,7 @@ def stand_in() -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def only_kernel(name: str | None) -> Iterator[None]:
-    """Restrict the native recurrence to one kernel, "cluster" or "grid"; None: no restriction."""
+    """Restrict the native recurrence to one kernel, "cluster", "grid" or "steps"; None: no restriction."""
     if name is not None:
         os.environ["FASTSEQ_LSTM_KERNEL"] = name
     try:

@@ -201,6 +201,12 @@ def test_directions_run_one_after_the_other_if_the_weights_of_both_do_not_fit(as
         check(3, 2, 5, 8, bidirectional=True)
 
 
+def test_a_layer_runs_step_by_step_where_that_is_demanded(as_native, monkeypatch):
+    monkeypatch.setenv("FASTSEQ_LSTM_KERNEL", "steps")
+    with emulator.device(multiprocessors=1, capability=80):
+        check(3, 2, 5, 40, bidirectional=True)
+
+
 def test_fits_checks_the_gpu_of_the_tensors(as_native, monkeypatch):
     indices = []
     monkeypatch.setattr(torch.cuda, "device", lambda index: indices.append(index) or contextlib.nullcontext())
