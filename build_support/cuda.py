@@ -21,6 +21,8 @@ SMALLEST_ARCHITECTURE = 8.0
 SMALLEST_RELEASE = (12, 1)  # PTX ISA 8.1: st.async in csrc/cuda/common/cluster.cuh
 DRIVERS = {12: "525.60.13", 13: "580.65.06"}  # by major release of nvcc: the oldest Linux driver that loads its code
 FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-warn-spills"]
+COMPRESSION = "--compress-mode=size"  # a fifth of the size; drivers before CUDA 13 may not read it
+COMPRESSES_SINCE = (13, 0)
 LINK_FLAGS = ["-lcudart_static", "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL"]
 USUAL_HOME = Path("/usr/local/cuda")
 PROBE = """
@@ -180,7 +182,9 @@ def jobs(root: Path, names: list[str]) -> list[Job]:
     The objects stay in build/cuda, named by the hash of all they are made of: setup.py and the tests share them.
     """
     toolkit = find_toolkit()
-    flags = [*FLAGS, *toolkit.flags, *generate_code(names), *shlex.split(os.environ.get("FASTSEQ_NVCCFLAGS", ""))]
+    compression = [COMPRESSION] if toolkit.release >= COMPRESSES_SINCE else []
+    requested = shlex.split(os.environ.get("FASTSEQ_NVCCFLAGS", ""))
+    flags = [*FLAGS, *compression, *toolkit.flags, *generate_code(names), *requested]
     common = " ".join(flags) + run(toolkit.nvcc, "--version")
     result = []
     for source in sorted(root.glob("csrc/cuda/**/*.cu")):

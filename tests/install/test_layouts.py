@@ -1,5 +1,6 @@
 """Finds nvcc in the layouts of Debian, conda-forge, the HPC SDK and pip, each rebuilt by links around the real one."""
 
+import functools
 import importlib
 import os
 import shutil
@@ -156,6 +157,16 @@ def test_the_next_nvcc_serves_where_the_first_cannot(real, cuda, tmp_path, monke
 def test_an_nvcc_that_cannot_compile_is_refused(names, compiler, reason, real, cuda):
     with pytest.raises(cuda.Unusable, match=f"nvcc {real.version} was tried on {' '.join(names)}: .*{reason}"):
         cuda.check(real, names, compiler)
+
+
+@pytest.mark.parametrize(("release", "compressed"), [((12, 9), False), ((13, 0), True), ((14, 1), True)], ids=str)
+def test_machine_code_is_compressed_where_every_driver_of_the_release_reads_it(
+    release, compressed, real, cuda, monkeypatch
+):
+    monkeypatch.setattr(cuda, "find_toolkit", functools.cache(lambda: real._replace(release=release)))
+    jobs = cuda.jobs(ROOT, ["9.0"])
+    assert len(jobs) == len(list(ROOT.glob("csrc/cuda/**/*.cu")))
+    assert all((cuda.COMPRESSION in job.command) is compressed for job in jobs)
 
 
 def test_architectures(cuda, monkeypatch):
