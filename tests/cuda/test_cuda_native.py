@@ -131,7 +131,7 @@ def test_cell_states(as_native):
 
 
 class Products(TorchDispatchMode):
-    """Count the products of matrices: "tf32_product" is ours, "mm" and "addmm" are torch's."""
+    """Count calls of torch by name. Products of matrices: "tf32_product" is ours, "mm" and "addmm" are torch's."""
 
     def __init__(self):
         super().__init__()
@@ -162,6 +162,23 @@ def test_products_have_the_precision_of_cudnn(as_native, monkeypatch, cudnn, mat
         assert torch.backends.cuda.matmul.allow_tf32 is matmul, "the flag of the process stays as it is"
     ours = products.seen["tf32_product"]
     assert (ours, ours + products.seen["mm"] + products.seen["addmm"]) == (4 if cudnn and not matmul else 0, 4)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_weights_of_one_direction_are_not_copied(as_native, bidirectional):
+    module = fastseq.LSTM(5, 8, bidirectional=bidirectional, backend="native")
+    with Products() as calls_of_torch:
+        module(torch.randn(4, 3, 5))[0].sum().backward()
+    assert calls_of_torch.seen["stack"] == (2 if bidirectional else 0), "once in the forward, once in the backward"
+
+
+def test_weights_that_are_not_contiguous(as_native):
+    module, other = (fastseq.LSTM(5, 8, backend=name) for name in ("native", "reference"))
+    other.load_state_dict(module.state_dict())
+    module.weight_hh_l0 = torch.nn.Parameter(module.weight_hh_l0.detach().t().contiguous().t())
+    assert not module.weight_hh_l0.is_contiguous()
+    input = torch.randn(4, 3, 5)
+    torch.testing.assert_close(module(input)[0], other(input)[0])
 
 
 @pytest.mark.parametrize("transpose_a", [False, True])
