@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
-FILES = Path(__file__).parent / "keras"
+FILES = Path(__file__).parent / "keras_files"  # not "keras": tests/cases is on the import path
 SOURCES, TARGETS, UNITS = 7, 9, 6  # tokens of the vocabularies, hidden size
 STEPS = (5, 4)  # of source and target
 

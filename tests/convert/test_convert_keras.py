@@ -33,7 +33,9 @@ def given(tmp_path):
 
 @pytest.fixture(scope="module")
 def keras():
-    return pytest.importorskip("keras", reason="the check against Keras itself; the files in keras/ stand in for it")
+    return pytest.importorskip(
+        "keras", reason="the check against Keras itself; the files in keras_files/ stand in for it"
+    )
 
 
 def results(model, name):
