@@ -190,7 +190,7 @@ def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None
     last = folder.checkpoints / "last.ckpt"
     if resume:
         refuse_links(folder.path.rglob("*"))
-    else:
+    elif rank_zero_only.rank == 0:  # which may have written into it when a slower process comes here
         folder.check_free(overwrite=config.overwrite)
     checkpoint = load_checkpoint(last) if resume else None
     if options.threads is not None:
