@@ -9,7 +9,9 @@ A mutation is a unified diff in tests/mutations/<area>/<name>.patch below a head
 
 ``breaks`` describes the bug. Each ``tests`` line holds pytest arguments, after optional NAME=VALUE pairs for the
 environment, and must fail. ``ends: hang`` or ``ends: crash`` is for bugs that end the process before it can report a
-failure. One line of context per hunk is enough; line numbers may drift, and hunk sizes are recounted.
+failure. Bugs of C++ are compiled for AVX2; ``needs: avx512_vnni`` compiles one for AVX-512, and leaves it out, by name,
+on a processor without that flag of /proc/cpuinfo. One line of context per hunk is enough; line numbers may drift, and
+hunk sizes are recounted.
 
 tests/mutations/test_patches.py checks in every run of the suite that all patches apply.
 
@@ -40,32 +42,38 @@ HANG = 60  # seconds after which a test run counts as hung, for patches with ``e
 
 
 class Mutation(NamedTuple):
-    """One planted bug. name: area/name; compiled: ``fastseq._C`` has to be built for it."""
+    """One planted bug. name: area/name; compiled: the instruction set that ``fastseq._C`` is built for, "" for none."""
 
     name: str
     patch: Path
     breaks: str
     tests: tuple[str, ...]
     ends: str
+    needs: str  # a flag of the processor, or ""
     files: tuple[str, ...]
-    compiled: bool
+    compiled: str
 
 
 def read(patch: Path, root: Path) -> Mutation:
     header, _, diff = patch.read_text().partition("--- a/")
-    fields: dict[str, list[str]] = {"breaks": [], "tests": [], "ends": []}
+    fields: dict[str, list[str]] = {"breaks": [], "tests": [], "ends": [], "needs": []}
     for line in filter(None, header.splitlines()):
         key, _, text = line.partition(": ")
         if key not in fields or not text:
-            raise SystemExit(f"{patch}: expected 'breaks: ...', 'tests: ...' or 'ends: ...', got {line!r}")
+            expected = ", ".join(f"'{name}: ...'" for name in fields)
+            raise SystemExit(f"{patch}: expected {expected}, got {line!r}")
         fields[key].append(text)
     files = tuple(re.findall(r"^\+\+\+ b/(\S+)", diff, re.MULTILINE))
     ends = fields["ends"] or ["fail"]
     if len(fields["breaks"]) != 1 or not fields["tests"] or not files or ends not in (["fail"], ["hang"], ["crash"]):
         raise SystemExit(f"{patch}: needs one 'breaks', some 'tests', at most one 'ends' (hang or crash), and a diff")
+    if len(fields["needs"]) > 1:
+        raise SystemExit(f"{patch}: needs at most one 'needs', a flag of the processor")
+    needs = "".join(fields["needs"])
     compiled = any(name.startswith("csrc/") and not name.startswith("csrc/cuda/") for name in files)
+    isa = ("avx512" if needs else "avx2") if compiled else ""
     name = str(patch.relative_to(root / "tests/mutations").with_suffix(""))
-    return Mutation(name, patch, fields["breaks"][0], tuple(fields["tests"]), ends[0], files, compiled)
+    return Mutation(name, patch, fields["breaks"][0], tuple(fields["tests"]), ends[0], needs, files, isa)
 
 
 class Runner:
@@ -86,7 +94,8 @@ class Runner:
         """-> names by result. Mutations that compile share one slot; the others run beside them."""
         self.results: dict[str, list[str]] = {"killed": [], "SURVIVED": [], "broken": []}
         self.total = len(mutations)
-        compiled, plain = ([m for m in mutations if m.compiled == kind] for kind in (True, False))
+        plain = [m for m in mutations if not m.compiled]
+        compiled = [m for m in mutations if m.compiled]
         for number in range(min(self.jobs, len(plain))):
             self.plain.put(self.prepared(f"plain-{number}"))
         with ThreadPoolExecutor(self.jobs) as pool:
@@ -96,14 +105,18 @@ class Runner:
                 job.result()
         return self.results
 
-    def prepared(self, name: str, compiled: bool = False) -> Slot:
+    def prepared(self, name: str, compiled: str = "") -> Slot:
         slot = Slot(self.root, name, compiled)
         slot.prepare(self.files)
         return slot
 
     def compile_and_run(self, mutations: list[Mutation]) -> None:
+        for isa in sorted({m.compiled for m in mutations}):
+            self.run_compiled(isa, [m for m in mutations if m.compiled == isa])
+
+    def run_compiled(self, isa: str, mutations: list[Mutation]) -> None:
         try:
-            slot = self.prepared("compiled", compiled=True)
+            slot = self.prepared(f"compiled-{isa}", isa)
         except Broken as error:
             for mutation in mutations:
                 self.report(mutation, "broken", f"without the bug: {error}", 0.0)
@@ -156,7 +169,7 @@ class Runner:
 
     def check_baseline(self, selection: str, slot: Slot) -> None:
         """Raise Broken unless these tests pass in a slot without a bug. They run once per state of the tree."""
-        key = f"compiled {selection}" if slot.compiled else selection
+        key = f"{slot.compiled} {selection}" if slot.compiled else selection
         with self.locks.setdefault(key, threading.Lock()):
             if key not in self.reasons:
                 self.reasons[key] = "" if self.passed.get(key) == self.hash else self.run_baseline(selection, slot)
@@ -202,6 +215,16 @@ def alone(folder: Path):
         yield
 
 
+def served(mutations: list[Mutation]) -> list[Mutation]:
+    """The mutations whose tests this processor can run; prints the names of the others."""
+    processor = Path("/proc/cpuinfo")
+    flags = set(processor.read_text().split()) if processor.exists() else set()
+    for mutation in mutations:
+        if mutation.needs and mutation.needs not in flags:
+            print(f"left out: {mutation.name} needs a processor with {mutation.needs}", flush=True)
+    return [m for m in mutations if not m.needs or m.needs in flags]
+
+
 def choose(mutations: list[Mutation], options: argparse.Namespace, root: Path) -> list[Mutation]:
     chosen = [m for m in mutations if fnmatch(m.name, options.only)]
     if options.sample is None or options.sample >= len(chosen):
@@ -237,6 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
         for mutation in chosen:
             print(f"{mutation.name}: {mutation.breaks}", *mutation.tests, sep="\n    ")
         return 0
+    chosen = served(chosen)
     with alone(root / "build/mutate"):
         results = Runner(root, options.jobs).run(chosen)
     print(", ".join(f"{len(names)} {result}" for result, names in results.items()))

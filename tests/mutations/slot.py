@@ -15,7 +15,6 @@ COMPILE_ERROR = re.compile(r"\.(cpp|h|cu|cuh):\d+:\d+: (fatal )?error: |SyntaxEr
 BUILD = {
     "FASTSEQ_NATIVE": "1",
     "FASTSEQ_CUDA": "0",
-    "FASTSEQ_CPU_KERNELS": "avx2",  # one instruction set instead of four
     "FASTSEQ_CXXFLAGS": "-O1",
 }
 
@@ -25,9 +24,9 @@ class Broken(Exception):
 
 
 class Slot:
-    """One copy. ``compiled``: build its operator library from its sources; else copy the library of the tree."""
+    """One copy. ``compiled``: build its operator library for this instruction set; "": copy the library of the tree."""
 
-    def __init__(self, root: Path, name: str, compiled: bool = False):
+    def __init__(self, root: Path, name: str, compiled: str = ""):
         self.root, self.tree, self.compiled = root, root / "build/mutate" / name, compiled
 
     def prepare(self, files: list[str]) -> None:
@@ -66,7 +65,8 @@ class Slot:
 
     def build(self) -> None:
         command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-        done = subprocess.run(command, cwd=self.tree, env=os.environ | BUILD, capture_output=True, text=True)
+        environment = os.environ | BUILD | {"FASTSEQ_CPU_KERNELS": self.compiled}  # one set instead of four
+        done = subprocess.run(command, cwd=self.tree, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise Broken(f"the copy does not compile:\n{(done.stdout + done.stderr)[-3000:]}")
 

@@ -54,10 +54,11 @@ def project(tmp_path):
     return tmp_path
 
 
-def plant(project: Path, name: str, tests: str, code: str = "return a - b", ends: str = "") -> None:
+def plant(project: Path, name: str, tests: str, code: str = "return a - b", ends: str = "", needs: str = "") -> None:
     path = project / "tests/mutations" / f"{name}.patch"
     path.parent.mkdir(parents=True, exist_ok=True)
     header = f"breaks: {code}\ntests: tests/test_add.py -k {tests}\n" + (f"ends: {ends}\n" if ends else "")
+    header += f"needs: {needs}\n" if needs else ""
     path.write_text(header + CHANGE.format(code))
 
 
@@ -124,6 +125,15 @@ def test_a_patch_that_no_longer_applies_is_named(project):
     code, output = run(project)
     assert (code, results(output)) == (1, {"add/sign": "broken"})
     assert "tests/mutations/add/sign.patch does not apply" in output
+
+
+def test_a_patch_for_another_processor_is_left_out_by_name(project):
+    plant(project, "add/sign", "sum")
+    plant(project, "add/other", "sum", needs="no_such_flag")
+    code, output = run(project)
+    assert (code, results(output)) == (0, {"add/sign": "killed"})
+    assert "left out: add/other needs a processor with no_such_flag" in output
+    assert run(project, "--only", "add/other")[0] == 0
 
 
 def test_a_sample_is_drawn_by_the_seed(project):
