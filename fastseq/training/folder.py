@@ -77,11 +77,16 @@ class RunFolder:
 
     def load_model(self, name: str = "best", device: str = "cpu") -> Seq2Seq:
         """The model with the weights of checkpoint `name` ("best" or "last") on `device`, in eval mode."""
+        return self.load(name, device)[0]
+
+    def load(self, name: str, device: str) -> tuple[Seq2Seq, tuple[TextTokenizer | Features, TextTokenizer], Namespace]:
+        """As `load_model`, with the tokenizers and the options of the run."""
         place = pick_device(device)
-        source, target = self.load_tokenizers()
-        options = model_options(self.load_config(), len(source), len(target))
+        tokenizers, config = self.load_tokenizers(), self.load_config()
         path = self.checkpoints / f"{name}.ckpt"
-        return on_device(trained_model(options, load_checkpoint(path), path), place).eval()
+        options = model_options(config, *map(len, tokenizers))
+        model = on_device(trained_model(options, load_checkpoint(path), path), place).eval()
+        return model, tokenizers, config
 
 
 def pick_device(name: str) -> torch.device:

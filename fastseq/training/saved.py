@@ -75,16 +75,22 @@ class SavedFolder:
 
     def load_model(self, device: str = "cpu") -> Seq2Seq:
         """The model on `device`, in eval mode; raises UserError for files that are damaged or do not fit each other."""
+        return self.load(device)[0]
+
+    def load(self, device: str) -> tuple[Seq2Seq, tuple[TextTokenizer | Features, TextTokenizer], Card]:
+        """As `load_model`, with the tokenizers and the facts of the card."""
         place = pick_device(device)
-        config, _ = self.load_config()
+        config, card = self.load_config()
+        tokenizers = self.load_tokenizers()
         sizes = config.src_vocab_size or config.source_features, config.tgt_vocab_size
-        vocabularies = tuple(map(len, self.load_tokenizers()))
+        vocabularies = tuple(map(len, tokenizers))
         if sizes != vocabularies:
             raise UserError(
                 f"{self.config} has vocabularies of {sizes[0]} and {sizes[1]} tokens, the files beside it have "
                 f"{vocabularies[0]} and {vocabularies[1]}; take all files from one save_pretrained"
             )
-        return on_device(weighted_model(config, read_weights(self.weights, config), self.weights), place).eval()
+        weights = read_weights(self.weights, config)
+        return on_device(weighted_model(config, weights, self.weights), place).eval(), tokenizers, card
 
     def save(
         self,
@@ -171,15 +177,14 @@ def load_folder(path: str | Path, checkpoint: str | None, device: str) -> Loaded
     if is_saved(path):
         if checkpoint is not None:
             raise UserError(f"{path} is a saved model, which has no checkpoint {checkpoint}; leave --checkpoint out")
-        model = saved.load_model(device)
-        return Loaded(model, saved.load_tokenizers(), read_search(saved.path), saved.load_config()[1], None)
+        model, tokenizers, card = saved.load(device)
+        return Loaded(model, tokenizers, read_search(saved.path), card, None)
     if not run.config.exists():
         raise UserError(
             f"{path} is neither a run folder (it has no config.yaml) nor a saved model (no config.json); "
             "make one with `fastseq train`"
         )
-    config = run.load_config()
+    model, tokenizers, config = run.load(checkpoint or "best", device)
     search = {} if config.data.max_length_ratio is None else {"max_length_ratio": float(config.data.max_length_ratio)}
     card = Card(data=", ".join(Path(path).name for path in as_list(config.train)) or None)
-    model = run.load_model(checkpoint or "best", device)
-    return Loaded(model, run.load_tokenizers(), search | read_search(run.path), card, run.path / "evaluation.json")
+    return Loaded(model, tokenizers, search | read_search(run.path), card, run.path / "evaluation.json")
