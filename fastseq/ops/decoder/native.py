@@ -169,8 +169,10 @@ def backward(s: Sequence, saved: tuple[Tensor, ...], grads: Grads, needs: tuple[
         return key_sums[..., :A] * s.score if additive else _sum_of_steps(scores, h_top, s)
 
     def of_input(k: int):
-        below = h_steps[k - 1] if s.masks is None or k == 0 else inputs[k - 1]
-        below = torch.cat((starts[-1], vectors[:-1])) if k == 0 else below
+        if k == 0:
+            below = torch.cat((starts[-1], vectors[:-1]))
+        else:
+            below = h_steps[k - 1] if s.masks is None else inputs[k - 1]
         return gates[k].flatten(0, 1).t() @ below.flatten(0, 1)
 
     def of_hidden(k: int):
