@@ -10,10 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from toy_runs import SMALL, TOY, refused, rows, train
 
 from fastseq.cli import main
+from fastseq.errors import UserError
 from fastseq.training.callbacks import BestAndLast
+from fastseq.training.fit import prepare
+from fastseq.training.folder import RunFolder
 from fastseq.training.task import Seq2SeqTask
 
 
@@ -275,3 +279,12 @@ def test_two_processes_equal_one_with_the_double_batch(double_batch, tmp_path):
     for ours, theirs in zip(rows(tmp_path / "run"), rows(double_batch), strict=True):
         assert ours["valid_token_error_rate"] == theirs["valid_token_error_rate"]
     assert result.stdout.count("epoch 2/2") == 1
+
+
+def test_a_process_that_comes_late_may_find_the_run_of_the_first(double_batch, monkeypatch):
+    folder = RunFolder(double_batch)
+    config = folder.load_config()
+    with pytest.raises(UserError, match="holds a run already"):
+        prepare(config, folder, resume=False)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert prepare(config, folder, resume=False).corpus
