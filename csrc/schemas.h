@@ -113,6 +113,21 @@ void define_operators(Library& m) {
       "Tensor? score_weight, Tensor? gain, Tensor? keys, Tensor? memory, Tensor? lengths, Tensor? prepared, "
       "Tensor? output_weight, Tensor? output_bias, float scale, bool need_weights) "
       "-> (Tensor vector, Tensor logits, Tensor h_n, Tensor c_n, Tensor attention)");
+  // Steps of greedy decoding without gradients; arguments as in decoder_step; output_weight (outputs, H), which may be
+  // packed by decoder_pack. Each step chooses the most
+  // likely token that is not forbidden: forbidden (F,) int64 ends with end_token, which counts in the first
+  // `early_steps` steps alone, and is allowed where all are forbidden. A row is done after end_token or after limits[n]
+  // steps (N,) int64; done (N,) bool: before. Ends after `steps` steps, or after the one with which `enough_done` rows
+  // are done. run (1,) int64: the number of steps R; chosen (steps, N) int64 and log_probs (steps, N), of which the
+  // first R are set; done (N,); h_n, c_n (L, N, H) and vector (N, H) after the last.
+  m.def(
+      "decoder_greedy(Tensor tokens, Tensor embedding, Tensor? table, Tensor h, Tensor c, Tensor? feed, "
+      "Tensor[] weights, Tensor[] biases, Tensor? combine, Tensor? query_weight, Tensor? query_bias, "
+      "Tensor? score_weight, Tensor? gain, Tensor? keys, Tensor? memory, Tensor? lengths, Tensor? prepared, "
+      "Tensor output_weight, Tensor? output_bias, float scale, int outputs, Tensor limits, Tensor done, Tensor "
+      "forbidden, "
+      "int early_steps, int end_token, int enough_done, int steps) -> (Tensor run, Tensor chosen, Tensor log_probs, "
+      "Tensor done, Tensor h_n, Tensor c_n, Tensor vector)");
   // T steps with input feeding, for training. gates (T, N, 4H): the embeddings' part of the first layer's gates, bias
   // included; weights: W_ih, W_hh of each layer, in the first the columns of the feed (4H, H); biases: b_ih, b_hh of
   // the layers above; masks (L - 1, T, N, H): factors between the layers. vectors (T, N, H), attention (T, N, P),

@@ -10,7 +10,18 @@ from fastseq.nn.attention import Attention
 from fastseq.nn.lstm import LSTM
 from fastseq.ops.attention.api import ADDITIVE
 from fastseq.ops.common.dtypes import accumulate_dtype
-from fastseq.ops.decoder.api import Packed, Sequence, Source, State, Weights, decoder, one_operator, one_sequence
+from fastseq.ops.decoder.api import (
+    Packed,
+    Search,
+    Sequence,
+    Source,
+    State,
+    Weights,
+    decoder,
+    greedy,
+    one_operator,
+    one_sequence,
+)
 from fastseq.ops.decoder.api import step as decoder_step
 from fastseq.ops.linear_cross_entropy import linear_cross_entropy
 from fastseq.ops.lstm_cell import lstm_cell
@@ -140,6 +151,19 @@ class Decoder(nn.Module):
         h, c = state.h.unbind(0), state.c.unbind(0)
         h, c, vector, weights = self._advance(gates, h, c, state.feed, enc, layers, need_weights)
         return self._project(vector), self._state(h, c, vector), weights
+
+    def greedy_steps(
+        self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, search: Search
+    ) -> tuple[Tensor, Tensor, Tensor, DecoderState] | None:
+        """Steps from tokens (N,), N = B, with the choice of the next tokens, in one operator; None where none serves.
+
+        Returns tokens (N, R) and their log-probabilities for R <= ``search.steps`` steps, done (N,), the state.
+        """
+        weights = self._plain_weights() if one_operator(state.h, self.backend) else None
+        if weights is None:
+            return None
+        chosen, packed = greedy(tokens, State(*state[:3]), weights, self._source(enc), state[3], search)
+        return *chosen[:3], DecoderState(*chosen.state, packed)
 
     def _steps_as_one(self, tokens: Tensor, enc: EncoderOutput, need_weights: bool):
         """:meth:`_step_by_step` with the true tokens, by the decoder op."""

@@ -2,13 +2,15 @@
 
 A model has the protocol of :class:`fastseq.Seq2Seq`: ``config`` with ``pad_id``, ``bos_id``, ``eos_id``;
 ``encode(src, src_lengths)``; ``start(enc)``; ``decode_step(tokens, state, enc, need_weights=...)``; an encoder output
-with ``lengths`` and ``repeat_interleave(k)``; a state with ``index_select(rows)``, repeats allowed. Two more are
+with ``lengths`` and ``repeat_interleave(k)``; a state with ``index_select(rows)``, repeats allowed. Three more are
 optional:
 
 * ``rows_share_sources = True`` on the model: ``decode_step`` takes N = B * K tokens and states beside an encoder output
   of B sentences, where row n belongs to sentence n // K. Then the encoder output is never repeated. Without it,
   ``decode_step`` gets as many sentences as rows, by ``repeat_interleave``.
 * ``index_select(rows)`` on the encoder output: then sentences that are done leave the batch.
+* ``greedy_steps(tokens, state, enc, search)`` on the model: several greedy steps in one call, or None where it has no
+  loop of its own; see :meth:`fastseq.Seq2Seq.greedy_steps`.
 """
 
 from collections.abc import Callable, Iterator, Sequence

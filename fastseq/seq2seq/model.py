@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseq.ops.common.checks import as_lengths, readable
+from fastseq.ops.decoder.api import Search
 from fastseq.seq2seq import generation
 from fastseq.seq2seq.config import Seq2SeqConfig
 from fastseq.seq2seq.decoder import Decoder, DecoderState
@@ -212,6 +213,25 @@ class Seq2Seq(nn.Module):
         except (IndexError, RuntimeError):  # of the look-up; a check before each step would cost more
             _check_ids("tokens", tokens, self.config.tgt_vocab_size)
             raise
+
+    def greedy_steps(
+        self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, search: Search
+    ) -> tuple[Tensor, Tensor, Tensor, DecoderState] | None:
+        """Several steps of :meth:`decode_step`, each from the most likely token of the step before; for ``generate``.
+
+        Args:
+            tokens: (N,) integers, N = B.
+            state, enc: as in :meth:`decode_step`.
+            search: see ``fastseq.ops.decoder.spec``.
+
+        Returns:
+            tokens (N, R) and log-probabilities (N, R) of R >= 1 steps, done (N,), the next state. None where steps have
+            to run one by one: other devices and dtypes, autocast, a replaced ``decode_step`` or submodule.
+        """
+        replaced = "decode_step" in self.__dict__ or type(self).decode_step is not Seq2Seq.decode_step
+        if replaced or type(self.decoder) is not Decoder:
+            return None
+        return self.decoder.greedy_steps(tokens, state, enc, search)
 
     generate = generation.generate  # the function's first parameter is the model
 

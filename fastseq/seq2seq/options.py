@@ -36,6 +36,11 @@ class Options(NamedTuple):
     generator: torch.Generator | None
     logits_processor: Callable[[Tensor, Tensor], Tensor] | None
 
+    def plain_greedy(self) -> bool:
+        """True if every step takes the most likely token that is not forbidden, and returns nothing else."""
+        changed = self.no_repeat_ngram_size or self.logits_processor is not None
+        return not (self.do_sample or self.num_beams > 1 or changed or self.output_attentions)
+
 
 def check(o: Options) -> None:
     """Raise ValueError for the first invalid option."""

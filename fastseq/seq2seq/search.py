@@ -5,12 +5,14 @@ N = b * K, R returned sequences per sentence, V target vocabulary, S source posi
 returned sequence.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastseq.ops.candidates.api import Candidates, candidates
+from fastseq.ops.decoder.api import Search
 from fastseq.seq2seq.coverage import Coverage
 from fastseq.seq2seq.options import MINUS_INFINITY, Options
 from fastseq.seq2seq.prefix import Prefix, force_candidates
@@ -18,6 +20,7 @@ from fastseq.seq2seq.sampling import choose, log_probs_of, processed_candidates
 
 STEPS_BETWEEN_CHECKS = 8  # on a GPU the check "how many sentences are done" synchronises; on the CPU every step checks
 DONE_BEFORE_LEAVING = 0.25  # of the sentences: fewer stay in the batch, since selecting the others copies their sources
+STEPS_OF_A_CALL = 256  # of the model's own greedy loop, which no signal interrupts
 FEW_ROWS = 256  # their tokens are read faster one by one than by tensor operations
 
 
@@ -76,6 +79,28 @@ class Batch:
             option = "output_attentions=True" if self.options.output_attentions else "coverage_penalty"
             raise ValueError(f"generate: {option} needs a model with attention; this one has none.")
         return logits, attention if wanted else None
+
+    def greedy_steps(self, tokens: Tensor, step: int) -> "_Chosen | None":
+        """Steps from tokens (N,) by the model, up to one after which sentences may leave; None where it has no loop."""
+        loop, eos = getattr(self.model, "greedy_steps", None), self.options.eos_id
+        if loop is None or self.prefix is not None or not self.options.plain_greedy():
+            return None
+        leave = hasattr(self.enc, "index_select")
+        search = Search(
+            limits=self.limits - step,
+            done=self.done.view(-1),
+            forbidden=self.limits.new_tensor((*self.options.forbidden_ids, eos)),
+            early_steps=max(self.options.min_new_tokens - step, 0),
+            end_token=eos,
+            enough_done=math.ceil(DONE_BEFORE_LEAVING * len(self)) if leave else len(self),
+            steps=min(max(self.ends) - step, STEPS_OF_A_CALL),
+        )
+        result = loop(tokens, self.state, self.enc, search)
+        if result is None:
+            return None
+        chosen, log_probs, done, self.state = result
+        self.done = done.view_as(self.done)
+        return _Chosen(chosen, log_probs, None)
 
     def forbidden(self, step: int) -> Tensor:
         """(F,) or (N, F) tokens that may not follow the ``step`` tokens so far; -1 forbids nothing."""
@@ -166,11 +191,11 @@ def _repeats(history: Tensor, size: int) -> Tensor:
 
 
 class _Chosen(NamedTuple):
-    """One step of decoding without beams. A row that is done goes on; its later tokens are dropped at the end."""
+    """Steps of decoding without beams. A row that is done goes on; its later tokens are dropped at the end."""
 
-    tokens: Tensor  # (N, 1)
-    log_probs: Tensor  # (N, 1)
-    attention: Tensor | None  # (N, S)
+    tokens: Tensor  # (N, R)
+    log_probs: Tensor  # (N, R)
+    attention: Tensor | None  # (N, S), R = 1
 
 
 def decode_rows(model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | None, options: Options) -> GenerateOutput:
@@ -183,16 +208,17 @@ def decode_rows(model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | Non
         limits = limits.repeat_interleave(returned)
     tokens = torch.full_like(limits, options.bos_id)
     steps, parts = [], []  # parts: row numbers and steps between two changes of the batch
-    for step in range(max(batch.ends)):
-        logits, attention = batch.advance(tokens)
-        log_probs, chosen = choose(logits, batch.forbidden(step), options, batch.input_ids(step))
-        if step < batch.forced_steps:
-            forced, given = batch.prefix.at(step, batch.rows)
-            log_probs, chosen = log_probs_of(logits, given).where(forced, log_probs), given.where(forced, chosen)
-        tokens = chosen.view(-1)
-        steps.append(_Chosen(chosen, log_probs, attention))
-        batch.append(tokens, step)
-        places = batch.remaining(step) if batch.end(tokens, step) else None
+    step, last = 0, max(batch.ends)
+    while step < last:
+        chosen = batch.greedy_steps(tokens, step)
+        ended = chosen is not None
+        if chosen is None:
+            chosen = _one_step(batch, tokens, step)
+            ended = batch.end(chosen.tokens.view(-1), step)
+        steps.append(chosen)
+        step += chosen.tokens.shape[1]
+        tokens = chosen.tokens[:, -1]
+        places = batch.remaining(step - 1) if ended else None
         if places is None:
             continue
         if len(places) == 0:
@@ -205,6 +231,17 @@ def decode_rows(model: nn.Module, enc: Any, limits: Tensor, prefix: Prefix | Non
     if steps:
         parts.append((batch.row_numbers(batch.sentences), steps))
     return _finish(parts, limits, options)
+
+
+def _one_step(batch: Batch, tokens: Tensor, step: int) -> _Chosen:
+    """The step after tokens (N,)."""
+    logits, attention = batch.advance(tokens)
+    log_probs, chosen = choose(logits, batch.forbidden(step), batch.options, batch.input_ids(step))
+    if step < batch.forced_steps:
+        forced, given = batch.prefix.at(step, batch.rows)
+        log_probs, chosen = log_probs_of(logits, given).where(forced, log_probs), given.where(forced, chosen)
+    batch.append(chosen.view(-1), step)
+    return _Chosen(chosen, log_probs, attention)
 
 
 def _finish(parts: list[tuple[Tensor, list[_Chosen]]], limits: Tensor, options: Options) -> GenerateOutput:
@@ -234,9 +271,9 @@ def _join(parts: list[tuple[Tensor, list[_Chosen]]], values: list[Tensor]) -> Te
     if len(parts) == 1:
         return first
     joined, start = first.new_zeros(len(first), sum(v.shape[1] for v in values), *first.shape[2:]), 0
-    for (rows, steps), part in zip(parts, values, strict=True):
-        joined[rows, start : start + len(steps)] = part
-        start += len(steps)
+    for (rows, _), part in zip(parts, values, strict=True):
+        joined[rows, start : start + part.shape[1]] = part
+        start += part.shape[1]
     return joined
 
 

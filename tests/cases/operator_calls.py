@@ -114,6 +114,13 @@ def decoder_step(N=6, B=3, P=4, H=8, E=5, A=7, V=9, dot=False) -> tuple:
     return *first, draw(H, 2 * H), *score, *source, draw(V, H), draw(V), 0.5, True
 
 
+def decoder_greedy(N=6, V=9) -> tuple:
+    """Three steps of the arguments of decoder_step; tokens 0 and 1 are forbidden, 2 ends a row."""
+    *arguments, _ = decoder_step(N, V=V)
+    search = torch.full((N,), 3), torch.zeros(N, dtype=torch.bool), torch.arange(3)
+    return *arguments, V, *search, 1, 2, N, 3
+
+
 def decoder_sequence(T, N, B, P, H, A, masked, dot) -> dict:
     """The inputs of T steps of two layers by name, as both operators take them."""
     draw, A = torch.randn, H if dot else A
@@ -152,7 +159,7 @@ def decoder_pack(M=12, K=5) -> tuple:
 
 
 BOTH = (lstm_cell_forward, lstm_cell_backward, lstm_step, attention_forward, attention_backward, attention_prepare)
-DECODER = (decoder_step, decoder_pack, decoder_forward, decoder_backward)
+DECODER = (decoder_step, decoder_greedy, decoder_pack, decoder_forward, decoder_backward)
 LOSS = (linear_cross_entropy_forward, linear_cross_entropy_backward)
 NARROW = (lstm_forward_narrow, lstm_step_int8, linear_narrow)
 CPU = (lstm_forward, lstm_backward, *DECODER, *LOSS, *BOTH, candidates, *NARROW)
@@ -178,6 +185,8 @@ LISTS = {  # names of the tensors of a list argument, in messages
     ("lstm_forward_narrow", "scales"): ("scale", "scale"),
     ("decoder_step", "weights"): ("weight_ih", "weight_hh") * 2,
     ("decoder_step", "biases"): ("bias_ih", "bias_hh") * 2,
+    ("decoder_greedy", "weights"): ("weight_ih", "weight_hh") * 2,
+    ("decoder_greedy", "biases"): ("bias_ih", "bias_hh") * 2,
     ("decoder_forward", "weights"): ("weight_ih", "weight_hh") * 2,
     ("decoder_forward", "biases"): ("bias_ih", "bias_hh"),
     ("decoder_backward", "weights"): ("weight_ih", "weight_hh") * 2,

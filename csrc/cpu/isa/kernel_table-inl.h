@@ -10,6 +10,7 @@
 #include "cpu/kernels/cross_entropy-inl.h"
 #include "cpu/kernels/decoder_backward-inl.h"
 #include "cpu/kernels/decoder_forward-inl.h"
+#include "cpu/kernels/decoder_greedy-inl.h"
 #include "cpu/kernels/decoder_products-inl.h"
 #include "cpu/kernels/dot-inl.h"
 #include "cpu/kernels/dot_int8-inl.h"
@@ -65,6 +66,7 @@ Kernels<S> make_kernels() {
   if constexpr (sizeof(S) == sizeof(Acc<S>)) {
     table.decoder_pack = decoder_pack<S>;
     table.decoder_forward = decoder_forward<S>;
+    table.decoder_greedy = decoder_greedy<S>;
     table.decoder_backward = decoder_backward<S>;
   }
   return table;

@@ -69,6 +69,11 @@ struct Kernels {
                           int64_t members,
                           ThreadTeam::Share share,
                           void* scratch);  // attention_scratch_bytes of this member
+  void (*decoder_greedy)(const DecoderGreedyParams<S>&,
+                         ThreadTeam& team,
+                         int64_t members,
+                         ThreadTeam::Share share,
+                         void* scratch);  // attention_scratch_bytes of this member
   void (*decoder_backward)(const DecoderBackwardParams<S>&,
                            int64_t begin,  // sentences
                            int64_t end,

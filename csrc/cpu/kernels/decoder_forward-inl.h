@@ -166,6 +166,16 @@ bool decoder_step(DecoderForward<S>& job, int64_t t) {
   return job.block.wait();
 }
 
+// Logits (N, V) of step t.
+template <class S>
+void decoder_logits(const DecoderForward<S>& job, int64_t t) {
+  const DecoderForwardParams<S>& p = job.p;
+  const S* const vectors = p.attends ? p.vectors + t * job.state_rows() : job.h(t, p.layers - 1);
+  const DecoderSegment<S> segment{&p.output, 0, p.hidden, vectors, p.hidden, nullptr};
+  decoder_columns(job.block, &segment, 1, p.output.M, p.output_bias, p.logits,
+                  [](Vec<S> x) FASTSEQ_LAMBDA_INLINE { return x; });
+}
+
 template <class S>
 void decoder_forward(const DecoderForwardParams<S>& p,
                      int64_t begin,  // sentences of the block
@@ -181,10 +191,7 @@ void decoder_forward(const DecoderForwardParams<S>& p,
     if (!decoder_step(job, t)) return;
   }
   if (!p.logits || p.steps == 0) return;
-  const S* const vectors = p.attends ? p.vectors + (p.steps - 1) * job.state_rows() : job.h(p.steps - 1, p.layers - 1);
-  const DecoderSegment<S> segment{&p.output, 0, p.hidden, vectors, p.hidden, nullptr};
-  decoder_columns(job.block, &segment, 1, p.output.M, p.output_bias, p.logits,
-                  [](Vec<S> x) FASTSEQ_LAMBDA_INLINE { return x; });
+  decoder_logits(job, p.steps - 1);
 }
 
 }  // namespace fastseq::cpu::FASTSEQ_ISA

@@ -61,6 +61,26 @@ struct DecoderForwardParams {
   S* logits;                          // (N, V) of the last step, or null
 };
 
+// Greedy decoding: `step` holds the first step, with logits and scratch of one. A row is done with the end token or
+// after limits[n] steps; it goes on until the call ends.
+template <class S>
+struct DecoderGreedyParams {
+  DecoderForwardParams<S> step;  // tokens, states and feed of the first step
+  int64_t most_steps;            // T
+  int64_t enough_done;           // the call ends with the step after which this many rows are done
+  int64_t end_token;
+  const int64_t* forbidden;  // (forbidden_early,): the first forbidden_later of them in all steps
+  int64_t forbidden_early, forbidden_later;
+  int64_t early_steps;          // steps in which the other ones are forbidden, too
+  const int64_t* limits;        // (N,)
+  bool* done;                   // (N,) updated
+  int64_t* tokens;              // (T, N)
+  S* log_probs;                 // (T, N)
+  int64_t* parents;             // (N,) scratch
+  S *h[2], *c[2], *vectors[2];  // (L, N, H), (L, N, H), (N, H): step t writes the ones at t % 2
+  int64_t* steps_run;           // the number of steps
+};
+
 // Backward: packed weights (K, M) of products with gradients, and the gradients that the loop over the steps computes.
 // Gradients of the weights, of the values, and of the keys of the dot score follow from them by products over all
 // steps.

@@ -64,13 +64,24 @@ void DecoderArguments::check_attention() const {
                   ": query_bias, gain and prepared belong to the additive score; pass query_weight");
 }
 
-ThreadPlan plan_decoder(const DecoderArguments& x, int64_t steps, int64_t panels) {
+namespace {
+
+int64_t threads_for(const DecoderArguments& x, int64_t steps) {
   const double work = static_cast<double>(steps) * x.rows * x.work();
   const int64_t most = torch::stable::get_num_threads();
-  const int64_t threads = std::clamp<int64_t>(static_cast<int64_t>(std::min(work / kGrain, 1e6)), 1, most);
-  const bool divides_batch = threads == 1 || x.sentences() >= 4 * threads;
-  const bool alone = divides_batch || ThreadTeam::oversubscribed();
-  return {divides_batch ? threads : 1, alone ? 1 : std::min(threads, std::max<int64_t>(panels, 1)), true};
+  return std::clamp<int64_t>(static_cast<int64_t>(std::min(work / kGrain, 1e6)), 1, most);
+}
+
+}  // namespace
+
+int64_t plan_decoder_team(const DecoderArguments& x, int64_t steps, int64_t panels) {
+  return ThreadTeam::oversubscribed() ? 1 : std::min(threads_for(x, steps), std::max<int64_t>(panels, 1));
+}
+
+ThreadPlan plan_decoder(const DecoderArguments& x, int64_t steps, int64_t panels) {
+  const int64_t threads = threads_for(x, steps);
+  if (threads == 1 || x.sentences() >= 4 * threads) return {threads, 1, true};
+  return {1, plan_decoder_team(x, steps, panels), true};
 }
 
 }  // namespace fastseq::cpu

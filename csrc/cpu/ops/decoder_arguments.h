@@ -128,6 +128,9 @@ void with_decoder_type(const char* op, ScalarType dtype, const Run& run) {
   STD_TORCH_CHECK(false, op, ": the dtype must be Float or Double, got ", dtype);
 }
 
+// Members of one team for all sentences.
+int64_t plan_decoder_team(const DecoderArguments& x, int64_t steps, int64_t panels);
+
 // Blocks of sentences, each run by a team. panels: the fewest that a team can divide.
 ThreadPlan plan_decoder(const DecoderArguments& x, int64_t steps, int64_t panels);
 
@@ -142,6 +145,39 @@ void run_blocks(const DecoderArguments& x, int64_t steps, const AttentionInputPa
     run(B * block / plan.blocks, B * (block + 1) / plan.blocks, team, plan.members, share,
         scratch.at((block * plan.members + share.begin) * bytes));
   });
+}
+
+// Calls run(team, members, share, scratch) on a team of threads for all sentences at once.
+template <class S, class Run>
+void run_whole(const DecoderArguments& x, int64_t steps, const AttentionInputParams<S>& attention, const Run& run) {
+  const int64_t members = plan_decoder_team(x, steps, divide_up(x.hidden, kernels<S>().panel_columns));
+  const int64_t bytes = x.attention.present() ? divide_up(attention_scratch_bytes(attention), 64) * 64 : 0;
+  const PooledScratch scratch(members * bytes);
+  run_teams(1, {1, members, true}, [&](int64_t, int64_t, int64_t, ThreadTeam& team, ThreadTeam::Share share) {
+    run(team, members, share, scratch.at(share.begin * bytes));
+  });
+}
+
+// Weights, states and attention of `steps` steps; the caller fills the rest.
+template <class S>
+DecoderForwardParams<S> forward_params(const DecoderArguments& x, const DecoderWeights<S>& weights, int64_t steps) {
+  DecoderForwardParams<S> p{};
+  p.steps = steps, p.rows = x.rows, p.hidden = x.hidden, p.layers = x.layers;
+  p.layer = weights.layers.data();
+  p.h0 = read<S>(x.h0), p.c0 = read<S>(x.c0), p.feed = read<S>(x.feed);
+  p.attends = x.attention.present();
+  p.attention = attention_params(x, weights);
+  p.query = weights.query, p.combine = weights.combine;
+  p.query_bias = read<S>(x.attention.query_bias);
+  return p;
+}
+
+template <class S>
+void run_forward(const DecoderArguments& x, const DecoderForwardParams<S>& p) {
+  run_blocks(x, p.steps, p.attention,
+             [&](int64_t begin, int64_t end, auto& team, int64_t members, auto share, void* at) {
+               kernels<S>().decoder_forward(p, begin, end, team, members, share, at);
+             });
 }
 
 }  // namespace fastseq::cpu

@@ -1,110 +1,13 @@
-// The operators decoder_step, decoder_forward and decoder_pack on the CPU: checks, outputs, packing, threads. The
-// arithmetic is in decoder_forward-inl.h.
+// The operators decoder_forward and decoder_pack on the CPU: checks, outputs, packing, threads. The arithmetic is in
+// decoder_forward-inl.h.
 #include <torch/csrc/stable/library.h>
 
-#include <atomic>
 #include <tuple>
 
 #include "cpu/ops/decoder_arguments.h"
 
 namespace fastseq::cpu {
 namespace {
-
-// Alternates the order in which successive calls read the weights. It changes no result.
-std::atomic<uint64_t> calls_of_step{0};
-
-template <class S>
-void run_forward(const DecoderArguments& x, const DecoderForwardParams<S>& p) {
-  run_blocks(x, p.steps, p.attention,
-             [&](int64_t begin, int64_t end, auto& team, int64_t members, auto share, void* at) {
-               kernels<S>().decoder_forward(p, begin, end, team, members, share, at);
-             });
-}
-
-template <class S>
-DecoderForwardParams<S> forward_params(const DecoderArguments& x, const DecoderWeights<S>& weights, int64_t steps) {
-  DecoderForwardParams<S> p{};
-  p.steps = steps, p.rows = x.rows, p.hidden = x.hidden, p.layers = x.layers;
-  p.layer = weights.layers.data();
-  p.h0 = read<S>(x.h0), p.c0 = read<S>(x.c0), p.feed = read<S>(x.feed);
-  p.attends = x.attention.present();
-  p.attention = attention_params(x, weights);
-  p.query = weights.query, p.combine = weights.combine;
-  p.query_bias = read<S>(x.attention.query_bias);
-  return p;
-}
-
-void check_tokens(const char* op, const Tensor& tokens, int64_t N, int64_t V) {
-  check_cpu(op, "tokens", tokens, {N}, ScalarType::Long);
-  const int64_t* const token = read<int64_t>(tokens);
-  for (int64_t n = 0; n < N; ++n) {
-    STD_TORCH_CHECK(0 <= token[n] && token[n] < V, op, ": tokens must lie in 0 .. ", V - 1, ", got ", token[n]);
-  }
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_step_cpu(Tensor tokens,
-                                                                    Tensor embedding,
-                                                                    OptionalTensor table,
-                                                                    Tensor h,
-                                                                    Tensor c,
-                                                                    OptionalTensor feed,
-                                                                    std::vector<Tensor> weights,
-                                                                    std::vector<Tensor> biases,
-                                                                    OptionalTensor combine,
-                                                                    OptionalTensor query_weight,
-                                                                    OptionalTensor query_bias,
-                                                                    OptionalTensor score_weight,
-                                                                    OptionalTensor gain,
-                                                                    OptionalTensor keys,
-                                                                    OptionalTensor memory,
-                                                                    OptionalTensor lengths,
-                                                                    OptionalTensor prepared,
-                                                                    OptionalTensor output_weight,
-                                                                    OptionalTensor output_bias,
-                                                                    double scale,
-                                                                    bool need_weights) {
-  const char* op = "decoder_step";
-  check_rank(op, "h", h, 3, "(L, N, H)");
-  check_rank(op, "embedding", embedding, 2, "(V, E)");
-  const int64_t L = h.size(0), N = h.size(1), H = h.size(2), V = embedding.size(0), E = embedding.size(1);
-  const ScalarType dtype = h.scalar_type();
-  const DecoderAttention attention{combine, query_weight, query_bias, score_weight, gain,
-                                   keys,    memory,       lengths,    prepared,     scale};
-  const DecoderArguments x{op, N, H, L, E + (feed ? H : 0), dtype, h, c, feed, weights, biases, attention};
-  x.check();
-  check_cpu(op, "embedding", embedding, {V, E}, dtype);
-  check_optional(op, "table", table, {V, 4 * H}, dtype);
-  check_tokens(op, tokens, N, V);
-  if (output_weight) check_rank(op, "output_weight", *output_weight, 2, "(V, H)");
-  const int64_t outputs = output_weight ? output_weight->size(0) : 0;
-  check_optional(op, "output_weight", output_weight, {outputs, H}, dtype);
-  check_optional(op, "output_bias", output_bias, {outputs}, dtype);
-
-  const bool attends = attention.present();
-  Tensor h_n = result_empty({L, N, H}, dtype), c_n = result_empty({L, N, H}, dtype);
-  Tensor vectors = result_empty(attends ? Shape{N, H} : Shape{0}, dtype);
-  Tensor logits = result_empty(output_weight ? Shape{N, outputs} : Shape{0}, dtype);
-  Tensor scores = result_empty(attends && need_weights ? Shape{N, attention.positions()} : Shape{0}, dtype);
-  with_decoder_type(op, dtype, [&](auto zero) {
-    using S = decltype(zero);
-    const DecoderWeights<S> read_weights(x);
-    DecoderForwardParams<S> p = forward_params(x, read_weights, 1);
-    p.embedding_dim = E;
-    p.first_order = static_cast<int64_t>(calls_of_step.fetch_add(1, std::memory_order_relaxed) % 2);
-    p.tokens = read<int64_t>(tokens);
-    p.embedding = table ? nullptr : read<S>(embedding);
-    p.table = read<S>(table);
-    p.output = {read<S>(output_weight), nullptr, outputs, H};
-    p.output_bias = read<S>(output_bias);
-    p.h = write<S>(h_n), p.c = write<S>(c_n);
-    p.vectors = write<S>(vectors), p.logits = write<S>(logits), p.weights = write<S>(scores);
-    const int64_t A = query_weight ? attention.size() : 0, D = attends ? attention.width() : 0;
-    const PooledScratch scratch(N * (A + D) * sizeof(S));
-    p.contexts = scratch.at<S>(0), p.queries = p.contexts + N * D;
-    run_forward(x, p);
-  });
-  return {vectors, logits, h_n, c_n, scores};
-}
 
 template <class S>
 void pack_panels(const DecoderWeight<S>& w, bool is_gates, void* out) {
@@ -228,7 +131,6 @@ Tensor decoder_pack_cpu(Tensor weight, bool is_gates) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
-  m.impl("decoder_step", TORCH_BOX(&Retried<&decoder_step_cpu>::run));
   m.impl("decoder_forward", TORCH_BOX(&Retried<&decoder_forward_cpu>::run));
   m.impl("decoder_pack", TORCH_BOX(&Retried<&decoder_pack_cpu>::run));
 }

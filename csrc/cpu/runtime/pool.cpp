@@ -140,6 +140,7 @@ Pool& pool = *new Pool;
 
 int64_t bytes_of(const Shape& shape, ScalarType dtype) {
   int64_t bytes = dtype == ScalarType::Double || dtype == ScalarType::Long ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  if (dtype == ScalarType::Bool) bytes = 1;
   for (const int64_t size : shape) bytes *= size;
   return bytes;
 }
@@ -153,6 +154,7 @@ Shape contiguous_strides(const Shape& shape) {
 int32_t aoti_dtype(ScalarType dtype) {
   if (dtype == ScalarType::Double) return aoti_torch_dtype_float64();
   if (dtype == ScalarType::Long) return aoti_torch_dtype_int64();
+  if (dtype == ScalarType::Bool) return aoti_torch_dtype_bool();
   if (dtype == ScalarType::BFloat16) return aoti_torch_dtype_bfloat16();
   return dtype == ScalarType::Half ? aoti_torch_dtype_float16() : aoti_torch_dtype_float32();
 }

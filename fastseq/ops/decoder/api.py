@@ -3,17 +3,20 @@
 from torch import Tensor
 
 from fastseq.ops.decoder.function import apply
-from fastseq.ops.decoder.rules import fast_step, one_operator, one_sequence
-from fastseq.ops.decoder.spec import Packed, Sequence, Source, State, Step, Weights
+from fastseq.ops.decoder.rules import fast_greedy, fast_step, one_operator, one_sequence
+from fastseq.ops.decoder.spec import Greedy, Packed, Search, Sequence, Source, State, Step, Weights
 
 __all__ = [
+    "Greedy",
     "Packed",
+    "Search",
     "Sequence",
     "Source",
     "State",
     "Step",
     "Weights",
     "decoder",
+    "greedy",
     "one_operator",
     "one_sequence",
     "step",
@@ -53,3 +56,23 @@ def step(
         RuntimeError: shapes or dtypes that do not fit; token ids outside the vocabulary.
     """
     return fast_step(tokens, state, weights, source, packed, need_weights)
+
+
+def greedy(
+    tokens: Tensor, state: State, weights: Weights, source: Source, packed: Packed | None, search: Search
+) -> tuple[Greedy, Packed | None]:
+    """Greedy decoding, one row a sentence: each step continues with the most likely token.
+
+    Args:
+        tokens: (N,) integers.
+        state, weights, source, search: see ``fastseq.ops.decoder.spec``; ``weights`` with an output projection.
+        packed: from the steps before, or None.
+
+    Returns:
+        The tokens of R steps, 1 <= R <= ``search.steps``, their log-probabilities, which rows are done, and the state;
+        the packed weights for later steps, None for a skinny batch.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit; token ids outside the vocabulary.
+    """
+    return fast_greedy(tokens, state, weights, source, packed, search)

@@ -8,21 +8,16 @@ from torch import Tensor
 
 from fastseq import _native
 from fastseq.ops.common.layout import contiguous
-from fastseq.ops.decoder.spec import Grads, Packed, Result, Sequence, Source, State, Step, Weights
+from fastseq.ops.decoder.spec import Grads, Greedy, Packed, Result, Search, Sequence, Source, State, Step, Weights
 
-SKINNY_ROWS = 8  # up to here weights are read in place: packing them would cost more than it saves
-SKINNY_OUTPUT_ROWS = 4  # up to here the output projection reads its weight faster than torch's product
+SKINNY_ROWS = 4  # up to here weights are read in place, the output projection too: packing costs more than it saves
 
 
 def step_of_any_rows(
     tokens: Tensor, state: State, weights: Weights, source: Source, packed: Packed | None, need_weights: bool
 ) -> tuple[Step, Packed | None]:
     """One step for tokens (N,) of any integer dtype. Packs the weights for many rows, unless ``packed`` has them."""
-    rows = state.h.shape[1]
-    if rows <= SKINNY_ROWS:
-        packed = None
-    elif packed is None or not fits(packed, weights):
-        packed = pack(weights, rows)
+    packed = packed_for(state.h.shape[1], weights, packed)
     if tokens.dtype != torch.int64:
         tokens = tokens.to(torch.int64)
     return step(tokens.contiguous(), state, weights, packed, source, need_weights), packed
@@ -30,13 +25,42 @@ def step_of_any_rows(
 
 def step(tokens: Tensor, state: State, weights: Weights, packed: Packed | None, source: Source, need_weights) -> Step:
     """One step for tokens (N,), without gradients."""
-    h, c, feed = state
     table = None
     if packed is not None:
         weights, table = packed.weights, packed.table
-    with_logits = weights.output is not None and h.shape[1] <= SKINNY_OUTPUT_ROWS
+    with_logits = weights.output is not None and state.h.shape[1] <= SKINNY_ROWS
     vector, logits, h_n, c_n, attention = _native.operators.decoder_step.default(
-        tokens,
+        tokens, *_arguments(state, weights, table, source, with_logits), need_weights
+    )
+    if source.memory is None:
+        vector = h_n[-1]
+    if not with_logits:
+        logits = None if weights.output is None else F.linear(vector, weights.output, weights.output_bias)
+    return Step(vector, logits, h_n, c_n, attention if need_weights and source.memory is not None else None)
+
+
+def greedy(
+    tokens: Tensor, state: State, weights: Weights, source: Source, packed: Packed | None, search: Search
+) -> tuple[Greedy, Packed | None]:
+    """Steps from tokens (N,), each with the most likely token of the one before."""
+    packed, outputs, table = packed_for(state.h.shape[1], weights, packed), weights.output.shape[0], None
+    if packed is not None:
+        if packed.output is None:
+            packed = packed._replace(output=_pack(weights.output, False))
+        weights, table = packed.weights._replace(output=packed.output), packed.table
+    if tokens.dtype != torch.int64:
+        tokens = tokens.to(torch.int64)
+    run, chosen, log_probs, done, h, c, vector = _native.operators.decoder_greedy.default(
+        tokens.contiguous(), *_arguments(state, weights, table, source, True), outputs, *search
+    )
+    count = int(run)
+    state = State(h, c, None if state.feed is None else vector)
+    return Greedy(chosen[:count].t(), log_probs[:count].t(), done, state), packed
+
+
+def _arguments(state: State, weights: Weights, table: Tensor | None, source: Source, with_logits: bool) -> tuple:
+    h, c, feed = state
+    return (
         weights.embedding,
         table,
         h.contiguous(),
@@ -56,13 +80,14 @@ def step(tokens: Tensor, state: State, weights: Weights, packed: Packed | None, 
         weights.output if with_logits else None,
         weights.output_bias if with_logits else None,
         source.scale,
-        need_weights,
     )
-    if source.memory is None:
-        vector = h_n[-1]
-    if not with_logits:
-        logits = None if weights.output is None else F.linear(vector, weights.output, weights.output_bias)
-    return Step(vector, logits, h_n, c_n, attention if need_weights and source.memory is not None else None)
+
+
+def packed_for(rows: int, weights: Weights, packed: Packed | None) -> Packed | None:
+    """The weights for a step of ``rows`` rows: ``packed`` if it has them as they are now; None: read them in place."""
+    if rows <= SKINNY_ROWS:
+        return None
+    return packed if packed is not None and fits(packed, weights) else pack(weights, rows)
 
 
 def pack(weights: Weights, rows: int) -> Packed:
@@ -76,7 +101,7 @@ def pack(weights: Weights, rows: int) -> Packed:
         query=None if weights.query is None else _pack(weights.query, False),
     )
     sources = sources_of(weights)
-    return Packed(packed, table, sources, tuple(version(t) for t in sources))
+    return Packed(packed, table, None, sources, tuple(version(t) for t in sources))
 
 
 def fits(packed: Packed, weights: Weights) -> bool:
@@ -88,8 +113,8 @@ def fits(packed: Packed, weights: Weights) -> bool:
 
 
 def sources_of(weights: Weights) -> tuple[Tensor, ...]:
-    """The tensors that ``pack`` copies."""
-    given = (weights.embedding, *weights.matrices, weights.combine, weights.query)
+    """The tensors that ``pack`` and ``greedy`` copy."""
+    given = (weights.embedding, *weights.matrices, weights.combine, weights.query, weights.output)
     return tuple(t for t in given if t is not None)
 
 
@@ -233,12 +258,20 @@ def _fake_step(tokens, embedding, table, h, c, feed, weights, biases, combine, q
     return tuple(h.new_empty(shape) for shape in (vector, logits, (L, N, H), (L, N, H), attention))
 
 
+def _fake_greedy(tokens, embedding, table, h, c, *others):
+    steps, (L, N, H) = others[-1], h.shape
+    counts, flags = tokens.new_empty, others[-6].new_empty
+    states = [h.new_empty(L, N, H) for _ in range(2)]
+    return counts(1), counts(steps, N), h.new_empty(steps, N), flags(N), *states, h.new_empty(N, H)
+
+
 def _fake_pack(weight, is_gates):
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size())  # whole panels of the instruction set
 
 
 if _native.available():
     torch.library.register_fake("fastseq::decoder_step", _fake_step)
+    torch.library.register_fake("fastseq::decoder_greedy", _fake_greedy)
     torch.library.register_fake("fastseq::decoder_pack", _fake_pack)
     torch.library.register_fake("fastseq::decoder_forward", _fake_forward)
     torch.library.register_fake("fastseq::decoder_backward", _fake_backward)

@@ -11,6 +11,7 @@ from fastseq.ops.common.autograd import forward_mode, peek_transform, untracked
 from fastseq.ops.decoder import native
 
 fast_step = native.step_of_any_rows
+fast_greedy = native.greedy
 DTYPES = (torch.float32, torch.float64)
 
 

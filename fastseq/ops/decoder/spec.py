@@ -47,6 +47,7 @@ class Packed(NamedTuple):
 
     weights: Weights  # matrices, combine and query packed
     table: Tensor | None  # (V, 4H) embedding times its columns of W_ih, for small vocabularies
+    output: Tensor | None  # packed; None until greedy decoding needs it
     made_from: tuple[Tensor, ...]
     versions: tuple[int, ...]
 
@@ -59,6 +60,27 @@ class Step(NamedTuple):
     h: Tensor  # (L, N, H)
     c: Tensor  # (L, N, H)
     attention: Tensor | None  # (N, P), if wanted
+
+
+class Search(NamedTuple):
+    """The greedy choice of the next tokens, and when it ends."""
+
+    limits: Tensor  # (N,) int64 steps after which a row is done
+    done: Tensor  # (N,) bool: before the first step
+    forbidden: Tensor  # (F,) int64 tokens that are not chosen; the last one is end_token
+    early_steps: int  # in which end_token is forbidden
+    end_token: int  # ends a row; allowed where all tokens are forbidden
+    enough_done: int  # the steps end when this many rows are done
+    steps: int  # at most
+
+
+class Greedy(NamedTuple):
+    """The results of R steps of greedy decoding."""
+
+    tokens: Tensor  # (N, R)
+    log_probs: Tensor  # (N, R)
+    done: Tensor  # (N,) bool
+    state: State
 
 
 class Sequence(NamedTuple):
