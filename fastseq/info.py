@@ -13,6 +13,7 @@ from fastseq.ops.candidates.spec import CandidatesCall
 from fastseq.ops.linear_cross_entropy.spec import LinearCrossEntropyCall
 from fastseq.ops.lstm.spec import LSTMCall
 from fastseq.ops.lstm_cell.spec import LSTMCellCall
+from fastseq.ops.lstm_variant.spec import LSTMVariantCall
 from fastseq.tune.record import describe as tuning
 
 
@@ -20,6 +21,7 @@ def _example_calls(device: str, dtype: torch.dtype) -> dict[str, object]:
     return {
         "lstm_cell": LSTMCellCall(device, dtype, hidden_size=256),
         "lstm": LSTMCall(device, dtype, input_size=256, hidden_size=256, batch=32, steps=50),
+        "lstm_variant": LSTMVariantCall(device, dtype, hidden_size=256, layer_norm=True, batch=32, steps=50),
         "attention": AttentionCall("additive", device, dtype),
         "linear_cross_entropy": LinearCrossEntropyCall(device, dtype, hidden_size=256, classes=16384, rows=1600),
         "candidates": CandidatesCall(device, dtype, count=10),

@@ -77,6 +77,8 @@ def accelerate(model: nn.Module, backend: str = "auto", *, weight_dtype: torch.d
                 module.weight_dtype = weight_dtype
                 options.append(f"weight_dtype={weight_dtype}")
             report.append(Row(path, name, True, ", ".join([f"now fastseq.{swapped.__name__}", *options])))
+        elif weight_dtype is not None and getattr(module, "variant", None):
+            report.append(Row(path, _name(module), False, f"weight_dtype has no {module.variant}"))
         elif weight_dtype is not None and type(module) in _BACK:
             module.weight_dtype = weight_dtype
             report.append(
@@ -105,6 +107,8 @@ def restore(model: nn.Module) -> Report:
             report.append(Row(path, name, False, "was made as a fastseq module"))
         elif type(module) not in _BACK:
             report.append(Row(path, name, False, "was parametrised since: remove the parametrisation first"))
+        elif getattr(module, "variant", None):
+            report.append(Row(path, name, False, f"has {module.variant}, which torch's lacks: set it to 0 first"))
         else:
             vars(module).pop("backend", None)
             del module._accelerated

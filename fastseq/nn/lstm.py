@@ -10,15 +10,16 @@ from torch.nn.utils.rnn import PackedSequence
 from fastseq.dispatch import check_name
 from fastseq.nn.narrow import check_call, narrow_weights
 from fastseq.nn.quantization import Unquantized
+from fastseq.nn.variants import VariantOptions, Variants
 from fastseq.ops.common.autocast import autocast_enabled
-from fastseq.ops.common.checks import check_pair
-from fastseq.ops.lstm.api import Stack, check_batch_sizes, check_lengths, run, run_narrow, run_plain
+from fastseq.ops.common.checks import check_lengths, check_pair
+from fastseq.ops.lstm.api import Stack, check_batch_sizes, run, run_narrow, run_plain
 
 States = tuple[Tensor, Tensor]
 Lengths = Tensor | Sequence[int]
 
 
-class LSTM(Unquantized, nn.RNNBase):
+class LSTM(Variants, Unquantized, nn.RNNBase):
     """A drop-in replacement for ``torch.nn.LSTM``: same arguments, parameters, initialisation, results and gradients.
 
     Derives from ``nn.RNNBase`` and not from ``nn.LSTM``, which ``torch.compile`` refuses. Weights may be tied, replaced
@@ -28,6 +29,16 @@ class LSTM(Unquantized, nn.RNNBase):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype:
             as in ``torch.nn.LSTM``.
         backend: "auto", "reference", "torch", "native" or "triton"; see :func:`fastseq.explain`.
+        recurrent_dropout: p, in training: h_{t-1} is multiplied by one mask for all steps, drawn for each sequence,
+            layer and direction, before its product with W_hh. As in Keras (Gal & Ghahramani 2016).
+        zoneout_hidden, zoneout_cell: probability that a unit of h, or of c, keeps its value over a step. Drawn for each
+            step in training, the expectation in eval mode (Krueger et al. 2017).
+        layer_norm: normalise W_ih x, W_hh h and the cell state inside tanh, over the units (Ba et al. 2016, as in
+            haste). Adds the parameters ``norm_ih_l0``, ``norm_hh_l0`` (4H,), ``norm_c_l0`` and ``norm_c_bias_l0`` (H,)
+            of each layer and direction.
+
+    The last four are what oneDNN and cuDNN lack; rates may be changed between calls, like ``dropout``. Without them the
+    module is a plain LSTM, with its kernels and its state_dict. The page of ``ops.lstm_variant`` has the equations.
 
     ``lstm.weight_dtype = torch.bfloat16`` or ``torch.int8`` (default None) makes calls read rounded copies of the
     weights: half or a quarter of the bytes, for one to four sequences. Products and states stay float32; int8 has one
@@ -52,10 +63,17 @@ class LSTM(Unquantized, nn.RNNBase):
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
+        recurrent_dropout: float = 0.0,
+        zoneout_hidden: float = 0.0,
+        zoneout_cell: float = 0.0,
+        layer_norm: bool = False,
     ) -> None:
         sizes = (input_size, hidden_size, num_layers)
         super().__init__("LSTM", *sizes, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
         self.backend = check_name(backend)
+        self.recurrent_dropout, self.zoneout_hidden, self.zoneout_cell = recurrent_dropout, zoneout_hidden, zoneout_cell
+        if layer_norm:
+            self._add_norms(device, dtype)
 
     backend = "auto"  # for modules that were pickled without one
     weight_dtype: torch.dtype | None = None
@@ -78,7 +96,14 @@ class LSTM(Unquantized, nn.RNNBase):
             )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
+        backend = "" if self.backend == "auto" else f", backend={self.backend!r}"
+        return super().extra_repr() + backend + (self.variant and f", {self.variant}")
+
+    def reset_parameters(self) -> None:
+        """As ``nn.RNNBase``; gains of the layer normalisations become 1, shifts 0."""
+        super().reset_parameters()
+        if self.layer_norm:
+            self._reset_norms()
 
     def freeze_bias_hh(self) -> Self:
         """Train a single bias: ``bias_ih`` becomes the sum of both, ``bias_hh`` becomes 0 and gets no gradient.
@@ -174,7 +199,8 @@ class LSTM(Unquantized, nn.RNNBase):
                 requested backend cannot serve this call.
         """
         weights = self.current_weights()
-        if lengths is None and not return_cell_states and self.weight_dtype is None:
+        variant = None if self._variant is None else self.active_variant()
+        if lengths is None and not return_cell_states and self.weight_dtype is None and variant is None:
             options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
             sizes = (self.input_size, self.hidden_size, self.proj_size)
             results = run_plain(input, hx, weights, options, sizes, self.backend)
@@ -196,7 +222,7 @@ class LSTM(Unquantized, nn.RNNBase):
             lengths = check_lengths(lengths, steps, batch, data.device)
 
         stack = self._stack(data, hx, weights, batch_sizes, lengths)
-        output, h_n, c_n, cell_states = self._run(stack, return_cell_states)
+        output, h_n, c_n, cell_states = self._run(stack, return_cell_states, variant)
 
         if packed:
             order = (batch_sizes, sorted_indices, unsorted_indices)
@@ -212,7 +238,13 @@ class LSTM(Unquantized, nn.RNNBase):
     if TYPE_CHECKING:  # nn.Module declares __call__ without types
         __call__ = forward
 
-    def _run(self, stack: Stack, cell_states: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _run(
+        self, stack: Stack, cell_states: bool, variant: VariantOptions | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if variant is not None:
+            if self.weight_dtype is not None:
+                raise RuntimeError(f"LSTM: weight_dtype={self.weight_dtype} has no {self.variant}; set it to None")
+            return self._run_variant(stack, variant, cell_states)
         if self.weight_dtype is None:
             return run(stack, cell_states, self.backend)
         check_call(self, stack.input, stack.h0, stack.c0, *stack.weights)

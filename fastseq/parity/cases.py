@@ -4,11 +4,12 @@ import itertools
 import random
 from dataclasses import dataclass, field
 
-from fastseq.testing.problems import modules, ops
+from fastseq.testing.problems import modules, ops, variants
 
 PROBLEMS = {
     "lstm_cell": ops.lstm_cell_problem,
     "lstm": ops.lstm_problem,
+    "lstm_variant": variants.lstm_variant_problem,
     "attention": ops.attention_problem,
     "linear_cross_entropy": ops.loss_problem,
     "LSTMCell": modules.lstm_cell_module_problem,
@@ -54,6 +55,17 @@ def _quick() -> list[ParityCase]:
         dict(shape=(6, 2, 33, 260), form="lengths"),  # enough work for several threads: skinny and wide batches
         dict(shape=(6, 40, 33, 130), form="packed", reverse=True),
     ]
+    variants = [
+        dict(shape=(1, 1, 1), dropout=True, zoneout="masks"),
+        dict(shape=(1, 1, 5), dropout=True, layer_norm=True),
+        dict(shape=(3, 2, 63), dropout=True, reverse=True),
+        dict(shape=(4, 3, 7), zoneout="masks", form="lengths", cell_states=True),
+        dict(shape=(4, 3, 7), zoneout="rates", form="lengths", reverse=True),
+        dict(shape=(3, 2, 63), layer_norm=True, form="lengths"),
+        dict(shape=(3, 9, 33), dropout=True, zoneout="masks", layer_norm=True, form="lengths", reverse=True),
+        dict(shape=(2, 67, 16), dropout=True, zoneout="rates", layer_norm=True, cell_states=True),
+        dict(shape=(4, 3, 7), dropout=True, zoneout="masks", spread=100.0),
+    ]
     scores = ("dot", "general", "additive", "normed_additive")
     attentions = [
         *(dict(shape=(3, 4, 5, 6), score=score, padding="lengths") for score in scores),
@@ -75,6 +87,7 @@ def _quick() -> list[ParityCase]:
     grid = {
         "lstm_cell": cell,
         "lstm": sequence,
+        "lstm_variant": variants,
         "attention": attentions,
         "linear_cross_entropy": losses,
         **_quick_modules(),
@@ -83,6 +96,7 @@ def _quick() -> list[ParityCase]:
     sliced = {
         "lstm_cell": [cell[2]],
         "lstm": [sequence[k] for k in (2, 5, 8)],
+        "lstm_variant": [variants[k] for k in (3, 6)],
         "attention": [attentions[2], attentions[4]],
         "linear_cross_entropy": losses[1:3],
     }
@@ -127,6 +141,11 @@ def _full() -> list[ParityCase]:
         "lstm": (60, dict(
             shape=[(1, 1, 1, 1), (5, 3, 4, 7), (3, 2, 6, 63), (2, 67, 5, 16), (4, 3, 5, 257), (30, 4, 64, 64)],
             form=["full", "lengths", "packed"], reverse=both, bias=both, proj_size=[0, 0, 1], cell_states=both,
+        )),
+        "lstm_variant": (60, dict(
+            shape=[(1, 1, 5), (5, 3, 7), (3, 2, 63), (2, 67, 16), (4, 3, 257), (9, 5, 64)],
+            zoneout=["none", "masks", "rates", "hidden", "cell"],
+            dropout=both, layer_norm=both, form=["full", "lengths"], reverse=both, cell_states=both,
         )),
         "attention": (60, dict(
             shape=[(1, 1, 1, 1), (3, 4, 5, 6), (2, 3, 17, 257), (33, 1, 50, 64), (2, 20, 130, 33)],

@@ -6,6 +6,7 @@ from fastseq.dispatch import BACKENDS, objection
 from fastseq.ops.attention.spec import AttentionCall
 from fastseq.ops.linear_cross_entropy.spec import LinearCrossEntropyCall
 from fastseq.ops.lstm.spec import LSTMCall
+from fastseq.ops.lstm_variant.spec import LSTMVariantCall
 
 
 def serving_lstm(**changes) -> list[str]:
@@ -24,3 +25,9 @@ def serving_loss(**changes) -> list[str]:
     """Names of the backends without objection to this linear_cross_entropy call."""
     call = LinearCrossEntropyCall("cpu", torch.float32, hidden_size=4, classes=7, rows=5)._replace(**changes)
     return [name for name in BACKENDS[1:] if objection("linear_cross_entropy", name, call) is None]
+
+
+def serving_variant(**changes) -> list[str]:
+    """Names of the backends without objection to this lstm_variant call."""
+    call = LSTMVariantCall("cpu", torch.float32, hidden_size=5, batch=2, steps=3)._replace(**changes)
+    return [name for name in BACKENDS[1:] if objection("lstm_variant", name, call) is None]

@@ -26,6 +26,24 @@ def readable(t: Tensor) -> bool:
     return type(t) is Tensor and t.device.type == "cpu" and not (torch.compiler.is_compiling() or vmapped())
 
 
+def check_lengths(lengths: Tensor, steps: int, batch: int, device: torch.device) -> Tensor:
+    """Lengths as int64 (B,) on ``device``. Checked if they lie on the CPU; clamped to 0..T elsewhere and in a trace."""
+    lengths = as_lengths(lengths)
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths must be integers, got {lengths.dtype}")
+    if lengths.dim() != 1 or lengths.size(0) != batch:
+        raise ValueError(
+            f"lengths must have shape ({batch},), one per sequence of the batch, got {tuple(lengths.shape)}"
+        )
+    if not readable(lengths):
+        return lengths.to(device, torch.int64).clamp(0, steps)
+    if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
+        raise ValueError(
+            f"lengths must lie in 0..{steps} (the number of time steps), got {int(lengths.min())}..{int(lengths.max())}"
+        )
+    return lengths.to(device, torch.int64)
+
+
 def native_objection(op: str, call, cuda_dtypes: tuple[torch.dtype, ...]) -> str | None:
     """The checks of ``unsupported`` that all native backends share: library, device, dtype.
 

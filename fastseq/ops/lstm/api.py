@@ -12,7 +12,7 @@ from fastseq import _native
 from fastseq.dispatch import implementation, remembered, select, unrecorded
 from fastseq.ops.common.autocast import autocast_enabled, cast, cast_weights, without_autocast
 from fastseq.ops.common.autograd import forward_mode, is_compiling, peek_transform, vmapped
-from fastseq.ops.common.checks import as_lengths, readable
+from fastseq.ops.common.checks import check_lengths
 from fastseq.ops.common.dtypes import tf32_allowed
 from fastseq.ops.common.layout import zero_padding
 from fastseq.ops.common.narrow import Narrow
@@ -298,24 +298,6 @@ def describe(stack: Stack, cell_states: bool) -> LSTMCall:
         tf32=_native.device_of(input) == "cuda" and tf32_allowed(),
         device_index=device.index,
     )
-
-
-def check_lengths(lengths: Tensor, steps: int, batch: int, device: torch.device) -> Tensor:
-    """Lengths as int64 (B,) on ``device``. Checked if they lie on the CPU; clamped to 0..T elsewhere and in a trace."""
-    lengths = as_lengths(lengths)
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise ValueError(f"lengths must be integers, got {lengths.dtype}")
-    if lengths.dim() != 1 or lengths.size(0) != batch:
-        raise ValueError(
-            f"lengths must have shape ({batch},), one per sequence of the batch, got {tuple(lengths.shape)}"
-        )
-    if not readable(lengths):
-        return lengths.to(device, torch.int64).clamp(0, steps)
-    if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
-        raise ValueError(
-            f"lengths must lie in 0..{steps} (the number of time steps), got {int(lengths.min())}..{int(lengths.max())}"
-        )
-    return lengths.to(device, torch.int64)
 
 
 def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
