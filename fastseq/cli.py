@@ -99,6 +99,11 @@ DATA_SETS = {
     "digits": Command(
         "fastseq.training.digits", "pictures of strings of handwritten digits", "fastseq data digits data/digits"
     ),
+    "templates": Command(
+        "fastseq.training.templates",
+        "facts with unseen names and numbers, to be copied",
+        "fastseq data templates data/templates",
+    ),
     "spoken": Command(
         "fastseq.training.spoken", "recordings of spoken digits, by espeak-ng", "fastseq data spoken data/spoken"
     ),

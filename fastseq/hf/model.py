@@ -86,6 +86,11 @@ class FastseqForSeq2SeqLM(PreTrainedModel, GenerationMixin):
     _is_stateful = True
 
     def __init__(self, config: FastseqConfig) -> None:
+        if config.copy:
+            raise ValueError(
+                "FastseqForSeq2SeqLM: a model with copy reads the words of its sources, and transformers hands over "
+                "token ids alone; use fastseq.TrainedModel"
+            )
         super().__init__(config)
         inner = Seq2Seq(config.to_seq2seq())
         self._inner = (inner,)  # a tuple: its modules are registered below, without a prefix

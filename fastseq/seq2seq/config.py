@@ -45,6 +45,9 @@ class Seq2SeqConfig:
         combine_bias, combine_activation: a bias in the attentional vector, and "tanh" or "none" around it; by default
             tanh(W [context, h]). Ports of OpenNMT-py and JoeyNMT need them. Another choice than the default runs step
             by step in Python instead of in one operator.
+        copy: copy source tokens into the target, unknown ones included: the pointer-generator of See et al. 2017. The
+            source then names two tokens at each position, and ids go up to ``tgt_vocab_size`` + S: see
+            :meth:`Seq2Seq.encode`. Needs attention, tokens, and all source positions.
         dropout: between the LSTM layers, and the default of the next two.
         embed_dropout: on the embeddings.
         output_dropout: on the input of the output projection.
@@ -81,6 +84,7 @@ class Seq2SeqConfig:
     bridge_activation: str = "tanh"
     combine_bias: bool = False
     combine_activation: str = "tanh"
+    copy: bool = False
     dropout: float = 0.1
     embed_dropout: float | None = None
     output_dropout: float | None = None
@@ -97,6 +101,7 @@ class Seq2SeqConfig:
         _check_sizes(self)
         _check_names(self)
         _check_sharing(self)
+        _check_copying(self)
         check_name(self.backend)
 
     @property
@@ -123,6 +128,8 @@ class Seq2SeqConfig:
             decoder += size * size
         elif self.attention in ("additive", "normed_additive"):
             decoder += (self.attention_size or size) * (2 * size + 2) + (self.attention == "normed_additive")
+        if self.copy:
+            decoder += 2 * size + self.embedding_dim + 1
         inner, outer = self.encoder_layers * size, self.decoder_layers * size
         bridge = {"linear": 2, "linear_h": 1}.get(self.bridge, 0) * (inner + 1) * outer
         vocabularies = self.tgt_vocab_size + (0 if self.share_all_embeddings else self.src_vocab_size or 0)
@@ -242,4 +249,15 @@ def _check_sharing(c: Seq2SeqConfig) -> None:
         "share_all_embeddings needs one vocabulary for source and target, "
         f"got sizes {c.src_vocab_size} and {c.tgt_vocab_size}; "
         "use share_decoder_input_output_embed to share on the target side only",
+    )
+
+
+def _check_copying(c: Seq2SeqConfig) -> None:
+    if not c.copy:
+        return
+    _require(c.source_features is None, "copy copies tokens of the source, and source_features has none; set copy=False")
+    _require(c.attention != "none", "copy follows the attention, and attention is 'none'; choose a score")
+    _require(
+        c.time_reduction == 1,
+        "copy needs the attention to see each source position, and frame_stack or pyramid joins several; set copy=False",
     )

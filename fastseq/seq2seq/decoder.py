@@ -26,6 +26,7 @@ from fastseq.ops.decoder.api import step as decoder_step
 from fastseq.ops.linear_cross_entropy import linear_cross_entropy
 from fastseq.ops.lstm_cell import lstm_cell
 from fastseq.seq2seq.config import Seq2SeqConfig
+from fastseq.seq2seq.copying import extended_logits, gate_of, negative_log_probability
 from fastseq.seq2seq.encoder import EncoderOutput, embedding
 
 
@@ -41,6 +42,15 @@ class DecoderState(NamedTuple):
         """The rows ``rows`` (M,), in that order, repeats allowed. Beam search reorders its hypotheses by it."""
         feed = None if self.feed is None else self.feed.index_select(0, rows)
         return DecoderState(self.h.index_select(1, rows), self.c.index_select(1, rows), feed, self.packed)
+
+
+class Steps(NamedTuple):
+    """The results of all steps of a target, dropout applied."""
+
+    vectors: Tensor  # (B, T, H) inputs of the output projection
+    attention: Tensor | None  # (B, T, S)
+    state: DecoderState  # after the last step
+    gate: Tensor | None = None  # (B, T): a step generates with probability sigmoid(gate); None without copying
 
 
 class _Layer(NamedTuple):
@@ -61,7 +71,7 @@ class Decoder(nn.Module):
     layout; with input feeding the first layer reads [embedding, feed] and is wider by H.
     """
 
-    combine_activation = "tanh"  # for models that were pickled without one
+    combine_activation, copies = "tanh", False  # for models that were pickled without one
 
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
@@ -87,6 +97,10 @@ class Decoder(nn.Module):
             self.attention = Attention(size, size, **options, backend=config.backend)
             self.combine = nn.Linear(2 * size, size, bias=config.combine_bias)
             self.combine_activation = config.combine_activation
+        self.unk_id = config.unk_id
+        self.copies = config.copy
+        if config.copy:  # of [context, h, embedding]: equation 8 of See et al. 2017
+            self.copy_gate = nn.Linear(2 * size + config.embedding_dim, 1)
         self.output_dropout = nn.Dropout(config.dropout if config.output_dropout is None else config.output_dropout)
         self.output = nn.Linear(size, config.tgt_vocab_size)
         if config.tied:
@@ -103,9 +117,13 @@ class Decoder(nn.Module):
     def forward(
         self, tokens: Tensor, enc: EncoderOutput, teacher_forcing_ratio: float, need_weights: bool
     ) -> tuple[Tensor, Tensor | None, DecoderState]:
-        """tokens (B, T) -> logits (B, T, V), weights (B, T, S) or None, state after the last step."""
-        vectors, weights, state = self.vectors(tokens, enc, teacher_forcing_ratio, need_weights)
-        return self.output(vectors), weights, state
+        """tokens (B, T) -> logits (B, T, V), weights (B, T, S) or None, state after the last step.
+
+        With copying the logits are extended ones, (B, T, V + S).
+        """
+        steps = self.vectors(tokens, enc, teacher_forcing_ratio, need_weights)
+        logits = self._logits(steps.vectors, steps.gate, steps.attention, enc)
+        return logits, steps.attention if need_weights else None, steps.state
 
     def vectors(
         self,
@@ -114,21 +132,27 @@ class Decoder(nn.Module):
         teacher_forcing_ratio: float,
         need_weights: bool,
         lengths: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, DecoderState]:
-        """The inputs of the output projection, dropout applied: (B, T, H), weights (B, T, S) or None, the last state.
+    ) -> Steps:
+        """Run all steps up to the output projection. With copying the attention weights are always there.
 
         lengths: (B,) or None for all T. Steps past them hold arbitrary finite values, and whole targets skip them.
         """
+        need_weights = need_weights or self.copies
         if self.by_steps(teacher_forcing_ratio):
-            vectors, weights, state = self._step_by_step(tokens, enc, teacher_forcing_ratio, need_weights)
-        else:
-            output, (h, c) = self.lstm(self._embed(tokens), (enc.h, enc.c), lengths=lengths)
-            (vectors, weights), state = self._attend(output, enc, need_weights), DecoderState(h, c, None)
-            vectors = self.output_dropout(vectors)
-        return vectors, weights, state
+            return self._step_by_step(tokens, enc, teacher_forcing_ratio, need_weights)
+        embedded = self._embed(tokens)
+        output, (h, c) = self.lstm(embedded, (enc.h, enc.c), lengths=lengths)
+        vectors, weights, context = self._attend(output, enc, need_weights)
+        gate = self._gate(context, output, embedded)
+        return Steps(self.output_dropout(vectors), weights, DecoderState(h, c, None), gate)
 
-    def loss(self, vectors: Tensor, labels: Tensor, **options) -> Tensor:
+    def loss(self, steps: Steps, enc: EncoderOutput, labels: Tensor, **options) -> Tensor:
         """The loss of labels (B, T) from :meth:`vectors`; ``options``: of linear_cross_entropy."""
+        if not self.copies:
+            return self._cross_entropy(steps.vectors, labels, **options)
+        return self._copy_loss(steps, enc, labels, **options)
+
+    def _cross_entropy(self, vectors: Tensor, labels: Tensor, **options) -> Tensor:
         output = self.output
         if _is_plain(output, nn.Linear):
             return linear_cross_entropy(vectors, output.weight, labels, output.bias, **options)
@@ -137,20 +161,76 @@ class Decoder(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).to(accumulate_dtype(logits.dtype)), labels.flatten(), **options)
         return loss.view(labels.shape) if reduction == "none" else loss
 
+    def _copy_loss(
+        self,
+        steps: Steps,
+        enc: EncoderOutput,
+        labels: Tensor,
+        *,
+        ignore_index: int,
+        label_smoothing: float,
+        reduction: str,
+    ) -> Tensor:
+        """As :meth:`loss`; the smoothing spreads over the V tokens that can be generated, by their softmax alone."""
+        size, smoothing = self.embedding.num_embeddings, label_smoothing
+        generated = labels.where(labels < size, self.unk_id)  # the others: unk, whose probability is not read
+        options = {"ignore_index": ignore_index, "reduction": "none"}
+        losses = self._cross_entropy(steps.vectors, generated, label_smoothing=0.0, **options)
+        gate = gate_of(steps.gate, enc.lengths)
+        total = negative_log_probability(losses, gate, steps.attention, enc.copies, labels, size)
+        if smoothing:
+            total = (1 - smoothing) * total + smoothing * self._mean_loss(steps.vectors, generated, losses)
+        total = total.masked_fill(labels == ignore_index, 0.0)
+        if reduction == "none":
+            return total
+        return total.sum() if reduction == "sum" else total.sum() / (labels != ignore_index).sum()
+
+    def _mean_loss(self, vectors: Tensor, labels: Tensor, losses: Tensor) -> Tensor:
+        """The mean over the vocabulary of -log softmax, (B, T), from the ones of labels (B, T), without the logits."""
+        output = self.output
+        if not _is_plain(output, nn.Linear):
+            return -output(vectors).log_softmax(-1, dtype=losses.dtype).mean(-1)
+        difference = F.embedding(labels, output.weight) - output.weight.mean(0)
+        return losses + (vectors * difference).sum(-1) + output.bias[labels] - output.bias.mean()
+
+    def _logits(self, vectors: Tensor, gate: Tensor | None, weights: Tensor | None, enc: EncoderOutput) -> Tensor:
+        """vectors (B, R, H) -> (B, R, V), or extended logits (B, R, V + S) with gate (B, R) and weights (B, R, S)."""
+        logits = self.output(vectors)
+        return logits if gate is None else extended_logits(logits, gate_of(gate, enc.lengths), weights, enc.copies)
+
+    def _gate(self, context: Tensor, query: Tensor, embedded: Tensor) -> Tensor | None:
+        """context (..., D), h of the last layer (..., H), embedding (..., E) -> (...,); None without copying."""
+        if not self.copies:
+            return None
+        return self.copy_gate(torch.cat((context, query, embedded), -1)).squeeze(-1)
+
     def step(
         self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, need_weights: bool
     ) -> tuple[Tensor, DecoderState, Tensor | None]:
-        """tokens (N,) -> logits (N, V), next state, weights (N, S) or None; N = B * K, K rows a sentence."""
+        """tokens (N,) -> logits (N, V), next state, weights (N, S) or None; N = B * K, K rows a sentence.
+
+        With copying the logits are extended ones, (N, V + S).
+        """
         weights = self._plain_weights() if one_operator(state.h, self.backend) else None
         if weights is not None:
-            result, packed = decoder_step(tokens, State(*state[:3]), weights, self._source(enc), state[3], need_weights)
-            feed = result.vector if self.input_feeding else None
-            return result.logits, DecoderState(result.h, result.c, feed, packed), result.attention
+            tokens, source = self._known(tokens), self._source(enc)
+            result, packed = decoder_step(tokens, State(*state[:3]), weights, source, state[3], need_weights or self.copies)
+            state = DecoderState(result.h, result.c, result.vector if self.input_feeding else None, packed)
+            logits, attention = result.logits, result.attention
+            if self.copies:
+                context = (attention.unflatten(0, (len(enc.memory), -1)) @ enc.memory).flatten(0, 1)
+                gate = self._gate(context, result.h[-1], self.embedding(tokens))
+                logits = _extended_rows(logits, gate, attention, enc)
+            return logits, state, attention
         layers = self._layers()
-        gates = self._input_gates(tokens, layers)
+        embedded = self._embed(tokens)
+        gates = self._input_gates(embedded, layers)
         h, c = state.h.unbind(0), state.c.unbind(0)
-        h, c, vector, weights = self._advance(gates, h, c, state.feed, enc, layers, need_weights)
-        return self._project(vector), self._state(h, c, vector), weights
+        h, c, vector, weights, context = self._advance(gates, h, c, state.feed, enc, layers, need_weights or self.copies)
+        logits = self.output(self.output_dropout(vector))
+        if self.copies:
+            logits = _extended_rows(logits, self._gate(context, h[-1], embedded), weights, enc)
+        return logits, self._state(h, c, vector), weights if need_weights else None
 
     def greedy_steps(
         self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, search: Search
@@ -168,7 +248,7 @@ class Decoder(nn.Module):
     def _steps_as_one(self, tokens: Tensor, enc: EncoderOutput, need_weights: bool):
         """:meth:`_step_by_step` with the true tokens, by the decoder op."""
         layers, attention, count = self._layers(), self.attention, self.lstm.num_layers
-        weights, gates = self.lstm.current_weights(), self._input_gates(tokens.t(), layers)  # (T, B, 4H)
+        weights, gates = self.lstm.current_weights(), self._input_gates(self._embed(tokens.t()), layers)  # (T, B, 4H)
         query = bias = score = None
         if attention.score in ADDITIVE:
             query, bias, score = attention.query_proj.weight, attention.query_proj.bias, attention.v
@@ -198,7 +278,7 @@ class Decoder(nn.Module):
             )
         )
         weights = weights.transpose(0, 1) if need_weights else None
-        return self.output_dropout(vectors.transpose(0, 1)), weights, DecoderState(h, c, vectors[-1])
+        return Steps(self.output_dropout(vectors.transpose(0, 1)), weights, DecoderState(h, c, vectors[-1]))
 
     def _has_plain_attention(self) -> bool:
         attention = self._modules.get("attention")
@@ -249,32 +329,47 @@ class Decoder(nn.Module):
 
     def _step_by_step(self, tokens: Tensor, enc: EncoderOutput, teacher_forcing_ratio: float, need_weights: bool):
         """As :meth:`vectors`; below a ratio of 1 each step is also projected, for the prediction."""
-        if teacher_forcing_ratio == 1 and one_sequence(enc.h, self.backend) and self._has_plain_attention():
+        if teacher_forcing_ratio == 1 and self._runs_as_one(enc):
             return self._steps_as_one(tokens, enc, need_weights)
         layers = self._layers()
         state = self.start(enc)
         h, c, vector = state.h.unbind(0), state.c.unbind(0), state.feed
-        gates = self._input_gates(tokens.t(), layers)  # (T, B, 4H): the embeddings' part of all steps in one GEMM
-        vectors, weights = [], []
-        for t, step_gates in enumerate(gates.unbind(0)):
+        embedded = self._embed(tokens.t())  # (T, B, E)
+        gates = self._input_gates(embedded, layers)  # (T, B, 4H): the embeddings' part of all steps in one GEMM
+        vectors, weights, p_gates = [], [], []
+        for t, (step_embedded, step_gates) in enumerate(zip(embedded.unbind(0), gates.unbind(0), strict=True)):
             if t > 0 and teacher_forcing_ratio < 1:
-                predicted = self.output(vectors[-1]).argmax(-1)
-                step_gates = _choose(step_gates, self._input_gates(predicted, layers), teacher_forcing_ratio)
+                predicted = self._embed(self._best(vectors[-1], p_gates[-1], weights[-1], enc))
+                step_embedded = _choose(step_embedded, predicted, teacher_forcing_ratio)
+                step_gates = self._input_gates(step_embedded, layers)
             feed = vector if self.input_feeding else None
-            h, c, vector, step_weights = self._advance(step_gates, h, c, feed, enc, layers, need_weights)
+            h, c, vector, step_weights, context = self._advance(step_gates, h, c, feed, enc, layers, need_weights)
             vectors.append(self.output_dropout(vector) if teacher_forcing_ratio < 1 else vector)
             weights.append(step_weights)
+            p_gates.append(self._gate(context, h[-1], step_embedded))
         stacked = torch.stack(vectors, 1)
         if teacher_forcing_ratio == 1:
             stacked = self.output_dropout(stacked)
-        return stacked, None if weights[0] is None else torch.stack(weights, 1), self._state(h, c, vector)
+        stack = (None if steps[0] is None else torch.stack(steps, 1) for steps in (weights, p_gates))
+        weights, gate = stack
+        return Steps(stacked, weights, self._state(h, c, vector), gate)
+
+    def _runs_as_one(self, enc: EncoderOutput) -> bool:
+        """True if the decoder op serves all steps: it returns no h of each step, which the gate of copying reads."""
+        return not self.copies and one_sequence(enc.h, self.backend) and self._has_plain_attention()
+
+    def _best(self, vectors: Tensor, gate: Tensor | None, weights: Tensor | None, enc: EncoderOutput) -> Tensor:
+        """The most probable tokens (B,) of a step with vectors (B, H), gate (B,) and weights (B, S)."""
+        logits = self.output(vectors)
+        return (logits if gate is None else _extended_rows(logits, gate, weights, enc)).argmax(-1)
 
     def _advance(
         self, gates: Tensor, h, c, feed: Tensor | None, enc: EncoderOutput, layers: list[_Layer], need_weights
     ):
         """One step, from the embeddings' part of the first layer's gates (B, 4H) and one h and one c (B, H) per layer.
 
-        Returns the next h and c, the attentional vector (B, H), and the weights (B, S) or None.
+        Returns the next h and c, the attentional vector (B, H), the weights (B, S) or None, and the context (B, D) or
+        None.
         """
         h_next, c_next = [], []
         x = feed
@@ -287,8 +382,7 @@ class Decoder(nn.Module):
             h_k, c_k = lstm_cell(gates, c[k], backend=self.backend)
             h_next.append(h_k)
             c_next.append(c_k)
-        vector, weights = self._attend(h_next[-1], enc, need_weights)
-        return h_next, c_next, vector, weights
+        return h_next, c_next, *self._attend(h_next[-1], enc, need_weights)
 
     def _layers(self) -> list[_Layer]:
         weights, layers = self.lstm.current_weights(), []
@@ -302,20 +396,28 @@ class Decoder(nn.Module):
             layers.append(_Layer(*tensors))
         return layers
 
-    def _input_gates(self, tokens: Tensor, layers: list[_Layer]) -> Tensor:
-        """tokens (...,) -> their part of the first layer's gates, bias included: (..., 4H)."""
-        return F.linear(self._embed(tokens), layers[0].embedding, layers[0].bias)
+    def _input_gates(self, embedded: Tensor, layers: list[_Layer]) -> Tensor:
+        """embedded (..., E) -> its part of the first layer's gates, bias included: (..., 4H)."""
+        return F.linear(embedded, layers[0].embedding, layers[0].bias)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return self.embed_dropout(self.embedding(tokens))
+        return self.embed_dropout(self.embedding(self._known(tokens)))
 
-    def _attend(self, query: Tensor, enc: EncoderOutput, need_weights: bool) -> tuple[Tensor, Tensor | None]:
-        """query (N, H) or (B, T, H) -> attentional vectors of the same shape, weights or None.
+    def _known(self, tokens: Tensor) -> Tensor:
+        """tokens, with unk for copied ones that the vocabulary lacks."""
+        if not self.copies:
+            return tokens
+        return tokens.where(tokens < self.embedding.num_embeddings, self.unk_id)
+
+    def _attend(
+        self, query: Tensor, enc: EncoderOutput, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """query (N, H) or (B, T, H) -> attentional vectors of the same shape, weights and context or None.
 
         The K = N / B rows of a sentence are K query steps, which read its keys and memory once.
         """
         if self.attention is None:
-            return query, None
+            return query, None, None
         batch = enc.memory.size(0)
         shared = query.dim() == 2 and query.size(0) != batch
         steps = query.unflatten(0, (batch, -1)) if shared else query
@@ -324,13 +426,16 @@ class Decoder(nn.Module):
             context = context.flatten(0, 1)
             weights = None if weights is None else weights.flatten(0, 1)
         vector = self.combine(torch.cat((context, query), -1))
-        return torch.tanh(vector) if self.combine_activation == "tanh" else vector, weights
-
-    def _project(self, vectors: Tensor) -> Tensor:
-        return self.output(self.output_dropout(vectors))
+        return torch.tanh(vector) if self.combine_activation == "tanh" else vector, weights, context
 
     def _state(self, h, c, vector: Tensor) -> DecoderState:
         return DecoderState(torch.stack(tuple(h)), torch.stack(tuple(c)), vector if self.input_feeding else None)
+
+
+def _extended_rows(logits: Tensor, gate: Tensor, weights: Tensor, enc: EncoderOutput) -> Tensor:
+    """Extended logits (N, V + S) of rows: logits (N, V), gate (N,), weights (N, S); N = B * K."""
+    logits, gate, weights = (x.unflatten(0, (len(enc.memory), -1)) for x in (logits, gate, weights))
+    return extended_logits(logits, gate_of(gate, enc.lengths), weights, enc.copies).flatten(0, 1)
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastseq.nn.lstm import LSTM
 from fastseq.ops.attention.api import Keys
 from fastseq.seq2seq.config import Seq2SeqConfig
+from fastseq.seq2seq.copying import Copies
 
 
 class EncoderOutput(NamedTuple):
@@ -19,6 +20,7 @@ class EncoderOutput(NamedTuple):
     lengths: Tensor  # (B,) int64
     h: Tensor  # (L, B, H) first hidden state of each decoder layer
     c: Tensor  # (L, B, H) first cell state of each decoder layer
+    copies: Copies | None = None  # the tokens that positions can be copied to, with ``copy``
 
     def index_select(self, rows: Tensor) -> "EncoderOutput":
         """The sentences ``rows`` (N,), in that order, repeats allowed."""
@@ -28,6 +30,7 @@ class EncoderOutput(NamedTuple):
             self.lengths.index_select(0, rows),
             self.h.index_select(1, rows),
             self.c.index_select(1, rows),
+            None if self.copies is None else self.copies.index_select(rows),
         )
 
     def repeat_interleave(self, k: int) -> "EncoderOutput":
@@ -38,6 +41,7 @@ class EncoderOutput(NamedTuple):
             self.lengths.repeat_interleave(k, 0),
             self.h.repeat_interleave(k, 1),
             self.c.repeat_interleave(k, 1),
+            None if self.copies is None else self.copies.repeat_interleave(k),
         )
 
 

@@ -16,6 +16,7 @@ ALIKE = (
     "src_vocab_size",
     "source_features",
     "time_reduction",
+    "copy",
     "tgt_vocab_size",
     "pad_id",
     "bos_id",

@@ -132,7 +132,7 @@ def generate(
     check(options)
     if src.shape[0] == 0:
         raise ValueError("generate: the batch is empty; expected src with at least one sentence.")
-    prefix = read_prefix(prefix_tokens, src.shape[0], model.config, src.device)
+    prefix = read_prefix(prefix_tokens, src, model.config)
     with torch.no_grad(), _eval_mode(model):
         enc = model.encode(src, src_lengths)
         limits = _limits(enc.lengths.to(src.device), options)

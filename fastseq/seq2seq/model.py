@@ -10,6 +10,7 @@ from fastseq.ops.common.checks import as_lengths, readable
 from fastseq.ops.decoder.api import Search
 from fastseq.seq2seq import generation
 from fastseq.seq2seq.config import Seq2SeqConfig
+from fastseq.seq2seq.copying import copies_of
 from fastseq.seq2seq.decoder import Decoder, DecoderState
 from fastseq.seq2seq.encoder import Bridge, Encoder, EncoderOutput
 
@@ -17,7 +18,7 @@ from fastseq.seq2seq.encoder import Bridge, Encoder, EncoderOutput
 class Seq2SeqOutput(NamedTuple):
     """The results of :meth:`Seq2Seq.forward`."""
 
-    logits: Tensor  # (B, T, V)
+    logits: Tensor  # (B, T, V); extended ones (B, T, V + S) with ``copy``
     attention: Tensor | None  # (B, T, S), if requested
     state: DecoderState  # after the last step
 
@@ -60,9 +61,11 @@ class Seq2Seq(nn.Module):
         """Predict each target token from the source and the tokens before it.
 
         Args:
-            src: (B, S) integer tokens; (B, S, F) floating point with ``source_features``.
+            src: (B, S) integer tokens; (B, S, F) floating point with ``source_features``; (B, S, 2) integers with
+                ``copy``, see :meth:`encode`.
             src_lengths: (B,) integers in 0..S on any device; None: all S. Positions past the length have no influence.
-            tgt_in: (B, T) integer tokens, T >= 1, the target shifted right: it begins with bos.
+            tgt_in: (B, T) integer tokens, T >= 1, the target shifted right: it begins with bos. With ``copy`` it may
+                hold tokens of the extended vocabulary; the decoder reads those from V on as unk.
             teacher_forcing_ratio: at each step after the first, and for each sentence, the probability that the true
                 token is the input; otherwise the most probable token of the step before (scheduled sampling,
                 Bengio et al. 2015). Drawn from torch's generator; 1.0 and 0.0 draw nothing. Below 1.0 the target runs
@@ -101,8 +104,11 @@ class Seq2Seq(nn.Module):
 
         Args:
             src, src_lengths, tgt_in, teacher_forcing_ratio: as in :meth:`forward`.
-            labels: (B, T) integer tokens, the target, closed by eos; pad where there is none.
-            label_smoothing: s in [0, 1], of the target distribution (1 - s) onehot(label) + s / V.
+            labels: (B, T) integer tokens, the target, closed by eos; pad where there is none. With ``copy`` tokens of
+                the extended vocabulary: a label from V on must be one that its source names.
+            label_smoothing: s in [0, 1], of the target distribution (1 - s) onehot(label) + s / V. With ``copy`` the
+                loss is (1 - s) times -log P(label), and s times the mean over the V tokens of -log softmax(logits):
+                the smoothing leaves gate and attention alone.
             reduction: "mean" over the labels other than pad, "sum", or "none" for a loss of each label: its negative
                 log-probability, without label smoothing.
 
@@ -112,20 +118,25 @@ class Seq2Seq(nn.Module):
         Raises:
             ValueError: as :meth:`forward`; labels of another shape; unknown reduction; label_smoothing outside [0, 1].
         """
-        _check_tokens("labels", labels, self.config.tgt_vocab_size, "(B, T)")
+        _check_tokens("labels", labels, self._target_tokens(src), "(B, T)")
         if labels.shape != tgt_in.shape:
             raise ValueError(
                 f"Seq2Seq: labels must have the shape of tgt_in, got {tuple(labels.shape)} and {tuple(tgt_in.shape)}"
             )
         enc = self._encode_for(tgt_in, src, src_lengths, teacher_forcing_ratio)
         lengths = _lengths_to_last(labels != self.config.pad_id)
-        vectors = self.decoder.vectors(tgt_in, enc, teacher_forcing_ratio, False, lengths)[0]
+        _check_copied(labels, enc, self.config.tgt_vocab_size)
+        steps = self.decoder.vectors(tgt_in, enc, teacher_forcing_ratio, False, lengths)
         options = {
             "ignore_index": self.config.pad_id,
             "label_smoothing": label_smoothing,
             "reduction": reduction,
         }
-        return self.decoder.loss(vectors, labels, **options)
+        return self.decoder.loss(steps, enc, labels, **options)
+
+    def _target_tokens(self, src: Tensor) -> int:
+        """The number of target tokens: V, or V + S with copying."""
+        return self.config.tgt_vocab_size + (src.size(1) if self.config.copy and src.dim() > 1 else 0)
 
     def _encode_for(
         self, tgt_in: Tensor, src: Tensor, src_lengths: Tensor | Sequence[int] | None, teacher_forcing_ratio: float
@@ -133,7 +144,7 @@ class Seq2Seq(nn.Module):
         """Check the target, and encode the source for one pass over it."""
         if not 0 <= teacher_forcing_ratio <= 1:
             raise ValueError(f"Seq2Seq: teacher_forcing_ratio must lie in [0, 1], got {teacher_forcing_ratio}")
-        _check_tokens("tgt_in", tgt_in, self.config.tgt_vocab_size, "(B, T)")
+        _check_tokens("tgt_in", tgt_in, self._target_tokens(src), "(B, T)")
         enc = self.encode(src, src_lengths, single_steps=self.decoder.by_steps(teacher_forcing_ratio))
         if tgt_in.size(0) != src.size(0) or tgt_in.size(1) == 0:
             raise ValueError(
@@ -148,7 +159,10 @@ class Seq2Seq(nn.Module):
         """Compute everything that does not depend on the target.
 
         Args:
-            src, src_lengths: as in :meth:`forward`.
+            src, src_lengths: as in :meth:`forward`. With ``copy`` src is (B, S, 2): src[..., 0] are source tokens, and
+                src[..., 1] the target token that copying this position yields, in the extended vocabulary of V + S
+                tokens: a word that the target vocabulary lacks gets V if it is the first such word of its sentence,
+                V + 1 if it is the second, and so on; equal words get equal numbers.
             single_steps: many calls of :meth:`decode_step` will follow: see :meth:`fastseq.Attention.project_keys`.
                 In a traced graph it has no effect; pass False for an example input of torch.export.
 
@@ -156,6 +170,10 @@ class Seq2Seq(nn.Module):
             EncoderOutput with memory (B, S, H), keys (opaque) or None, lengths (B,), and the decoder's first h and c
             (L, B, H). With ``frame_stack`` or ``pyramid``, S and lengths belong to the reduced source.
         """
+        copies = None
+        if self.config.copy:
+            src, columns = _split(src, self.config)
+            copies = copies_of(columns)
         if self.config.source_features is None:
             _check_tokens("src", src, self.config.src_vocab_size, "(B, S)")
         elif src.dim() != 3 or src.size(2) != self.config.source_features or not src.is_floating_point():
@@ -175,7 +193,7 @@ class Seq2Seq(nn.Module):
         keys = None
         if self.decoder.attention is not None:
             keys = self.decoder.attention.project_keys(memory, lengths, single_steps=single_steps)
-        return EncoderOutput(memory, keys, lengths, h, c)
+        return EncoderOutput(memory, keys, lengths, h, c, copies)
 
     def start(self, enc: EncoderOutput) -> DecoderState:
         """The decoder's state before the first step: the bridged encoder states, and zeros as the feed."""
@@ -190,13 +208,14 @@ class Seq2Seq(nn.Module):
         samples) share its keys and memory, which are not repeated.
 
         Args:
-            tokens: (N,) integers, the tokens just chosen (bos at the first step).
+            tokens: (N,) integers, the tokens just chosen (bos at the first step). Those from V on are read as unk with
+                ``copy``.
             state: of N rows, from :meth:`start` or from the step before.
             enc: from :meth:`encode`, with B sentences.
             need_weights: return the attention weights; without them a faster kernel may run.
 
         Returns:
-            logits (N, V), the next state, attention (N, S) or None.
+            logits (N, V), or extended ones (N, V + S) with ``copy``; the next state; attention (N, S) or None.
 
         Raises:
             ValueError: shapes that do not fit, or token ids outside the vocabulary (checked on the CPU only).
@@ -262,6 +281,30 @@ def build_seq2seq_model(vocab_size: int, embedding_dim: int, hidden_units: int) 
             dropout=0.0,
         )
     )
+
+
+def _split(src: Tensor, config: Seq2SeqConfig) -> tuple[Tensor, Tensor]:
+    """src (B, S, 2) of a model that copies -> source tokens and target tokens, (B, S) each."""
+    if src.dim() != 3 or src.size(2) != 2:
+        raise ValueError(
+            "Seq2Seq: with copy, src must hold source tokens and the target tokens of their copies, (B, S, 2), got "
+            f"{tuple(src.shape)}"
+        )
+    tokens, columns = src.unbind(2)
+    _check_tokens("src[..., 1]", columns, config.tgt_vocab_size + src.size(1), "(B, S)")
+    return tokens, columns
+
+
+def _check_copied(labels: Tensor, enc: EncoderOutput, vocab_size: int) -> None:
+    """ValueError for a label past the vocabulary that its source does not name, where labels can be read."""
+    if enc.copies is None or not readable(labels):
+        return
+    copied = labels >= vocab_size
+    if copied.any() and not ((enc.copies.columns[:, None] == labels[..., None]).any(-1) | ~copied).all():
+        raise ValueError(
+            f"Seq2Seq: a label from {vocab_size} on, the size of the target vocabulary, is no word of its source; "
+            "number the words as in src[..., 1], and map all others to unk_id"
+        )
 
 
 def _lengths_to_last(present: Tensor) -> Tensor | None:

@@ -30,10 +30,11 @@ class Prefix(NamedTuple):
         return forced[:, :1].bool(), forced[:, 1:]
 
 
-def read_prefix(given: Tensor | Sequence[Sequence[int]] | None, sentences: int, config: Any, device) -> Prefix | None:
+def read_prefix(given: Tensor | Sequence[Sequence[int]] | None, src: Tensor, config: Any) -> Prefix | None:
     """The prefixes as ``generate`` gets them; None if there are none. Raises ValueError for bad ones."""
     if given is None:
         return None
+    sentences, device = src.shape[0], src.device
     if not isinstance(given, Tensor):
         rows = [list(row) for row in given]
         longest = max(map(len, rows), default=0)
@@ -49,14 +50,17 @@ def read_prefix(given: Tensor | Sequence[Sequence[int]] | None, sentences: int, 
     longest = int(lengths.max())
     if longest == 0:
         return None
-    _check_ids(tokens, lengths, config)
+    _check_ids(tokens, lengths, config, src.shape[1] if getattr(config, "copy", False) else 0)
     return Prefix(tokens[:, :longest], lengths)
 
 
-def _check_ids(tokens: Tensor, lengths: Tensor, config: Any) -> None:
-    """Raise ValueError for pad within a prefix, for eos, and for ids outside the vocabulary, where that is known."""
+def _check_ids(tokens: Tensor, lengths: Tensor, config: Any, copied: int) -> None:
+    """Raise ValueError for pad within a prefix, for eos, and for ids outside the vocabulary, where that is known.
+
+    copied: the tokens that a source adds to the vocabulary.
+    """
     inside = torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None]
-    size = getattr(config, "tgt_vocab_size", torch.iinfo(torch.int64).max)
+    size = getattr(config, "tgt_vocab_size", torch.iinfo(torch.int32).max) + copied
     problems = {
         f"pad (id {config.pad_id}) before other tokens; pad only fills up the end": (tokens == config.pad_id) & inside,
         f"eos (id {config.eos_id}), which ends a sequence; leave it out": (tokens == config.eos_id) & inside,

@@ -14,7 +14,17 @@ from fastseq.errors import UserError
 from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training import metrics
 from fastseq.training.cache import SIDES, cached
-from fastseq.training.data import Joined, Pairs, Sequences, encode, group_references, read_pairs, unknown_note
+from fastseq.training.copying import CopyTokenizer
+from fastseq.training.data import (
+    Joined,
+    Pairs,
+    Sequences,
+    encode,
+    encode_targets,
+    group_references,
+    read_pairs,
+    unknown_note,
+)
 from fastseq.training.decode import LEAST_LENGTH_RATIO, decode
 from fastseq.training.features import Features
 from fastseq.training.folder import model_options
@@ -89,9 +99,8 @@ class Part(NamedTuple):
         """Both sides as token ids; unknown tokens are reported."""
         names = [f"{self.file.path} ({side})" for side in SIDES]
         if self.pairs is not None:
-            sides = zip(tokenizers, self.pairs, names, strict=True)
-            source, target = (_encoded(tokenizer, lines, name) for tokenizer, lines, name in sides)
-            return source, target
+            source = _told(encode(tokenizers[0], self.pairs.sources, names[0]))
+            return source, _told(encode_targets(tokenizers, source, self.pairs.targets, names[1]))
         sides, counts, seconds = cached(self.file, tokenizers, self.cache)
         for name, unknown, tokens in zip(names, counts.unknown, counts.tokens, strict=True):
             if unknown:
@@ -112,7 +121,9 @@ def training_parts(config: Namespace) -> list[Part]:
     folder = Path(config.data.cache) if config.data.cache else None
     if folder is None and sum(file.size() for file in files) >= CACHED_FROM:
         folder = Path(config.run_dir) / "cache"
-    if folder is None or config.model.source_features is not None:
+    if config.model.copy and config.data.cache:
+        raise UserError("--data.cache holds no copies: with --model.copy all data is in memory; leave the cache out")
+    if folder is None or config.model.copy or config.model.source_features is not None:
         return [Part(file, read_pairs(file), None) for file in files]
     return [Part(file, None, folder) for file in files]
 
@@ -185,7 +196,8 @@ def load_corpus(
         tokenizers = grown(tokenizers, sides_of(parts), options.vocab_size)
     if features is None:
         tokenizers = tokenizers or train_tokenizers(options, parts)
-        encoded = [part.encoded(tokenizers) for part in (*parts, valid)]
+        readers = (CopyTokenizer.of(*tokenizers), tokenizers[1]) if config.model.copy else tokenizers
+        encoded = [part.encoded(readers) for part in (*parts, valid)]
         least = LEAST_LENGTH_RATIO
     else:
         tokenizers = tokenizers or new_features(config, options, parts)
@@ -218,7 +230,7 @@ def _read_features(readers: tuple[Features, TextTokenizer], parts: Sequence[Part
     if source.mean is None:
         source.fit(frames[:-1])
         frames = [source.normalise(part) for part in frames]
-    targets = [_encoded(target, part.pairs.targets, f"{part.file.path} (target)") for part in parts]
+    targets = [_told(encode(target, part.pairs.targets, f"{part.file.path} (target)")) for part in parts]
     return list(zip(frames, targets, strict=True))
 
 
@@ -231,9 +243,9 @@ def new_features(config: Namespace, options: DataOptions, parts: Sequence[Part])
     return Features(int(config.model.source_features), float(options.highest_frequency)), target
 
 
-def _encoded(tokenizer: TextTokenizer, lines: Sequence[str], name: str) -> Sequences:
-    """The token ids of one side of a file; unknown tokens are reported."""
-    sequences, note = encode(tokenizer, lines, name)
+def _told(encoded: tuple[Sequences, str | None]) -> Sequences:
+    """The token ids of one side of a file; the sentence about unknown tokens is printed."""
+    sequences, note = encoded
     if note:
         say(note)
     return sequences

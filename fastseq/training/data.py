@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastseq.errors import UserError
+from fastseq.training.copying import CopyTokenizer, Words
 from fastseq.training.reading import PairFile
 from fastseq.training.tokenizer import EOS, PAD, UNK, TextTokenizer
 
@@ -92,6 +93,32 @@ class Sequences:
         return torch.full((1, 1), EOS)
 
 
+class CopySequences(Sequences):
+    """Sources of a model that copies: each position has a source token, and the target token of its copy."""
+
+    def __init__(self, rows: Iterable[tuple[Sequence[int], Sequence[int], Words]]) -> None:
+        """Each row: source tokens, target tokens, and the words that the target vocabulary lacks, by number."""
+        tokens, columns, words = zip(*rows, strict=True) if (rows := list(rows)) else ((), (), ())
+        super().__init__(tokens)
+        self._flat = torch.stack((self._flat, Sequences(columns)._flat), 1)  # (sum of lengths, 2)
+        self.words = list(words)
+
+    def select(self, rows: Tensor | list[int]) -> CopySequences:
+        """The sequences `rows` (M,), on the same memory."""
+        chosen = super().select(rows)
+        chosen.words = [self.words[row] for row in torch.as_tensor(rows).tolist()]
+        return chosen
+
+    def padded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The sequences `rows` (B,) as tokens (B, longest, 2) filled up with pad, and their lengths (B,)."""
+        index, outside, lengths = self._gather(rows)
+        return self._flat[index].masked_fill_(outside[..., None], PAD), lengths
+
+    def filler(self) -> Tensor:
+        """One position (1, 1, 2), for a process that has no example in an update."""
+        return torch.full((1, 1, 2), EOS)
+
+
 class Joined(Sequences):
     """Several sets of sequences as one, each taken as often as its weight says."""
 
@@ -150,6 +177,8 @@ def encode(tokenizer: TextTokenizer, lines: Sequence[str], name: str) -> tuple[S
 
     Raises UserError for an empty line where the tokenizer is not closed: the model never read an empty source.
     """
+    if isinstance(tokenizer, CopyTokenizer):
+        return _encode_copies(tokenizer, lines, name)
     flat, lengths = encode_flat(tokenizer, lines)
     if not tokenizer.closed and not lengths.all():
         number = int((lengths == 0).argmax()) + 1
@@ -170,3 +199,35 @@ def encode_flat(tokenizer: TextTokenizer, lines: Sequence[str]) -> tuple[np.ndar
     if not tokenizer.closed:
         return flat, lengths
     return np.insert(flat, lengths.cumsum(), EOS).astype(np.int32, copy=False), lengths + 1
+
+
+def _encode_copies(tokenizer: CopyTokenizer, lines: Sequence[str], name: str) -> tuple[CopySequences, str | None]:
+    """As `encode`, each position with the target token of its copy."""
+    end = [EOS] * tokenizer.closed
+    rows = [(ids + end, columns + end, words) for ids, columns, words in tokenizer.extended(lines)]
+    sequences = CopySequences(rows)
+    unknown, tokens = sum(ids.count(UNK) for ids, _, _ in rows), len(sequences._flat) - len(lines) * tokenizer.closed
+    note = f"{name}: {unknown:,} of {tokens:,} tokens are not in the vocabulary; the model can copy them"
+    return sequences, note if unknown else None
+
+
+def encode_targets(
+    tokenizers: tuple[TextTokenizer, TextTokenizer], sources: Sequences, lines: Sequence[str], name: str
+) -> tuple[Sequences, str | None]:
+    """As `encode`, for the targets of `sources`: of a model that copies, words of the source keep their ids."""
+    source, target = tokenizers
+    if not isinstance(source, CopyTokenizer):
+        return encode(target, lines, name)
+    rows = [[*ids, EOS] for ids in source.extended_targets(lines, sources.words)]
+    unknown, tokens = sum(row.count(UNK) for row in rows), sum(len(row) - 1 for row in rows)
+    return Sequences(rows), unknown_note(name, unknown, tokens) if unknown else None
+
+
+def encode_prefixes(
+    tokenizers: tuple[TextTokenizer, TextTokenizer], sources: Sequences, prefixes: Sequence[str]
+) -> list[list[int]]:
+    """The ids of the prefix of each source, without eos."""
+    source, target = tokenizers
+    if isinstance(source, CopyTokenizer):
+        return list(source.extended_targets(prefixes, sources.words))
+    return target.encode(prefixes)

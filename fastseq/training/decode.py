@@ -12,7 +12,8 @@ from fastseq.errors import UserError
 from fastseq.seq2seq.generation import GenerateOutput
 from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training.batching import cut_by_tokens
-from fastseq.training.data import Sequences
+from fastseq.training.copying import Words
+from fastseq.training.data import CopySequences, Sequences
 from fastseq.training.tokenizer import EOS, TextTokenizer
 
 LEAST_LENGTH_RATIO = 2.0  # target tokens for each source token that are always allowed
@@ -26,6 +27,7 @@ class Hypothesis(NamedTuple):
     score: float  # log-probability, divided by the length penalty
     attention: Tensor | None  # (len(ids), positions of the encoder's output), when asked for
     token_scores: list[float] | None = None  # log-probability of each of ids, when asked for
+    copied: Words = ()  # with copying: words of the source, the names of ids from the vocabulary's size on
 
     @property
     def cut_off(self) -> bool:
@@ -75,6 +77,9 @@ def decode(
             raise UserError(str(error)) from error
         positions = -(-lengths // model.config.time_reduction)
         hypotheses = _hypotheses(output, positions.repeat_interleave(n_best), tokenizer)
+        if isinstance(sources, CopySequences):
+            words = [sources.words[row] for row in rows.tolist() for _ in range(n_best)]
+            hypotheses = [_named(*one, tokenizer) for one in zip(hypotheses, words, strict=True)]
         for i, row in enumerate(rows.tolist()):
             results[row] = hypotheses[i * n_best : (i + 1) * n_best]
     return results
@@ -94,3 +99,8 @@ def _hypotheses(output: GenerateOutput, positions: Tensor, tokenizer: TextTokeni
         token_scores = [s[:n] for s, n in zip(output.token_scores.tolist(), map(len, rows), strict=True)]
     fields = zip(tokenizer.decode(rows), rows, scores, attentions, token_scores, strict=True)
     return [Hypothesis(*values) for values in fields]
+
+
+def _named(hypothesis: Hypothesis, words: Words, tokenizer: TextTokenizer) -> Hypothesis:
+    """The hypothesis, whose text spells the copied ``words`` of its source."""
+    return hypothesis._replace(text=tokenizer.text(hypothesis.ids, words), copied=words)

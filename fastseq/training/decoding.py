@@ -10,7 +10,7 @@ import torch
 from jsonargparse import Namespace
 
 from fastseq.errors import UserError
-from fastseq.training.data import Sequences
+from fastseq.training.data import Sequences, encode_prefixes
 from fastseq.training.decode import Hypothesis, decode
 from fastseq.training.search_options import check_search_options, given_search, read_dictionary, read_prefixes
 from fastseq.training.tokenizer import UNK
@@ -46,7 +46,7 @@ class Decoding:
             sources,
             self.tokenizers[1],
             attention=attention or self.dictionary is not None,
-            prefix_tokens=self._prefix_tokens(rows),
+            prefix_tokens=self._prefix_tokens(sources, rows),
             **self.search,
             **more,
         )
@@ -65,13 +65,13 @@ class Decoding:
         named = {"prefix": self.prefix, "prefix_file": self.prefix_file, "replace_unk": self.dictionary is not None}
         return self.search | {name: value for name, value in named.items() if value}
 
-    def _prefix_tokens(self, rows: Sequence[int]) -> list[list[int]] | None:
+    def _prefix_tokens(self, sources: Sequences, rows: Sequence[int]) -> list[list[int]] | None:
         if self.prefixes is None and not self.prefix:
             return None
         if self.prefixes is not None and rows and rows[-1] >= len(self.prefixes):
             self.check_number(rows[-1] + 1)
         texts = [self.prefix if self.prefixes is None else self.prefixes[row] for row in rows]
-        tokens = self.tokenizers[1].encode(texts)
+        tokens = encode_prefixes(self.tokenizers, sources, texts)
         unknown = sum(row.count(UNK) for row in tokens)
         if unknown:
             print(

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 
 from fastseq.errors import UserError
 from fastseq.training import metrics
-from fastseq.training.data import Sequences, group_references, read_pairs
+from fastseq.training.data import CopySequences, Sequences, group_references, read_pairs
 from fastseq.training.decode import LEAST_LENGTH_RATIO, Hypothesis
 from fastseq.training.decoding import Decoding
 from fastseq.training.features import Features, encode_sources
@@ -95,11 +95,14 @@ def picture(
     `reduction` source positions make one of the encoder's output.
     """
     positions, _ = source.padded(torch.tensor([row]))
-    target = tokenizers[1].tokens(hypothesis.ids)
+    target = tokenizers[1].tokens(hypothesis.ids, hypothesis.copied)
     if isinstance(tokenizers[0], Features):
         plot_attention_over(hypothesis.attention, positions[0], target, reduction, path)
     else:
-        names = tokenizers[0].tokens(positions[0].tolist())
+        if isinstance(source, CopySequences):
+            names = tokenizers[1].tokens(positions[0, :, 1].tolist(), source.words[row])
+        else:
+            names = tokenizers[0].tokens(positions[0].tolist())
         names = ["".join(names[i : i + reduction]) for i in range(0, len(names), reduction)]
         plot_attention(hypothesis.attention, names, target, path)
 

@@ -105,9 +105,13 @@ def pick_device(name: str) -> torch.device:
 def on_device(model: Seq2Seq, device: torch.device) -> Seq2Seq:
     """The model on `device`, after one step there; raises UserError when its backend cannot run on it."""
     token = torch.full((1, 1), EOS, device=device)
-    features = model.config.source_features
+    features, source = model.config.source_features, token
+    if model.config.copy:
+        source = token[..., None].expand(-1, -1, 2)
+    elif features:
+        source = torch.zeros(1, 1, features, device=device)
     try:
-        model.to(device)(torch.zeros(1, 1, features, device=device) if features else token, None, token)
+        model.to(device)(source, None, token)
     except RuntimeError as error:
         raise UserError(f"--model.backend {model.config.backend} cannot run on {device}: {error}") from error
     return model

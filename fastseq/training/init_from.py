@@ -20,7 +20,7 @@ from fastseq.training.tokenizer import TextTokenizer
 FREE = ("dropout", "embed_dropout", "output_dropout", "backend")  # the weights do not depend on them
 PARTS = {
     "encoder": ("encoder.lstm", "encoder.upper"),
-    "decoder": ("decoder.lstm", "decoder.combine"),
+    "decoder": ("decoder.lstm", "decoder.combine", "decoder.copy_gate"),
     "attention": ("decoder.attention",),
     "bridge": ("bridge",),
     "output": ("decoder.output",),

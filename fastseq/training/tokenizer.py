@@ -191,9 +191,15 @@ class TextTokenizer:
             texts.append([token for token in ids if token not in (PAD, BOS)])
         return self._tokenizer.decode_batch(texts, skip_special_tokens=False)
 
-    def tokens(self, ids: Sequence[int]) -> list[str]:
-        """Name of each id, for the axes of a picture."""
-        return [self._tokenizer.id_to_token(token) for token in ids]
+    def tokens(self, ids: Sequence[int], copied: Sequence[str] = ()) -> list[str]:
+        """Name of each id, for the axes of a picture; `copied`: of the ids from the size of the vocabulary on."""
+        size = len(self)
+        return [self._tokenizer.id_to_token(token) if token < size else copied[token - size] for token in ids]
+
+    def text(self, ids: Sequence[int], copied: Sequence[str]) -> str:
+        """As `decode` of one row, with names for the ids from the size of the vocabulary on."""
+        ids = ids[: ids.index(EOS)] if EOS in ids else ids
+        return self.join(self.tokens([token for token in ids if token not in (PAD, BOS)], copied))
 
     def pieces(self, lines: Sequence[str]) -> list[list[str]]:
         """The text of each token of each line, as it stands in the line; unknown tokens keep theirs."""

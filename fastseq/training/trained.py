@@ -10,7 +10,8 @@ from typing import Any
 from fastseq.errors import UserError
 from fastseq.seq2seq.ensemble import Ensemble
 from fastseq.seq2seq.model import Seq2Seq
-from fastseq.training.data import Sequences, encode
+from fastseq.training.copying import CopyTokenizer
+from fastseq.training.data import Sequences, encode, encode_prefixes, encode_targets
 from fastseq.training.decode import Hypothesis, decode
 from fastseq.training.features import Features, encode_sources
 from fastseq.training.generation_config import check_search
@@ -54,6 +55,8 @@ class TrainedModel:
                 f"the tokenizers have {sizes[0]} and {sizes[1]} tokens, the model {source_size} and "
                 f"{expected.tgt_vocab_size}; give the ones that it was trained with"
             )
+        if expected.copy:
+            source_tokenizer = CopyTokenizer.of(source_tokenizer, target_tokenizer)
         self.model = model.eval()
         self.source_tokenizer, self.target_tokenizer = source_tokenizer, target_tokenizer
         self.generation_config = check_search(dict(generation_config or {}), "generation_config")
@@ -155,17 +158,17 @@ class TrainedModel:
         options = self.search(search, n_best=n_best) | {"max_tokens": max_tokens, "progress": progress}
         if token_scores:
             options["output_scores"] = True
-        if prefixes is not None:
-            options["prefix_tokens"] = self.target_tokenizer.encode(_one_for_each(prefixes, sources))
         replace = replace_unk is not False
         if replace:
             check_replacement(self.model.config.attention, self.source_tokenizer)
         tokens = self._encode(sources)
+        if prefixes is not None:
+            given = _one_for_each(prefixes, sources)
+            options["prefix_tokens"] = encode_prefixes(self._tokenizers, tokens, given)
         found = decode(self.model, tokens, self.target_tokenizer, attention=attention or replace, **options)
         if not replace:
             return found
-        tokenizers = self.source_tokenizer, self.target_tokenizer
-        found = replace_unknown(found, sources, tokenizers, {} if replace_unk is True else replace_unk)
+        found = replace_unknown(found, sources, self._tokenizers, {} if replace_unk is True else replace_unk)
         return found if attention else [[best._replace(attention=None) for best in several] for several in found]
 
     def search(self, given: dict[str, Any], *, n_best: int | None) -> dict[str, Any]:
@@ -190,11 +193,15 @@ class TrainedModel:
         sources, note = encode_sources(
             self.source_tokenizer, list(enumerate((s for s, _ in pairs), start=1)), "sources"
         )
-        targets, other = encode(self.target_tokenizer, [target for _, target in pairs], "targets")
+        targets, other = encode_targets(self._tokenizers, sources, [target for _, target in pairs], "targets")
         for sentence in filter(None, (note, other)):
             if warn:
                 print(sentence, file=sys.stderr)
         return [PairScore(row) for row in log_probabilities(self.model, sources, targets, max_tokens)]
+
+    @property
+    def _tokenizers(self) -> tuple[TextTokenizer | Features, TextTokenizer]:
+        return self.source_tokenizer, self.target_tokenizer
 
     def _encode(self, sources: Sequence[str]) -> Sequences:
         if isinstance(sources, str):

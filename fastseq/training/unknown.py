@@ -35,7 +35,7 @@ def replace_unknown(
         if UNK not in hypothesis.ids or not words:
             return hypothesis
         ids = hypothesis.ids[: hypothesis.ids.index(EOS)] if EOS in hypothesis.ids else hypothesis.ids
-        names = target.tokens(ids)
+        names = target.tokens(ids, hypothesis.copied)
         for place, token in enumerate(ids):
             if token == UNK:
                 word = words[int(hypothesis.attention[place, : len(words)].argmax())]

@@ -40,6 +40,7 @@ LIVE = {
     "share_all_embeddings": (dict(src_vocab_size=TGT_VOCAB, embedding_dim=H), True),
     "share_decoder_input_output_embed": (dict(embedding_dim=H), True),
     "freeze_bias_hh": ({}, True),
+    "copy": ({}, True),
     "pad_id": ({}, 10),
     "bos_id": ({}, 10),
     "eos_id": ({}, 10),
@@ -62,6 +63,8 @@ def trace_of(options):
             if isinstance(module, nn.Embedding):
                 nn.init.zeros_(module.weight.data[module.padding_idx])
         src, lengths, tgt = make_batch(model)
+        if model.config.copy:
+            src = torch.stack((src, src % TGT_VOCAB), 2)
         tgt[:, 0] = BOS  # whatever bos_id is: only generate reads it
         logits = model(src.float() if model.config.source_features else src, lengths, tgt).logits
         decoded = torch.cat(
