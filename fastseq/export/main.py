@@ -40,8 +40,11 @@ def export(trained: TrainedModel, path: str | Path, format: str) -> float:
     if is_saved(path) or (path / "config.yaml").exists():
         raise UserError(f"{path} holds a model already; choose another folder")
     model = trained.model
-    if model.config.copy:
-        raise UserError("a model with copy cannot be exported yet: its graphs would need the words of the sources")
+    if model.config.copy or model.config.coverage:
+        raise UserError(
+            "a model with copy or coverage cannot be exported yet: its step would need the words of the "
+            "sources, or the coverage"
+        )
     if format == "onnx" and model.config.backend != "auto":
         raise UserError(f"the model asks for backend {model.config.backend!r}; ONNX needs auto: set it in config.json")
     trained.save_pretrained(path)

@@ -28,6 +28,9 @@ class Attention(nn.Module):
     Initialisation: the projections as ``nn.Linear``, v uniform in +-1/sqrt(A); for "normed_additive" g = sqrt(1/A)
     and b = 0, as in GNMT (Wu et al. 2016).
 
+    With ``coverage`` the additive scores get the term c w inside the tanh: coverage_weight w (A,), and c the attention
+    that the position got at the steps before (See et al. 2017, equation 11). w starts as v does.
+
     Args:
         query_size: Q, the size of a query.
         key_size: K, the size of a key.
@@ -35,6 +38,7 @@ class Attention(nn.Module):
         attention_size: A, default Q; additive scores only.
         scale: a constant factor of the scores, default 1.0.
         bias: learn b, default True; additive scores only.
+        coverage: learn w; additive scores only. Each call then needs ``coverage``.
         backend: "auto", "reference", "torch", "native" or "triton".
 
     Raises:
@@ -50,12 +54,13 @@ class Attention(nn.Module):
         attention_size: int | None = None,
         scale: float | None = None,
         bias: bool | None = None,
+        coverage: bool = False,
         backend: str = "auto",
         device: torch.types.Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check(query_size, key_size, score, attention_size, bias)
+        _check(query_size, key_size, score, attention_size, bias, coverage)
         self.query_size, self.key_size, self.score, self.scale = query_size, key_size, score, scale
         self.backend = check_name(backend)
         kind = {"device": device, "dtype": dtype}
@@ -68,6 +73,8 @@ class Attention(nn.Module):
             self.v = nn.Parameter(torch.empty(size, **kind))
             if score == "normed_additive":
                 self.gain = nn.Parameter(torch.empty((), **kind))
+            if coverage:
+                self.coverage_weight = nn.Parameter(torch.empty(size, **kind))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -77,6 +84,8 @@ class Attention(nn.Module):
         if self.score in ADDITIVE:
             bound = 1 / math.sqrt(self.v.numel())
             nn.init.uniform_(self.v, -bound, bound)
+        if self._has_coverage():
+            nn.init.uniform_(self.coverage_weight, -bound, bound)
         if self.score == "normed_additive":
             nn.init.constant_(self.gain, bound)
             if self.query_proj.bias is not None:
@@ -91,6 +100,7 @@ class Attention(nn.Module):
         lengths: Tensor | Sequence[int] | None = None,
         mask: Tensor | None = None,
         need_weights: bool = False,
+        coverage: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend once.
 
@@ -101,14 +111,19 @@ class Attention(nn.Module):
             lengths: (B,) integers: attend to the first ``lengths[b]`` positions. See :func:`fastseq.ops.attention`.
             mask: bool, True = attend: (B, S) or (B, T, S). Not together with ``lengths``.
             need_weights: also return the weights.
+            coverage: (B, T, S), or (B, S) for a single step; required with the option ``coverage``, and only then.
 
         Returns:
             context (B, T, D), weights (B, T, S) or None; without the T for a single step.
 
         Raises:
-            ValueError: ``Keys`` without values; see :func:`fastseq.ops.attention`.
+            ValueError: ``Keys`` without values; coverage without the option, or none with it; see
+                :func:`fastseq.ops.attention`.
             RuntimeError: see :func:`fastseq.ops.attention`.
         """
+        if (coverage is not None) != self._has_coverage():
+            given = "coverage must be given" if coverage is None else "no coverage was learnt; leave coverage out"
+            raise ValueError(f"Attention: {given} (the module was made with coverage={coverage is None})")
         if isinstance(keys, Keys):
             projected = keys
             if values is None:
@@ -136,8 +151,13 @@ class Attention(nn.Module):
             lengths=lengths,
             mask=mask,
             need_weights=need_weights,
+            coverage=None if coverage is None else coverage.to(query.dtype),
+            coverage_weight=None if coverage is None else self.coverage_weight,
             backend=self.backend,
         )
+
+    def _has_coverage(self) -> bool:
+        return hasattr(self, "coverage_weight")
 
     if TYPE_CHECKING:  # nn.Module declares __call__ without types
         __call__ = forward
@@ -162,19 +182,22 @@ class Attention(nn.Module):
         if keys.dim() != 3 or keys.size(-1) != self.key_size:
             raise RuntimeError(f"Attention: keys must have shape (B, S, {self.key_size}), got {tuple(keys.shape)}")
         projected = keys if self.score == "dot" else self.key_proj(keys)
-        if not single_steps:
+        if not single_steps or self._has_coverage():  # coverage enters the tanh with the keys: nothing to prepare
             return Keys(projected)
         return prepare_keys(projected, score=self.score, lengths=lengths, backend=self.backend)
 
     def extra_repr(self) -> str:
         parts = [f"{self.query_size}, {self.key_size}, score={self.score!r}"]
         parts += [f"attention_size={self.v.numel()}"] if hasattr(self, "v") else []
+        parts += ["coverage=True"] if self._has_coverage() else []
         parts += [f"scale={self.scale}"] if self.scale is not None else []
         parts += [f"backend={self.backend!r}"] if self.backend != "auto" else []
         return ", ".join(parts)
 
 
-def _check(query_size: int, key_size: int, score: str, attention_size: int | None, bias: bool | None) -> None:
+def _check(
+    query_size: int, key_size: int, score: str, attention_size: int | None, bias: bool | None, coverage: bool
+) -> None:
     if score not in SCORES:
         raise ValueError(f"Attention: unknown score {score!r}; choose one of {', '.join(map(repr, SCORES))}")
     for name, size in (("query_size", query_size), ("key_size", key_size), ("attention_size", attention_size)):
@@ -186,6 +209,6 @@ def _check(query_size: int, key_size: int, score: str, attention_size: int | Non
             f"got {query_size} and {key_size}; choose 'general' or 'additive' for different sizes"
         )
     if score in ("dot", "general"):
-        for name, value in (("attention_size", attention_size), ("bias", bias)):
+        for name, value in (("attention_size", attention_size), ("bias", bias), ("coverage", coverage or None)):
             if value is not None:
                 raise ValueError(f"Attention: score {score!r} has no use for {name}; leave it out or choose 'additive'")

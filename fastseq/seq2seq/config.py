@@ -48,6 +48,10 @@ class Seq2SeqConfig:
         copy: copy source tokens into the target, unknown ones included: the pointer-generator of See et al. 2017. The
             source then names two tokens at each position, and ids go up to ``tgt_vocab_size`` + S: see
             :meth:`Seq2Seq.encode`. Needs attention, tokens, and all source positions.
+        coverage: let the additive scores read the attention that each position has got so far (See et al. 2017),
+            against output that repeats itself. The decoder then runs step by step.
+        coverage_loss: weight of the coverage loss, the attention that falls on positions again: the sum over s of
+            min(attention[s], coverage[s]) (their equation 12). Part of the loss with the reductions mean and sum.
         dropout: between the LSTM layers, and the default of the next two.
         embed_dropout: on the embeddings.
         output_dropout: on the input of the output projection.
@@ -85,6 +89,8 @@ class Seq2SeqConfig:
     combine_bias: bool = False
     combine_activation: str = "tanh"
     copy: bool = False
+    coverage: bool = False
+    coverage_loss: float = 1.0
     dropout: float = 0.1
     embed_dropout: float | None = None
     output_dropout: float | None = None
@@ -127,7 +133,8 @@ class Seq2SeqConfig:
         if self.attention == "general":
             decoder += size * size
         elif self.attention in ("additive", "normed_additive"):
-            decoder += (self.attention_size or size) * (2 * size + 2) + (self.attention == "normed_additive")
+            decoder += (self.attention_size or size) * (2 * size + 2 + self.coverage)
+            decoder += self.attention == "normed_additive"
         if self.copy:
             decoder += 2 * size + self.embedding_dim + 1
         inner, outer = self.encoder_layers * size, self.decoder_layers * size
@@ -253,11 +260,18 @@ def _check_sharing(c: Seq2SeqConfig) -> None:
 
 
 def _check_copying(c: Seq2SeqConfig) -> None:
+    _require(
+        not c.coverage or c.attention in ("additive", "normed_additive"),
+        f"coverage is a term of the additive scores, and attention is {c.attention!r}; choose 'additive'",
+    )
+    _require(0 <= c.coverage_loss < float("inf"), f"coverage_loss must be finite and >= 0, got {c.coverage_loss}")
+    _require(c.coverage or c.coverage_loss == 1, "coverage_loss has no use without coverage; set coverage=True")
     if not c.copy:
         return
-    _require(c.source_features is None, "copy copies tokens of the source, and source_features has none; set copy=False")
+    _require(c.source_features is None, "copy copies source tokens, and source_features has none; set copy=False")
     _require(c.attention != "none", "copy follows the attention, and attention is 'none'; choose a score")
     _require(
         c.time_reduction == 1,
-        "copy needs the attention to see each source position, and frame_stack or pyramid joins several; set copy=False",
+        "copy needs the attention to see each source position, and frame_stack or pyramid joins several; "
+        "set copy=False",
     )

@@ -11,7 +11,6 @@ from fastseq.nn.lstm import LSTM
 from fastseq.ops.attention.api import ADDITIVE
 from fastseq.ops.common.dtypes import accumulate_dtype
 from fastseq.ops.decoder.api import (
-    Packed,
     Search,
     Sequence,
     Source,
@@ -23,34 +22,12 @@ from fastseq.ops.decoder.api import (
     one_sequence,
 )
 from fastseq.ops.decoder.api import step as decoder_step
-from fastseq.ops.linear_cross_entropy import linear_cross_entropy
 from fastseq.ops.lstm_cell import lstm_cell
 from fastseq.seq2seq.config import Seq2SeqConfig
-from fastseq.seq2seq.copying import extended_logits, gate_of, negative_log_probability
+from fastseq.seq2seq.copying import extended_logits, gate_of
 from fastseq.seq2seq.encoder import EncoderOutput, embedding
-
-
-class DecoderState(NamedTuple):
-    """The complete state of a decoder between two steps, immutable. N rows: one or several of each sentence."""
-
-    h: Tensor  # (L, N, H)
-    c: Tensor  # (L, N, H)
-    feed: Tensor | None  # (N, H) last attentional vector; None without input feeding
-    packed: Packed | None = None  # weights for later steps of many rows, opaque; renewed where a weight has changed
-
-    def index_select(self, rows: Tensor) -> "DecoderState":
-        """The rows ``rows`` (M,), in that order, repeats allowed. Beam search reorders its hypotheses by it."""
-        feed = None if self.feed is None else self.feed.index_select(0, rows)
-        return DecoderState(self.h.index_select(1, rows), self.c.index_select(1, rows), feed, self.packed)
-
-
-class Steps(NamedTuple):
-    """The results of all steps of a target, dropout applied."""
-
-    vectors: Tensor  # (B, T, H) inputs of the output projection
-    attention: Tensor | None  # (B, T, S)
-    state: DecoderState  # after the last step
-    gate: Tensor | None = None  # (B, T): a step generates with probability sigmoid(gate); None without copying
+from fastseq.seq2seq.losses import copy_loss, cross_entropy, is_plain
+from fastseq.seq2seq.steps import DecoderState, Steps
 
 
 class _Layer(NamedTuple):
@@ -71,7 +48,7 @@ class Decoder(nn.Module):
     layout; with input feeding the first layer reads [embedding, feed] and is wider by H.
     """
 
-    combine_activation, copies = "tanh", False  # for models that were pickled without one
+    combine_activation, copies, coverage = "tanh", False, False  # for models that were pickled without one
 
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
@@ -94,11 +71,11 @@ class Decoder(nn.Module):
         self.attention = None
         if config.attention != "none":
             options = dict(score=config.attention, attention_size=config.attention_size, scale=config.attention_scale)
-            self.attention = Attention(size, size, **options, backend=config.backend)
+            self.attention = Attention(size, size, **options, coverage=config.coverage, backend=config.backend)
             self.combine = nn.Linear(2 * size, size, bias=config.combine_bias)
             self.combine_activation = config.combine_activation
         self.unk_id = config.unk_id
-        self.copies = config.copy
+        self.copies, self.coverage, self.coverage_loss = config.copy, config.coverage, config.coverage_loss
         if config.copy:  # of [context, h, embedding]: equation 8 of See et al. 2017
             self.copy_gate = nn.Linear(2 * size + config.embedding_dim, 1)
         self.output_dropout = nn.Dropout(config.dropout if config.output_dropout is None else config.output_dropout)
@@ -108,11 +85,15 @@ class Decoder(nn.Module):
 
     def start(self, enc: EncoderOutput) -> DecoderState:
         """The state before the first step. Copies, because torch.export takes one tensor given twice for one input."""
-        return DecoderState(enc.h.clone(), enc.c.clone(), torch.zeros_like(enc.h[0]) if self.input_feeding else None)
+        feed = torch.zeros_like(enc.h[0]) if self.input_feeding else None
+        coverage = None
+        if self.coverage:
+            coverage = enc.memory.new_zeros(enc.memory.shape[:2], dtype=accumulate_dtype(enc.memory.dtype))
+        return DecoderState(enc.h.clone(), enc.c.clone(), feed, coverage=coverage)
 
     def by_steps(self, teacher_forcing_ratio: float) -> bool:
         """True if :meth:`forward` runs the target step by step instead of all at once."""
-        return self.input_feeding or teacher_forcing_ratio < 1
+        return self.input_feeding or self.coverage or teacher_forcing_ratio < 1
 
     def forward(
         self, tokens: Tensor, enc: EncoderOutput, teacher_forcing_ratio: float, need_weights: bool
@@ -133,7 +114,7 @@ class Decoder(nn.Module):
         need_weights: bool,
         lengths: Tensor | None = None,
     ) -> Steps:
-        """Run all steps up to the output projection. With copying the attention weights are always there.
+        """Run all steps up to the output projection. With copying the attention weights are always returned.
 
         lengths: (B,) or None for all T. Steps past them hold arbitrary finite values, and whole targets skip them.
         """
@@ -147,51 +128,21 @@ class Decoder(nn.Module):
         return Steps(self.output_dropout(vectors), weights, DecoderState(h, c, None), gate)
 
     def loss(self, steps: Steps, enc: EncoderOutput, labels: Tensor, **options) -> Tensor:
-        """The loss of labels (B, T) from :meth:`vectors`; ``options``: of linear_cross_entropy."""
-        if not self.copies:
-            return self._cross_entropy(steps.vectors, labels, **options)
-        return self._copy_loss(steps, enc, labels, **options)
+        """The loss of labels (B, T) from :meth:`vectors`; ``options``: of linear_cross_entropy.
 
-    def _cross_entropy(self, vectors: Tensor, labels: Tensor, **options) -> Tensor:
-        output = self.output
-        if _is_plain(output, nn.Linear):
-            return linear_cross_entropy(vectors, output.weight, labels, output.bias, **options)
-        logits = output(vectors)  # a layer that a user put there, or one that changes its weight in a hook
-        reduction = options["reduction"]
-        loss = F.cross_entropy(logits.flatten(0, 1).to(accumulate_dtype(logits.dtype)), labels.flatten(), **options)
-        return loss.view(labels.shape) if reduction == "none" else loss
-
-    def _copy_loss(
-        self,
-        steps: Steps,
-        enc: EncoderOutput,
-        labels: Tensor,
-        *,
-        ignore_index: int,
-        label_smoothing: float,
-        reduction: str,
-    ) -> Tensor:
-        """As :meth:`loss`; the smoothing spreads over the V tokens that can be generated, by their softmax alone."""
-        size, smoothing = self.embedding.num_embeddings, label_smoothing
-        generated = labels.where(labels < size, self.unk_id)  # the others: unk, whose probability is not read
-        options = {"ignore_index": ignore_index, "reduction": "none"}
-        losses = self._cross_entropy(steps.vectors, generated, label_smoothing=0.0, **options)
-        gate = gate_of(steps.gate, enc.lengths)
-        total = negative_log_probability(losses, gate, steps.attention, enc.copies, labels, size)
-        if smoothing:
-            total = (1 - smoothing) * total + smoothing * self._mean_loss(steps.vectors, generated, losses)
-        total = total.masked_fill(labels == ignore_index, 0.0)
-        if reduction == "none":
-            return total
-        return total.sum() if reduction == "sum" else total.sum() / (labels != ignore_index).sum()
-
-    def _mean_loss(self, vectors: Tensor, labels: Tensor, losses: Tensor) -> Tensor:
-        """The mean over the vocabulary of -log softmax, (B, T), from the ones of labels (B, T), without the logits."""
-        output = self.output
-        if not _is_plain(output, nn.Linear):
-            return -output(vectors).log_softmax(-1, dtype=losses.dtype).mean(-1)
-        difference = F.embedding(labels, output.weight) - output.weight.mean(0)
-        return losses + (vectors * difference).sum(-1) + output.bias[labels] - output.bias.mean()
+        The coverage loss is part of a mean or sum, and not of the losses of single labels.
+        """
+        if self.copies:
+            loss = copy_loss(
+                self.output, steps, enc, labels, self.embedding.num_embeddings, unk_id=self.unk_id, **options
+            )
+        else:
+            loss = cross_entropy(self.output, steps.vectors, labels, **options)
+        if steps.repeats is None or options["reduction"] == "none":
+            return loss
+        present = labels != options["ignore_index"]
+        repeats = self.coverage_loss * steps.repeats.masked_fill(~present, 0.0).sum()
+        return loss + (repeats if options["reduction"] == "sum" else repeats / present.sum())
 
     def _logits(self, vectors: Tensor, gate: Tensor | None, weights: Tensor | None, enc: EncoderOutput) -> Tensor:
         """vectors (B, R, H) -> (B, R, V), or extended logits (B, R, V + S) with gate (B, R) and weights (B, R, S)."""
@@ -211,26 +162,27 @@ class Decoder(nn.Module):
 
         With copying the logits are extended ones, (N, V + S).
         """
-        weights = self._plain_weights() if one_operator(state.h, self.backend) else None
+        weights = self._plain_weights() if one_operator(state.h, self.backend) and not self.coverage else None
         if weights is not None:
-            tokens, source = self._known(tokens), self._source(enc)
-            result, packed = decoder_step(tokens, State(*state[:3]), weights, source, state[3], need_weights or self.copies)
+            tokens, wanted = self._known(tokens), need_weights or self.copies
+            result, packed = decoder_step(tokens, State(*state[:3]), weights, self._source(enc), state[3], wanted)
             state = DecoderState(result.h, result.c, result.vector if self.input_feeding else None, packed)
             logits, attention = result.logits, result.attention
             if self.copies:
                 context = (attention.unflatten(0, (len(enc.memory), -1)) @ enc.memory).flatten(0, 1)
                 gate = self._gate(context, result.h[-1], self.embedding(tokens))
                 logits = _extended_rows(logits, gate, attention, enc)
-            return logits, state, attention
+            return logits, state, attention if need_weights else None
         layers = self._layers()
         embedded = self._embed(tokens)
         gates = self._input_gates(embedded, layers)
         h, c = state.h.unbind(0), state.c.unbind(0)
-        h, c, vector, weights, context = self._advance(gates, h, c, state.feed, enc, layers, need_weights or self.copies)
+        wanted = need_weights or self.copies
+        h, c, vector, weights, context = self._advance(gates, h, c, state, enc, layers, wanted)
         logits = self.output(self.output_dropout(vector))
         if self.copies:
             logits = _extended_rows(logits, self._gate(context, h[-1], embedded), weights, enc)
-        return logits, self._state(h, c, vector), weights if need_weights else None
+        return logits, self._state(h, c, vector, _sum(state.coverage, weights)), weights if need_weights else None
 
     def greedy_steps(
         self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, search: Search
@@ -239,7 +191,8 @@ class Decoder(nn.Module):
 
         Returns tokens (N, R) and their log-probabilities for R <= ``search.steps`` steps, done (N,), the state.
         """
-        weights = self._plain_weights() if one_operator(state.h, self.backend) else None
+        served = one_operator(state.h, self.backend) and not (self.copies or self.coverage)
+        weights = self._plain_weights() if served else None
         if weights is None:
             return None
         chosen, packed = greedy(tokens, State(*state[:3]), weights, self._source(enc), state[3], search)
@@ -283,11 +236,11 @@ class Decoder(nn.Module):
     def _has_plain_attention(self) -> bool:
         attention = self._modules.get("attention")
         combine = self._modules.get("combine")
-        if attention is None or not (_is_plain(attention, Attention) and _is_plain(combine, nn.Linear)):
+        if attention is None or not (is_plain(attention, Attention) and is_plain(combine, nn.Linear)):
             return False
         if combine.bias is not None or self.combine_activation != "tanh":
             return False
-        return attention.score not in ADDITIVE or _is_plain(attention._modules["query_proj"], nn.Linear)
+        return attention.score not in ADDITIVE or is_plain(attention._modules["query_proj"], nn.Linear)
 
     def _plain_weights(self) -> Weights | None:
         """The parameters, if they alone determine a step: no dropout, no replaced submodule, no hook; else None.
@@ -297,7 +250,7 @@ class Decoder(nn.Module):
         modules, attends = self._modules, self.attention is not None
         embedding, output = modules["embedding"], modules["output"]
         dropped = self.dropout or modules["embed_dropout"].p or modules["output_dropout"].p
-        if (self.training and dropped) or not (_is_plain(embedding, nn.Embedding) and _is_plain(output, nn.Linear)):
+        if (self.training and dropped) or not (is_plain(embedding, nn.Embedding) and is_plain(output, nn.Linear)):
             return None
         if attends and not self._has_plain_attention():
             return None
@@ -333,30 +286,32 @@ class Decoder(nn.Module):
             return self._steps_as_one(tokens, enc, need_weights)
         layers = self._layers()
         state = self.start(enc)
-        h, c, vector = state.h.unbind(0), state.c.unbind(0), state.feed
+        h, c = state.h.unbind(0), state.c.unbind(0)
         embedded = self._embed(tokens.t())  # (T, B, E)
         gates = self._input_gates(embedded, layers)  # (T, B, 4H): the embeddings' part of all steps in one GEMM
-        vectors, weights, p_gates = [], [], []
+        vectors, weights, p_gates, repeats = [], [], [], []
         for t, (step_embedded, step_gates) in enumerate(zip(embedded.unbind(0), gates.unbind(0), strict=True)):
             if t > 0 and teacher_forcing_ratio < 1:
                 predicted = self._embed(self._best(vectors[-1], p_gates[-1], weights[-1], enc))
                 step_embedded = _choose(step_embedded, predicted, teacher_forcing_ratio)
                 step_gates = self._input_gates(step_embedded, layers)
-            feed = vector if self.input_feeding else None
-            h, c, vector, step_weights, context = self._advance(step_gates, h, c, feed, enc, layers, need_weights)
+            h, c, vector, step_weights, context = self._advance(step_gates, h, c, state, enc, layers, need_weights)
+            repeats.append(_repeated(state.coverage, step_weights))
+            coverage = _sum(state.coverage, step_weights)
+            state = state._replace(feed=vector if self.input_feeding else None, coverage=coverage)
             vectors.append(self.output_dropout(vector) if teacher_forcing_ratio < 1 else vector)
             weights.append(step_weights)
             p_gates.append(self._gate(context, h[-1], step_embedded))
         stacked = torch.stack(vectors, 1)
         if teacher_forcing_ratio == 1:
             stacked = self.output_dropout(stacked)
-        stack = (None if steps[0] is None else torch.stack(steps, 1) for steps in (weights, p_gates))
-        weights, gate = stack
-        return Steps(stacked, weights, self._state(h, c, vector), gate)
+        lists = weights, p_gates, repeats
+        weights, gate, repeats = (None if steps[0] is None else torch.stack(steps, 1) for steps in lists)
+        return Steps(stacked, weights, self._state(h, c, vector, state.coverage), gate, repeats)
 
     def _runs_as_one(self, enc: EncoderOutput) -> bool:
-        """True if the decoder op serves all steps: it returns no h of each step, which the gate of copying reads."""
-        return not self.copies and one_sequence(enc.h, self.backend) and self._has_plain_attention()
+        """True if the decoder op serves all steps: it has no coverage, and not the h of each step."""
+        return not (self.copies or self.coverage) and one_sequence(enc.h, self.backend) and self._has_plain_attention()
 
     def _best(self, vectors: Tensor, gate: Tensor | None, weights: Tensor | None, enc: EncoderOutput) -> Tensor:
         """The most probable tokens (B,) of a step with vectors (B, H), gate (B,) and weights (B, S)."""
@@ -364,15 +319,17 @@ class Decoder(nn.Module):
         return (logits if gate is None else _extended_rows(logits, gate, weights, enc)).argmax(-1)
 
     def _advance(
-        self, gates: Tensor, h, c, feed: Tensor | None, enc: EncoderOutput, layers: list[_Layer], need_weights
+        self, gates: Tensor, h, c, state: DecoderState, enc: EncoderOutput, layers: list[_Layer], need_weights
     ):
         """One step, from the embeddings' part of the first layer's gates (B, 4H) and one h and one c (B, H) per layer.
+
+        Of ``state`` it reads feed and coverage.
 
         Returns the next h and c, the attentional vector (B, H), the weights (B, S) or None, and the context (B, D) or
         None.
         """
         h_next, c_next = [], []
-        x = feed
+        x = state.feed
         for k, layer in enumerate(layers):
             if k > 0:
                 gates, x = layer.bias, F.dropout(h_next[-1], self.dropout, self.training)
@@ -382,7 +339,7 @@ class Decoder(nn.Module):
             h_k, c_k = lstm_cell(gates, c[k], backend=self.backend)
             h_next.append(h_k)
             c_next.append(c_k)
-        return h_next, c_next, *self._attend(h_next[-1], enc, need_weights)
+        return h_next, c_next, *self._attend(h_next[-1], enc, need_weights, state.coverage)
 
     def _layers(self) -> list[_Layer]:
         weights, layers = self.lstm.current_weights(), []
@@ -410,9 +367,11 @@ class Decoder(nn.Module):
         return tokens.where(tokens < self.embedding.num_embeddings, self.unk_id)
 
     def _attend(
-        self, query: Tensor, enc: EncoderOutput, need_weights: bool
+        self, query: Tensor, enc: EncoderOutput, need_weights: bool, coverage: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """query (N, H) or (B, T, H) -> attentional vectors of the same shape, weights and context or None.
+
+        coverage: (N, S), with the option ``coverage``.
 
         The K = N / B rows of a sentence are K query steps, which read its keys and memory once.
         """
@@ -421,26 +380,35 @@ class Decoder(nn.Module):
         batch = enc.memory.size(0)
         shared = query.dim() == 2 and query.size(0) != batch
         steps = query.unflatten(0, (batch, -1)) if shared else query
-        context, weights = self.attention(steps, enc.keys, enc.memory, lengths=enc.lengths, need_weights=need_weights)
+        if coverage is not None:
+            coverage = coverage.unflatten(0, (batch, -1)) if shared else coverage
+        options = {"need_weights": need_weights or self.coverage, "coverage": coverage}
+        context, weights = self.attention(steps, enc.keys, enc.memory, lengths=enc.lengths, **options)
         if shared:
             context = context.flatten(0, 1)
             weights = None if weights is None else weights.flatten(0, 1)
         vector = self.combine(torch.cat((context, query), -1))
         return torch.tanh(vector) if self.combine_activation == "tanh" else vector, weights, context
 
-    def _state(self, h, c, vector: Tensor) -> DecoderState:
-        return DecoderState(torch.stack(tuple(h)), torch.stack(tuple(c)), vector if self.input_feeding else None)
+    def _state(self, h, c, vector: Tensor, coverage: Tensor | None) -> DecoderState:
+        feed = vector if self.input_feeding else None
+        return DecoderState(torch.stack(tuple(h)), torch.stack(tuple(c)), feed, coverage=coverage)
+
+
+def _sum(coverage: Tensor | None, weights: Tensor | None) -> Tensor | None:
+    """The coverage (N, S) after a step with weights (N, S); None without coverage."""
+    return None if coverage is None else coverage + weights
+
+
+def _repeated(coverage: Tensor | None, weights: Tensor | None) -> Tensor | None:
+    """The attention (N,) of a step on positions that had some before: the coverage loss of See et al. 2017."""
+    return None if coverage is None else torch.minimum(weights.to(coverage.dtype), coverage).sum(-1)
 
 
 def _extended_rows(logits: Tensor, gate: Tensor, weights: Tensor, enc: EncoderOutput) -> Tensor:
     """Extended logits (N, V + S) of rows: logits (N, V), gate (N,), weights (N, S); N = B * K."""
     logits, gate, weights = (x.unflatten(0, (len(enc.memory), -1)) for x in (logits, gate, weights))
     return extended_logits(logits, gate_of(gate, enc.lengths), weights, enc.copies).flatten(0, 1)
-
-
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """True if calling the module runs the forward of ``kind`` and nothing else."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:

@@ -113,7 +113,8 @@ class Seq2Seq(nn.Module):
                 log-probability, without label smoothing.
 
         Returns:
-            The loss, float32 at least: (), or (B, T) for "none" with 0 at pad.
+            The loss, float32 at least: (), or (B, T) for "none" with 0 at pad. With ``coverage`` mean and sum include
+            the coverage loss of the steps with a label, times ``config.coverage_loss``.
 
         Raises:
             ValueError: as :meth:`forward`; labels of another shape; unknown reduction; label_smoothing outside [0, 1].

@@ -17,7 +17,8 @@ from fastseq.training.options import EMBEDDINGS, parsed, train_parser, with_buil
 from fastseq.training.saved import SavedFolder, is_saved
 from fastseq.training.tokenizer import TextTokenizer
 
-FREE = ("dropout", "embed_dropout", "output_dropout", "backend")  # the weights do not depend on them
+FREE = ("dropout", "embed_dropout", "output_dropout", "backend", "coverage_loss")  # the weights do not depend on them
+ADDED = "model.coverage"  # its one weight may start from its initial value, as in See et al. 2017
 PARTS = {
     "encoder": ("encoder.lstm", "encoder.upper"),
     "decoder": ("decoder.lstm", "decoder.combine", "decoder.copy_gate"),
@@ -46,6 +47,8 @@ def inherited(config: Namespace, argv: list[str]) -> Namespace:
     base = [f"--{name}={_text(value)}" for name, value in fixed.items()]
     config = parsed(train_parser(), [*base, *with_built_in_configs(argv)])
     for name, value in fixed.items():
+        if name == ADDED and config[name]:
+            continue
         if config[name] != value and name.removeprefix("model.") not in FREE:
             raise UserError(
                 f"--{name} is {_text(value)} in {config.init_from}, from which the training starts, and cannot change "

@@ -20,7 +20,7 @@ from pathlib import Path
 from fastseq.errors import SuggestingParser
 
 SIZES = {"train": 12_000, "valid": 1_000, "test": 2_000}  # pairs
-SYLLABLES = [first + vowel for first in "b d f g k l m n p r s t v z sh th".split() for vowel in "aeiou"]
+SYLLABLES = [first + vowel for first in (*"bdfgklmnprstvz", "sh", "th") for vowel in "aeiou"]
 OPENINGS = ("", "", "", "yesterday ", "we hear that ", "according to the paper ", "as expected , ")
 FACTS = (  # ways to tell it, its fixed form; a and b are names, m and n numbers
     (
@@ -87,8 +87,10 @@ def pairs(part: str, n: int, seed: int) -> Iterator[tuple[str, str]]:
         return next(word for word in iter(make, None) if part_of(word) == part)
 
     def name() -> str:
-        words = (word(lambda: "".join(draw.choices(SYLLABLES, k=draw.randint(2, 3)))) for _ in range(draw.randint(1, 2)))
-        return " ".join(words)
+        def joined() -> str:
+            return "".join(draw.choices(SYLLABLES, k=draw.randint(2, 3)))
+
+        return " ".join(word(joined) for _ in range(draw.randint(1, 2)))
 
     def number() -> str:
         return word(lambda: str(draw.randint(10, 99_999)))
@@ -112,8 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     """Command line of `fastseq data templates`; `argv` without the command's own name."""
     parser = SuggestingParser(
         prog="fastseq data templates",
-        description="Write pairs (train.tsv, valid.tsv, test.tsv) with names and numbers that no other file has: a fact "
-        "in one of three ways, a tab, the same fact in a fixed form.",
+        description="Write pairs (train.tsv, valid.tsv, test.tsv) with names and numbers that no other file has: a "
+        "fact in one of three ways, a tab, the same fact in a fixed form.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="folder to write to; made if missing")
     directory = parser.parse_args(argv).directory

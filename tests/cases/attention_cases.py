@@ -20,7 +20,7 @@ REFUSED_CALLS = {
 }
 
 
-def make_inputs(score, *, b=B, t=T, s=S, a=A, d=D, dtype=torch.float64, spread=1.0):
+def make_inputs(score, *, b=B, t=T, s=S, a=A, d=D, dtype=torch.float64, spread=1.0, coverage=False):
     """query, keys, values and the tensors of the score, all leaves that require gradients."""
     generator = torch.Generator().manual_seed(7)
 
@@ -34,6 +34,8 @@ def make_inputs(score, *, b=B, t=T, s=S, a=A, d=D, dtype=torch.float64, spread=1
         tensors |= {"weight": draw(a), "bias": draw(a)}
     if score == "normed_additive":
         tensors["gain"] = draw()
+    if coverage:
+        tensors |= {"coverage": draw(b, t, s), "coverage_weight": draw(a)}
     return tensors
 
 
@@ -60,7 +62,7 @@ def allowed_positions(padding, b=B, t=T, s=S):
     return mask if mask.dim() == 3 else mask[:, None].expand(b, t, s)
 
 
-def formula(query, keys, values, *, score, allowed, weight=None, bias=None, gain=None, scale=1.0):
+def formula(query, keys, values, *, score, allowed, weight=None, bias=None, gain=None, scale=1.0, **coverage):
     """Row by row, over the attended positions only -> context, weights."""
     context = query.new_zeros(*query.shape[:2], values.size(2))
     weights = query.new_zeros(allowed.shape)
@@ -71,6 +73,8 @@ def formula(query, keys, values, *, score, allowed, weight=None, bias=None, gain
             s = k @ (q if score == "dot" else q @ weight)
         else:
             v = weight if gain is None else gain * weight / weight.square().sum().sqrt()
+            if coverage:
+                k = k + coverage["coverage"][b, t, where, None] * coverage["coverage_weight"]
             s = torch.tanh(q + k + (0 if bias is None else bias)) @ v
         p = torch.softmax(scale * s, 0)
         weights = weights.index_put((torch.tensor(b), torch.tensor(t), where), p)

@@ -70,6 +70,7 @@ LIVE = {
     "attention_size": dict(attention_size=3),
     "scale": dict(scale=2.0),
     "bias": dict(bias=False),
+    "coverage": dict(coverage=True),
     "backend": dict(backend="triton"),
     "device": dict(device="meta"),
     "dtype": dict(dtype=torch.float64),

@@ -222,7 +222,8 @@ def test_an_ensemble_of_copying_models():
     both = Ensemble(models).eval()
     tensors = given["src"], given["src_lengths"], given["tgt_in"]
     total = sum(model(*tensors).logits.log_softmax(-1) for model in models) / 2
-    expected = -total.log_softmax(-1).gather(-1, given["labels"][..., None])[..., 0].masked_fill(given["labels"] == 0, 0)
+    expected = -total.log_softmax(-1).gather(-1, given["labels"][..., None])[..., 0]
+    expected = expected.masked_fill(given["labels"] == 0, 0)
     torch.testing.assert_close(both.loss(*tensors, given["labels"], reduction="none"), expected)
     assert both.generate(*tensors[:2], num_beams=2, max_new_tokens=3).sequences.shape[0] == 3
     with pytest.raises(ValueError, match="copy must be the same"):
@@ -230,7 +231,7 @@ def test_an_ensemble_of_copying_models():
 
 
 @pytest.mark.parametrize(
-    "options, sentence",
+    ("options", "sentence"),
     [
         (dict(attention="none", input_feeding=False), "copy follows the attention"),
         (dict(src_vocab_size=None, source_features=3), "source_features has none"),

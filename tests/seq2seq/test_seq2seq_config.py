@@ -41,6 +41,8 @@ LIVE = {
     "share_decoder_input_output_embed": (dict(embedding_dim=H), True),
     "freeze_bias_hh": ({}, True),
     "copy": ({}, True),
+    "coverage": ({}, True),
+    "coverage_loss": (dict(coverage=True), 2.0),
     "pad_id": ({}, 10),
     "bos_id": ({}, 10),
     "eos_id": ({}, 10),
@@ -66,12 +68,13 @@ def trace_of(options):
         if model.config.copy:
             src = torch.stack((src, src % TGT_VOCAB), 2)
         tgt[:, 0] = BOS  # whatever bos_id is: only generate reads it
-        logits = model(src.float() if model.config.source_features else src, lengths, tgt).logits
+        src = src.float() if model.config.source_features else src
+        logits, loss = model(src, lengths, tgt).logits, model.loss(src, lengths, tgt, tgt).item()
         decoded = torch.cat(
             [model.generate(src, lengths, max_new_tokens=12, generate_unk=u).sequences for u in (0, 1)], 1
         )
         trained = [p.requires_grad for p in model.parameters()]
-        return trained, shapes, logits.tolist(), decoded.tolist()
+        return trained, shapes, logits.tolist(), loss, decoded.tolist()
     except (ValueError, RuntimeError) as error:
         return str(error)
 

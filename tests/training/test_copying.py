@@ -70,7 +70,7 @@ def test_batches_have_both_tokens_and_a_share_without_examples():
 
 
 @pytest.mark.parametrize(
-    "source, target, sentence",
+    ("source", "target", "sentence"),
     [
         (object(), TextTokenizer.of_words("char", ["a"]), "the model reads features"),
         (TextTokenizer.of_words("char", ["a"]), TextTokenizer.of_words("whitespace", ["a"]), "one kind of tokens"),
@@ -160,7 +160,7 @@ def test_a_run_resumes_and_another_starts_from_it(run, data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "more, sentence",
+    ("more", "sentence"),
     [
         (["--data.cache", "cache"], "--data.cache holds no copies"),
         (["--data.target_tokenizer", "char", "--data.shared_vocabulary", "false"], "one kind of tokens"),
@@ -209,3 +209,14 @@ def test_no_name_or_number_is_in_two_files():
 def test_the_configuration_names_the_options_it_needs():
     stored = yaml.safe_load((Path(templates.__file__).parent / "templates.yaml").read_text())
     assert stored["model"]["copy"] is True
+
+
+def test_coverage_is_added_to_a_trained_model(run, data, tmp_path):
+    """As in See et al. 2017, who train with coverage at the end only."""
+    more = ["--model.coverage", "true", "--model.coverage_loss", "0.5", "--trainer.max_epochs", "1"]
+    main(options(data, tmp_path / "next", "--init_from", str(run), *more))
+    trained = TrainedModel.from_pretrained(tmp_path / "next")
+    assert trained.model.decoder.coverage and trained.model.config.coverage_loss == 0.5
+    trained.save_pretrained(tmp_path / "saved")
+    sources = read_pairs(data / "test.tsv").sources[:3]
+    assert TrainedModel.from_pretrained(tmp_path / "saved")(sources) == trained(sources)

@@ -64,6 +64,8 @@ def attention(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = False,
+    coverage: Tensor | None = None,
+    coverage_weight: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Score each key against the query, softmax over the keys, return the weighted sum of the values.
@@ -76,6 +78,9 @@ def attention(
     "additive"         scale * v . tanh(q + k + b)              Bahdanau et al. 2015, with q and k projected before
     "normed_additive"  scale * (g v / ||v||) . tanh(q + k + b)  the same, with the norm of Salimans & Kingma 2016
     =================  =======================================  ===================================================
+
+    Both additive scores take a coverage c (B, T, S) and its weight w (A,): they add c[b, t, s] * w inside the tanh,
+    where c is the attention that the position got at the steps before (See et al. 2017, equation 11).
 
     Scores, softmax and sums are computed in float32 at least. Under autocast all inputs are cast to its dtype, as for
     a matmul. A query step without positions (length 0, or a mask row of False) gets weights 0, context 0 and gradient
@@ -96,6 +101,8 @@ def attention(
             [0, S].
         mask: bool, True = attend: (B, S), or (B, T, S) for a query of T steps. Not together with ``lengths``.
         need_weights: also return the weights; without it a backend does not store them.
+        coverage: c (B, T, S), or (B, S) for a single step; additive scores only.
+        coverage_weight: w (A,), with ``coverage``.
         backend: "auto" (None), "reference", "torch", "native" or "triton".
 
     Returns:
@@ -113,20 +120,24 @@ def attention(
         prepared, keys = _prepared(keys, score), keys.projected
     values = keys if values is None else values
     scale = 1.0 if scale is None else float(scale)
-    others_given = need_weights or not (weight is bias is gain is lengths is mask is None)
+    others_given = need_weights or not (weight is bias is gain is lengths is mask is coverage is None)
     if score == "dot" and not others_given and takes_auto(backend):
         context = fast_path(query, keys, values, scale)
         if context is not None:
             return context, None
     _check_score(score, weight, bias, gain)
+    _check_coverage(score, coverage, coverage_weight)
     dtype = keys.dtype
-    query, keys, values, weight, bias, gain = cast_inputs(query, keys, values, weight, bias, gain)
+    query, keys, values, weight, bias, gain, coverage, coverage_weight = cast_inputs(
+        query, keys, values, weight, bias, gain, coverage, coverage_weight
+    )
     if keys.dtype != dtype:  # prepared outside of autocast
         prepared = None
     one_step = query.dim() == 2
     if one_step:
         query = query.unsqueeze(1)
-    inputs = Inputs(query, keys, values, weight, bias, lengths, mask, prepared, scale)
+        coverage = None if coverage is None else coverage.unsqueeze(1)
+    inputs = Inputs(query, keys, values, weight, bias, lengths, mask, prepared, scale, coverage, coverage_weight)
     _check_tensors(inputs, gain, score, one_step)
     inputs = _reduced(_check_padding(inputs, one_step), gain, score)
     chosen = select("attention", backend, _call(inputs, need_weights))
@@ -167,6 +178,7 @@ def _call(inputs: Inputs, need_weights: bool) -> AttentionCall:
         compiling=compiling,
         device_index=query.device.index,
         size=query.shape[2],
+        coverage=inputs.coverage is not None,
     )
 
 
@@ -180,10 +192,18 @@ def _check_score(score: str, weight: Tensor | None, bias: Tensor | None, gain: T
             raise ValueError(f"attention: score {score!r} needs {name}")
 
 
+def _check_coverage(score: str, coverage: Tensor | None, weight: Tensor | None) -> None:
+    if (coverage is None) != (weight is None):
+        raise ValueError("attention: coverage and coverage_weight belong together; pass both or neither")
+    if coverage is not None and score not in ADDITIVE:
+        raise ValueError(f"attention: score {score!r} has no coverage; leave it out or choose 'additive'")
+
+
 def _check_tensors(inputs: Inputs, gain: Tensor | None, score: str, one_step: bool) -> None:
-    query, keys, values, weight, bias = inputs.differentiable()
+    query, keys, values, weight, bias, coverage, coverage_weight = inputs.differentiable()
     dtype, device = query.dtype, query.device
-    for name, tensor in (("keys", keys), ("values", values), ("weight", weight), ("bias", bias), ("gain", gain)):
+    named = (("keys", keys), ("values", values), ("weight", weight), ("bias", bias), ("gain", gain))
+    for name, tensor in (*named, ("coverage", coverage), ("coverage_weight", coverage_weight)):
         if tensor is None:
             continue
         if tensor.dtype != dtype:
@@ -219,11 +239,14 @@ def _check_tensors(inputs: Inputs, gain: Tensor | None, score: str, one_step: bo
             f"attention: query and keys must have one size A for score {score!r}, got {query_shape[2]} and {A}"
         )
     if score in ADDITIVE:
-        for name, tensor in (("weight", weight), ("bias", bias)):
+        for name, tensor in (("weight", weight), ("bias", bias), ("coverage_weight", coverage_weight)):
             if tensor is not None and tensor.shape != (A,):
                 raise RuntimeError(
                     f"attention: {name} must be {(A,)} = (A,) for score {score!r}, got {tuple(tensor.shape)}"
                 )
+    if coverage is not None and coverage.shape != (B, query_shape[1], S):
+        expected = f"{(B, S)} = (B, S)" if one_step else f"{(B, query_shape[1], S)} = (B, T, S)"
+        raise RuntimeError(f"attention: coverage must be {expected}, got {_shown(coverage, one_step)}")
     if gain is not None and gain.numel() != 1:
         raise RuntimeError(f"attention: gain must hold one element, got {tuple(gain.shape)}")
 

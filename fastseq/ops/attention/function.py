@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastseq.dispatch import implementation
 from fastseq.ops.attention import reference
-from fastseq.ops.attention.spec import CONTEXT, CONTEXT_AND_WEIGHTS, Grads, InputGrads, Inputs, Want
+from fastseq.ops.attention.spec import CONTEXT, CONTEXT_AND_WEIGHTS, Grads, InputGrads, Inputs, Want, inputs_of
 from fastseq.ops.common.autocast import without_autocast
 from fastseq.ops.common.autograd import (
     differentiable_backward,
@@ -25,7 +25,7 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(backend: str, scale: float, need_weights: bool, *tensors):
         module = implementation("attention", backend)
-        context, weights, saved = module.forward(Inputs(*tensors, scale), Want(need_weights, backward=True))
+        context, weights, saved = module.forward(inputs_of(tensors, scale), Want(need_weights, backward=True))
         # Views where a tensor is returned twice or is an input, which autograd would not allow.
         return context, weights, *(t.view_as(t) if t is weights or t is tensors[-1] else t for t in saved)
 
@@ -38,13 +38,13 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_context, grad_weights, *_):
-        inputs, saved = Inputs(*ctx.saved_tensors[:TENSORS], ctx.scale), ctx.saved_tensors[TENSORS:]
-        needs, grads = InputGrads(*ctx.needs_input_grad[3:8]), Grads(grad_context, grad_weights)
+        inputs, saved = inputs_of(ctx.saved_tensors[:TENSORS], ctx.scale), ctx.saved_tensors[TENSORS:]
+        needs, grads = InputGrads(*ctx.needs_input_grad[3:10]), Grads(grad_context, grad_weights)
         with without_autocast(grad_context.device.type):
             if recompute(grads) and not torch.compiler.is_compiling():
 
                 def forward(*tensors):
-                    return _plain_torch(Inputs(*tensors, *inputs[5:]), ctx.need_weights)
+                    return _plain_torch(inputs_of((*tensors, *inputs[5:8]), ctx.scale), ctx.need_weights)
 
                 result = differentiable_backward(forward, inputs.differentiable(), grads, needs)
             else:
@@ -54,10 +54,10 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         """Shared parameters: fold the samples into the batch. Otherwise run one sample at a time."""
-        if in_dims[6] is not None or in_dims[7] is not None:  # v and b of the additive score
+        if any(in_dims[k] is not None for k in (6, 7, 9)):  # v, b and coverage_weight of the additive score
             return one_by_one(lambda *given: AttentionFunction.apply(*given)[:2], in_dims, args, info.batch_size)
         folded = list(args)
-        for k in (3, 4, 5, 8, 9, 10):  # query, keys, values, lengths, mask, prepared
+        for k in (3, 4, 5, 8, 10, 11, 12):  # query, keys, values, coverage, lengths, mask, prepared
             folded[k] = None if args[k] is None else fold(args[k], in_dims[k], info.batch_size, 0)
         results = AttentionFunction.apply(*folded)[:2]
         unfolded = tuple(r if r is None else r.unflatten(0, (info.batch_size, -1)) for r in results)
@@ -68,9 +68,8 @@ def _plain_torch(inputs: Inputs, need_weights: bool) -> tuple[Tensor, Tensor | N
     """The reference for torch to differentiate; the padding is zeroed first, because 0 * NaN is NaN."""
     allowed = reference.allowed_positions(inputs)
     keys, values = (reference.without_padding(x, allowed) for x in (inputs.keys, inputs.values))
-    context, weights, _ = reference.forward(
-        inputs._replace(keys=keys, values=values), Want(need_weights, backward=False)
-    )
+    inputs = inputs._replace(keys=keys, values=values, coverage=reference.covered(inputs, allowed))
+    context, weights, _ = reference.forward(inputs, Want(need_weights, backward=False))
     return context, weights
 
 

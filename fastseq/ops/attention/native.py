@@ -14,6 +14,8 @@ CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def unsupported(call) -> str | None:
     """None, or the sentence with the limit and the way out. call: ``AttentionCall``."""
+    if call.coverage:
+        return "attention: the native backend has no coverage; use backend='torch'."
     return native_objection("attention", call, CUDA_DTYPES)
 
 
@@ -41,7 +43,7 @@ def backward(inputs: Inputs, saved: tuple[Tensor, ...], grads: Grads, needs: Inp
     result = _native.operators.attention_backward.default(
         *grads, *_operator_inputs(inputs), *saved, inputs.scale, scores_needed, needs.values
     )
-    return InputGrads(*(grad if need else None for grad, need in zip(result, needs, strict=True)))
+    return InputGrads(*(grad if need else None for grad, need in zip(result, needs[:5], strict=True)))
 
 
 def prepare(keys: Tensor, lengths: Tensor | None) -> Tensor | None:
@@ -55,9 +57,9 @@ def prepare(keys: Tensor, lengths: Tensor | None) -> Tensor | None:
 
 def _operator_inputs(inputs: Inputs) -> tuple[Tensor | None, ...]:
     """Vectors contiguous; query, keys, values and mask are read at any strides."""
-    query, keys, values, weight, bias, lengths, mask, prepared, _ = inputs
+    query, keys, values, weight, bias, lengths, mask, prepared = inputs[:8]
     if weight is lengths is None:
-        return inputs[:-1]
+        return inputs[:8]
     return query, keys, values, contiguous(weight), contiguous(bias), _int64(lengths), mask, prepared
 
 

@@ -27,7 +27,7 @@ def forward(inputs: Inputs, want: Want) -> Result:
     if inputs.weight is None:
         scores = (q * inputs.scale) @ k.mT
     else:
-        scores = _hidden(q, k, inputs.bias) @ (inputs.weight.to(acc) * inputs.scale)
+        scores = _hidden(inputs, q, k, inputs.coverage) @ (inputs.weight.to(acc) * inputs.scale)
     if allowed is not None:
         scores = scores.where(allowed, torch.finfo(acc).min)  # finite: an empty row stays free of NaN
     p = scores.softmax(-1)
@@ -51,20 +51,37 @@ def backward(inputs: Inputs, saved: tuple[Tensor, ...], grads: Grads, needs: Inp
     grad_scores = p * (grad_p - (p * grad_p).sum(-1, keepdim=True)) * inputs.scale  # (B, T, S)
     grad_values = p.mT @ grad_context if needs.values else None
     if inputs.weight is None:
-        result = (_weighted_sum(grad_scores, k, allowed), grad_scores.mT @ q, grad_values, None, None)
+        result = (_weighted_sum(grad_scores, k, allowed), grad_scores.mT @ q, grad_values, *[None] * 4)
     else:
-        hidden = _hidden(q, without_padding(k, allowed), inputs.bias)
+        coverage = covered(inputs, allowed)
+        hidden = _hidden(inputs, q, without_padding(k, allowed), coverage)
         grad_weight = grad_scores.flatten() @ hidden.flatten(0, 2)
         grad_inner = grad_scores.unsqueeze(-1) * (inputs.weight.to(acc) * (1 - hidden * hidden))  # (B, T, S, A)
         grad_query = grad_inner.sum(2)
         result = (grad_query, grad_inner.sum(1), grad_values, grad_weight, grad_query.sum((0, 1)))
+        result += (None, None) if coverage is None else _of_coverage(inputs, coverage.to(acc), grad_inner)
     tensors = inputs.differentiable()
     return InputGrads(*(g.to(x.dtype) if need else None for g, x, need in zip(result, tensors, needs, strict=True)))
 
 
-def _hidden(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """tanh(q + k + b), (B, T, S, A)."""
-    return ((q if bias is None else q + bias).unsqueeze(2) + k.unsqueeze(1)).tanh()
+def _hidden(inputs: Inputs, q: Tensor, k: Tensor, coverage: Tensor | None) -> Tensor:
+    """tanh(q + k + b + coverage * coverage_weight), (B, T, S, A)."""
+    inner = (q if inputs.bias is None else q + inputs.bias).unsqueeze(2) + k.unsqueeze(1)
+    if coverage is not None:
+        inner = inner + coverage.to(inner.dtype).unsqueeze(-1) * inputs.coverage_weight
+    return inner.tanh()
+
+
+def _of_coverage(inputs: Inputs, coverage: Tensor, grad_inner: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of coverage (B, T, S) and coverage_weight (A,) from the one inside the tanh, (B, T, S, A)."""
+    return grad_inner @ inputs.coverage_weight.to(coverage.dtype), coverage.flatten() @ grad_inner.flatten(0, 2)
+
+
+def covered(inputs: Inputs, allowed: Tensor | None) -> Tensor | None:
+    """The coverage (B, T, S) with zeros at positions that no step attends to."""
+    if inputs.coverage is None or allowed is None:
+        return inputs.coverage
+    return inputs.coverage.masked_fill(~allowed.any(1, keepdim=True), 0)
 
 
 def _weighted_sum(p: Tensor, x: Tensor, allowed: Tensor | None) -> Tensor:

@@ -30,6 +30,7 @@ class AttentionCall(NamedTuple):
     compiling: bool = False
     device_index: int | None = None
     size: int | None = None
+    coverage: bool = False  # the additive score has the term of coverage
 
 
 class Inputs(NamedTuple):
@@ -44,14 +45,21 @@ class Inputs(NamedTuple):
     mask: Tensor | None  # (B, 1 or T, S) bool, True = attend; None if there are lengths
     prepared: Tensor | None  # ``Prepared.data``, read by the backend that made it and ignored by the others
     scale: float  # factor of the scores
+    coverage: Tensor | None = None  # (B, T, S) of the additive score: adds coverage * coverage_weight inside its tanh
+    coverage_weight: Tensor | None = None  # (A,)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All fields before ``scale``."""
-        return self[:-1]
+        """All fields but ``scale``; :func:`inputs_of` is the inverse."""
+        return *self.differentiable(), *self[5:8]
 
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The fields that may require gradients, in the order of ``InputGrads``."""
-        return self[:5]
+        return *self[:5], self.coverage, self.coverage_weight
+
+
+def inputs_of(tensors: tuple, scale: float) -> Inputs:
+    """The record of ``Inputs.tensors()``."""
+    return Inputs(*tensors[:5], *tensors[7:10], scale, *tensors[5:7])
 
 
 class Want(NamedTuple):
@@ -88,6 +96,8 @@ class InputGrads(NamedTuple):
     values: Tensor | None  # (B, S, D)
     weight: Tensor | None  # (A,)
     bias: Tensor | None  # (A,)
+    coverage: Tensor | None = None  # (B, T, S)
+    coverage_weight: Tensor | None = None  # (A,)
 
 
 class Prepared(NamedTuple):

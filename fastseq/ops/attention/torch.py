@@ -26,6 +26,8 @@ def run(inputs: Inputs, need_weights: bool) -> tuple[Tensor, Tensor | None]:
         inputs = inputs._replace(
             keys=inputs.keys.masked_fill(padding, 0), values=inputs.values.masked_fill(padding, 0), mask=mask
         )
+        if inputs.coverage is not None:
+            inputs = inputs._replace(coverage=inputs.coverage.masked_fill(padding.mT, 0))
     if inputs.weight is None and not need_weights:
         return _sdpa(inputs), None
     context, weights = _op_by_op(inputs)
@@ -48,12 +50,15 @@ def _sdpa(inputs: Inputs) -> Tensor:
 
 
 def _op_by_op(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    query, keys, values, weight, bias = inputs.differentiable()
+    query, keys, values, weight, bias, coverage, coverage_weight = inputs.differentiable()
     if weight is None:
         scores = inputs.scale * (query @ keys.transpose(1, 2))
     else:
         query = query if bias is None else query + bias
-        scores = inputs.scale * ((query.unsqueeze(2) + keys.unsqueeze(1)).tanh() @ weight)
+        inner = query.unsqueeze(2) + keys.unsqueeze(1)
+        if coverage is not None:
+            inner = inner + coverage.unsqueeze(-1) * coverage_weight
+        scores = inputs.scale * (inner.tanh() @ weight)
     if inputs.mask is not None:
         scores = scores.masked_fill(~inputs.mask, torch.finfo(scores.dtype).min)  # finite: an empty row is not NaN
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)

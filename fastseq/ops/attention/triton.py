@@ -13,6 +13,8 @@ from fastseq.ops.common.triton.runtime import chip_of, dot_precision, power_of_t
 
 def unsupported(call) -> str | None:
     """Return the refusal of an ``AttentionCall``, a sentence with the way out, or None."""
+    if call.coverage:
+        return "attention: the triton backend has no coverage; use backend='native' on the CPU, or 'torch'."
     return why_not("attention", call)
 
 
@@ -29,7 +31,7 @@ def forward(inputs: Inputs, want: Want) -> Result:
     blocks = _blocks(inputs)
     with torch.cuda.device_of(query):
         attention_forward_kernel[(B * -(-T // blocks["BLOCK_T"]), -(-D // blocks["BLOCK_D"]))](
-            *map(ready, inputs.differentiable()),
+            *map(ready, inputs.differentiable()[:5]),
             ready(None if lengths is None else lengths.to(torch.int64)),
             None if mask is None else ready(mask).view(torch.uint8),
             context,
@@ -99,7 +101,7 @@ def _grad_scores(inputs: Inputs, saved: tuple[Tensor, ...], grads: Grads) -> tup
 
 def _additive_backward(inputs: Inputs, grad_scores: Tensor, needs: InputGrads) -> InputGrads:
     """Compute the gradients of query, keys, weight and bias, with sums over rows in float32."""
-    query, keys, _, weight, bias = map(ready, inputs.differentiable())
+    query, keys, _, weight, bias = map(ready, inputs.differentiable()[:5])
     grad_query = grad_keys = grad_weight = grad_bias = None
     with torch.cuda.device_of(query):
         if needs.query or needs.weight or needs.bias:
