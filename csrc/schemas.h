@@ -78,6 +78,16 @@ void define_operators(Library& m) {
       "Tensor? weight, Tensor? bias, Tensor? lengths, Tensor? mask, Tensor? prepared, Tensor weights, float scale, "
       "bool need_scores, bool need_values) "
       "-> (Tensor grad_query, Tensor grad_keys, Tensor grad_values, Tensor grad_weight, Tensor grad_bias)");
+  // The additive score with coverage (B, T, S) and coverage_weight (A,), which add their product inside the tanh.
+  m.def(
+      "attention_coverage_forward(Tensor query, Tensor keys, Tensor values, Tensor weight, Tensor? bias, Tensor? "
+      "lengths, Tensor? mask, Tensor coverage, Tensor coverage_weight, float scale, bool need_weights) -> (Tensor "
+      "context, Tensor weights)");
+  m.def(
+      "attention_coverage_backward(Tensor grad_context, Tensor? grad_weights, Tensor query, Tensor keys, Tensor "
+      "values, Tensor weight, Tensor? bias, Tensor? lengths, Tensor? mask, Tensor coverage, Tensor coverage_weight, "
+      "Tensor weights, float scale, bool need_scores, bool need_values) -> (Tensor grad_query, Tensor grad_keys, "
+      "Tensor grad_values, Tensor grad_weight, Tensor grad_bias, Tensor grad_coverage, Tensor grad_coverage_weight)");
   // Precomputes the function of the keys (B, S, A), up to the lengths (B,), that the additive score needs, for many
   // calls with these keys. Returns (B, S, A16 + 16) acc, where A16 is A rounded up to 16; on CUDA (0,).
   m.def("attention_prepare(Tensor keys, Tensor? lengths) -> Tensor");

@@ -76,6 +76,8 @@ def _quick() -> list[ParityCase]:
         dict(shape=(2, 3, 4, 5), score="additive", spread=100.0),
         dict(shape=(2, 3, 4, 5), score="dot", spread=100.0),
         dict(shape=(2, 9, 70, 33), score="additive", padding="lengths"),
+        dict(shape=(2, 9, 70, 33), score="additive", padding="lengths", coverage=True),
+        dict(shape=(3, 1, 17, 257), score="normed_additive", padding="mask", one_step=True, coverage=True),
     ]
     losses = [
         dict(shape=(1, 1, 1)),
@@ -97,7 +99,7 @@ def _quick() -> list[ParityCase]:
         "lstm_cell": [cell[2]],
         "lstm": [sequence[k] for k in (2, 5, 8)],
         "lstm_variant": [variants[k] for k in (3, 6)],
-        "attention": [attentions[2], attentions[4]],
+        "attention": [attentions[2], attentions[4], attentions[-2]],
         "linear_cross_entropy": losses[1:3],
     }
     return cases + [ParityCase(op, options, slices=True) for op, several in sliced.items() for options in several]

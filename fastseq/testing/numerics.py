@@ -216,6 +216,8 @@ def plain_attention(
     gain: Tensor | None = None,
     scale: float = 1.0,
     allowed: Tensor | None = None,
+    coverage: Tensor | None = None,
+    coverage_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention as a user writes it in torch, op by op, in the dtype of its inputs -> context, weights.
 
@@ -226,7 +228,9 @@ def plain_attention(
     else:
         v = weight if gain is None else gain * weight / weight.norm()
         q = query if bias is None else query + bias
-        scores = (q.unsqueeze(2) + keys.unsqueeze(1)).tanh() @ v
+        inner = q.unsqueeze(2) + keys.unsqueeze(1)
+        inner = inner if coverage is None else inner + coverage.unsqueeze(-1) * coverage_weight
+        scores = inner.tanh() @ v
     scores = scores * scale
     if allowed is None:
         weights = scores.softmax(-1)

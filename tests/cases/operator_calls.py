@@ -84,6 +84,16 @@ def attention_backward(B=2, T=3, S=5, A=4, D=6, masked=False, prepared=None) -> 
     return torch.randn(B, T, D), torch.randn(B, T, S), *inputs, torch.rand(B, T, S), scale, True, True
 
 
+def attention_coverage_forward(B=2, T=3, S=5, A=4, D=6, masked=False) -> tuple:
+    *inputs, _, scale, need_weights = attention_forward(B, T, S, A, D, masked)
+    return *inputs, torch.rand(B, T, S), torch.randn(A), scale, need_weights
+
+
+def attention_coverage_backward(B=2, T=3, S=5, A=4, D=6, masked=False) -> tuple:
+    *inputs, scale, _ = attention_coverage_forward(B, T, S, A, D, masked)
+    return torch.randn(B, T, D), torch.randn(B, T, S), *inputs, torch.rand(B, T, S), scale, True, True
+
+
 def attention_prepare(B=2, S=5, A=4) -> tuple:
     return torch.randn(B, S, A), torch.full((B,), S)
 
@@ -161,8 +171,9 @@ def decoder_pack(M=12, K=5) -> tuple:
 BOTH = (lstm_cell_forward, lstm_cell_backward, lstm_step, attention_forward, attention_backward, attention_prepare)
 DECODER = (decoder_step, decoder_greedy, decoder_pack, decoder_forward, decoder_backward)
 LOSS = (linear_cross_entropy_forward, linear_cross_entropy_backward)
+COVERAGE = (attention_coverage_forward, attention_coverage_backward)
 NARROW = (lstm_forward_narrow, lstm_step_int8, linear_narrow)
-CPU = (lstm_forward, lstm_backward, *DECODER, *LOSS, *BOTH, candidates, *NARROW)
+CPU = (lstm_forward, lstm_backward, *DECODER, *LOSS, *BOTH, *COVERAGE, candidates, *NARROW)
 CUDA = (lstm_recurrence_forward, lstm_recurrence_backward, tf32_product, *BOTH)
 
 
@@ -175,6 +186,8 @@ def variants(call, prepared) -> list[tuple]:
         return [call(), call(packed=True)]
     if call in (attention_forward, attention_backward):
         return [call(prepared=prepared), call(masked=True)]
+    if call in COVERAGE:
+        return [call(), call(masked=True)]
     return [call()]
 
 

@@ -43,6 +43,12 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         module(x, hx)[0].sum().backward()
         with torch.no_grad():
             fastseq.ops.attention(x.detach().transpose(0, 1), x.detach().transpose(0, 1), backend="native")
+        given = [guarded(torch.randn(shape, dtype=dtype)).requires_grad_() for shape in (
+            (2, size), (2, 3, size), (2, 3, size), (size,), (2, 3), (size,)
+        )]
+        options = dict(zip(("weight", "coverage", "coverage_weight"), given[3:]), score="additive", backend="native")
+        fastseq.ops.attention(*given[:3], **options)[0].sum().backward()
+        with torch.no_grad():
             if dtype == torch.float32:
                 narrow = Linear(size, size)
                 narrow.weight.data, narrow.bias.data = guarded(narrow.weight), guarded(narrow.bias)

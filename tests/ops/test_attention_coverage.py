@@ -10,6 +10,7 @@ import fastseq
 from fastseq.nn.attention import Attention
 from fastseq.ops.attention import attention, reference
 from fastseq.ops.attention.spec import Grads, InputGrads, Inputs, Want
+from fastseq.testing.numerics import assert_all_accurate, plain_attention
 
 BACKENDS = serving_attention(coverage=True)
 WITH_FUNCTION = [name for name in BACKENDS if name != "torch"]
@@ -66,6 +67,32 @@ def test_first_and_second_derivative_numerically(backend, padding):
 
     assert torch.autograd.gradcheck(run, tuple(tensors.values()), check_batched_grad=True)
     assert torch.autograd.gradgradcheck(run, tuple(tensors.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accuracy_in_every_dtype(backend, dtype):
+    sizes = {"b": 3, "t": 5, "s": 19}
+    where = make_padding("lengths", **sizes)
+    allowed, draws = allowed_positions(where, **sizes), []
+    for _ in range(8):  # in a single draw torch's error may be small by chance
+        tensors = make_inputs("additive", **sizes, a=33, d=33, dtype=dtype, coverage=True)
+        wide = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
+        options = {"score": "additive", "allowed": allowed}
+        outputs = (
+            (attention(**tensors, score="additive", **where, need_weights=True, backend=backend), tensors),
+            (formula(**wide, **options), wide),
+            (plain_attention(**tensors, **options), tensors),
+        )
+        grads = [gradients(result, leaves) for result, leaves in outputs]
+        draws.append([(result, grad) for (result, _), grad in zip(outputs, grads, strict=True)])
+    names = ("context", "weights"), tuple(tensors)
+    for kind, factor in ((0, 2), (1, 3)):
+        sides = [
+            {name: torch.stack([draw[side][kind][k] for draw in draws]) for k, name in enumerate(names[kind])}
+            for side in range(3)
+        ]
+        assert_all_accurate(*sides, factor=factor)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

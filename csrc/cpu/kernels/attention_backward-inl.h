@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/isa/region.h"
+#include "cpu/kernels/attention_coverage-inl.h"
 #include "cpu/kernels/attention_params.h"
 #include "cpu/kernels/attention_products-inl.h"
 #include "cpu/kernels/attention_rows-inl.h"
@@ -213,6 +214,7 @@ void attention_backward_sentence(const AttentionBackwardParams<S>& p, int64_t b,
   }
   if (!p.need_scores) return;
   const Matrix<const A> grads = score_gradients(p, b, where, weights, grad_context, arena);
+  if (in.coverage.data) return covered_gradients(p, b, where, grads, arena);
   in.weight ? additive_gradients(p, b, where, grads, arena) : dot_gradients(p, b, where, grads, arena);
 }
 

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "cpu/isa/region.h"
+#include "cpu/kernels/attention_coverage-inl.h"
 #include "cpu/kernels/attention_params.h"
 #include "cpu/kernels/attention_products-inl.h"
 #include "cpu/kernels/attention_rows-inl.h"
@@ -26,6 +27,7 @@ void compute_scores(
     return scores_of<Product<A>>(queries, in.steps, keys, where.count, static_cast<const A*>(nullptr), columns,
                                  in.scale, scores);
   }
+  if (in.coverage.data) return covered_scores(in, b, where, arena, scores);
   const A* weight = wide_vector(in.weight, in.size, arena);
   with_tanh(in, b, where, arena,
             [&](auto form, Matrix<const A> queries, Matrix<const A> keys, Positions part, int64_t first, Arena) {

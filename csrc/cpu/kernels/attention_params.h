@@ -1,6 +1,7 @@
 // Parameters of the attention kernels. S: storage type; Acc<S>: type of the arithmetic. Sentence: one element of B.
 //
 //   score(t, s) = scale * sum_a weight[a] * tanh(query[t][a] + bias[a] + keys[s][a])     or  scale * query[t] . keys[s]
+//   with coverage: + coverage[t][s] * coverage_weight[a] inside the tanh
 //   weights = softmax of the scores over the positions that step t attends to            context = weights * values
 #pragma once
 
@@ -29,6 +30,8 @@ struct AttentionInputParams {
   Strided<const bool> mask;               // (B, T, S), true = attend; row stride 0 if all steps share one
   const Acc<S>* prepared;                 // (B, S, prepared_columns(A)) of the additive score's keys, or null
   Acc<S> scale;
+  Strided<const S> coverage;  // (B, T, S) of the additive score, or not given
+  const S* coverage_weight;   // (A,), with coverage
 };
 
 template <class S>
@@ -51,6 +54,8 @@ struct AttentionBackwardParams {
   Acc<S>* grad_weight;            // (B, whole_columns(A)), a row per sentence; additive score only
   Acc<S>* grad_bias;              // (B, whole_columns(A)), a row per sentence; additive score only
   S* grad_values;                 // (B, S, D)
+  S* grad_coverage;               // (B, T, S), with coverage
+  Acc<S>* grad_coverage_weight;   // (B, whole_columns(A)), a row per sentence, with coverage
 };
 
 template <class S>
@@ -78,7 +83,8 @@ int64_t attention_scratch_bytes(const AttentionInputParams<S>& in) {
   const int64_t a = spread_columns(in.size), d = spread_columns(in.width), s = spread_columns(in.positions);
   const int64_t step = 2 * a + 2 * d + 2 * s, position = 2 * a + 2 * d;
   const int64_t block = (in.positions < kKeyBlock ? in.positions : kKeyBlock) * 2 * a;
-  const int64_t elements = in.steps * step + in.positions * position + block + 4 * a;
+  const int64_t covered = in.coverage.data ? s + whole_columns(1) * in.positions + 4 * a : 0;
+  const int64_t elements = in.steps * step + in.positions * position + block + 4 * a + covered;
   return elements * static_cast<int64_t>(sizeof(Acc<S>)) + in.positions * static_cast<int64_t>(sizeof(int64_t)) + 1024;
 }
 

@@ -39,6 +39,8 @@ auto check_strided(const char* op) {
 }
 
 struct Arguments : AttentionArguments {
+  OptionalTensor coverage, coverage_weight;  // both or neither
+
   void check(const char* op) const;
   template <class S>
   AttentionInputParams<S> inputs() const;
@@ -49,6 +51,10 @@ void Arguments::check(const char* op) const {
   STD_TORCH_CHECK(weight || !(bias || prepared), op, ": bias and prepared belong to the additive score; pass weight");
   const Shape shape{batch(), positions(), prepared_columns(size())};
   if (prepared) check_cpu(op, "prepared", *prepared, shape, accumulate_type(dtype()));
+  if (!coverage) return;
+  check_rank(op, "coverage", *coverage, 3, "(B, T, S)");
+  check_cpu_strided(op, "coverage", *coverage, {batch(), steps(), positions()}, dtype());
+  check_cpu(op, "coverage_weight", *coverage_weight, {size()}, dtype());
 }
 
 template <class S>
@@ -62,6 +68,8 @@ AttentionInputParams<S> Arguments::inputs() const {
   if (mask) in.mask.row = mask_row();
   in.prepared = read<Acc<S>>(prepared);
   in.scale = static_cast<Acc<S>>(scale);
+  in.coverage = strided<S>(coverage);
+  in.coverage_weight = read<S>(coverage_weight);
   return in;
 }
 
@@ -83,18 +91,7 @@ int64_t sentence_work(const AttentionInputParams<S>& in) {
   return static_cast<int64_t>(std::min<double>(work, kThreadGrain));
 }
 
-std::tuple<Tensor, Tensor> attention_forward_cpu(Tensor query,
-                                                 Tensor keys,
-                                                 Tensor values,
-                                                 OptionalTensor weight,
-                                                 OptionalTensor bias,
-                                                 OptionalTensor lengths,
-                                                 OptionalTensor mask,
-                                                 OptionalTensor prepared,
-                                                 double scale,
-                                                 bool need_weights) {
-  const char* op = "attention_forward";
-  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}};
+std::tuple<Tensor, Tensor> forward(const char* op, const Arguments& arguments, bool need_weights) {
   arguments.check(op);
   const int64_t B = arguments.batch(), T = arguments.steps();
   Tensor context = result_empty({B, T, arguments.width()}, arguments.dtype());
@@ -113,6 +110,35 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(Tensor query,
   return {context, weights};
 }
 
+std::tuple<Tensor, Tensor> attention_forward_cpu(Tensor query,
+                                                 Tensor keys,
+                                                 Tensor values,
+                                                 OptionalTensor weight,
+                                                 OptionalTensor bias,
+                                                 OptionalTensor lengths,
+                                                 OptionalTensor mask,
+                                                 OptionalTensor prepared,
+                                                 double scale,
+                                                 bool need_weights) {
+  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}, {}, {}};
+  return forward("attention_forward", arguments, need_weights);
+}
+
+std::tuple<Tensor, Tensor> attention_coverage_forward_cpu(Tensor query,
+                                                          Tensor keys,
+                                                          Tensor values,
+                                                          Tensor weight,
+                                                          OptionalTensor bias,
+                                                          OptionalTensor lengths,
+                                                          OptionalTensor mask,
+                                                          Tensor coverage,
+                                                          Tensor coverage_weight,
+                                                          double scale,
+                                                          bool need_weights) {
+  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, {}, scale}, coverage, coverage_weight};
+  return forward("attention_coverage_forward", arguments, need_weights);
+}
+
 // Sums rows (B, columns) over the batch, always in the same order, into `sum` (at most `columns` elements).
 template <class S>
 void sum_sentences(const Acc<S>* rows, int64_t B, int64_t columns, const Tensor& sum) {
@@ -126,14 +152,16 @@ void sum_sentences(const Acc<S>* rows, int64_t B, int64_t columns, const Tensor&
 
 // Gradients of one backward call, empty where not needed.
 struct AttentionGradients {
-  Tensor query, keys, values, weight, bias;
+  Tensor query, keys, values, weight, bias, coverage, coverage_weight;
 
   AttentionGradients(const Arguments& x, bool need_scores, bool need_values)
       : query(empty(x, need_scores, {x.batch(), x.steps(), x.size()})),
         keys(empty(x, need_scores, {x.batch(), x.positions(), x.size()})),
         values(empty(x, need_values, {x.batch(), x.positions(), x.width()})),
         weight(empty(x, need_scores && x.weight, {x.size()})),
-        bias(empty(x, need_scores && x.weight, {x.size()})) {}
+        bias(empty(x, need_scores && x.weight, {x.size()})),
+        coverage(empty(x, need_scores && x.coverage, {x.batch(), x.steps(), x.positions()})),
+        coverage_weight(empty(x, need_scores && x.coverage, {x.size()})) {}
 
  private:
   static Tensor empty(const Arguments& x, bool needed, const Shape& shape) {
@@ -144,18 +172,45 @@ struct AttentionGradients {
 template <class S>
 void backward(const Arguments& arguments, AttentionBackwardParams<S>& p, const AttentionGradients& grads) {
   const int64_t B = arguments.batch(), columns = p.need_scores && p.in.weight ? whole_columns(p.in.size) : 0;
-  const PooledScratch rows(2 * B * columns * sizeof(Acc<S>));  // (2, B, columns): grad_weight, grad_bias per sentence
+  const PooledScratch rows(3 * B * columns * sizeof(Acc<S>));  // (3, B, columns): vectors' gradients per sentence
   p.grad_query = write<S>(grads.query);
   p.grad_keys = write<S>(grads.keys);
   p.grad_values = write<S>(grads.values);
   p.grad_weight = rows.at<Acc<S>>(0);
   p.grad_bias = p.grad_weight + B * columns;
+  p.grad_coverage_weight = p.grad_bias + B * columns;
+  p.grad_coverage = write<S>(grads.coverage);
   for_sentences(B, sentence_work(p.in), p.in, [&](int64_t begin, int64_t end, void* scratch) {
     kernels<S>().attention_backward(p, begin, end, scratch);
   });
   if (columns == 0) return;
   sum_sentences<S>(p.grad_weight, B, columns, grads.weight);
   sum_sentences<S>(p.grad_bias, B, columns, grads.bias);
+  if (p.in.coverage.data) sum_sentences<S>(p.grad_coverage_weight, B, columns, grads.coverage_weight);
+}
+
+AttentionGradients backward(const char* op,
+                            const Arguments& arguments,
+                            const Tensor& grad_context,
+                            const OptionalTensor& grad_weights,
+                            const Tensor& weights,
+                            bool need_scores,
+                            bool need_values) {
+  arguments.check(op);
+  arguments.check_backward(weights, grad_context, grad_weights, check_whole(op), check_strided(op));
+  const AttentionGradients grads(arguments, need_scores, need_values);
+  with_storage_type(op, arguments.dtype(), [&](auto zero) {
+    using S = decltype(zero);
+    AttentionBackwardParams<S> p{};
+    p.in = arguments.inputs<S>();
+    p.weights = read<Acc<S>>(weights);
+    p.grad_context = strided<S>(grad_context);
+    p.grad_weights = strided<S>(grad_weights);
+    p.need_scores = need_scores;
+    p.need_values = need_values;
+    backward(arguments, p, grads);
+  });
+  return grads;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(Tensor grad_context,
@@ -172,23 +227,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(Tensor
                                                                           double scale,
                                                                           bool need_scores,
                                                                           bool need_values) {
-  const char* op = "attention_backward";
-  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}};
-  arguments.check(op);
-  arguments.check_backward(weights, grad_context, grad_weights, check_whole(op), check_strided(op));
-  const AttentionGradients grads(arguments, need_scores, need_values);
-  with_storage_type(op, arguments.dtype(), [&](auto zero) {
-    using S = decltype(zero);
-    AttentionBackwardParams<S> p{};
-    p.in = arguments.inputs<S>();
-    p.weights = read<Acc<S>>(weights);
-    p.grad_context = strided<S>(grad_context);
-    p.grad_weights = strided<S>(grad_weights);
-    p.need_scores = need_scores;
-    p.need_values = need_values;
-    backward(arguments, p, grads);
-  });
+  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}, {}, {}};
+  const AttentionGradients grads =
+      backward("attention_backward", arguments, grad_context, grad_weights, weights, need_scores, need_values);
   return {grads.query, grads.keys, grads.values, grads.weight, grads.bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_coverage_backward_cpu(
+    Tensor grad_context,
+    OptionalTensor grad_weights,
+    Tensor query,
+    Tensor keys,
+    Tensor values,
+    Tensor weight,
+    OptionalTensor bias,
+    OptionalTensor lengths,
+    OptionalTensor mask,
+    Tensor coverage,
+    Tensor coverage_weight,
+    Tensor weights,
+    double scale,
+    bool need_scores,
+    bool need_values) {
+  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, {}, scale}, coverage, coverage_weight};
+  AttentionGradients g =
+      backward("attention_coverage_backward", arguments, grad_context, grad_weights, weights, need_scores, need_values);
+  return {g.query, g.keys, g.values, g.weight, g.bias, g.coverage, g.coverage_weight};
 }
 
 Tensor attention_prepare_cpu(Tensor keys, OptionalTensor lengths) {
@@ -215,6 +279,8 @@ Tensor attention_prepare_cpu(Tensor keys, OptionalTensor lengths) {
 STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&Retried<&attention_forward_cpu>::run));
   m.impl("attention_backward", TORCH_BOX(&Retried<&attention_backward_cpu>::run));
+  m.impl("attention_coverage_forward", TORCH_BOX(&Retried<&attention_coverage_forward_cpu>::run));
+  m.impl("attention_coverage_backward", TORCH_BOX(&Retried<&attention_coverage_backward_cpu>::run));
   m.impl("attention_prepare", TORCH_BOX(&Retried<&attention_prepare_cpu>::run));
 }
 

@@ -14,16 +14,18 @@ CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def unsupported(call) -> str | None:
     """None, or the sentence with the limit and the way out. call: ``AttentionCall``."""
-    if call.coverage:
-        return "attention: the native backend has no coverage; use backend='torch'."
+    if call.coverage and call.device != "cpu":
+        return f"attention: the native backend has coverage on the CPU alone (got {call.device}); use backend='torch'."
     return native_objection("attention", call, CUDA_DTYPES)
 
 
 def forward(inputs: Inputs, want: Want) -> Result:
     """Saved: the weights, (B, T, S), in the accumulation dtype."""
-    context, weights = _native.operators.attention_forward.default(
-        *_operator_inputs(inputs), inputs.scale, want.weights or want.backward
-    )
+    operators, given = _native.operators, (*_operator_inputs(inputs), inputs.scale, want.weights or want.backward)
+    if inputs.coverage is None:
+        context, weights = operators.attention_forward.default(*given)
+    else:
+        context, weights = operators.attention_coverage_forward.default(*given)
     # Not .to() where it would return weights itself: TorchDynamo of torch 2.11 does not see, as the Function must, that
     # both outputs are one tensor, and drops its gradient.
     wanted = weights if weights.dtype == inputs.query.dtype else weights.to(inputs.query.dtype)
@@ -39,11 +41,13 @@ def context(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor
 
 def backward(inputs: Inputs, saved: tuple[Tensor, ...], grads: Grads, needs: InputGrads) -> InputGrads:
     """Reads the saved weights; recomputes the tanh of the additive score."""
-    scores_needed = needs.query or needs.keys or needs.weight or needs.bias
-    result = _native.operators.attention_backward.default(
-        *grads, *_operator_inputs(inputs), *saved, inputs.scale, scores_needed, needs.values
-    )
-    return InputGrads(*(grad if need else None for grad, need in zip(result, needs[:5], strict=True)))
+    scores_needed = needs.query or needs.keys or needs.weight or needs.bias or needs.coverage or needs.coverage_weight
+    given = *grads, *_operator_inputs(inputs), *saved, inputs.scale, scores_needed, needs.values
+    if inputs.coverage is None:
+        result = *_native.operators.attention_backward.default(*given), None, None
+    else:
+        result = _native.operators.attention_coverage_backward.default(*given)
+    return InputGrads(*(grad if need else None for grad, need in zip(result, needs, strict=True)))
 
 
 def prepare(keys: Tensor, lengths: Tensor | None) -> Tensor | None:
@@ -56,8 +60,11 @@ def prepare(keys: Tensor, lengths: Tensor | None) -> Tensor | None:
 
 
 def _operator_inputs(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """Vectors contiguous; query, keys, values and mask are read at any strides."""
+    """Vectors contiguous; query, keys, values, mask and coverage are read at any strides."""
     query, keys, values, weight, bias, lengths, mask, prepared = inputs[:8]
+    if inputs.coverage is not None:
+        vectors = weight.contiguous(), contiguous(bias), _int64(lengths), mask
+        return query, keys, values, *vectors, inputs.coverage, inputs.coverage_weight.contiguous()
     if weight is lengths is None:
         return inputs[:8]
     return query, keys, values, contiguous(weight), contiguous(bias), _int64(lengths), mask, prepared
@@ -99,6 +106,33 @@ def _fake_backward(  # noqa: PLR0917
     return tuple(query.new_empty(shape) for shape in shapes)
 
 
+def _fake_coverage_forward(query, keys, values, weight, bias, lengths, mask, coverage, vector, scale, need_weights):  # noqa: PLR0917
+    return _fake_forward(query, keys, values, weight, bias, lengths, mask, None, scale, need_weights)
+
+
+def _fake_coverage_backward(  # noqa: PLR0917
+    grad_context,
+    grad_weights,
+    query,
+    keys,
+    values,
+    weight,
+    bias,
+    lengths,
+    mask,
+    coverage,
+    vector,
+    weights,
+    scale,
+    *need,
+):
+    others = _fake_backward(
+        grad_context, grad_weights, query, keys, values, weight, bias, lengths, mask, None, weights, scale, *need
+    )
+    shapes = ((query.shape[0], query.shape[1], keys.shape[1]), (keys.shape[2],)) if need[0] else ((0,), (0,))
+    return *others, *(query.new_empty(shape) for shape in shapes)
+
+
 def _fake_prepare(keys, lengths):
     B, S, A = keys.shape
     shape = (0,) if keys.device.type == "cuda" else (B, S, (A + 15) // 16 * 16 + 16)
@@ -108,4 +142,6 @@ def _fake_prepare(keys, lengths):
 if _native.available():
     torch.library.register_fake("fastseq::attention_forward", _fake_forward)
     torch.library.register_fake("fastseq::attention_backward", _fake_backward)
+    torch.library.register_fake("fastseq::attention_coverage_forward", _fake_coverage_forward)
+    torch.library.register_fake("fastseq::attention_coverage_backward", _fake_coverage_backward)
     torch.library.register_fake("fastseq::attention_prepare", _fake_prepare)

@@ -152,6 +152,7 @@ def attention_problem(
     padding: str = "none",
     spread: float = 1.0,
     one_step: bool = False,
+    coverage: bool = False,
 ) -> Problem:
     """``ops.attention``, called with and without weights; "contexts" stacks both results.
 
@@ -162,6 +163,8 @@ def attention_problem(
     """
     batch, steps, keys, size = shape
     inputs = _attention_inputs(draw, (batch,) if one_step else (batch, steps), keys, size, score, spread)
+    if coverage:
+        inputs |= {"coverage": draw(*inputs["query"].shape[:-1], keys), "coverage_weight": draw(size)}
     padded = make_padding(padding, batch, 1 if one_step else steps, keys)
     options = {"score": score, "scale": 2.0 ** -(size.bit_length() // 2)}  # about size ** -0.5, and exact
 
@@ -234,6 +237,8 @@ def torch_attention(
     In float64, as the oracle, always op by op.
     """
     if query.dim() == 2:
+        if "coverage" in options:
+            options["coverage"] = options["coverage"].unsqueeze(1)
         one_step = torch_attention(
             query.unsqueeze(1), keys, values, lengths=lengths, mask=mask, need_weights=need_weights, **options
         )
