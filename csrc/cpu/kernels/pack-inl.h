@@ -84,7 +84,7 @@ FASTSEQ_NOINLINE Vec<Acc<S>> load_part_of_operands(const S* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
   return load_operands(lanes);
 }
-#if FASTSEQ_VECTOR_BYTES == 64
+#if FASTSEQ_VECTOR_BYTES >= 32  // loads parts by masks
 template <class S>
 FASTSEQ_INLINE Vec<Acc<S>> load_operands(const S* p, int64_t n) {
   if constexpr (kPair<S> == 1) {

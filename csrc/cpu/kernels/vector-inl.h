@@ -246,6 +246,21 @@ FASTSEQ_INLINE void store_part(VFloat v, S* p, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), load_bytes<__m256i>(lanes));
 }
 #else
+#if FASTSEQ_VECTOR_BYTES == 32
+constexpr int32_t kLaneMasks[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+// Mask of the first n lanes of `words` 32-bit words each.
+FASTSEQ_INLINE __m256i first_lanes(int64_t n, int64_t words) {
+  return load_bytes<__m256i>(kLaneMasks + 8 - (n > 0 ? n : 0) * words);
+}
+FASTSEQ_INLINE VFloat load_part(const float* p, int64_t n) { return (VFloat)_mm256_maskload_ps(p, first_lanes(n, 1)); }
+FASTSEQ_INLINE VDouble load_part(const double* p, int64_t n) {
+  return (VDouble)_mm256_maskload_pd(p, first_lanes(n, 2));
+}
+FASTSEQ_INLINE void store_part(VFloat v, float* p, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n, 1), (__m256)v); }
+FASTSEQ_INLINE void store_part(VDouble v, double* p, int64_t n) {
+  _mm256_maskstore_pd(p, first_lanes(n, 2), (__m256d)v);
+}
+#endif
 // One function for each type, since the code of every call would be as long as that of whole vectors.
 template <class S>
 FASTSEQ_NOINLINE Vec<Acc<S>> load_part(const S* p, int64_t n) {
