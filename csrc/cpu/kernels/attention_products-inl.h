@@ -106,7 +106,7 @@ void scores_of(Matrix<const A> queries,  // (T, columns)
     constexpr int N = decltype(steps)::count;
     const A* query_rows[N];
     for (int i = 0; i < N; ++i) query_rows[i] = queries.row(t + i);
-    in_groups<kGroup>(S, [&](auto positions, int64_t s) {
+    in_groups<N == 1 ? 4 : kGroup>(S, [&](auto positions, int64_t s) {
       constexpr int M = decltype(positions)::count;
       const A* key_rows[M];
       for (int j = 0; j < M; ++j) key_rows[j] = keys.row(s + j);
@@ -130,24 +130,24 @@ FASTSEQ_INLINE void sum_tile(Factors<A> factors, Matrix<const A> x, int64_t coun
     Vec<A> sum[N][V] = {};
     for (int64_t j = begin; j < end; ++j) {
       Vec<A> summand[V];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < V; ++v) summand[v] = vload(x.row(j) + v * kLanes<A>);
 #pragma GCC unroll 8
       for (int r = 0; r < N; ++r) {
         const Vec<A> factor = splat(factors.data[r * factors.row + j * factors.summand]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) sum[r][v] = fma(factor, summand[v], sum[r][v]);
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < N; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < V; ++v) total[r][v] += sum[r][v];
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < N; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) vstore(total[r][v], out.row(r) + v * kLanes<A>);
   }
 }
@@ -155,13 +155,20 @@ FASTSEQ_INLINE void sum_tile(Factors<A> factors, Matrix<const A> x, int64_t coun
 // out[r] = sum over j of factor(r, j) * x[j].
 template <class A>
 void weighted_sum(Factors<A> factors, int64_t rows, Matrix<const A> x, int64_t count, int64_t columns, Matrix<A> out) {
-  in_groups<4>(columns / kLanes<A>, [&](auto vectors, int64_t v) {
+  int64_t begin = 0;
+  const auto from = [&](int64_t v) { return Matrix<const A>{x.data + v * kLanes<A>, x.stride}; };
+  if (rows == 1) {  // long pieces of every row of x: the memory's bandwidth bounds one step
+    in_groups<8>(columns / kLanes<A> / 8 * 8, [&](auto vectors, int64_t v) {
+      sum_tile<1, decltype(vectors)::count>(factors, from(v), count, Matrix<A>{out.row(0) + v * kLanes<A>, out.stride});
+    });
+    begin = columns / kLanes<A> / 8 * 8;
+  }
+  in_groups<4>(columns / kLanes<A> - begin, [&](auto vectors, int64_t i) {
     constexpr int V = decltype(vectors)::count;
-    const int64_t c = v * kLanes<A>;
+    const int64_t v = begin + i;
     for_each_tile(rows, [&](auto tile, int64_t r) {
       sum_tile<decltype(tile)::count, V>(Factors<A>{factors.data + r * factors.row, factors.row, factors.summand},
-                                         Matrix<const A>{x.data + c, x.stride}, count,
-                                         Matrix<A>{out.row(r) + c, out.stride});
+                                         from(v), count, Matrix<A>{out.row(r) + v * kLanes<A>, out.stride});
     });
   });
 }
