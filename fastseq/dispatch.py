@@ -185,7 +185,16 @@ def unrecorded(backend: str | None) -> str | None:
 
 def _record(op: str, call: Any, chosen: str, why: str) -> None:
     objections = {name: objection(op, name, call) for name in BACKENDS[1:]}
-    choice = Choice(op, call, chosen, why, {k: v for k, v in objections.items() if v is not None})
+    note(Choice(op, call, chosen, why, {k: v for k, v in objections.items() if v is not None}))
+
+
+def explains(backend: str | None) -> bool:
+    """True if auto-selection applies in record(): a caller of a fast path notes it, and calls the ops one by one."""
+    return bool(_records) and backend in (None, "auto") and _default == "auto"
+
+
+def note(choice: Choice) -> None:
+    """Add a decision to the records of this thread."""
     for thread, choices in _records:
         if thread == threading.get_ident():
             choices.append(choice)

@@ -17,6 +17,7 @@ from fastseq.ops.decoder.api import (
     State,
     Weights,
     decoder,
+    explain_steps,
     greedy,
     one_operator,
     one_sequence,
@@ -173,6 +174,8 @@ class Decoder(nn.Module):
                 gate = self._gate(context, result.h[-1], self.embedding(tokens))
                 logits = _extended_rows(logits, gate, attention, enc)
             return logits, state, attention if need_weights else None
+        if not self.coverage:
+            explain_steps(state.h, self.backend, 1)
         layers = self._layers()
         embedded = self._embed(tokens)
         gates = self._input_gates(embedded, layers)
@@ -284,6 +287,8 @@ class Decoder(nn.Module):
         """As :meth:`vectors`; below a ratio of 1 each step is also projected, for the prediction."""
         if teacher_forcing_ratio == 1 and self._runs_as_one(enc):
             return self._steps_as_one(tokens, enc, need_weights)
+        if teacher_forcing_ratio == 1 and not (self.copies or self.coverage):
+            explain_steps(enc.h, self.backend, tokens.size(1))
         layers = self._layers()
         state = self.start(enc)
         h, c = state.h.unbind(0), state.c.unbind(0)

@@ -8,6 +8,7 @@ import torch
 from seq2seq_cases import VARIANTS, make_batch, make_model
 from torch import nn
 
+import fastseq
 from fastseq import _native
 from fastseq.ops.decoder import native
 from fastseq.seq2seq import decoder as decoder_module
@@ -291,3 +292,13 @@ def test_bad_arguments_get_a_sentence(case):
     changes, sentence = BAD[case]
     with pytest.raises(RuntimeError, match=f"decoder_step: .*{sentence}"):
         torch.ops.fastseq.decoder_step(*(arguments() | changes).values())
+
+
+@pytest.mark.parametrize("config", [{}, {"backend": "torch"}])
+def test_explain_names_the_operator(config):
+    model = make_model(torch.float32, **config)
+    src, lengths, tgt = make_batch(model)
+    report = fastseq.explain(model, src, lengths, tgt)
+    found = f"decoder(device=cpu, dtype=float32, steps={tgt.size(1)}, rows={len(src)}, hidden_size=" in report
+    assert found == (not config)
+    assert ("outside explain one operator runs these steps" in report) == (not config)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastseq.ops.decoder.function import apply
-from fastseq.ops.decoder.rules import fast_greedy, fast_step, one_operator, one_sequence
+from fastseq.ops.decoder.rules import explain_steps, fast_greedy, fast_step, one_operator, one_sequence
 from fastseq.ops.decoder.spec import Greedy, Packed, Search, Sequence, Source, State, Step, Weights
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Step",
     "Weights",
     "decoder",
+    "explain_steps",
     "greedy",
     "one_operator",
     "one_sequence",

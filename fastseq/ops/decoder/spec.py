@@ -6,7 +6,18 @@ columns, A query columns, P positions, D columns of the memory, V outputs; gate 
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+class DecoderCall(NamedTuple):
+    """The properties of steps of a decoder, for ``fastseq.explain``."""
+
+    device: str
+    dtype: torch.dtype
+    steps: int
+    rows: int
+    hidden_size: int
 
 
 class State(NamedTuple):
