@@ -54,6 +54,8 @@ class OnnxRuntime(nn.Module):
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Else its threads spin on after a call and take a core from the candidate whose turn is next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         model = _onnx_model(setup.make(None))
         self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
