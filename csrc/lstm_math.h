@@ -86,9 +86,8 @@ struct CellGradient {
 
 // Backward. i, f, g, o: activations; c_prev, c: cell state before and after the step; dh, dc: gradients of h and of c.
 template <class A>
-FASTSEQ_INLINE CellGradient<A> lstm_cell_backward(A i, A f, A g, A o, A c_prev, A c, A dh, A dc) {
+FASTSEQ_INLINE CellGradient<A> lstm_cell_backward_at(A i, A f, A g, A o, A c_prev, A tanh_c, A dh, A dc) {
   const A one = 1;
-  const A tanh_c = tanh(c);
   const A d = dc + dh * o * (one - tanh_c * tanh_c);
   CellGradient<A> gradient;
   gradient.i = d * g * i * (one - i);
@@ -97,6 +96,11 @@ FASTSEQ_INLINE CellGradient<A> lstm_cell_backward(A i, A f, A g, A o, A c_prev, 
   gradient.o = dh * tanh_c * o * (one - o);
   gradient.c = d * f;
   return gradient;
+}
+
+template <class A>
+FASTSEQ_INLINE CellGradient<A> lstm_cell_backward(A i, A f, A g, A o, A c_prev, A c, A dh, A dc) {
+  return lstm_cell_backward_at(i, f, g, o, c_prev, tanh(c), dh, dc);
 }
 
 }  // namespace fastseq

@@ -189,17 +189,6 @@ FASTSEQ_DEVICE float tanh_fast(float x) {
 #endif
 }
 
-// The LSTM cell for results stored in T. Replaces the pre-activations by activations and c_{t-1} by c_t. Returns h_t.
-template <class T>
-FASTSEQ_DEVICE Acc<T> lstm_cell_for(Acc<T>& i, Acc<T>& f, Acc<T>& g, Acc<T>& o, Acc<T>& c) {
-  i = sigmoid_for<T>(i);
-  f = sigmoid_for<T>(f);
-  g = tanh_for<T>(g);
-  o = sigmoid_for<T>(o);
-  c = f * c + i * g;
-  return o * tanh_for<T>(c);
-}
-
 FASTSEQ_DEVICE int lane_id() { return threadIdx.x & 31; }
 
 // Reads threadIdx.x anew (volatile). In a loop with high register pressure the compiler then recomputes the values

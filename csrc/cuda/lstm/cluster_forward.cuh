@@ -16,8 +16,9 @@
 // q multiplies units q P .. q P + P - 1: one piece is its B fragment, the pieces of two gates are an A fragment. Two
 // buffers of h; step s reads buffer s & 1:
 //
-//     h[step of K][tile of 8 sequences][q][sequence]: pieces. A lane reads piece (q, 4 (r & 1) + r / 2), a warp 256
-//     bytes. A warp sends 4 sequences of a q: 32 adjacent bytes.
+//     h[step of K][tile of 8 sequences][q][sequence ^ (q & 2)]: pieces. A lane reads piece q of sequence 4 (r & 1) + r
+//     / 2, a warp 256 bytes; the XOR spreads each half warp over all banks. A warp sends 4 sequences of a q: 32
+//     adjacent bytes.
 //
 // Invariant: every warp waits for all of h of step s, reads it, and only then sends h of step s + 1. A buffer is
 // overwritten only after all warps of the cluster have sent, so after all have read. Hence every warp must send: padded
@@ -47,6 +48,12 @@ struct ForwardMemory {
     bytes = weights + warps * (tile.steps - registers) * 1024;
   }
 };
+
+// Index of a piece of a tile of 8 sequences, within a step of K.
+FASTSEQ_DEVICE int state_place(int q, int sequence) { return q * 8 + (sequence ^ (q & 2)); }
+
+// Index of the piece that lane 4 r + q of a product reads.
+FASTSEQ_DEVICE int read_place(int r, int q) { return state_place(q, 4 * (r & 1) + r / 2); }
 
 // Unit and sequences of a thread.
 struct ForwardPlace {
@@ -120,27 +127,27 @@ template <class T, int N>
 FASTSEQ_DEVICE void fill_states(uint2* h, const T* h0, const LstmShape& s, const ForwardTile& tile, int64_t first_row) {
   const int pieces = 2 * tile.steps * N * 32;
   for (int k = threadIdx.x; k < pieces; k += blockDim.x) {
-    const int64_t row = first_row + k / 32 % N * 8 + k % 8;
-    const int64_t unit = k / (32 * N) * kStep<T> + k % 32 / 8 * kPiece<T>;
-    h[k] = load_piece(row < s.batch ? h0 + row * s.hidden : nullptr, unit, s.hidden);
-    h[pieces + k] = uint2{0, 0};
+    const int q = k % 32 / 8, sequence = k % 8, place = k / 32 * 32 + state_place(q, sequence);
+    const int64_t row = first_row + k / 32 % N * 8 + sequence;
+    const int64_t unit = k / (32 * N) * kStep<T> + q * kPiece<T>;
+    h[place] = load_piece(row < s.batch ? h0 + row * s.hidden : nullptr, unit, s.hidden);
+    h[pieces + place] = uint2{0, 0};
   }
 }
 
-// sums[accumulator][tile of sequences][tile of gates] += W h over this warp's half of K. h: the buffer of the step.
+// sums[accumulator][tile of sequences][tile of gates] += W h over this warp's half of K. h: this lane's first piece in
+// the buffer of the step.
 template <class T, int R, int N, int Accumulators>
 FASTSEQ_DEVICE void multiply_states(float (&sums)[Accumulators][N][2][4],
                                     const uint32_t (&weights)[R][2][4],
                                     const uint4* more_weights,
                                     const uint2* h,
-                                    const ForwardPlace& at,
                                     int steps) {
-  const int place = at.q * 8 + 4 * (at.r & 1) + at.r / 2;
 #pragma unroll
   for (int s = 0; s < R; ++s) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const uint2 piece = h[((2 * s + at.half) * N + n) * 32 + place];
+      const uint2 piece = h[(2 * s * N + n) * 32];
       const uint32_t b[2] = {piece.x, piece.y};
       multiply<T>(sums[s % Accumulators][n][0], weights[s][0], b);
       multiply<T>(sums[s % Accumulators][n][1], weights[s][1], b);
@@ -151,7 +158,7 @@ FASTSEQ_DEVICE void multiply_states(float (&sums)[Accumulators][N][2][4],
     const uint32_t a[2][4] = {{first.x, first.y, first.z, first.w}, {second.x, second.y, second.z, second.w}};
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const uint2 piece = h[((2 * s + at.half) * N + n) * 32 + place];
+      const uint2 piece = h[(2 * s * N + n) * 32];
       const uint32_t b[2] = {piece.x, piece.y};
       multiply<T>(sums[0][n][0], a[0], b);
       multiply<T>(sums[0][n][1], a[1], b);
@@ -170,9 +177,9 @@ FASTSEQ_DEVICE void share_sums(float (&kept)[N][4],
     float sent[4];
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) {
-      float first = 0, second = 0;
+      float first = sums[0][n][gate / 2][gate % 2 * 2], second = sums[0][n][gate / 2][gate % 2 * 2 + 1];
 #pragma unroll
-      for (int k = 0; k < Accumulators; ++k) {
+      for (int k = 1; k < Accumulators; ++k) {
         first += sums[k][n][gate / 2][gate % 2 * 2];
         second += sums[k][n][gate / 2][gate % 2 * 2 + 1];
       }
@@ -199,19 +206,39 @@ FASTSEQ_DEVICE void add_sums(float (&kept)[N][4],
   }
 }
 
-// Loads the input product of step t, not converted yet; zero outside the tensor.
+// This thread's place in tensors (T, B, D, H), advanced step by step: 64-bit products would lengthen every step.
+struct ForwardCursor {
+  int64_t index;  // of the current step, first sequence
+  int64_t step;   // to the next step in time
+  int64_t tile;   // to the sequence of the next tile
+
+  FASTSEQ_DEVICE ForwardCursor(const LstmShape& s, const ForwardPlace& at, int64_t t) {
+    step = s.batch * s.directions * s.hidden;
+    index = t * step + (static_cast<int64_t>(at.row) * s.directions + at.direction) * s.hidden + at.unit;
+    if (at.backwards) step = -step;
+    tile = 8 * s.directions * s.hidden;
+  }
+};
+
+// Index in (T, B, D, 4H) of gate i that belongs to `index` in (T, B, D, H).
+FASTSEQ_DEVICE int64_t gate_index(int64_t index, const ForwardPlace& at) { return 4 * index - 3 * at.unit; }
+
+FASTSEQ_DEVICE bool inside(const LstmShape& s, const ForwardPlace& at, int n) {
+  return at.row + 8 * n < s.batch && at.unit < s.hidden;
+}
+
+// Loads the input product of a step, not converted yet; zero outside the tensor. index: of the first sequence.
 template <class T, int N>
-FASTSEQ_DEVICE void fetch_gates(T (&gates)[N][4], const LstmForwardParams& p, const ForwardPlace& at, int64_t t) {
-  const LstmShape& s = p.shape;
+FASTSEQ_DEVICE void fetch_gates(
+    T (&gates)[N][4], const LstmForwardParams& p, const ForwardPlace& at, int64_t index, int64_t tile) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    const int64_t row = at.row + 8 * n, slot = (t * s.batch + row) * s.directions + at.direction;
-    const T* from = static_cast<const T*>(p.gates) + slot * 4 * s.hidden + at.unit;
-    const bool inside = row < s.batch && at.unit < s.hidden;
+    const T* from = static_cast<const T*>(p.gates) + gate_index(index + n * tile, at);
+    const bool exists = inside(p.shape, at, n);
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) {
       from_float(0.0f, &gates[n][gate]);
-      if (inside) gates[n][gate] = from[gate * s.hidden];
+      if (exists) gates[n][gate] = from[gate * p.shape.hidden];
     }
   }
 }
@@ -232,51 +259,51 @@ FASTSEQ_DEVICE uint64_t gather_piece(T h, int r) {
   }
 }
 
-// Sends h of this warp's units to buffer `to` of every block of the cluster. The P lanes of a piece split the blocks.
+// Index of the piece that this lane sends, in a buffer of h, for the first tile of sequences.
+template <class T, int N>
+FASTSEQ_DEVICE int sent_piece(const ForwardPlace& at) {
+  const int step = at.unit / kStep<T>, q = at.unit % kStep<T> / kPiece<T>;
+  return step * N * 32 + state_place(q, 4 * at.half + at.q);
+}
+
+// Sends h of this warp's units to all blocks of the cluster. to: this lane's piece in the next buffer. The P lanes of a
+// piece split the blocks. Unrolled, so that no address depends on a loop.
 template <class T, int N>
 FASTSEQ_DEVICE void send_states(
     const T (&h)[N], const uint2* to, const uint64_t* arrived, const ForwardTile& tile, const ForwardPlace& at) {
-  const int unit = at.unit / kPiece<T> * kPiece<T>, step = unit / kStep<T>;
-  const int place = unit % kStep<T> / kPiece<T> * 8 + 4 * at.half + at.q;
+  constexpr int kMostBlocks = 16;
   uint64_t pieces[N];
 #pragma unroll
   for (int n = 0; n < N; ++n) pieces[n] = gather_piece(h[n], at.r);
-  for (int rank = at.r % kPiece<T>; rank < tile.blocks; rank += kPiece<T>) {
-    const uint64_t address = cluster_address(to + step * N * 32 + place, rank);
-    const uint64_t mbarrier = cluster_address(arrived, rank);
+#pragma unroll
+  for (int k = 0; k < kMostBlocks; k += kPiece<T>) {
+    const int rank = at.r % kPiece<T> + k;
+    if (rank >= tile.blocks) continue;
+    const uint64_t address = cluster_address(to, rank), mbarrier = cluster_address(arrived, rank);
 #pragma unroll
     for (int n = 0; n < N; ++n) store_async8(address + n * 32 * sizeof(uint2), mbarrier, pieces[n]);
   }
 }
 
-// Computes and stores the cell of one sequence at step t. `alive`: t is within its length; else h and c stay unchanged.
+// Replaces gates by activations. `alive`: the step is within the sequence's length; else h and c stay unchanged.
 template <class T>
-FASTSEQ_DEVICE void finish_unit(const LstmForwardParams& p,
-                                const ForwardPlace& at,
-                                int n,
-                                int64_t t,
-                                bool alive,
-                                float (&gates)[4],
-                                float& c,
-                                T& h) {
-  const LstmShape& s = p.shape;
-  const int64_t row = at.row + 8 * n, slot = (t * s.batch + row) * s.directions + at.direction;
+FASTSEQ_DEVICE void update_unit(float (&gates)[4], float& c, T& h, bool alive) {
   float c_next = c;
-  T h_next, out;
+  T h_next;
   from_float(lstm_cell_for<T>(gates[0], gates[1], gates[2], gates[3], c_next), &h_next);
-  from_float(0.0f, &out);
-  if (alive) {
-    c = c_next;
-    h = out = h_next;
-  }
-  if (row >= s.batch || at.unit >= s.hidden) return;
-  static_cast<T*>(p.output)[slot * s.hidden + at.unit] = out;
-  if (!alive) return;
-  if (p.cell_states) p.cell_states[slot * s.hidden + at.unit] = c;
+  c = alive ? c_next : c;
+  h = alive ? h_next : h;
+}
+
+// Stores the results of one step that are kept for the backward. index: in (T, B, D, H).
+template <class T>
+FASTSEQ_DEVICE void store_record(
+    const LstmForwardParams& p, const ForwardPlace& at, int64_t index, const float (&activations)[4], float c) {
+  if (p.cell_states) p.cell_states[index] = c;
   if (!p.activations) return;
-  T* to = static_cast<T*>(p.activations) + slot * 4 * s.hidden + at.unit;
+  T* to = static_cast<T*>(p.activations) + gate_index(index, at);
 #pragma unroll
-  for (int gate = 0; gate < 4; ++gate) from_float(gates[gate], to + gate * s.hidden);
+  for (int gate = 0; gate < 4; ++gate) from_float(activations[gate], to + gate * p.shape.hidden);
 }
 
 // Loads this thread's h0, c0 (D, B, H) and lengths into registers.
@@ -356,22 +383,45 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
   }
   cluster_barrier();
 
+  // This lane's pieces in a buffer of h: the first that it reads, the first that it sends.
+  int read = at.half * N * 32 + read_place(at.r, at.q), sent = sent_piece<T, N>(at);
+  if constexpr (Threads <= 256) {  // else no registers are left
+    read = opaque(read);
+    sent = opaque(sent);
+  }
+  ForwardCursor cursor(p.shape, at, at.backwards ? last : 0);
   T gates[N][4];
-  if (last >= 0) fetch_gates(gates, p, at, at.backwards ? last : 0);
+  if (last >= 0) fetch_gates(gates, p, at, cursor.index, cursor.tile);
   for (int s = 0; s <= last; ++s) {
     const int t = at.backwards ? last - s : s;
-    if (s) mbarrier_wait(arrived + s % 2, (s - 1) / 2 % 2, p.shape.spin_limit);
-    if (s && threadIdx.x == 0) mbarrier_arrive_expect(arrived + s % 2, bytes);  // step s + 2
-    constexpr int kAccumulators = N == 1 ? 2 : 1;                               // 2: halve the dependency chain
+    if (s) mbarrier_wait(arrived + s % 2, (s - 1) >> 1 & 1, p.shape.spin_limit);
+    constexpr int kAccumulators = N == 1 ? 2 : 1;  // 2: halve the dependency chain
     float sums[kAccumulators][N][2][4] = {}, pre[N][4];
-    multiply_states<T>(sums, weights, more_weights, h_pieces + s % 2 * buffer, at, tile.steps);
+    multiply_states<T>(sums, weights, more_weights, h_pieces + (read + s % 2 * buffer), tile.steps);
+    if (s && threadIdx.x == 0) mbarrier_arrive_expect(arrived + s % 2, bytes);  // step s + 2
     share_sums(pre, sums, shared_sums, at);
     __syncthreads();
     add_sums(pre, gates, shared_sums, at);
-    if (s < last) fetch_gates(gates, p, at, at.backwards ? t - 1 : t + 1);
 #pragma unroll
-    for (int n = 0; n < N; ++n) finish_unit(p, at, n, t, t < lengths[n], pre[n], c[n], h[n]);
-    if (s < last) send_states(h, h_pieces + (s + 1) % 2 * buffer, arrived + (s + 1) % 2, tile, at);
+    for (int n = 0; n < N; ++n) update_unit(pre[n], c[n], h[n], t < lengths[n]);
+    if (s < last) send_states(h, h_pieces + (sent + (s + 1) % 2 * buffer), arrived + (s + 1) % 2, tile, at);
+    // The output's stores lie between the send and the loads of gates, lest the compiler load before it sends.
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      T out;
+      from_float(0.0f, &out);
+      if (t < lengths[n]) out = h[n];
+      if (inside(p.shape, at, n)) static_cast<T*>(p.output)[cursor.index + n * cursor.tile] = out;
+    }
+    constexpr bool kEarly = N < 4;  // else no registers are left
+    if (kEarly && s < last) fetch_gates(gates, p, at, cursor.index + cursor.step, cursor.tile);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      if (!inside(p.shape, at, n) || t >= lengths[n]) continue;
+      store_record<T>(p, at, cursor.index + n * cursor.tile, pre[n], c[n]);
+    }
+    cursor.index += cursor.step;
+    if (!kEarly && s < last) fetch_gates(gates, p, at, cursor.index, cursor.tile);
   }
   store_states(h, c, p, at);
   clear_output<T, N>(p, at, last + 1);

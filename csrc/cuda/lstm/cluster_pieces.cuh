@@ -3,7 +3,7 @@
 
 #include <initializer_list>
 
-#include "cuda/common/device.cuh"
+#include "cuda/common/cell_math.cuh"
 #include "cuda/lstm/params.h"
 
 namespace fastseq::cuda::cluster {

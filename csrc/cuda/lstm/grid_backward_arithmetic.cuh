@@ -11,7 +11,7 @@
 //   exact,  U = 8, FMA:      lane 8 n + u loads unit u of every row and multiplies it into output units 4 n .. 4 n + 3
 #pragma once
 
-#include "cuda/common/device.cuh"
+#include "cuda/common/cell_math.cuh"
 
 namespace fastseq::cuda::grid_backward {
 

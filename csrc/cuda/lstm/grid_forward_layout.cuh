@@ -1,7 +1,7 @@
 // Layout of the forward grid recurrence: plan of a launch, rows and units of a block, shared memory of a block.
 #pragma once
 
-#include "cuda/common/device.cuh"
+#include "cuda/common/cell_math.cuh"
 #include "cuda/lstm/params.h"
 
 namespace fastseq::cuda::grid_forward {

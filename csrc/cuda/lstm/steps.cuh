@@ -1,7 +1,7 @@
 // The cells of one step, one thread per hidden unit of a sequence.
 #pragma once
 
-#include "cuda/common/device.cuh"
+#include "cuda/common/cell_math.cuh"
 #include "cuda/lstm/params.h"
 
 namespace fastseq::cuda {

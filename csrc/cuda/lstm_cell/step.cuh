@@ -6,7 +6,7 @@
 // first of W_ih, then of W_hh, and add their sums through shared memory in a fixed order.
 #pragma once
 
-#include "cuda/common/device.cuh"
+#include "cuda/common/cell_math.cuh"
 
 namespace fastseq::cuda {
 
@@ -70,7 +70,10 @@ FASTSEQ_DEVICE void finish_step(const StepPointers<T, W>& p, int64_t row, int64_
   }
   const int64_t at = row * p.hidden + unit;
   Acc<T> c = to_float(p.c[at]);
-  from_float(lstm_cell_for<T>(gates[0], gates[1], gates[2], gates[3], c), p.h_n + at);
+  if constexpr (std::is_same_v<T, double>)
+    p.h_n[at] = lstm_cell_forward(gates[0], gates[1], gates[2], gates[3], c);
+  else
+    from_float(lstm_cell_for<T>(gates[0], gates[1], gates[2], gates[3], c), p.h_n + at);
   from_float(c, p.c_n + at);
 }
 
