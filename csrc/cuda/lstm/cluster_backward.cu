@@ -44,7 +44,7 @@ std::optional<ClusterBackwardPlan> plan_of(const LstmShape& s, Type type, int bl
   const int64_t tiles = divide_up(s.batch, 8 * row_tiles), clusters = tiles * s.directions;
   if (units > kUnits || clusters * blocks > std::numeric_limits<int32_t>::max()) return {};
   const int steps = type == Type::kFloat ? kGateSteps<float> : kGateSteps<bf16>;
-  plan.tile = {blocks, units, static_cast<int>(tiles)};
+  plan.tile = {blocks, units, static_cast<int>(tiles), (1 << 16) / (units / 8) + 1};
   plan.unit_tiles = std::max(1, blocks / 4);  // layer: 2 tiles of 16 units a block; 8 warps share them
   plan.launch = {.grid = dim3(static_cast<unsigned>(clusters * blocks)),
                  .block = dim3(kThreads),

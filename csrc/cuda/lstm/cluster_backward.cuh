@@ -9,8 +9,9 @@
 // hidden units j), K = (unit of the block, gate). A piece is 8 bytes of K of one sequence: all gates of a unit (16-bit)
 // or half of them (TF32).
 //
-//     gradients[buffer][step of K][tile of 8 sequences][q][sequence ^ (step % 8)]: pieces. Lane 4 r + q of the product
-//     reads column r, piece q. The XOR spreads the stores of the cell's 32 lanes over the banks.
+//     gradients[buffer][step of K][tile of 8 sequences][q][sequence ^ (step % 8) ^ 2 (q & 2)]: pieces. Lane 4 r + q of
+//     the product reads column r, piece q. The XOR spreads each half warp, of product and cell, over all banks.
+//
 //     parts[buffer][sending block][pair of sequences][unit]: two floats. Lane 4 r + q sends units r and r + 8 of its
 //     tile of 16, sequences 2 q and 2 q + 1: 64 adjacent bytes for each q.
 //
@@ -35,7 +36,13 @@ struct BackwardTile {
   int blocks;  // of a cluster
   int units;   // of a block, a multiple of 8
   int tiles;   // of the batch
+  int eighth;  // 2^16 / (units / 8), rounded up: the block of 8 units by a product instead of a division
+
+  __host__ __device__ int block_of(int unit) const { return unit / 8 * eighth >> 16; }
 };
+
+// Index of a piece of a tile of 8 sequences, within a step of K. step: of K.
+FASTSEQ_DEVICE int gradient_place(int step, int q, int sequence) { return q * 8 + (sequence ^ step % 8 ^ 2 * (q & 2)); }
 
 // Shared memory: byte offset of each part, total bytes.
 struct BackwardMemory {
@@ -123,42 +130,64 @@ struct BackwardInputs {
   float c, c_before;
 };
 
-// Loads the inputs of step t; zero if t is outside the sequence.
+// This thread's place in tensors (T, B, D, H), advanced step by step. index: of the current step, first sequence. step:
+// to the next step of the backward, which is the one before in the sequence. tile: to the sequence of the next tile.
+struct BackwardCursor {
+  int64_t index, step, tile;
+
+  FASTSEQ_DEVICE BackwardCursor(const LstmShape& s, const BackwardPlace& at, int64_t t) {
+    step = s.batch * s.directions * s.hidden;
+    index = t * step + (static_cast<int64_t>(at.row) * s.directions + at.direction) * s.hidden + at.unit;
+    if (!at.backwards) step = -step;
+    tile = 8 * s.directions * s.hidden;
+  }
+};
+
+// Loads the inputs of step t; zero if t is outside the sequence. index: in (T, B, D, H). step: of the cursor. c0: of
+// the sequence and unit.
 template <class T>
-FASTSEQ_DEVICE void fetch_inputs(
-    BackwardInputs<T>& in, const LstmBackwardParams& p, const BackwardPlace& at, int row, int length, int t) {
+FASTSEQ_DEVICE void fetch_inputs(BackwardInputs<T>& in,
+                                 const LstmBackwardParams& p,
+                                 const BackwardPlace& at,
+                                 int row,
+                                 int length,
+                                 int t,
+                                 int64_t index,
+                                 int64_t step,
+                                 float c0) {
   const LstmShape& s = p.shape;
-  const int64_t H = s.hidden, slot = (static_cast<int64_t>(t) * s.batch + row) * s.directions + at.direction;
 #pragma unroll
   for (int gate = 0; gate < 4; ++gate) from_float(0.0f, &in.gates[gate]);
   from_float(0.0f, &in.grad_output);
   from_float(0.0f, &in.grad_cell);
-  in.c = in.c_before = 0;
-  if (row >= s.batch || at.unit >= H || t < 0 || t >= length) return;
+  in.c = 0;
+  in.c_before = c0;
+  if (row >= s.batch || at.unit >= s.hidden || t < 0 || t >= length) return;
+  const T* gates = static_cast<const T*>(p.activations) + 4 * index - 3 * at.unit;
 #pragma unroll
-  for (int gate = 0; gate < 4; ++gate) {
-    in.gates[gate] = static_cast<const T*>(p.activations)[slot * 4 * H + gate * H + at.unit];
-  }
-  if (p.grad_output) in.grad_output = static_cast<const T*>(p.grad_output)[slot * H + at.unit];
-  if (p.grad_cell_states) in.grad_cell = static_cast<const T*>(p.grad_cell_states)[slot * H + at.unit];
-  in.c = p.cell_states[slot * H + at.unit];
+  for (int gate = 0; gate < 4; ++gate) in.gates[gate] = gates[gate * s.hidden];
+  if (p.grad_output) in.grad_output = static_cast<const T*>(p.grad_output)[index];
+  if (p.grad_cell_states) in.grad_cell = static_cast<const T*>(p.grad_cell_states)[index];
+  in.c = p.cell_states[index];
   const int before = at.backwards ? t + 1 : t - 1;
-  if (before >= 0 && before < length) {
-    in.c_before = p.cell_states[slot * H + at.unit + (before - t) * s.batch * s.directions * H];
-  } else {
-    in.c_before = to_float(static_cast<const T*>(p.c0)[(at.direction * s.batch + row) * H + at.unit]);
-  }
+  if (before >= 0 && before < length) in.c_before = p.cell_states[index + step];
 }
 
-// Adds the parts of dh from all blocks, for this thread's unit and sequence warp + 8 n.
+// Adds the parts of dh from all blocks, at most 4 M, in the order of ranks. All loads are issued before the first sum.
+template <int M>
 FASTSEQ_DEVICE float add_parts(const float2* parts, const BackwardTile& tile, const BackwardPlace& at, int n, int N) {
-  float sum = 0;
-  if (at.local >= tile.units) return sum;
-  for (int from = 0; from < tile.blocks; ++from) {
-    const float2 pair = parts[((from * N + n) * 4 + at.warp / 2) * tile.units + at.local];
-    sum += at.warp % 2 ? pair.y : pair.x;
+  const int local = min(at.local, tile.units - 1), stride = N * 8 * tile.units;
+  const float* numbers =
+      reinterpret_cast<const float*>(parts + (n * 4 + at.warp / 2) * tile.units + local) + at.warp % 2;
+  float part[4 * M], sum = 0;
+#pragma unroll
+  for (int from = 0; from < 4 * M; ++from) {
+    part[from] = 0;
+    if (M > 1 || from < tile.blocks) part[from] = numbers[from * stride];
   }
-  return sum;
+#pragma unroll
+  for (int from = 0; from < 4 * M; ++from) sum += part[from];
+  return at.local < tile.units ? sum : 0.0f;
 }
 
 // Writes the gate gradients of a unit, rounded to T, to shared memory for the product.
@@ -171,44 +200,36 @@ FASTSEQ_DEVICE void stage_gradients(uint2* gradients, const float (&x)[4], const
     float part[kPiece<T>];
 #pragma unroll
     for (int i = 0; i < kPiece<T>; ++i) part[i] = x[k * kPiece<T> + i];
-    gradients[(step * N + n) * 32 + piece % 4 * 8 + (at.warp ^ step % 8)] = piece_of<T>(part);
+    gradients[(step * N + n) * 32 + gradient_place(step, piece % 4, at.warp)] = piece_of<T>(part);
   }
 }
 
-// Computes one step of one sequence and unit: stores its gate gradients and stages them for the product. dh, dc: on
-// entry dL/dh_t and dL/dc_t; on return dL/dh_{t-1} without the product, and dL/dc_{t-1}. `alive`: t is within the
-// length.
+// Computes one step of one sequence and unit: x, its gate gradients. dh, dc: on entry dL/dh_t and dL/dc_t; on return
+// dL/dh_{t-1} without the product, and dL/dc_{t-1}. `alive`: t is within the length. The inputs are converted here and
+// not before: see opaque().
 template <class T>
-FASTSEQ_DEVICE void step_back(const LstmBackwardParams& p,
-                              const BackwardPlace& at,
-                              const BackwardInputs<T>& in,
-                              uint2* gradients,
-                              int n,
-                              int N,
-                              int t,
-                              bool alive,
-                              float& dh,
-                              float& dc) {
-  const LstmShape& s = p.shape;
-  const int64_t H = s.hidden, row = at.row + 8 * n, slot = (t * s.batch + row) * s.directions + at.direction;
-  float x[4] = {};
-  if (alive) {
-    const auto grad =
-        lstm_cell_backward(to_float(in.gates[0]), to_float(in.gates[1]), to_float(in.gates[2]), to_float(in.gates[3]),
-                           in.c_before, in.c, dh + to_float(in.grad_output), dc + to_float(in.grad_cell));
-    x[0] = grad.i;
-    x[1] = grad.f;
-    x[2] = grad.g;
-    x[3] = grad.o;
-    dc = grad.c;
-    dh = 0;
-  }
-  stage_gradients<T>(gradients, x, at, n, N);
-  if (row >= s.batch || at.unit >= H) return;
+FASTSEQ_DEVICE void step_back(float (&x)[4], const BackwardInputs<T>& in, bool alive, float& dh, float& dc) {
+  const auto grad = lstm_cell_backward_for<T>(to_float(opaque(in.gates[0])), to_float(opaque(in.gates[1])),
+                                              to_float(opaque(in.gates[2])), to_float(opaque(in.gates[3])),
+                                              opaque(in.c_before), opaque(in.c), dh + to_float(opaque(in.grad_output)),
+                                              dc + to_float(opaque(in.grad_cell)));
+  x[0] = alive ? grad.i : 0.0f;
+  x[1] = alive ? grad.f : 0.0f;
+  x[2] = alive ? grad.g : 0.0f;
+  x[3] = alive ? grad.o : 0.0f;
+  dc = alive ? grad.c : dc;
+  dh = alive ? 0.0f : dh;
+}
+
+// index: in (T, B, D, H)
+template <class T>
+FASTSEQ_DEVICE void store_gate_gradients(const LstmBackwardParams& p,
+                                         const BackwardPlace& at,
+                                         int64_t index,
+                                         const float (&x)[4]) {
+  T* to = static_cast<T*>(p.grad_gates) + 4 * index - 3 * at.unit;
 #pragma unroll
-  for (int gate = 0; gate < 4; ++gate) {
-    from_float(x[gate], static_cast<T*>(p.grad_gates) + slot * 4 * H + gate * H + at.unit);
-  }
+  for (int gate = 0; gate < 4; ++gate) from_float(x[gate], to + gate * p.shape.hidden);
 }
 
 // Computes this block's parts of dh of all units and sends each to `parts` in the block of the unit.
@@ -224,7 +245,7 @@ FASTSEQ_DEVICE void send_parts(const uint32_t (&weights)[M][kGateSteps<T>][4],
   for (int s = 0; s < kGateSteps<T>; ++s) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const uint2 piece = gradients[(s * N + n) * 32 + at.q * 8 + (at.r ^ s % 8)];
+      const uint2 piece = gradients[(s * N + n) * 32 + gradient_place(s, at.q, at.r)];
       const uint32_t b[2] = {piece.x, piece.y};
 #pragma unroll
       for (int m = 0; m < M; ++m) multiply<T>(sums[m][n], weights[m][s], b);
@@ -235,9 +256,9 @@ FASTSEQ_DEVICE void send_parts(const uint32_t (&weights)[M][kGateSteps<T>][4],
   for (int m = 0; m < M; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int unit = (at.warp * M + m) * 16 + 8 * half + at.r, rank = unit / tile.units;
+      const int unit = (at.warp * M + m) * 16 + 8 * half + at.r, rank = tile.block_of(unit);
       if (rank >= tile.blocks) continue;
-      const uint64_t address = cluster_address(slots + at.q * tile.units + unit % tile.units, rank);
+      const uint64_t address = cluster_address(slots + (at.q - rank) * tile.units + unit, rank);
       const uint64_t mbarrier = cluster_address(arrived, rank);
 #pragma unroll
       for (int n = 0; n < N; ++n) {
@@ -252,7 +273,7 @@ FASTSEQ_DEVICE void send_parts(const uint32_t (&weights)[M][kGateSteps<T>][4],
 
 // Loads this thread's unit and sequences. from: (D, B, H) of T, or null for zero.
 template <class T, int N>
-FASTSEQ_DEVICE void load_gradients(float (&x)[N], const void* from, const LstmShape& s, const BackwardPlace& at) {
+FASTSEQ_DEVICE void load_initial(float (&x)[N], const void* from, const LstmShape& s, const BackwardPlace& at) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const int64_t row = at.row + 8 * n;
@@ -303,9 +324,10 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(Lstm
   uint32_t weights[M][kGateSteps<T>][4];
   load_columns<T, M>(weights, reinterpret_cast<uint4*>(parts),
                      static_cast<const T*>(p.weight_hh) + at.direction * 4 * H * H, H, tile, at);
-  float dh[N], dc[N];
-  load_gradients<T>(dh, p.grad_h_n, p.shape, at);
-  load_gradients<T>(dc, p.grad_c_n, p.shape, at);
+  float dh[N], dc[N], c0[N];
+  load_initial<T>(dh, p.grad_h_n, p.shape, at);
+  load_initial<T>(dc, p.grad_c_n, p.shape, at);
+  load_initial<T>(c0, p.c0, p.shape, at);
   int lengths[N];
 #pragma unroll
   for (int n = 0; n < N; ++n) {
@@ -321,27 +343,44 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(Lstm
   }
   cluster_barrier();
 
+  BackwardCursor cursor(p.shape, at, at.backwards ? 0 : steps - 1);
   BackwardInputs<T> in[N];
 #pragma unroll
-  for (int n = 0; n < N; ++n) fetch_inputs(in[n], p, at, at.row + 8 * n, lengths[n], at.backwards ? 0 : steps - 1);
+  for (int n = 0; n < N; ++n) {
+    const int64_t index = cursor.index + n * cursor.tile;
+    fetch_inputs(in[n], p, at, at.row + 8 * n, lengths[n], at.backwards ? 0 : steps - 1, index, cursor.step, c0[n]);
+  }
   for (int s = 0; s <= steps; ++s) {  // round `steps` only completes dh
     const int t = at.backwards ? s : steps - 1 - s;
     if (s) {
-      mbarrier_wait(arrived + s % 2, (s - 1) / 2 % 2, p.shape.spin_limit);
+      mbarrier_wait(arrived + s % 2, (s - 1) >> 1 & 1, p.shape.spin_limit);
       if (threadIdx.x == 0) mbarrier_arrive_expect(arrived + s % 2, bytes);  // step s + 2
 #pragma unroll
-      for (int n = 0; n < N; ++n) dh[n] += add_parts(parts + s % 2 * parts_buffer, tile, at, n, N);
+      for (int n = 0; n < N; ++n) dh[n] += add_parts<M>(parts + s % 2 * parts_buffer, tile, at, n, N);
     }
     if (s == steps) break;
+    float x[N][4];
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const int row = at.row + 8 * n;
-      step_back<T>(p, at, in[n], gradients + s % 2 * gradients_buffer, n, N, t, t < lengths[n], dh[n], dc[n]);
-      if (s + 1 < steps) fetch_inputs(in[n], p, at, row, lengths[n], at.backwards ? t + 1 : t - 1);
+      step_back<T>(x[n], in[n], t < lengths[n], dh[n], dc[n]);
+      stage_gradients<T>(gradients + s % 2 * gradients_buffer, x[n], at, n, N);
     }
     __syncthreads();
     send_parts<T, M, N>(weights, gradients + s % 2 * gradients_buffer, parts + (s + 1) % 2 * parts_buffer,
                         arrived + (s + 1) % 2, tile, at);
+    // Stores and loads of global memory follow the send, off the way between the blocks.
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      if (at.row + 8 * n >= p.shape.batch || at.unit >= H) continue;
+      store_gate_gradients<T>(p, at, cursor.index + n * cursor.tile, x[n]);
+    }
+    cursor.index += cursor.step;
+    if (s + 1 == steps) continue;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const int64_t index = cursor.index + n * cursor.tile;
+      fetch_inputs(in[n], p, at, at.row + 8 * n, lengths[n], at.backwards ? t + 1 : t - 1, index, cursor.step, c0[n]);
+    }
   }
   store_gradients<T>(p.grad_h0, dh, p.shape, at);
   store_gradients<T>(p.grad_c0, dc, p.shape, at);

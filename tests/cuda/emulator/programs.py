@@ -11,6 +11,7 @@ from .build import FLAGS, HERE, ROOT, compiler, link, objects
 
 # program -> the sources of csrc/cuda that it launches
 PROGRAMS = {
+    "bank_conflicts": (),
     "cluster_check": (),
     "device_check": (),
     "race_attention": ("attention/forward", "attention/backward"),
