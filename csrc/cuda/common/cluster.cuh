@@ -5,12 +5,14 @@
 
 namespace fastseq::cuda {
 
-// Cluster kernels are compiled for every architecture. Below sm_90, where they are not launched, these functions abort.
+// Cluster kernels exist for every architecture. Below sm_90, where they are not launched, their body only aborts.
 #if defined(FASTSEQ_HOST_DEVICE) || __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 #define FASTSEQ_HAS_CLUSTERS 1
 #else
 #define FASTSEQ_HAS_CLUSTERS 0
 #endif
+
+constexpr bool kHasClusters = FASTSEQ_HAS_CLUSTERS;
 
 FASTSEQ_DEVICE void refuse_cluster() { abort_kernel("thread block clusters need sm_90"); }
 

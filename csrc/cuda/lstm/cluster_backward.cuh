@@ -310,6 +310,7 @@ FASTSEQ_DEVICE void clear_grad_gates(const LstmBackwardParams& p, const Backward
 // M: tiles of 16 units a warp. N: tiles of 8 sequences.
 template <class T, int M, int N>
 __global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(LstmBackwardParams p, BackwardTile tile) {
+  if constexpr (!kHasClusters) return refuse_cluster();
   FASTSEQ_DYNAMIC_SHARED(memory);
   const BackwardMemory offsets(tile, kGateSteps<T>, N);
   uint64_t* arrived = reinterpret_cast<uint64_t*>(memory);  // by buffer

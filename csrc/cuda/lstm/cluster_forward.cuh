@@ -354,6 +354,7 @@ FASTSEQ_DEVICE void store_states(const T (&h)[N],
 // R: steps of K in registers. N: tiles of 8 sequences.
 template <class T, int Threads, int R, int N>
 __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmForwardParams p, ForwardTile tile) {
+  if constexpr (!kHasClusters) return refuse_cluster();
   FASTSEQ_DYNAMIC_SHARED(memory);
   const ForwardMemory parts(tile, R, N);
   uint64_t* arrived = reinterpret_cast<uint64_t*>(memory);  // by buffer
