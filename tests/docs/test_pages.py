@@ -1,5 +1,6 @@
 """The pages fit together: links, navigation, and lists that must name everything that the sources have."""
 
+import itertools
 import json
 import re
 import statistics
@@ -124,7 +125,11 @@ def results(threads: str) -> dict[tuple[str, str], dict]:
 
 def test_the_figures_are_those_of_the_result_files():
     one, two = results("1thread"), results("2threads")
-    table = re.findall(r"^\| (.+?) \| (\d.*?) \| (\d.*?) \| (.+?) \| (.+?) \|$", PAGE.read_text(), re.MULTILINE)
+    table = re.findall(
+        r"^\| (.+?) \| (\d.*?) \| (\d.*?) \| (.+?) \| (.+?) \|$",
+        PAGE.read_text().partition("### Whole models")[0],
+        re.MULTILINE,
+    )
     assert {row[0] for row in table} == {case for case, _ in one}
     for case, *ratios, baseline, served in table:
         measured = [f"{one[case, mode]['ratio']:.2f} / {two[case, mode]['ratio']:.2f}" for mode in MODES]
@@ -132,6 +137,34 @@ def test_the_figures_are_those_of_the_result_files():
         each = ", ".join(f"{name} ({mode})" for name, mode in zip(backends, MODES, strict=True))
         assert (ratios, baseline) == (measured, one[case, MODES[0]]["baseline"]), case
         assert served == (backends[0] if len(set(backends)) == 1 else each), case
+
+
+def test_the_whole_models_are_those_of_the_result_files():
+    measured = {}
+    for size, vectors in itertools.product(("translation", "long"), ("", "-avx2")):
+        rows = json.loads((ROOT / f"benchmarks/results/seq2seq-{size}-xeon{vectors}-1thread.json").read_text())["rows"]
+        for row in rows:
+            if row["candidate"] == "fastseq":
+                measured.setdefault(row["case"], {}).setdefault(row["mode"], []).append(f"{row['ratio']:.2f}")
+    table = {cells[0]: cells[1:] for cells in (line.split(" | ") for line in PAGE.read_text().splitlines())}
+    assert len(measured) == 4
+    for case, modes in measured.items():
+        assert table[f"| {case}"] == [*(" / ".join(pair) for pair in list(modes.values())[:-1]), table[f"| {case}"][-1]]
+        assert table[f"| {case}"][-1] == " / ".join(list(modes.values())[-1]) + " |"
+
+
+def test_the_other_engines_are_those_of_the_result_files():
+    page, measured = PAGE.read_text(), {}
+    for vectors in ("avx512", "avx2"):
+        path = ROOT / f"benchmarks/results/alternatives-xeon-{vectors}-1thread.json"
+        for row in json.loads(path.read_text())["rows"]:
+            if row["over"] and row["candidate"] != "nn.LSTM":
+                _, batch, hidden, _ = re.findall(r"\d+", row["case"])
+                cells = measured.setdefault(f"{batch}, {hidden}", {})
+                cells.setdefault(row["candidate"], []).append(f"{row['ratio']:.2f}")
+    assert len(measured) == 6
+    for case, engines in measured.items():
+        assert f"| {case} | " + " | ".join(" / ".join(pair) for pair in engines.values()) + " |" in page
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])

@@ -13,6 +13,7 @@ from fastseq import _native
 from fastseq.dispatch import Rule
 
 AVX2 = "benchmarks/results/grid-xeon-avx2-1thread.json"
+SSE = "benchmarks/results/grid-xeon-baseline-1thread.json"
 AVX512 = "benchmarks/results/grid-xeon-avx512-1thread.json"
 AMX = "benchmarks/results/grid-xeon-amx-1thread.json"
 GRIDS = f"{AVX2}, {AVX512}, {AMX}"
@@ -251,6 +252,12 @@ RULES = (
         (on_cpu, eager, padded, float64, training, one_step),
         "a single step in training, op by op: native is 0.6 to 1.0 times as fast in float64",
         GRIDS,
+    ),
+    Rule(
+        "torch",
+        (on_cpu, eager, padded, float64, without_avx512, inference, one_step, one_sequence, one_input_column),
+        "a single step of one sequence of single numbers in float64: native is 0.83 (SSE) to 1.0 times as fast (AVX2)",
+        f"{SSE}, {AVX2}",
     ),
     Rule(
         "torch",
