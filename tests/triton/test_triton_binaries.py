@@ -47,10 +47,13 @@ def lstm(H, dtype, T=2, B=2):
     (output.sum() + h_n.sum() + c_n.sum()).backward()
 
 
-def attention(score, A, D, dtype, T=3, S=4, B=2):
+def attention(score, A, D, dtype, T=3, S=4, B=2, coverage=False):
     query, keys, values, *more = zeros(dtype, (B, T, A), (B, S, A), (B, S, D), *([(A,)] * 2 if score != "dot" else []))
+    covered = {}
+    if coverage:
+        covered = dict(zip(("coverage", "coverage_weight"), zeros(dtype, (B, T, S), (A,)), strict=True))
     context, weights = ops.attention(
-        query, keys, values, score=score, **dict(zip(("weight", "bias"), more, strict=False)),
+        query, keys, values, score=score, **dict(zip(("weight", "bias"), more, strict=False)), **covered,
         lengths=torch.full((B,), S), need_weights=True, backend="triton",
     )  # fmt: skip
     (context.sum() + weights.sum()).backward()
@@ -81,6 +84,8 @@ CASES = {
     "attention dot 257 300 float32": lambda: attention("dot", 257, 300, F32),
     "attention additive 257 300 float16": lambda: attention("additive", 257, 300, F16),
     "attention additive 256 512 float32": lambda: attention("additive", 256, 512, F32),
+    "attention additive, coverage 256 512 float32": lambda: attention("additive", 256, 512, F32, coverage=True),
+    "attention additive, coverage 257 300 bfloat16": lambda: attention("additive", 257, 300, BF16, coverage=True),
     "loss 16384 float32": lambda: loss(16384, 16, F32),
     "loss 16384 bfloat16": lambda: loss(16384, 16, BF16),
     "loss 257 float32": lambda: loss(257, 16, F32),

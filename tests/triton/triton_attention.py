@@ -18,12 +18,14 @@ def attention(backend, score, scale=0.7, **options):
     return operation
 
 
-def tensors(score, dtype, B=3, T=4, S=5, A=6, D=7):
+def tensors(score, dtype, B=3, T=4, S=5, A=6, D=7, coverage=False):
     more = {"weight": (A + 1, A)} if score == "general" else {}
     if "additive" in score:
         more = {"weight": (A,), "bias": (A,)}
     if score == "normed_additive":
         more["gain"] = (1,)
+    if coverage:
+        more |= {"coverage": (B, T, S), "coverage_weight": (A,)}
     return draw(dtype, query=(B, T, A + 1 if score == "general" else A), keys=(B, S, A), values=(B, S, D), **more)
 
 
@@ -39,6 +41,12 @@ def test_every_score_and_padding(score, padding):
     check_attention(score, [tensors(score, torch.float32) for _ in range(3)], torch.float32, **make_padding(padding))
 
 
+@pytest.mark.parametrize("padding", ["mask", "step_mask"])
+def test_coverage_with_padding(padding):
+    inputs = [tensors("additive", torch.float32, coverage=True) for _ in range(3)]
+    check_attention("additive", inputs, torch.float32, **make_padding(padding))
+
+
 SHAPES = [
     {"T": 1, "S": 1, "B": 1},
     {"A": 1, "D": 1},
@@ -49,6 +57,28 @@ SHAPES = [
 
 
 CASES = [(shape, torch.float32) for shape in SHAPES] + [(shape, d) for shape in SHAPES[2:] for d in DTYPES[1:]]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [(SHAPES[2], torch.float32), (SHAPES[4], DTYPES[1])], ids=str)
+def test_coverage_shapes_and_dtypes(shape, dtype):
+    """A 257: three blocks of columns, whose parts of the coverage's gradient are summed."""
+    check_attention("additive", [tensors("additive", dtype, **shape, coverage=True) for _ in range(3)], dtype)
+
+
+def test_coverage_of_the_padding_may_be_nan():
+    """And each gradient alone."""
+    given, where = tensors("additive", torch.float32, coverage=True), make_padding("lengths")
+    outside = ~allowed_positions(where)
+    with torch.no_grad():
+        given["coverage"][outside] = torch.nan
+    for name in ("coverage", "coverage_weight", "keys"):
+        leaves = {k: v.detach().requires_grad_(k == name) for k, v in given.items()}
+        grads = []
+        for backend in ("triton", "reference"):
+            context, weights = ops.attention(**leaves, score="additive", **where, need_weights=True, backend=backend)
+            (grad,) = torch.autograd.grad(context.sum() + weights.square().sum(), [leaves[name]])
+            grads.append(grad)
+        torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)

@@ -4,6 +4,8 @@ Forward is one kernel, an online softmax (Milakov & Gimelshein 2018) over blocks
 for the weights and the backward. Nothing of size (B, T, S, A) is stored. docs/kernels/triton.md
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,6 @@ from fastseq.ops.common.triton.runtime import chip_of, dot_precision, power_of_t
 
 def unsupported(call) -> str | None:
     """Return the refusal of an ``AttentionCall``, a sentence with the way out, or None."""
-    if call.coverage:
-        return "attention: the triton backend has no coverage; use backend='native' on the CPU, or 'torch'."
     return why_not("attention", call)
 
 
@@ -31,7 +31,7 @@ def forward(inputs: Inputs, want: Want) -> Result:
     blocks = _blocks(inputs)
     with torch.cuda.device_of(query):
         attention_forward_kernel[(B * -(-T // blocks["BLOCK_T"]), -(-D // blocks["BLOCK_D"]))](
-            *map(ready, inputs.differentiable()[:5]),
+            *map(ready, inputs.differentiable()),
             ready(None if lengths is None else lengths.to(torch.int64)),
             None if mask is None else ready(mask).view(torch.uint8),
             context,
@@ -100,41 +100,61 @@ def _grad_scores(inputs: Inputs, saved: tuple[Tensor, ...], grads: Grads) -> tup
 
 
 def _additive_backward(inputs: Inputs, grad_scores: Tensor, needs: InputGrads) -> InputGrads:
-    """Compute the gradients of query, keys, weight and bias, with sums over rows in float32."""
-    query, keys, _, weight, bias = map(ready, inputs.differentiable()[:5])
+    """Compute the gradients of query, keys, weight, bias and coverage, with sums over rows in float32."""
+    query, keys, _, *parameters = map(ready, inputs.differentiable())
+    weight, _, coverage, coverage_weight = parameters
     grad_query = grad_keys = grad_weight = grad_bias = None
+    covered = None, None
     with torch.cuda.device_of(query):
-        if needs.query or needs.weight or needs.bias:
+        if needs.query or needs.weight or needs.bias or needs.coverage or needs.coverage_weight:
             wide = torch.empty_like(query, dtype=torch.float32)
             weight_rows = torch.empty_like(wide)  # (B, T, A); always passed, so that only one variant is compiled
-            _one_side(query, keys, (weight, bias), grad_scores, (wide, weight_rows))
+            parts, coverage_rows = _coverage_outputs(query, coverage)
+            _one_side(query, keys, parameters, grad_scores, (wide, weight_rows, parts, coverage_rows))
             grad_query = wide.to(query.dtype) if needs.query else None
             grad_weight = weight_rows.sum((0, 1)).to(weight.dtype) if needs.weight else None
             grad_bias = wide.sum((0, 1)).to(weight.dtype) if needs.bias else None
+            if coverage is not None:
+                covered = parts.sum(0).to(coverage.dtype), coverage_rows.sum((0, 1)).to(coverage_weight.dtype)
         if needs.keys:
             grad_keys = torch.empty_like(keys)
-            _one_side(keys, query, (weight, bias), grad_scores, (grad_keys, None), transposed=True)
-    return InputGrads(grad_query, grad_keys, None, grad_weight, grad_bias)
+            _one_side(keys, query, parameters, grad_scores, (grad_keys, None, None, None), transposed=True)
+    grad_coverage, grad_coverage_weight = (g if need else None for g, need in zip(covered, needs[5:], strict=True))
+    return InputGrads(grad_query, grad_keys, None, grad_weight, grad_bias, grad_coverage, grad_coverage_weight)
+
+
+def _coverage_outputs(query: Tensor, coverage: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Outputs for the gradients of coverage, (blocks of A, B, T, S), and of its weight, (B, T, A); None without."""
+    if coverage is None:
+        return None, None
+    blocks = -(-query.size(2) // _block_a(query))
+    rows = torch.empty_like(query, dtype=torch.float32)
+    return torch.empty(blocks, *coverage.shape, dtype=torch.float32, device=query.device), rows
+
+
+def _block_a(side: Tensor) -> int:
+    return min(128, power_of_two(side.size(2)))
 
 
 def _one_side(
     side: Tensor,  # (B, R, A) query or keys: the tensor that gets the gradient
     other: Tensor,  # (B, O, A) keys or query
-    parameters: tuple[Tensor, Tensor | None],  # weight (A,), bias (A,)
+    parameters: Sequence[Tensor | None],  # weight (A,), bias (A,), coverage (B, T, S), coverage_weight (A,)
     grad_scores: Tensor,  # (B, R, O), or (B, O, R) if transposed
-    out: tuple[Tensor, Tensor | None],  # (B, R, A) each: gradient of `side`; per-row gradient of the weight
+    out: tuple[Tensor | None, ...],  # (B, R, A) gradient of `side`, rows of the weight's; then _coverage_outputs
     transposed: bool = False,
 ) -> None:
     from fastseq.ops.attention.triton_kernels import attention_additive_backward_kernel
 
     B, R, A = side.shape
-    block_a = min(128, power_of_two(A))
+    block_a = _block_a(side)
     attention_additive_backward_kernel[(B * R, -(-A // block_a))](
         side,
         other,
         *parameters,
         grad_scores,
         *out,
+        grad_scores.numel(),
         R,
         other.size(1),
         A=A,

@@ -42,9 +42,24 @@ def _dot_scores(
 
 
 @triton.jit
-def _additive_scores(query, keys, weight, bias, row, key_rows, in_keys, A: tl.constexpr, BLOCK_A: tl.constexpr):
-    """Return (1, BLOCK_S) weight . tanh(q + k + bias) for one query row."""
+def _additive_scores(
+    query,
+    keys,
+    weight,
+    bias,
+    covered,  # coverage of the row's first position, or None
+    coverage_weight,
+    row,
+    s,
+    key_rows,
+    in_keys,
+    A: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    """Return (1, BLOCK_S) weight . tanh(q + k + bias + coverage * coverage_weight) for one query row."""
     scores = tl.zeros([key_rows.shape[0]], tl.float32)
+    if covered is not None:
+        c = _load(covered, s, in_keys).to(tl.float32)
     for start in range(0, A, BLOCK_A):
         a = start + tl.arange(0, BLOCK_A)
         q = _load(query, row * A + a, a < A).to(tl.float32)
@@ -52,7 +67,10 @@ def _additive_scores(query, keys, weight, bias, row, key_rows, in_keys, A: tl.co
             q += _load(bias, a, a < A).to(tl.float32)
         v = _load(weight, a, a < A).to(tl.float32)
         k = _load(keys, key_rows[:, None] * A + a[None, :], in_keys[:, None] & (a[None, :] < A)).to(tl.float32)
-        scores += tl.sum(tanh(q[None, :] + k) * v[None, :], axis=1)
+        inner = q[None, :] + k
+        if covered is not None:
+            inner += c[:, None] * _load(coverage_weight, a, a < A).to(tl.float32)[None, :]
+        scores += tl.sum(tanh(inner) * v[None, :], axis=1)
     return scores[None, :]
 
 
@@ -63,6 +81,8 @@ def attention_forward_kernel(
     values,  # (B, S, D)
     weight,  # (A,) v of the additive score; None: dot
     bias,  # (A,) or None
+    coverage,  # (B, T, S) of the additive score, or None
+    coverage_weight,  # (A,), with coverage
     lengths,  # (B,) or None
     mask,  # (B, 1 or T, S) bytes, or None
     context,  # (B, T, D) out
@@ -99,7 +119,11 @@ def attention_forward_kernel(
         if weight is None:
             block = _dot_scores(query, keys, rows, key_rows, step < T, read, A, BLOCK_A, PRECISION)
         else:
-            block = _additive_scores(query, keys, weight, bias, b * T + first, key_rows, read, A, BLOCK_A)
+            row = b * T + first
+            covered = None if coverage is None else coverage + row * S
+            block = _additive_scores(
+                query, keys, weight, bias, covered, coverage_weight, row, s, key_rows, read, A, BLOCK_A
+            )
         block = tl.where(allowed, block * scale, float("-inf"))
         if tl.program_id(1) == 0:
             tl.store(scores + rows[:, None] * S + s[None, :], block, mask=(step[:, None] < T) & (s[None, :] < S))
@@ -226,15 +250,20 @@ def attention_grad_scores_kernel(
         tl.store(grad_scores + at, grad.to(grad_scores.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["R", "O"])
+@triton.jit(do_not_specialize=["R", "O", "part"])
 def attention_additive_backward_kernel(
     side,  # (B, R, A): query or keys, the tensor that gets the gradient
     other,  # (B, O, A): keys or query
     weight,  # (A,)
     bias,  # (A,) or None
+    coverage,  # (B, R, O), or (B, O, R) if TRANSPOSED; or None
+    coverage_weight,  # (A,), with coverage
     grad_scores,  # (B, R, O) float32, or (B, O, R) if TRANSPOSED
     grad_side,  # (B, R, A) out
     grad_weight,  # (B, R, A) float32 out: per-row gradient of the weight; or None
+    grad_coverage,  # (blocks of A, B, R, O) float32 out: a part for each block; or None
+    grad_coverage_weight,  # (B, R, A) float32 out: per-row gradient of coverage_weight; with grad_coverage
+    part,  # B * R * O
     R,
     O,  # noqa: E741
     A: tl.constexpr,
@@ -242,7 +271,7 @@ def attention_additive_backward_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
-    R, O = R.to(tl.int64), O.to(tl.int64)  # noqa: E741
+    R, O, part = R.to(tl.int64), O.to(tl.int64), part.to(tl.int64)  # noqa: E741
     row = tl.program_id(0).to(tl.int64)
     b, r = row // R, row % R
     a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -251,16 +280,33 @@ def attention_additive_backward_kernel(
         x += _load(bias, a, a < A).to(tl.float32)
     slopes = tl.zeros([BLOCK_A], tl.float32)  # sum of gradient * (1 - tanh^2)
     heights = tl.zeros([BLOCK_A], tl.float32)  # sum of gradient * tanh
+    if coverage is not None:
+        w = _load(coverage_weight, a, a < A).to(tl.float32)
+    if grad_coverage is not None:
+        vw = _load(weight, a, a < A).to(tl.float32) * w
+        covered = tl.zeros([BLOCK_A], tl.float32)  # sum of coverage * gradient * (1 - tanh^2)
     for start in range(0, O, BLOCK_O):
         o = start + tl.arange(0, BLOCK_O)
         at = o * R + r if TRANSPOSED else r * O + o
         grad = tl.load(grad_scores + b * R * O + at, mask=o < O, other=0.0)
         y = _load(other, (b * O + o[:, None]) * A + a[None, :], (o[:, None] < O) & (a[None, :] < A)).to(tl.float32)
-        hidden = tanh(x[None, :] + y)
+        inner = x[None, :] + y
+        if coverage is not None:
+            c = _load(coverage, b * R * O + at, o < O).to(tl.float32)
+            c = tl.where(grad == 0.0, 0.0, c)
+            inner += c[:, None] * w[None, :]
+        hidden = tanh(inner)
         hidden = tl.where(grad[:, None] == 0.0, 0.0, hidden)  # padding may be NaN
-        slopes += tl.sum(grad[:, None] * (1.0 - hidden * hidden), axis=0)
+        slope = grad[:, None] * (1.0 - hidden * hidden)
+        slopes += tl.sum(slope, axis=0)
+        if grad_coverage is not None:
+            covered += tl.sum(c[:, None] * slope, axis=0)
+            product = tl.sum(slope * vw[None, :], axis=1)
+            tl.store(grad_coverage + tl.program_id(1) * part + b * R * O + at, product, mask=o < O)
         heights += tl.sum(grad[:, None] * hidden, axis=0)
     v = _load(weight, a, a < A).to(tl.float32)
     tl.store(grad_side + row * A + a, (slopes * v).to(grad_side.dtype.element_ty), mask=a < A)
     if grad_weight is not None:
         tl.store(grad_weight + row * A + a, heights, mask=a < A)
+    if grad_coverage is not None:
+        tl.store(grad_coverage_weight + row * A + a, covered * v, mask=a < A)
