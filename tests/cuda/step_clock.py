@@ -56,14 +56,13 @@ class Family(NamedTuple):
     wait: str  # mnemonics
     send: str
     exchange: int  # cycles from the send to the moment from which a wait succeeds
-    once: bool  # a second wait follows one in vain; else the next loads of the same poll
 
 
-CLUSTER = Family(r"SYNCS\.PHASECHK", r"STAS", 180, True)
+CLUSTER = Family(r"SYNCS\.PHASECHK", r"STAS", 180)
 FAMILIES = {  # kernel name (pattern) -> family
     r"lstm_cluster_(forward|backward)_kernel": CLUSTER,
-    r"lstm_grid_forward_kernel": Family(r"LDG\.E\.128\.STRONG", r"STG\.E\.STRONG", 258, False),
-    r"lstm_grid_backward_kernel": Family(r"LDG\.E\.STRONG", r"STG\.E\.STRONG", 258, True),
+    r"lstm_grid_forward_kernel": Family(r"LDG\.E\.128\.STRONG", r"STG\.E\.STRONG", 258),
+    r"lstm_grid_backward_kernel": Family(r"LDG\.E\.STRONG", r"STG\.E\.STRONG", 258),
 }
 
 
@@ -134,39 +133,43 @@ def step_loop(code: list[Instruction], family: Family) -> list[Instruction]:
     raise ValueError("no loop waits, meets in a block barrier and sends")
 
 
-def _skipped(loop: list[Instruction], k: int, target: int, wait: int) -> bool:
-    """True if branch k to ``target`` skips nothing but products with weights from shared memory."""
-    if not loop[k].conditional or k < wait < target:
-        return False
+def _skipped(loop: list[Instruction], k: int, target: int, wait: int, send: int) -> bool:
+    """True if branch k to ``target`` skips nothing but products with weights from shared memory, or cells whose inputs
+    are loaded between wait and send.
+    """
     region = [i.op for i in loop[k + 1 : target]]
+    if not loop[k].conditional or k < wait < target or any(re.match(r"BAR\.SYNC|STAS", op) for op in region):
+        return False
     products = sum(bool(re.match(r"HMMA|FFMA", op)) for op in region)
     wide = sum(bool(re.match(r"LDS\.128", op)) for op in region)
-    vital = any(re.match(r"BAR\.SYNC|STAS", op) for op in region)
-    return products >= 2 and wide >= 2 and not vital
+    loads = sum(op.startswith("LDG") and "STRONG" not in op for op in region)
+    return (products >= 2 and wide >= 2) or (loads >= 4 and wait < k and target <= send)
 
 
 def path(loop: list[Instruction], family: Family) -> list[Instruction]:
     """Return the instructions of one step: the longest way through the loop that waits, meets and sends.
 
-    Inner loops run once. Left out: failed polls, weights in shared memory, the loads of h after the first product.
+    Inner loops run once. Left out: failed polls, weights in shared memory, the loads of h after the first product,
+    cells whose inputs are not loaded ahead.
     """
     at = {instruction.address: k for k, instruction in enumerate(loop)}
     waits, barriers = _matches(loop, family.wait), _matches(loop, r"BAR\.SYNC")
     wait, following = waits[0], []
+    barrier = next(k for k in barriers if k > wait)
+    send = next(k for k in _matches(loop, family.send) if k > barrier)
     for k, i in enumerate(loop):
         forward = at.get(i.target, -1) if i.target is not None else -1
         ends = i.op == "EXIT" or (i.op.startswith("BRA") and not i.op.startswith("BRA.DIV"))
         through = [] if ends and not i.conditional else [k + 1]
-        counts = any(re.search(r"LOP3.*0x3ff,", j.text) for j in loop[max(0, k - 4) : k])  # SpinTimeout: slow path
-        if forward > k and (counts or _skipped(loop, k, forward, wait)):
+        if any(re.search(r"LOP3.*0x3ff,", j.text) for j in loop[max(0, k - 4) : k]) and i.target is not None:
+            through, forward = [], -1  # SpinTimeout counts polls in vain
+        elif forward > k and _skipped(loop, k, forward, wait, send):
             through = []
         following.append([n for n in (*through, forward) if k < n < len(loop)])
     product = next(k for k in _matches(loop, "HMMA|FFMA") if k > wait)
-    for k in waits[1:]:
-        if family.once or k > product:
+    for k in waits:
+        if k > product:
             following[k] = []
-    barrier = next(k for k in barriers if k > wait)
-    send = next(k for k in _matches(loop, family.send) if k > barrier)
     stages, chosen = (0, wait, barrier, send, len(loop) - 1), []
     for begin, end in itertools.pairwise(stages):
         chosen += _longest(loop, following, begin, end)[:-1]

@@ -62,27 +62,35 @@ template <class Product, int R>
 FASTSEQ_DEVICE void run_step(const typename Block<Product, R>::Weights (&held)[Block<Product, R>::kHeld],
                              const Block<Product, R>& block,
                              int step) {
+  using T = typename Product::Element;
   constexpr int kBlockUnits = Block<Product, R>::kBlockUnits;
+  constexpr bool kDeferred = R == 1;  // else no registers are left
   const int first_row = threadIdx.x / kBlockUnits, first_unit = threadIdx.x % kBlockUnits;
   const bool last = step == block.p.shape.steps;
-  const CellInputs prefetched = read_cell(block, first_row, first_unit, step);
-  Vector<typename Product::Element, 4> deferred{};
+  const CellInputs<T> prefetched = read_cell(block, first_row, first_unit, step);
+  Vector<T, 4> deferred{};
   wait(block, step);
   for (int tile = 0; tile < block.tiles; tile += block.plan.pass_tiles) {
     const int count = min(block.plan.pass_tiles, block.tiles - tile);
     multiply(held, block, step, tile, count);
     __syncthreads();
-    for (int item = threadIdx.x; item < count * kTileRows * kBlockUnits; item += blockDim.x) {
+    int item = threadIdx.x;
+    if (tile == 0 && !last) {
+      if (item < count * kTileRows * kBlockUnits && block.exists(first_row, first_unit)) {
+        const float dh = sum_of_warps(block, first_row, first_unit);
+        deferred = step_cell(block, first_row, first_unit, step, prefetched, dh);
+        if (!kDeferred) write_dgates(block, first_row, first_unit, step, deferred);
+      }
+      item += blockDim.x;
+    }
+    for (; item < count * kTileRows * kBlockUnits; item += blockDim.x) {
       const int row = tile * kTileRows + item / kBlockUnits, unit = item % kBlockUnits;
       if (!block.exists(row, unit)) continue;
       const float dh = sum_of_warps(block, item / kBlockUnits, unit);
-      const bool is_first = row == first_row && unit == first_unit;
       if (last) {
         write_states(block, row, unit, dh);
-      } else if (is_first) {
-        deferred = step_cell(block, row, unit, step, prefetched, dh);
       } else {
-        const CellInputs x = read_cell(block, row, unit, step);
+        const CellInputs<T> x = read_cell(block, row, unit, step);
         write_dgates(block, row, unit, step, step_cell(block, row, unit, step, x, dh));
       }
     }
@@ -91,7 +99,7 @@ FASTSEQ_DEVICE void run_step(const typename Block<Product, R>::Weights (&held)[B
   if (last) return;
   if (threadIdx.x == 0) store_release(block.flags + blockIdx.x * kFlagStride, static_cast<unsigned>(step) + 1);
   const int pass_rows = min(block.plan.pass_tiles, block.tiles) * kTileRows;  // of the first pass
-  if (first_row < pass_rows && block.exists(first_row, first_unit)) {
+  if (kDeferred && first_row < pass_rows && block.exists(first_row, first_unit)) {
     write_dgates(block, first_row, first_unit, step, deferred);
   }
 }

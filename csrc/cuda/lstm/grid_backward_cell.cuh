@@ -5,10 +5,13 @@
 
 namespace fastseq::cuda::grid_backward {
 
-// Inputs of the cell's backward for one unit of one row.
+// Inputs of the cell's backward for one unit of one row, not converted yet: a conversion waits for its load.
+template <class T>
 struct CellInputs {
   bool valid;  // the step exists and is within the row's length
-  float i, f, g, o, c_prev, c, dh, dc;
+  bool first;  // of the sequence: 16-bit types have the cell state before it in c0, not in c_prev
+  T gates[4], c0, dh, dc;
+  float c_prev, c;
 };
 
 // Loads lengths, and the gradients of the final states into `carry`.
@@ -32,39 +35,53 @@ FASTSEQ_DEVICE void load_states(const Block<Product, R>& block) {
 }
 
 template <class Product, int R>
-FASTSEQ_DEVICE CellInputs read_cell(const Block<Product, R>& block, int row, int unit, int step) {
+FASTSEQ_DEVICE CellInputs<typename Product::Element> read_cell(const Block<Product, R>& block,
+                                                               int row,
+                                                               int unit,
+                                                               int step) {
   using T = typename Product::Element;
   const LstmBackwardParams& p = block.p;
-  CellInputs x{};
+  CellInputs<T> x{};
   const int time = block.time_of(step);
   x.valid = step < p.shape.steps && block.exists(row, unit) && time < block.lengths[row];
   if (!x.valid) return x;
   const int64_t H = p.shape.hidden, at = block.step_at(time, row, unit);
-  const int64_t gates_at = at * 4 - 3 * (block.first_unit + unit);
-  const T* activations = static_cast<const T*>(p.activations) + gates_at;
-  x.i = to_float(activations[0]);
-  x.f = to_float(activations[H]);
-  x.g = to_float(activations[2 * H]);
-  x.o = to_float(activations[3 * H]);
+  const T* activations = static_cast<const T*>(p.activations) + at * 4 - 3 * (block.first_unit + unit);
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate) x.gates[gate] = activations[gate * H];
   x.c = p.cell_states[at];
-  const bool first = time == (block.backwards ? block.lengths[row] - 1 : 0);
-  x.c_prev = first ? to_float(static_cast<const T*>(p.c0)[block.state_at(row, unit)])
-                   : p.cell_states[block.step_at(time + (block.backwards ? 1 : -1), row, unit)];
-  if (p.grad_output) x.dh = to_float(static_cast<const T*>(p.grad_output)[at]);
-  if (p.grad_cell_states) x.dc = to_float(static_cast<const T*>(p.grad_cell_states)[at]);
+  x.first = time == (block.backwards ? block.lengths[row] - 1 : 0);
+  if (x.first && sizeof(T) == 2) {
+    x.c0 = static_cast<const T*>(p.c0)[block.state_at(row, unit)];
+  } else if (x.first) {
+    x.c_prev = static_cast<const float*>(p.c0)[block.state_at(row, unit)];
+  } else {
+    x.c_prev = p.cell_states[block.step_at(time + (block.backwards ? 1 : -1), row, unit)];
+  }
+  if (p.grad_output) x.dh = static_cast<const T*>(p.grad_output)[at];
+  if (p.grad_cell_states) x.dc = static_cast<const T*>(p.grad_cell_states)[at];
   return x;
 }
 
 // Computes the dgates of one unit of one row and stores them in the exchange for the next step. dh: the product,
 // dL/dh_t through later steps.
 template <class Product, int R>
-FASTSEQ_DEVICE Vector<typename Product::Element, 4> step_cell(
-    const Block<Product, R>& block, int row, int unit, int step, const CellInputs& x, float dh) {
+FASTSEQ_DEVICE Vector<typename Product::Element, 4> step_cell(const Block<Product, R>& block,
+                                                              int row,
+                                                              int unit,
+                                                              int step,
+                                                              const CellInputs<typename Product::Element>& x,
+                                                              float dh) {
   using T = typename Product::Element;
   float2& kept = block.carry[row * Block<Product, R>::kBlockUnits + unit];
   CellGradient<float> grad{};
   dh += kept.x;
-  if (x.valid) grad = lstm_cell_backward(x.i, x.f, x.g, x.o, x.c_prev, x.c, dh + x.dh, kept.y + x.dc);
+  if (x.valid) {
+    const float c_prev = x.first && sizeof(T) == 2 ? to_float(opaque(x.c0)) : opaque(x.c_prev);
+    grad = lstm_cell_backward_for<T>(to_float(opaque(x.gates[0])), to_float(opaque(x.gates[1])),
+                                     to_float(opaque(x.gates[2])), to_float(opaque(x.gates[3])), c_prev, opaque(x.c),
+                                     dh + to_float(opaque(x.dh)), kept.y + to_float(opaque(x.dc)));
+  }
   kept = x.valid ? float2{0.0f, grad.c} : float2{dh, kept.y};
 
   Vector<T, 4> dgates, sent;

@@ -16,7 +16,8 @@
 namespace fastseq::cuda::grid_forward {
 
 // The cell of a thread: one unit of one row. Threads past the units of a pass or the rows of a pair have none. It is
-// constructed twice per pass, before and after the wait for h, so that only `gates` occupies registers during the wait.
+// constructed twice per pass, before and after the wait for h, so that only `loaded` occupies registers during the
+// wait.
 template <class M, int G>
 struct Cell {
   using T = typename M::T;
@@ -49,12 +50,13 @@ struct Cell {
     return (t * s.batch + task.first_row + row) * s.directions + task.direction;
   }
 
-  // Loads the input product x W_ih^T + b. It depends on no other block, so the load precedes the wait for h.
-  FASTSEQ_DEVICE void load(float (&gates)[4], const LstmForwardParams& p, const BlockTask& task, int step) const {
+  // Loads the input product x W_ih^T + b, which depends on no other block, before the wait for h. It is converted after
+  // the product: a conversion waits for its load, and so would the first poll.
+  FASTSEQ_DEVICE void load(T (&gates)[4], const LstmForwardParams& p, const BlockTask& task, int step) const {
     if (!active) return;
     const T* from = static_cast<const T*>(p.gates) + place(p.shape, task, step) * 4 * p.shape.hidden + unit;
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) gates[gate] = to_float(from[gate * p.shape.hidden]);
+    for (int gate = 0; gate < 4; ++gate) gates[gate] = from[gate * p.shape.hidden];
   }
 
   FASTSEQ_DEVICE void add(float (&gates)[4], const float* partial, int warps) const {
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const Ls
   begin<M, G>(p, task, plan, shared);
 
   uint32_t* counter = static_cast<uint32_t*>(p.workspace) + blockIdx.x / plan.blocks * plan.team_words();
-  uint32_t* buffers = counter + kChunkWords;
+  uint32_t* buffers = counter + kHeaderWords;
   const int64_t first = (task.direction * s.batch + task.first_row) * s.hidden;
   send_initial<M>(buffers, static_cast<const T*>(p.h0) + first, hidden_size, task, plan);
   Weights<M, G> weights;
@@ -165,8 +167,8 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const Ls
     for (int pair = 0; pair * kPair < task.rows; ++pair) {
       const int longest = shared.longest[pair];
       for (int pass = 0; pass < passes_of<G>(task); ++pass) {
-        float gates[4] = {};
-        Cell<M, G>(task, plan, shared, hidden_size, step, pair, pass).load(gates, p, task, step);
+        T loaded[4] = {};
+        Cell<M, G>(task, plan, shared, hidden_size, step, pair, pass).load(loaded, p, task, step);
         // Double buffer: a fast warp writes the sums of the next round while slower warps still read this round's.
         float* partial = shared.partial + round % 2 * kWarps * Shared<G>::kPartial;
         if (step < longest) {
@@ -175,6 +177,9 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const Ls
           ++round;
         }
         const Cell<M, G> cell(task, plan, shared, hidden_size, step, pair, pass);
+        float gates[4];
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) gates[gate] = to_float(opaque(loaded[gate]));
         cell.add(gates, partial, plan.warps);
         const float out = cell.update(gates);
         if (step + 1 < longest) {

@@ -11,6 +11,7 @@ constexpr int kUnits = 8;                      // hidden units of a group
 constexpr int kTile = 8;                       // rows of the batch in a tile
 constexpr int kPair = 2 * kTile;               // rows of a pair of tiles, computed together
 constexpr int kChunkWords = 16;                // 32-bit words of one row of a chunk of K
+constexpr int kHeaderWords = 32;               // a line of 128 bytes, so that no load of h spans two lines
 constexpr size_t kSliceBytes = 64 * kThreads;  // one slice (64 bytes) of every lane of a block
 
 // Chosen by the launcher. A team is the set of blocks that compute the same rows of one direction.
@@ -27,9 +28,9 @@ struct Plan {
   size_t shared_memory;
 
   FASTSEQ_INLINE int pairs() const { return (tiles + 1) / 2; }
-  // Workspace of a team: a 64-byte line, word 0 the barrier's counter, word 1 SpinLimit::stop; then buffers of h for
+  // Workspace of a team: a 128-byte line, word 0 the barrier's counter, word 1 SpinLimit::stop; then buffers of h for
   // h0, odd steps and even steps.
-  FASTSEQ_INLINE size_t team_words() const { return kChunkWords + 3 * buffer_words; }
+  FASTSEQ_INLINE size_t team_words() const { return kHeaderWords + 3 * buffer_words; }
 };
 
 // Work of one block: the rows of its team, and groups of units that no other block of the team computes.
