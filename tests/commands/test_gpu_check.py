@@ -16,6 +16,7 @@ import gpu_report
 import gpu_tasks
 import gpu_worker
 import pytest
+import step_prediction
 import torch
 
 from fastseq.parity.cases import GRIDS
@@ -86,6 +87,29 @@ def test_the_simulated_command_walks_everything_where_fastseq_is_not_installed(t
     assert "## Wrong" not in text
     for title in ("## Smoke", "## Kernels against float64", "## Beside other work"):
         assert printed.count(title) == 2, "at once and at the end"
+
+
+def test_predictions_stand_beside_what_the_smoke_measures():
+    """From step_clock.json: a cluster of 16 at B = 16 holds two tiles of 8, B = 128 takes tiles of 16 at once."""
+    clocks = json.loads((ROOT / "tests/cuda/step_clock.json").read_text())
+    cases = {case.name: case for case in gpu_cases.bench_case_list("smoke")}
+    small, large = cases["lstm (128, 16, 512, 512) bf16 cuda"], cases["lstm (128, 128, 512, 512) bf16 cuda"]
+    kernel = "cluster::lstm_cluster_forward_kernel<__nv_bfloat16, 256, 16, {}>"
+    for case, tiles in ((small, 1), (large, 2)):
+        received = 8 * tiles * 512 * 2 / 25e3
+        us = step_prediction.predicted_us(case, "cluster", False)
+        assert us == pytest.approx(clocks[kernel.format(tiles)]["step"] / 1980 + received)
+        assert step_prediction.predicted_us(case, "cluster", True) > 1.5 * us
+    assert step_prediction.predicted_us(small, "grid", False) > 0
+    assert step_prediction.predicted_us(large, "grid", False) is None, "several pairs of tiles: no row"
+    assert step_prediction.predicted_us(cases["lstm (128, 16, 1024, 1024) bf16 cuda"], "cluster", False) is None
+    assert step_prediction.predicted_us(small, "", False) is None, "not one kernel"
+    float_case = cases["lstm (128, 16, 512, 512) tf32 cuda"]
+    assert step_prediction.predicted_us(float_case, "cluster", False) > 0
+    assert step_prediction.predicted_us(float_case, "cluster", True) is None, "float has no backward in clusters of 16"
+    row = {"case": "c", "mode": "inference", "candidate": "native cluster", "us_per_step": 1.5, "ratio": 2.0}
+    lines = gpu_report.smoke_lines([row | {"predicted_us_per_step": 1.04}])
+    assert lines[0][3:5] == ("1.5 (1)", "2.00")
 
 
 def test_a_cut_run_leaves_whole_files(tmp_path):
