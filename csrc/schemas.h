@@ -45,6 +45,23 @@ void define_operators(Library& m) {
       "Tensor h0, Tensor c0, Tensor[] weights, Tensor activations, Tensor cell_states, Tensor? lengths, "
       "Tensor? batch_sizes, bool reverse, bool need_input, bool need_weights) "
       "-> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_weights)");
+  // The recurrence of one direction with recurrent dropout, zoneout or layer normalisation, on the CPU. gates (T, B,
+  // 4H): the input's part, biases included; h0, c0 (1, B, H); norms (4H,), (H,), (H,), all or none; hidden_mask (B, H)
+  // acc; keep_h, keep_c (T, B, H) bool, else a rate. For the backward, else (0,): activations (T, B, 4H), operands (T,
+  // B, H), the masked h before each step, and with norms normal (T, B, 4H), statistics (T, B, 3) acc.
+  m.def(
+      "lstm_variant_forward(Tensor gates, Tensor h0, Tensor c0, Tensor weight_hh, Tensor? norm_hh, Tensor? norm_c, "
+      "Tensor? norm_c_bias, Tensor? hidden_mask, Tensor? keep_h, Tensor? keep_c, float rate_h, float rate_c, "
+      "Tensor? lengths, bool reverse, bool need_backward, bool need_cell_states) -> (Tensor output, Tensor h_n, "
+      "Tensor c_n, Tensor cell_states, Tensor activations, Tensor operands, Tensor normal, Tensor statistics)");
+  // grad_products (T, B, 4H): of W_hh h, with norms, else (0,): then they are grad_gates. grad_norms (6H,) acc: of
+  // norm_hh, norm_c, norm_c_bias; or (0,).
+  m.def(
+      "lstm_variant_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cell_states, "
+      "Tensor c0, Tensor weight_hh, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_c_bias, Tensor? hidden_mask, "
+      "Tensor? keep_h, Tensor? keep_c, float rate_h, float rate_c, Tensor? lengths, bool reverse, Tensor cell_states, "
+      "Tensor activations, Tensor? normal, Tensor? statistics) -> (Tensor grad_gates, Tensor grad_products, "
+      "Tensor grad_h0, Tensor grad_c0, Tensor grad_norms)");
   // The recurrence of one layer on CUDA, after the product with W_ih. gates (T, B, D * 4H) = input W_ih^T + bias; h0,
   // c0 (D, B, H); weight_hh (D, 4H, H); lengths (B,) int64 on the device. A single direction may be reversed. tf32:
   // float32 products by tensor cores, 10 bits of mantissa. output (T, B, D * H), zero past the lengths; activations (T,

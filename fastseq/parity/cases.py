@@ -62,7 +62,7 @@ def _quick() -> list[ParityCase]:
         dict(shape=(4, 3, 7), zoneout="masks", form="lengths", cell_states=True),
         dict(shape=(4, 3, 7), zoneout="rates", form="lengths", reverse=True),
         dict(shape=(3, 2, 63), layer_norm=True, form="lengths"),
-        dict(shape=(3, 9, 33), dropout=True, zoneout="masks", layer_norm=True, form="lengths", reverse=True),
+        dict(shape=(12, 9, 33), dropout=True, zoneout="masks", layer_norm=True, form="lengths", reverse=True),
         dict(shape=(2, 67, 16), dropout=True, zoneout="rates", layer_norm=True, cell_states=True),
         dict(shape=(4, 3, 7), dropout=True, zoneout="masks", spread=100.0),
     ]

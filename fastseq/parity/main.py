@@ -166,8 +166,6 @@ def _draws(case: ParityCase) -> list[tuple[Problem, Leaves]]:
     draws = 32 if elements < 100 else 8 if elements < 2000 else 3
     if case.op == "Seq2Seq":  # small gradients of a model are differences of large ones: torch's errors cancelled in 32
         draws = 64
-    if case.op == "lstm_variant":  # a normalisation multiplies one rounding, torch's or fastseq's
-        draws = max(draws, 16)
     if case.options.get("spread", 1.0) != 1.0:  # saturated: large errors are rare, torch's as well as fastseq's
         draws *= 8
     return [first, *(drawn(seed) for seed in range(1, draws))]

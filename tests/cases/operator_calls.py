@@ -69,6 +69,23 @@ def lstm_recurrence_backward(T=4, B=3, H=8) -> tuple:
     return *grads, activations, per_step[2], states[2], weight_hh, lengths, False, False
 
 
+def lstm_variant_forward(T=4, B=3, H=7, norms=True, masks=True) -> tuple:
+    states, weight = torch.randn(2, 1, B, H).unbind(), torch.randn(4 * H, H)
+    gains = (torch.randn(4 * H), torch.randn(H), torch.randn(H)) if norms else (None,) * 3
+    keeps = (torch.rand(2, T, B, H) < 0.5).unbind() if masks else (None, None)
+    mask, rates = torch.rand(B, H) if masks else None, (0.0, 0.0) if masks else (0.2, 0.3)
+    options = torch.full((B,), T) if masks else None, False
+    return torch.randn(T, B, 4 * H), *states, weight, *gains, mask, *keeps, *rates, *options, True, True
+
+
+def lstm_variant_backward(T=4, B=3, H=7, norms=True, masks=True) -> tuple:
+    _, _, c0, *variant, _, _ = lstm_variant_forward(T, B, H, norms, masks)
+    grads = torch.randn(T, B, H), torch.randn(1, B, H), torch.randn(1, B, H), torch.randn(T, B, H)
+    saved = torch.randn(T, B, H), torch.rand(T, B, 4 * H)
+    of_norms = (torch.randn(T, B, 4 * H), torch.rand(T, B, 3)) if norms else (None, None)
+    return *grads, c0, *variant, *saved, *of_norms
+
+
 def tf32_product(M=3, K=4, N=5) -> tuple:
     return torch.randn(M, K), torch.randn(K, N), torch.randn(N), False, False
 
@@ -170,10 +187,11 @@ def decoder_pack(M=12, K=5) -> tuple:
 
 BOTH = (lstm_cell_forward, lstm_cell_backward, lstm_step, attention_forward, attention_backward, attention_prepare)
 DECODER = (decoder_step, decoder_greedy, decoder_pack, decoder_forward, decoder_backward)
+VARIANT = (lstm_variant_forward, lstm_variant_backward)
 LOSS = (linear_cross_entropy_forward, linear_cross_entropy_backward)
 COVERAGE = (attention_coverage_forward, attention_coverage_backward)
 NARROW = (lstm_forward_narrow, lstm_step_int8, linear_narrow)
-CPU = (lstm_forward, lstm_backward, *DECODER, *LOSS, *BOTH, *COVERAGE, candidates, *NARROW)
+CPU = (lstm_forward, lstm_backward, *VARIANT, *DECODER, *LOSS, *BOTH, *COVERAGE, candidates, *NARROW)
 CUDA = (lstm_recurrence_forward, lstm_recurrence_backward, tf32_product, *BOTH)
 
 
@@ -184,6 +202,8 @@ def variants(call, prepared) -> list[tuple]:
     """
     if call in (lstm_forward, lstm_backward, lstm_forward_narrow):
         return [call(), call(packed=True)]
+    if call in VARIANT:
+        return [call(), call(norms=False), call(masks=False)]
     if call in (attention_forward, attention_backward):
         return [call(prepared=prepared), call(masked=True)]
     if call in COVERAGE:

@@ -41,6 +41,15 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         with torch.no_grad():
             module(x, hx)
         module(x, hx)[0].sum().backward()
+        gates, weight_hh = (guarded(torch.randn(*s, 4 * size, dtype=dtype)) for s in ((2, batch), (size,)))
+        masks = [guarded(torch.rand(2, batch, size) < 0.5) for _ in range(2)]
+        norms = tuple(guarded(torch.ones(n * size, dtype=dtype)) for n in (4, 1, 1))
+        hidden_mask = guarded(torch.ones(batch, size, dtype=torch.promote_types(dtype, torch.float32)))
+        for options in ({}, {"norms": norms}):
+            options |= {"hidden_mask": hidden_mask, "zoneout_hidden": masks[0], "zoneout_cell": masks[1]}
+            states = tuple(state[0] for state in hx)
+            call = gates.requires_grad_(), states, weight_hh.view(4 * size, size)
+            fastseq.ops.lstm_variant(*call, **options, backend="native")[0].sum().backward()
         with torch.no_grad():
             fastseq.ops.attention(x.detach().transpose(0, 1), x.detach().transpose(0, 1), backend="native")
         given = [guarded(torch.randn(shape, dtype=dtype)).requires_grad_() for shape in (

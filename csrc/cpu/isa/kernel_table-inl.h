@@ -19,6 +19,8 @@
 #include "cpu/kernels/lstm_cell-inl.h"
 #include "cpu/kernels/lstm_forward-inl.h"
 #include "cpu/kernels/lstm_gradients-inl.h"
+#include "cpu/kernels/lstm_variant_backward-inl.h"
+#include "cpu/kernels/lstm_variant_forward-inl.h"
 #include "cpu/kernels/pack-inl.h"
 
 FASTSEQ_REGION_BEGIN
@@ -49,6 +51,10 @@ void set_lstm_kernels(Kernels<S>& table) {
   table.weight_gradient_bytes = weight_gradient_bytes<S>;
   table.lstm_weight_gradients = lstm_weight_gradients<S>;
   table.lstm_input_gradients = lstm_input_gradients<S>;
+  table.variant_forward_bytes = variant_forward_bytes<S>;
+  table.lstm_variant_forward = lstm_variant_forward<S>;
+  table.variant_backward_bytes = variant_backward_bytes<S>;
+  table.lstm_variant_backward = lstm_variant_backward<S>;
   table.fma_chain = fma_chain<S>;
 }
 

@@ -9,6 +9,7 @@
 #include "cpu/kernels/decoder_params.h"
 #include "cpu/kernels/lstm_cell_params.h"
 #include "cpu/kernels/lstm_params.h"
+#include "cpu/kernels/lstm_variant_params.h"
 #include "cpu/runtime/sequences.h"
 #include "cpu/runtime/storage.h"
 #include "cpu/runtime/team.h"
@@ -59,6 +60,12 @@ struct Kernels {
       const LstmBackwardParams<S>&, int64_t direction, const ValidRows&, int64_t begin, int64_t end, void* scratch);
   void (*lstm_input_gradients)(
       const LstmBackwardParams<S>&, const ValidRows&, int64_t panel, int64_t begin, int64_t end);
+
+  // One block of sequences each.
+  int64_t (*variant_forward_bytes)(const LstmVariantForwardParams<S>&);
+  void (*lstm_variant_forward)(const LstmVariantForwardParams<S>&, int64_t block, void* scratch);
+  int64_t (*variant_backward_bytes)(const LstmVariantBackwardParams<S>&);
+  void (*lstm_variant_backward)(const LstmVariantBackwardParams<S>&, int64_t block, void* scratch);
 
   // Decoder, for S = float and double; null for other types.
   void (*decoder_pack)(const DecoderWeight<S>&, bool is_gates, int64_t panel, S* scratch, void* packed);

@@ -6,7 +6,7 @@ from torch import Tensor
 from fastseq import _native
 from fastseq.dispatch import implementation, select
 from fastseq.ops.common.autocast import cast_inputs, cast_weights, casts, without_autocast
-from fastseq.ops.common.autograd import is_compiling
+from fastseq.ops.common.autograd import forward_mode, is_compiling
 from fastseq.ops.common.checks import check_lengths
 from fastseq.ops.common.dtypes import accumulate_dtype
 from fastseq.ops.common.layout import zero_padding
@@ -116,6 +116,7 @@ def _describe(given: Recurrence, variant: Variant, cell_states: bool) -> LSTMVar
         batch=None if compiling else gates.size(1),
         steps=None if compiling else gates.size(0),
         compiling=compiling,
+        forward_mode=forward_mode(),
         device_index=gates.device.index,
     )
 

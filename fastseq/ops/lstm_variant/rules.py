@@ -2,4 +2,17 @@
 
 from fastseq.dispatch import Rule
 
-RULES = (Rule("reference", (), "no other backend serves recurrent dropout, zoneout and layer normalisation here"),)
+
+def on_cpu(call) -> bool:
+    return call.device == "cpu"
+
+
+def forward_mode(call) -> bool:
+    return call.forward_mode
+
+
+RULES = (
+    Rule("reference", (forward_mode,), "forward-mode derivatives: the kernels have none"),
+    Rule("native", (on_cpu,), "one operator for all steps instead of some twenty kernels for each"),
+    Rule("reference", (), "no other backend serves recurrent dropout, zoneout and layer normalisation here"),
+)

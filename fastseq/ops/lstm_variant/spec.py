@@ -27,6 +27,7 @@ class LSTMVariantCall(NamedTuple):
     batch: int | None = None
     steps: int | None = None
     compiling: bool = False
+    forward_mode: bool = False
     device_index: int | None = None
 
 

@@ -33,8 +33,11 @@ def lstm_variant_problem(
         "c0": draw(batch, hidden),
         "weight_hh": draw(4 * hidden, hidden) / hidden**0.5,
     }
-    if layer_norm:
-        inputs |= {"norm_hh": draw(4 * hidden) / 2, "norm_c": draw(hidden), "norm_c_bias": draw(hidden)}
+    if layer_norm:  # a wide cell state, which the forget gates keep: a small deviation would multiply roundings
+        inputs["gates"][..., hidden : 2 * hidden] += 2
+        inputs["c0"] *= 3
+        gains = {"norm_hh": 0.5 + draw(4 * hidden) / 8, "norm_c": 1 + draw(hidden) / 4}
+        inputs |= gains | {"norm_c_bias": draw(hidden) / 4}
     generator = torch.Generator().manual_seed(2)
     beside: dict[str, object] = {}
     if dropout:
