@@ -45,6 +45,11 @@ def export(trained: TrainedModel, path: str | Path, format: str) -> float:
             "a model with copy or coverage cannot be exported yet: its step would need the words of the "
             "sources, or the coverage"
         )
+    if format == "onnx" and (model.config.layer_norm or model.config.zoneout_hidden or model.config.zoneout_cell):
+        raise UserError(
+            f"ONNX has no LSTM with {model.encoder.lstm.variant}, and a loop would be unrolled for one length; use "
+            "--format torch"
+        )
     if format == "onnx" and model.config.backend != "auto":
         raise UserError(f"the model asks for backend {model.config.backend!r}; ONNX needs auto: set it in config.json")
     trained.save_pretrained(path)

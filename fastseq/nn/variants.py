@@ -16,6 +16,20 @@ from fastseq.ops.lstm_variant.api import EPSILON, lstm_variant
 NORMS = ("norm_ih", "norm_hh", "norm_c", "norm_c_bias")  # (4H,), (4H,), (H,), (H,), with the suffix of the weights
 
 
+class Norms(NamedTuple):
+    """The parameters of the layer normalisations of one layer and direction."""
+
+    ih: Tensor  # (4H,) gain of LN(W_ih x)
+    hh: Tensor  # (4H,) gain of LN(W_hh h)
+    c: Tensor  # (H,) gain of LN(c)
+    c_bias: Tensor  # (H,)
+    bias: Tensor | None  # (4H,) b_ih + b_hh
+
+    def input_gates(self, product: Tensor) -> Tensor:
+        """W_ih x (..., 4H) -> its part of the pre-activations."""
+        return F.layer_norm(product, self.ih.shape, self.ih, self.bias, EPSILON)
+
+
 class VariantOptions(NamedTuple):
     """The options that nn.LSTM lacks; all off by default."""
 
@@ -126,10 +140,13 @@ class Variants(nn.Module):
             options = {"lengths": lengths, "return_cell_states": wanted, "backend": self.backend}
             outputs = []
             for d in range(directions):
-                gates, weight_hh, norms = self._input_gates(x, stack, k + d, suffixes[k + d], variant)
-                hx = stack.h0[k + d], stack.c0[k + d]
-                masks = self._masks(variant, gates, hx[1])
-                result = lstm_variant(gates, hx, weight_hh, **masks, norms=norms, reverse=d == 1, **options)
+                weights, hx = stack.weights_of(k + d), (stack.h0[k + d], stack.c0[k + d])
+                bias = None if weights.bias_ih is None else weights.bias_ih + weights.bias_hh
+                norms = self.norms(k + d, bias)
+                gates = F.linear(x, weights.ih, bias) if norms is None else norms.input_gates(F.linear(x, weights.ih))
+                masks = self._zoneout(variant, gates.shape[:2], gates.device)
+                masks |= {"hidden_mask": self.hidden_mask(hx[1]), "norms": None if norms is None else norms[1:4]}
+                result = lstm_variant(gates, hx, weights.hh, **masks, reverse=d == 1, **options)
                 outputs.append(result[0])
                 states.append(result[1])
                 cells += result[2:]
@@ -137,24 +154,49 @@ class Variants(nn.Module):
         h_n, c_n = map(torch.stack, zip(*states, strict=True))
         return x, h_n, c_n, torch.cat(cells, -1) if cell_states else None
 
-    def _input_gates(self, x: Tensor, stack: Stack, k: int, suffix: str, variant: VariantOptions):
-        """The input's part of the gates (T, B, 4H) of the k-th layer and direction, W_hh, and the norms or None."""
-        weights = stack.weights_of(k)
-        bias = None if weights.bias_ih is None else weights.bias_ih + weights.bias_hh
-        if not variant.layer_norm:
-            return F.linear(x, weights.ih, bias), weights.hh, None
-        norm_ih, *norms = (getattr(self, name + suffix) for name in NORMS)
-        return F.layer_norm(F.linear(x, weights.ih), norm_ih.shape, norm_ih, bias, EPSILON), weights.hh, tuple(norms)
+    def norms(self, k: int, bias: Tensor | None) -> Norms | None:
+        """The normalisations of the k-th layer and direction, with its bias (4H,); None without ``layer_norm``."""
+        if not self.layer_norm:
+            return None
+        suffix = list(self._suffixes())[k]
+        return Norms(*(getattr(self, name + suffix) for name in NORMS), bias)
 
-    def _masks(self, variant: VariantOptions, gates: Tensor, state: Tensor) -> dict[str, Tensor | float | None]:
-        """Draw the masks of one layer and direction before its first step, so that they depend on no backend."""
-        masks = {"zoneout_hidden": variant.zoneout_hidden, "zoneout_cell": variant.zoneout_cell}
-        if self.training:
-            shape = (*gates.shape[:2], state.size(-1))
-            for name, rate in masks.items():
-                if rate:
-                    masks[name] = torch.empty(shape, dtype=torch.bool, device=gates.device).bernoulli_(rate)
-        if variant.recurrent_dropout:
-            ones = torch.ones(state.shape, dtype=accumulate_dtype(state.dtype), device=state.device)
-            masks["hidden_mask"] = F.dropout(ones, variant.recurrent_dropout)
-        return masks
+    def hidden_mask(self, state: Tensor) -> Tensor | None:
+        """Draw the mask of recurrent dropout for a sequence of states (B, H); None if it is off."""
+        if not (self.training and self.recurrent_dropout):
+            return None
+        ones = torch.ones(state.shape, dtype=accumulate_dtype(state.dtype), device=state.device)
+        return F.dropout(ones, self.recurrent_dropout)
+
+    def _zoneout(
+        self, variant: VariantOptions, rows: tuple[int, int], device: torch.device
+    ) -> dict[str, Tensor | float]:
+        """Draw the masks of T steps of B sequences, ``rows``, before the first step; in eval mode the rates."""
+        rates = {"zoneout_hidden": variant.zoneout_hidden, "zoneout_cell": variant.zoneout_cell}
+        if not self.training:
+            return rates
+        shape = (*rows, self.hidden_size)
+        return {
+            name: torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(rate) if rate else 0.0
+            for name, rate in rates.items()
+        }
+
+    def step(
+        self,
+        gates: Tensor,
+        state: tuple[Tensor, Tensor],
+        weight_hh: Tensor,
+        norms: Norms | None,
+        hidden_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step of one layer, with the options of the module -> h and c (B, H).
+
+        Args:
+            gates: (B, 4H), W_ih x and the bias; with ``norms`` W_ih x alone.
+            state: h and c, (B, H).
+            weight_hh: (4H, H). norms, hidden_mask: of :meth:`norms` and :meth:`hidden_mask`.
+        """
+        gates = gates.unsqueeze(0) if norms is None else norms.input_gates(gates).unsqueeze(0)
+        masks = self._zoneout(self._variant, gates.shape[:2], gates.device)
+        masks |= {"hidden_mask": hidden_mask, "norms": None if norms is None else norms[1:4]}
+        return lstm_variant(gates, state, weight_hh, **masks, backend=self.backend)[1]

@@ -55,6 +55,9 @@ class Seq2SeqConfig:
         dropout: between the LSTM layers, and the default of the next two.
         embed_dropout: on the embeddings.
         output_dropout: on the input of the output projection.
+        recurrent_dropout, zoneout_hidden, zoneout_cell, layer_norm: of the LSTMs in encoder and decoder; see
+            :class:`fastseq.LSTM`. With input feeding the decoder then trains step by step in Python; zoneout and
+            layer_norm decode so, too.
         share_all_embeddings: one matrix for source embedding, target embedding and output projection (Press & Wolf
             2017).
         share_decoder_input_output_embed: one matrix for target embedding and output projection.
@@ -94,6 +97,10 @@ class Seq2SeqConfig:
     dropout: float = 0.1
     embed_dropout: float | None = None
     output_dropout: float | None = None
+    recurrent_dropout: float = 0.0
+    zoneout_hidden: float = 0.0
+    zoneout_cell: float = 0.0
+    layer_norm: bool = False
     share_all_embeddings: bool = False
     share_decoder_input_output_embed: bool = False
     freeze_bias_hh: bool = False
@@ -114,6 +121,12 @@ class Seq2SeqConfig:
     def tied(self) -> bool:
         """True if the output projection is the target embedding."""
         return self.share_all_embeddings or self.share_decoder_input_output_embed
+
+    @property
+    def variant(self) -> dict[str, float | bool]:
+        """The options of the LSTMs that nn.LSTM lacks."""
+        names = ("recurrent_dropout", "zoneout_hidden", "zoneout_cell", "layer_norm")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def time_reduction(self) -> int:
@@ -141,7 +154,8 @@ class Seq2SeqConfig:
         bridge = {"linear": 2, "linear_h": 1}.get(self.bridge, 0) * (inner + 1) * outer
         vocabularies = self.tgt_vocab_size + (0 if self.share_all_embeddings else self.src_vocab_size or 0)
         output = self.tgt_vocab_size * (1 if self.tied else size + 1)
-        return encoder + decoder + bridge + vocabularies * self.embedding_dim + output
+        norms = 10 * size * (self.encoder_layers + self.decoder_layers) if self.layer_norm else 0
+        return encoder + decoder + norms + bridge + vocabularies * self.embedding_dim + output
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain values, for JSON or YAML."""
@@ -189,7 +203,8 @@ def _check_sizes(c: Seq2SeqConfig) -> None:
         c.time_reduction <= MAX_REDUCTION,
         f"frame_stack and pyramid join more than {MAX_REDUCTION} positions to one; lower frame_stack or encoder_layers",
     )
-    for name in ("dropout", "embed_dropout", "output_dropout"):
+    rates = ("recurrent_dropout", "zoneout_hidden", "zoneout_cell")
+    for name in ("dropout", "embed_dropout", "output_dropout", *rates):
         value = getattr(c, name)
         _require(value is None or 0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
     _require(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastseq.nn.attention import Attention
 from fastseq.nn.lstm import LSTM
+from fastseq.nn.variants import Norms
 from fastseq.ops.attention.api import ADDITIVE
 from fastseq.ops.common.dtypes import accumulate_dtype
 from fastseq.ops.decoder.api import (
@@ -37,7 +38,9 @@ class _Layer(NamedTuple):
     embedding: Tensor  # (4H, E) columns of weight_ih for the embedding; E = 0 above the first layer
     input: Tensor  # (4H, H) its other columns: for the feed, or for the layer below
     hidden: Tensor  # (4H, H)
-    bias: Tensor  # (4H,)
+    bias: Tensor  # (4H,); zeros with ``norms``, whose bias is added behind the normalisation
+    hidden_mask: Tensor | None = None  # (B, H) of recurrent dropout, one for all steps
+    norms: Norms | None = None
 
 
 class Decoder(nn.Module):
@@ -66,6 +69,7 @@ class Decoder(nn.Module):
             batch_first=True,
             dropout=config.dropout if config.decoder_layers > 1 else 0.0,
             backend=config.backend,
+            **config.variant,
         )
         if config.freeze_bias_hh:
             self.lstm.freeze_bias_hh()
@@ -174,9 +178,9 @@ class Decoder(nn.Module):
                 gate = self._gate(context, result.h[-1], self.embedding(tokens))
                 logits = _extended_rows(logits, gate, attention, enc)
             return logits, state, attention if need_weights else None
-        if not self.coverage:
+        if not (self.coverage or self.lstm.active_variant()):
             explain_steps(state.h, self.backend, 1)
-        layers = self._layers()
+        layers = self._layers(state.h)
         embedded = self._embed(tokens)
         gates = self._input_gates(embedded, layers)
         h, c = state.h.unbind(0), state.c.unbind(0)
@@ -203,7 +207,7 @@ class Decoder(nn.Module):
 
     def _steps_as_one(self, tokens: Tensor, enc: EncoderOutput, need_weights: bool):
         """:meth:`_step_by_step` with the true tokens, by the decoder op."""
-        layers, attention, count = self._layers(), self.attention, self.lstm.num_layers
+        layers, attention, count = self._layers(enc.h), self.attention, self.lstm.num_layers
         weights, gates = self.lstm.current_weights(), self._input_gates(self._embed(tokens.t()), layers)  # (T, B, 4H)
         query = bias = score = None
         if attention.score in ADDITIVE:
@@ -253,7 +257,12 @@ class Decoder(nn.Module):
         modules, attends = self._modules, self.attention is not None
         embedding, output = modules["embedding"], modules["output"]
         dropped = self.dropout or modules["embed_dropout"].p or modules["output_dropout"].p
-        if (self.training and dropped) or not (is_plain(embedding, nn.Embedding) and is_plain(output, nn.Linear)):
+        plain = modules["lstm"].active_variant() is None
+        if (
+            not plain
+            or (self.training and dropped)
+            or not (is_plain(embedding, nn.Embedding) and is_plain(output, nn.Linear))
+        ):
             return None
         if attends and not self._has_plain_attention():
             return None
@@ -287,9 +296,9 @@ class Decoder(nn.Module):
         """As :meth:`vectors`; below a ratio of 1 each step is also projected, for the prediction."""
         if teacher_forcing_ratio == 1 and self._runs_as_one(enc):
             return self._steps_as_one(tokens, enc, need_weights)
-        if teacher_forcing_ratio == 1 and not (self.copies or self.coverage):
+        if teacher_forcing_ratio == 1 and not (self.copies or self.coverage or self.lstm.active_variant()):
             explain_steps(enc.h, self.backend, tokens.size(1))
-        layers = self._layers()
+        layers = self._layers(enc.h)
         state = self.start(enc)
         h, c = state.h.unbind(0), state.c.unbind(0)
         embedded = self._embed(tokens.t())  # (T, B, E)
@@ -316,7 +325,8 @@ class Decoder(nn.Module):
 
     def _runs_as_one(self, enc: EncoderOutput) -> bool:
         """True if the decoder op serves all steps: it has no coverage, and not the h of each step."""
-        return not (self.copies or self.coverage) and one_sequence(enc.h, self.backend) and self._has_plain_attention()
+        plain = not (self.copies or self.coverage) and self.lstm.active_variant() is None
+        return plain and one_sequence(enc.h, self.backend) and self._has_plain_attention()
 
     def _best(self, vectors: Tensor, gate: Tensor | None, weights: Tensor | None, enc: EncoderOutput) -> Tensor:
         """The most probable tokens (B,) of a step with vectors (B, H), gate (B,) and weights (B, S)."""
@@ -334,28 +344,37 @@ class Decoder(nn.Module):
         None.
         """
         h_next, c_next = [], []
-        x = state.feed
+        x, variant = state.feed, self.lstm.active_variant()
         for k, layer in enumerate(layers):
             if k > 0:
                 gates, x = layer.bias, F.dropout(h_next[-1], self.dropout, self.training)
             if x is not None:
                 gates = torch.addmm(gates, x, layer.input.t())
-            gates = torch.addmm(gates, h[k], layer.hidden.t())
-            h_k, c_k = lstm_cell(gates, c[k], backend=self.backend)
+            if variant is None:
+                gates = torch.addmm(gates, h[k], layer.hidden.t())
+                h_k, c_k = lstm_cell(gates, c[k], backend=self.backend)
+            else:
+                h_k, c_k = self.lstm.step(gates, (h[k], c[k]), layer.hidden, layer.norms, layer.hidden_mask)
             h_next.append(h_k)
             c_next.append(c_k)
         return h_next, c_next, *self._attend(h_next[-1], enc, need_weights, state.coverage)
 
-    def _layers(self) -> list[_Layer]:
+    def _layers(self, state: Tensor) -> list[_Layer]:
+        """The layers of one call; state (L, B, H): for the masks of recurrent dropout."""
         weights, layers = self.lstm.current_weights(), []
-        device = weights[0].device.type
+        device, variant = weights[0].device.type, self.lstm.active_variant()
         for k in range(self.lstm.num_layers):
             weight_ih, weight_hh, bias_ih, bias_hh = weights[4 * k : 4 * k + 4]
             size = self.embedding.embedding_dim if k == 0 else 0
             tensors = (weight_ih[:, :size], weight_ih[:, size:], weight_hh, bias_ih + bias_hh)
             if device != "meta" and torch.is_autocast_enabled(device):  # cast once here, not at every step
                 tensors = (x.to(torch.get_autocast_dtype(device)) for x in tensors)
-            layers.append(_Layer(*tensors))
+            layer = _Layer(*tensors)
+            if variant is not None:
+                norms, mask = self.lstm.norms(k, bias_ih + bias_hh), self.lstm.hidden_mask(state[k])
+                bias = layer.bias if norms is None else torch.zeros_like(layer.bias)
+                layer = layer._replace(bias=bias, hidden_mask=mask, norms=norms)
+            layers.append(layer)
         return layers
 
     def _input_gates(self, embedded: Tensor, layers: list[_Layer]) -> Tensor:

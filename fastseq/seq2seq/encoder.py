@@ -92,6 +92,7 @@ def _lstm(config: Seq2SeqConfig, input_size: int, layers: int) -> LSTM:
         dropout=config.dropout if layers > 1 else 0.0,
         bidirectional=config.bidirectional,
         backend=config.backend,
+        **config.variant,
     )
     return lstm.freeze_bias_hh() if config.freeze_bias_hh else lstm
 
