@@ -13,6 +13,11 @@ def forward_mode(call) -> bool:
 
 RULES = (
     Rule("reference", (forward_mode,), "forward-mode derivatives: the kernels have none"),
-    Rule("native", (on_cpu,), "one operator for all steps instead of some twenty kernels for each"),
+    Rule(
+        "native",
+        (on_cpu,),
+        "one operator for all steps: native is 2.2 to 5 times as fast in training as a loop",
+        "docs/ops/lstm_variant.md",
+    ),
     Rule("reference", (), "no other backend serves recurrent dropout, zoneout and layer normalisation here"),
 )
