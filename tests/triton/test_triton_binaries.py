@@ -85,7 +85,6 @@ CASES = {
     "attention additive 257 300 float16": lambda: attention("additive", 257, 300, F16),
     "attention additive 256 512 float32": lambda: attention("additive", 256, 512, F32),
     "attention additive, coverage 256 512 float32": lambda: attention("additive", 256, 512, F32, coverage=True),
-    "attention additive, coverage 257 300 bfloat16": lambda: attention("additive", 257, 300, BF16, coverage=True),
     "loss 16384 float32": lambda: loss(16384, 16, F32),
     "loss 16384 bfloat16": lambda: loss(16384, 16, BF16),
     "loss 257 float32": lambda: loss(257, 16, F32),
