@@ -107,6 +107,11 @@ DATA_SETS = {
     "spoken": Command(
         "fastseq.training.spoken", "recordings of spoken digits, by espeak-ng", "fastseq data spoken data/spoken"
     ),
+    "numbers": Command(
+        "fastseq.training.numbers",
+        "numbers and dates in words, in four languages, and in digits",
+        "fastseq data numbers data/numbers",
+    ),
 }
 EXTRAS = {"h5py": "convert", "onnx": "export", "onnxruntime": "export"}  # other packages come with the extra "train"
 EXTRA_PACKAGES = {

@@ -1,5 +1,6 @@
-"""The makers of demonstration data: strings of handwritten digits, and spoken digits."""
+"""The makers of demonstration data: strings of handwritten digits, spoken digits, numbers and dates."""
 
+import datetime
 import stat
 import sys
 from importlib import metadata
@@ -12,7 +13,7 @@ from toy_runs import refused
 
 from fastseq.cli import main
 from fastseq.errors import UserError
-from fastseq.training import digits, spoken
+from fastseq.training import digits, numbers, spoken
 from fastseq.training.data import read_pairs
 from fastseq.training.features import Features
 
@@ -139,3 +140,52 @@ def test_the_configuration_names_existing_options(name):
 
     config = parsed(train_parser(), ["--config", built_in_config(name)])
     assert config.model.source_features and Path(built_in_config(name)).is_file()
+
+
+def spelled(number, *, lang):
+    return f"{lang} {'-'.join(str(number))}"
+
+
+def written(day, form, *, locale):
+    return f"{locale} {form} {day:%d %m %Y}"
+
+
+def test_numbers_and_dates_in_words(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(numbers, "writers", lambda: (spelled, written))
+    monkeypatch.setattr(numbers, "SIZES", {"train": 400, "valid": 20, "test": 30})
+    main(["data", "numbers", str(tmp_path / "new")])
+    assert f"{tmp_path / 'new' / 'test.tsv'}: 30 lines" in capsys.readouterr().out
+    files = [read_pairs(tmp_path / "new" / f"{name}.tsv") for name in numbers.SIZES]
+    assert [len(pairs.sources) for pairs in files] == [400, 20, 30]
+    sources = [source for pairs in files for source in pairs.sources]
+    assert len(set(sources)) == 450
+    dates = 0
+    for source, target in zip(sources, (target for pairs in files for target in pairs.targets), strict=True):
+        if "-" in target:
+            dates += 1
+            day = datetime.date.fromisoformat(target)
+            assert 1900 <= day.year < 2100 and source.endswith(f"{day:%d %m %Y}")
+        else:
+            assert spelled(int(target), lang=source[:2]) == source and int(target) < 10**numbers.LONGEST
+    assert dates == 225
+    main(["data", "numbers", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "train.tsv").read_bytes() == (tmp_path / "new" / "train.tsv").read_bytes()
+
+
+def test_the_real_numbers_and_dates():
+    pytest.importorskip("num2words")
+    pytest.importorskip("babel")
+    pairs = dict(numbers.distinct_pairs(300, seed=1))
+    assert len(pairs) == 300 and all(source.strip() == source and "\t" not in source for source in pairs)
+    spell, write = numbers.writers()
+    assert spell(21, lang="de") == "einundzwanzig"
+    assert write(datetime.date(2015, 3, 3), "full", locale="fr") == "mardi 3 mars 2015"
+
+
+@pytest.mark.parametrize("package", ["num2words", "babel.dates"])
+def test_without_the_writers_of_numbers(package, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert "is missing; bring both with: pip install num2words babel" in refused(
+        capsys, "data", "numbers", tmp_path / "x"
+    )
+    assert not (tmp_path / "x").exists()
