@@ -22,8 +22,9 @@ class Axes(NamedTuple):
 
 
 def encoder_inputs(config: Seq2SeqConfig) -> list[Axes]:
-    """source (B, S) tokens or (B, S, F) features, lengths (B,)."""
-    return [Axes("source", {0: "B", 1: "S"}), Axes("lengths", {0: "B"})]
+    """source (B, S) tokens, (B, S, K) a token and its tags, or (B, S, F) features; lengths (B,)."""
+    tags = {} if config.tag_vocab_size is None else {2: "K"}
+    return [Axes("source", {0: "B", 1: "S"} | tags), Axes("lengths", {0: "B"})]
 
 
 def encoder_outputs(config: Seq2SeqConfig) -> list[Axes]:
@@ -104,6 +105,9 @@ def examples(
     config = model.config
     if config.source_features is None:
         source = torch.randint(config.src_vocab_size, (batch, positions), generator=generator)
+        if config.tag_vocab_size is not None:
+            tags = torch.randint(config.tag_vocab_size, (batch, positions, batch + 1), generator=generator)
+            source = torch.cat([source[..., None], tags], -1)
     else:
         source = torch.randn(batch, positions, config.source_features, generator=generator)
     lengths = torch.randint(1, positions + 1, (batch,), generator=generator)

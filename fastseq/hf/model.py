@@ -177,7 +177,7 @@ class FastseqForSeq2SeqLM(PreTrainedModel, GenerationMixin):
         """Predict each target token from the source and the tokens before it.
 
         Args:
-            input_ids: (B, S) source tokens, padded on the right.
+            input_ids: (B, S) source tokens, padded on the right; (B, S, 1 + K) with ``tag_vocab_size``.
             attention_mask: (B, S), 1 for tokens and 0 for padding; None: no padding.
             decoder_input_ids: (N, T) target tokens shifted right, N = B * K; default: from labels.
             labels: (B, T) target tokens closed by eos; pad or -100 where there is none. For the loss.

@@ -18,9 +18,15 @@ def load_tokenizers(path: str | Path) -> tuple[PreTrainedTokenizerFast, PreTrain
     ``decode(ids, skip_special_tokens=True)`` gives the text.
 
     Raises:
-        UserError: a missing or damaged file; the port of a model that reads padding, which transformers sets anew.
+        UserError: a missing or damaged file; a model with tags; the port of a model that reads padding, which
+            transformers sets anew.
     """
     folder = SavedFolder(path)
+    if folder.source_tags.exists():
+        raise UserError(
+            "this model reads tags beside its source, which tokenizers of transformers do not keep; encode sources by "
+            "TrainedModel.from_pretrained(path).source_tokenizer"
+        )
     return tuple(_fast(TextTokenizer.load(file)) for file in (folder.source_tokenizer, folder.target_tokenizer))
 
 

@@ -23,6 +23,9 @@ class Seq2SeqConfig:
         tgt_vocab_size: number of target tokens.
         source_features: F, size of continuous source features (B, S, F) that enter the encoder LSTM directly, instead
             of tokens.
+        tag_vocab_size: number of tags of side information, such as V and PST for inflection. The source is then
+            (B, S, 1 + K) integers: the token, and K tags of this position, filled up with pad. Their embeddings are
+            summed.
         embedding_dim: size of the source and target embeddings.
         hidden_size: width of the encoder's output, of the decoder's states and of the attentional vector. A
             bidirectional encoder gets half of it per direction (as in OpenNMT), so it must be even then.
@@ -76,6 +79,7 @@ class Seq2SeqConfig:
     src_vocab_size: int | None = None
     tgt_vocab_size: int
     source_features: int | None = None
+    tag_vocab_size: int | None = None
     embedding_dim: int = 256
     hidden_size: int = 256
     encoder_layers: int = 1
@@ -155,7 +159,8 @@ class Seq2SeqConfig:
         vocabularies = self.tgt_vocab_size + (0 if self.share_all_embeddings else self.src_vocab_size or 0)
         output = self.tgt_vocab_size * (1 if self.tied else size + 1)
         norms = 10 * size * (self.encoder_layers + self.decoder_layers) if self.layer_norm else 0
-        return encoder + decoder + norms + bridge + vocabularies * self.embedding_dim + output
+        embedded = (vocabularies + (self.tag_vocab_size or 0)) * self.embedding_dim
+        return encoder + decoder + norms + bridge + embedded + output
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain values, for JSON or YAML."""
@@ -188,10 +193,15 @@ def _check_sizes(c: Seq2SeqConfig) -> None:
         "give either src_vocab_size (tokens) or source_features (continuous features), "
         f"got {c.src_vocab_size} and {c.source_features}",
     )
-    sizes = ("src_vocab_size", "tgt_vocab_size", "source_features", "embedding_dim", "hidden_size", "attention_size")
-    for name in (*sizes, "encoder_layers", "decoder_layers", "frame_stack"):
+    sizes = ("src_vocab_size", "tgt_vocab_size", "source_features", "tag_vocab_size", "embedding_dim", "hidden_size")
+    for name in (*sizes, "attention_size", "encoder_layers", "decoder_layers", "frame_stack"):
         value = getattr(c, name)
         _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+    _require(
+        c.tag_vocab_size is None or (c.src_vocab_size is not None and c.pad_id < c.tag_vocab_size),
+        f"tag_vocab_size is for a source of tokens and must exceed pad_id, got {c.tag_vocab_size} with src_vocab_size "
+        f"{c.src_vocab_size} and pad_id {c.pad_id}",
+    )
     for name in ("encoder_layers", "decoder_layers"):
         value = getattr(c, name)
         _require(value <= MAX_LAYERS, f"{name} must be at most {MAX_LAYERS}, got {value}")
@@ -284,6 +294,7 @@ def _check_copying(c: Seq2SeqConfig) -> None:
     if not c.copy:
         return
     _require(c.source_features is None, "copy copies source tokens, and source_features has none; set copy=False")
+    _require(c.tag_vocab_size is None, "copy and tags cannot be combined yet: both stand beside the source tokens")
     _require(c.attention != "none", "copy follows the attention, and attention is 'none'; choose a score")
     _require(
         c.time_reduction == 1,

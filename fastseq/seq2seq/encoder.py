@@ -54,6 +54,7 @@ class Encoder(nn.Module):
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
         self.embedding = None if config.src_vocab_size is None else embedding(config.src_vocab_size, config)
+        self.tag_embedding = None if config.tag_vocab_size is None else embedding(config.tag_vocab_size, config)
         self.embed_dropout = nn.Dropout(config.dropout if config.embed_dropout is None else config.embed_dropout)
         self.frame_stack = config.frame_stack
         width = config.source_features if self.embedding is None else config.embedding_dim
@@ -63,12 +64,12 @@ class Encoder(nn.Module):
         self.upper = nn.ModuleList(_lstm(config, 2 * config.hidden_size, 1) for _ in range(above))
 
     def forward(self, src: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Encode src (B, S) tokens or (B, S, F) features.
+        """Encode src (B, S) tokens, (B, S, 1 + K) tokens with tags, or (B, S, F) features.
 
         Returns memory (B, S', D), final h and c of each layer (layers, B, D), and the lengths (B,) in memory, None for
         all S'. S' is S / ``config.time_reduction``, rounded up.
         """
-        x = src if self.embedding is None else self.embed_dropout(self.embedding(src))
+        x = self._embedded(src)
         if self.frame_stack > 1:
             x, lengths = stacked(x, lengths, self.frame_stack)
         memory, state = self.lstm(x, lengths=lengths)
@@ -81,6 +82,14 @@ class Encoder(nn.Module):
         if self.lstm.bidirectional:  # (layers * 2, B, D / 2): forward and backward of a layer side by side
             h, c = torch.cat((h[0::2], h[1::2]), -1), torch.cat((c[0::2], c[1::2]), -1)
         return memory, h, c, lengths
+
+    def _embedded(self, src: Tensor) -> Tensor:
+        """The inputs (B, S, E) of the LSTM: embeddings, summed with the ones of the tags, or the features."""
+        if self.embedding is None:
+            return src
+        if self.tag_embedding is None:
+            return self.embed_dropout(self.embedding(src))
+        return self.embed_dropout(self.embedding(src[..., 0]) + self.tag_embedding(src[..., 1:]).sum(-2))
 
 
 def _lstm(config: Seq2SeqConfig, input_size: int, layers: int) -> LSTM:

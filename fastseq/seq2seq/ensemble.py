@@ -15,6 +15,7 @@ from fastseq.seq2seq.model import Seq2Seq
 ALIKE = (
     "src_vocab_size",
     "source_features",
+    "tag_vocab_size",
     "time_reduction",
     "copy",
     "tgt_vocab_size",

@@ -61,8 +61,8 @@ class Seq2Seq(nn.Module):
         """Predict each target token from the source and the tokens before it.
 
         Args:
-            src: (B, S) integer tokens; (B, S, F) floating point with ``source_features``; (B, S, 2) integers with
-                ``copy``, see :meth:`encode`.
+            src: (B, S) integer tokens; (B, S, 1 + K) with ``tag_vocab_size``; (B, S, F) floating point with
+                ``source_features``; (B, S, 2) integers with ``copy``, see :meth:`encode`.
             src_lengths: (B,) integers in 0..S on any device; None: all S. Positions past the length have no influence.
             tgt_in: (B, T) integer tokens, T >= 1, the target shifted right: it begins with bos. With ``copy`` it may
                 hold tokens of the extended vocabulary; the decoder reads those from V on as unk.
@@ -175,7 +175,9 @@ class Seq2Seq(nn.Module):
         if self.config.copy:
             src, columns = _split(src, self.config)
             copies = copies_of(columns)
-        if self.config.source_features is None:
+        if self.config.tag_vocab_size is not None:
+            _check_tagged(src, self.config)
+        elif self.config.source_features is None:
             _check_tokens("src", src, self.config.src_vocab_size, "(B, S)")
         elif src.dim() != 3 or src.size(2) != self.config.source_features or not src.is_floating_point():
             raise ValueError(
@@ -321,6 +323,13 @@ def _check_tokens(name: str, tokens: Tensor, vocab_size: int, shape: str) -> Non
             f"Seq2Seq: {name} must hold tokens {shape}, int64 or int32, got {tuple(tokens.shape)} {tokens.dtype}"
         )
     _check_ids(name, tokens, vocab_size)
+
+
+def _check_tagged(src: Tensor, config: Seq2SeqConfig) -> None:
+    if src.dim() != 3 or src.size(2) == 0:
+        raise ValueError(f"Seq2Seq: src must hold a token and its tags (B, S, 1 + K), got {tuple(src.shape)}")
+    _check_tokens("src", src[..., 0], config.src_vocab_size, "and tags (B, S, 1 + K)")
+    _check_ids("src (tags)", src[..., 1:], config.tag_vocab_size)
 
 
 def _check_ids(name: str, tokens: Tensor, vocab_size: int) -> None:

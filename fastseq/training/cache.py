@@ -1,8 +1,8 @@
 """Encoded pairs on disk: written once as an Arrow stream, memory-mapped by every run, however large the file.
 
-A cache is two files named by a fingerprint: `FINGERPRINT.arrow` with the columns source and target, lists of token ids,
-and `FINGERPRINT.json` with their numbers. The second is written last; without it, or if the sizes differ, the first is
-not read. `datasets.Dataset.from_file` opens the Arrow file as well.
+A cache is two files named by a fingerprint: `FINGERPRINT.arrow` with the columns source, tags (if any) and target,
+lists of token ids, and `FINGERPRINT.json` with their numbers. The second is written last; without it, or if the sizes
+differ, the first is not read. `datasets.Dataset.from_file` opens the Arrow file as well.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from fastseq.training.data import Sequences, encode_flat
 from fastseq.training.files import read_text, write_text
 from fastseq.training.lock import NO_LOCKS
 from fastseq.training.reading import PairFile, arrow_files, missing_package
+from fastseq.training.tagged import Tagged, TaggedSequences, tags_of, texts_of
 from fastseq.training.tokenizer import PAD, UNK, TextTokenizer
 
+Tokenizers = tuple[TextTokenizer | Tagged, TextTokenizer]
 FORMAT = 1  # of the files; part of the fingerprint
 ROWS = 1 << 16  # pairs of a record batch
-SIDES = ("source", "target")
 
 
 class Counts(NamedTuple):
@@ -39,8 +40,8 @@ class Counts(NamedTuple):
 
     rows: int
     bytes: int  # of the Arrow file
-    tokens: tuple[int, int]  # of source and target, without eos
-    unknown: tuple[int, int]
+    tokens: tuple[int, ...]  # of source, tags (if any) and target, without eos
+    unknown: tuple[int, ...]
 
 
 class Mapped(Sequences):
@@ -93,21 +94,27 @@ class Mapped(Sequences):
         return torch.from_numpy(tokens), torch.from_numpy(lengths)
 
 
-def fingerprint(file: PairFile, tokenizers: tuple[TextTokenizer, TextTokenizer]) -> str:
+def columns_of(tokenizers: Tokenizers) -> dict[str, TextTokenizer]:
+    """The columns of a cache, with the tokenizer of each."""
+    source, target = tokenizers
+    sides = {"source": source.text, "tags": source.tags} if isinstance(source, Tagged) else {"source": source}
+    return sides | {"target": target}
+
+
+def fingerprint(file: PairFile, tokenizers: Tokenizers) -> str:
     """Name of the cache of a file: changes with its path, size or time, and with any token of the tokenizers."""
     described: list[Any] = [FORMAT, file.source_column, file.target_column]
+    described += [] if file.tag_column is None else [file.tag_column]
     for name in filter(None, (file.path, file.targets)):
         path = Path(name)
         for part in arrow_files(path) if path.is_dir() else [path]:
             stat = part.stat()
             described.append([str(part.resolve()), stat.st_size, stat.st_mtime_ns])
-    described += [tokenizer.to_json() for tokenizer in tokenizers]
+    described += [tokenizer.to_json() for tokenizer in columns_of(tokenizers).values()]
     return hashlib.sha256(json.dumps(described).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def cached(
-    file: PairFile, tokenizers: tuple[TextTokenizer, TextTokenizer], folder: Path
-) -> tuple[tuple[Mapped, Mapped], Counts, float]:
+def cached(file: PairFile, tokenizers: Tokenizers, folder: Path) -> tuple[tuple[Sequences, Sequences], Counts, float]:
     """Both sides of a file, from its cache in `folder`; encoded now where there is none.
 
     Processes that need one cache at the same time wait for the first of them.
@@ -133,7 +140,7 @@ def cached(
             f"the encoded data of {file.path} cannot be written to {folder} ({error.strerror or error}); nothing of it "
             "is kept; make room, or choose another folder with --data.cache"
         ) from error
-    return open_cache(folder / f"{name}.arrow", counts), counts, seconds
+    return open_cache(folder / f"{name}.arrow", counts, list(columns_of(tokenizers))), counts, seconds
 
 
 @contextlib.contextmanager
@@ -158,22 +165,23 @@ def read_counts(folder: Path, name: str) -> Counts | None:
         return None
 
 
-def _encode(file: PairFile, tokenizers: tuple[TextTokenizer, TextTokenizer], folder: Path, name: str) -> Counts:
+def _encode(file: PairFile, tokenizers: Tokenizers, folder: Path, name: str) -> Counts:
     """Write both files of the cache; neither is there under its name before it is complete."""
-    pa = _pyarrow(file)
-    kinds = [pa.uint16() if len(tokenizer) <= 1 << 16 else pa.int32() for tokenizer in tokenizers]
-    schema = pa.schema([(side, pa.list_(kind)) for side, kind in zip(SIDES, kinds, strict=True)])
+    pa, by_name = _pyarrow(file), columns_of(tokenizers)
+    kinds = [pa.uint16() if len(tokenizer) <= 1 << 16 else pa.int32() for tokenizer in by_name.values()]
+    schema = pa.schema([(side, pa.list_(kind)) for side, kind in zip(by_name, kinds, strict=True)])
     for left_over in folder.glob(f"{name}.*.partial"):
         left_over.unlink(missing_ok=True)
     partial = folder / f"{name}.{os.getpid()}.partial"
-    rows, tokens, unknown = 0, [0, 0], [0, 0]
+    rows, tokens, unknown = 0, [0] * len(by_name), [0] * len(by_name)
     try:
         with partial.open("wb") as out:
             with pa.ipc.new_stream(pa.PythonFile(out, "w"), schema) as writer:
                 for lines in _batched(file, ROWS):
                     columns = []
-                    for side, tokenizer in enumerate(tokenizers):
-                        flat, lengths = encode_flat(tokenizer, [pair[side] for pair in lines])
+                    texts = _texts(lines, tagged="tags" in by_name)
+                    for side, tokenizer in enumerate(by_name.values()):
+                        flat, lengths = encode_flat(tokenizer, texts[side])
                         tokens[side] += len(flat) - len(lines) * tokenizer.closed
                         unknown[side] += int((flat == UNK).sum())
                         if len(flat) > np.iinfo(np.int32).max:
@@ -197,13 +205,19 @@ def _encode(file: PairFile, tokenizers: tuple[TextTokenizer, TextTokenizer], fol
     return counts
 
 
+def _texts(pairs: list[tuple[str, str]], *, tagged: bool) -> list[list[str]]:
+    """The texts of each column."""
+    sources, targets = ([pair[side] for pair in pairs] for side in (0, 1))
+    return [list(texts_of(sources)), list(tags_of(sources)), targets] if tagged else [sources, targets]
+
+
 def _batched(pairs: PairFile, size: int) -> Iterator[list[tuple[str, str]]]:
     iterator = iter(pairs)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
 
 
-def open_cache(path: Path, counts: Counts) -> tuple[Mapped, Mapped]:
+def open_cache(path: Path, counts: Counts, names: Sequence[str]) -> tuple[Sequences, Sequences]:
     """The columns of a complete cache; raises UserError for a file of another form."""
     pa = _pyarrow(path)
     try:
@@ -211,12 +225,13 @@ def open_cache(path: Path, counts: Counts) -> tuple[Mapped, Mapped]:
         batches = list(pa.ipc.open_stream(pa.BufferReader(buffer)))
         if sum(map(len, batches)) != counts.rows or any(len(batch) != ROWS for batch in batches[:-1]):
             raise ValueError("its batches have other sizes")
-        source, target = (Mapped(buffer, [batch.column(side) for batch in batches], counts.rows) for side in SIDES)
+        columns = [Mapped(buffer, [batch.column(name) for batch in batches], counts.rows) for name in names]
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise UserError(
             f"{path} is no cache of encoded data ({str(error)[:100]}); remove it: it is made again"
         ) from error
-    return source, target
+    *source, target = columns
+    return TaggedSequences(*source) if len(source) == 2 else source[0], target
 
 
 def _pyarrow(needed_for: PairFile | Path) -> Any:

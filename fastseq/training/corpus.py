@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from fastseq.errors import UserError
 from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training import metrics
-from fastseq.training.cache import SIDES, cached
+from fastseq.training.cache import cached, columns_of
 from fastseq.training.copying import CopyTokenizer
 from fastseq.training.data import (
     Joined,
@@ -26,12 +26,13 @@ from fastseq.training.data import (
     unknown_note,
 )
 from fastseq.training.decode import LEAST_LENGTH_RATIO, decode
-from fastseq.training.features import Features
+from fastseq.training.features import Features, Source
 from fastseq.training.folder import model_options
 from fastseq.training.init_from import grown
 from fastseq.training.options import DataOptions, options_of
 from fastseq.training.progress import say
 from fastseq.training.reading import PairFile, as_list
+from fastseq.training.tagged import Tagged, TaggedSequences, tags_of, texts_of
 from fastseq.training.tokenizer import RESERVED, TextTokenizer
 
 CACHED_FROM = 64 << 20  # bytes of training files
@@ -72,7 +73,7 @@ class Decoding:
 class Corpus(NamedTuple):
     """The encoded training and validation data of a run."""
 
-    source_tokenizer: TextTokenizer | Features
+    source_tokenizer: Source
     target_tokenizer: TextTokenizer
     train: tuple[Sequences, Sequences]
     valid: tuple[Sequences, Sequences]
@@ -95,16 +96,18 @@ class Part(NamedTuple):
         step = max(1, round(size / pair / VOCABULARY_LINES))
         return (pair[side] for pair in itertools.islice(self.file, 0, None, step))
 
-    def encoded(self, tokenizers: tuple[TextTokenizer, TextTokenizer]) -> tuple[Sequences, Sequences]:
+    def encoded(self, tokenizers: tuple[TextTokenizer | Tagged, TextTokenizer]) -> tuple[Sequences, Sequences]:
         """Both sides as token ids; unknown tokens are reported."""
-        names = [f"{self.file.path} ({side})" for side in SIDES]
+        names = [f"{self.file.path} ({side})" for side in ("source", "target")]
         if self.pairs is not None:
-            source = _told(encode(tokenizers[0], self.pairs.sources, names[0]))
+            tagged = isinstance(tokenizers[0], Tagged)
+            lines, path = self.pairs.sources, self.file.path
+            source = _told(tokenizers[0].encode(lines, path) if tagged else encode(tokenizers[0], lines, names[0]))
             return source, _told(encode_targets(tokenizers, source, self.pairs.targets, names[1]))
         sides, counts, seconds = cached(self.file, tokenizers, self.cache)
-        for name, unknown, tokens in zip(names, counts.unknown, counts.tokens, strict=True):
+        for name, unknown, tokens in zip(columns_of(tokenizers), counts.unknown, counts.tokens, strict=True):
             if unknown:
-                say(unknown_note(name, unknown, tokens))
+                say(unknown_note(f"{self.file.path} ({name})", unknown, tokens))
         made = f"encoded in {seconds:.0f} s" if seconds else "already encoded"
         say(f"{self.file.path}: {counts.rows:,} pairs {made}, {counts.bytes / 2**20:,.0f} MiB in {self.cache}")
         return sides
@@ -133,7 +136,7 @@ def pair_files(config: Namespace, name: str) -> list[PairFile]:
     paths, targets = (as_list(config[key]) for key in (name, f"{name}_targets"))
     if targets and len(targets) != len(paths):
         raise UserError(f"--{name}_targets names {len(targets)} file(s), --{name} {len(paths)}; give one for each")
-    columns = config.data.source_column, config.data.target_column
+    columns = config.data.source_column, config.data.target_column, config.data.tag_column if config.data.tags else None
     return [PairFile(path, targets[i] if targets else None, *columns) for i, path in enumerate(paths)]
 
 
@@ -143,10 +146,19 @@ def sides_of(parts: Sequence[Part]) -> tuple[Iterator[str], Iterator[str]]:
     return source, target
 
 
-def train_tokenizers(options: DataOptions, parts: Sequence[Part]) -> tuple[TextTokenizer, TextTokenizer]:
+def train_tokenizers(options: DataOptions, parts: Sequence[Part]) -> tuple[TextTokenizer | Tagged, TextTokenizer]:
     """Source and target tokenizer from the training data: one for both sides with `shared_vocabulary`."""
+    if not options.tags:
+        return _train_tokenizers(options, sides_of(parts))
+    lines, targets = sides_of(parts)
+    source, target = _train_tokenizers(options, (texts_of(lines), targets))
+    return Tagged.train(source, tags_of(sides_of(parts)[0]), options.vocab_size), target
+
+
+def _train_tokenizers(
+    options: DataOptions, sides: tuple[Iterator[str], Iterator[str]]
+) -> tuple[TextTokenizer, TextTokenizer]:
     kinds = options.source_tokenizer, options.target_tokenizer
-    sides = sides_of(parts)
     if not options.shared_vocabulary:
         sides = zip(kinds, sides, strict=True)
         source, target = (TextTokenizer.train(kind, lines, options.vocab_size) for kind, lines in sides)
@@ -178,16 +190,15 @@ def length_ratio(source: Sequences, target: Sequences, reduction: int = 1, least
     return max(least, round(1.5 * largest, 2))
 
 
-def load_corpus(
-    config: Namespace, tokenizers: tuple[TextTokenizer | Features, TextTokenizer] | None, *, grow: bool = False
-) -> Corpus:
+def load_corpus(config: Namespace, tokenizers: tuple[Source, TextTokenizer] | None, *, grow: bool = False) -> Corpus:
     """Read and encode all files, with these tokenizers or, for a new run, with new ones.
 
     `grow` adds the tokens of the training files to the tokenizers.
     """
     options = options_of(config, "data", DataOptions)
     features = config.model.source_features
-    reduction = model_options(config, features or LEAST_SIZE, LEAST_SIZE).time_reduction  # checks them before the work
+    least_sizes = features or LEAST_SIZE, LEAST_SIZE, LEAST_SIZE if options.tags else None
+    reduction = model_options(config, *least_sizes).time_reduction  # checks them before the work
     parts, valid_files = training_parts(config), pair_files(config, "valid")
     if len(valid_files) != 1:
         raise UserError(f"--valid needs one file, got {len(valid_files)}")
@@ -220,6 +231,8 @@ def load_corpus(
 
 def joined(parts: Sequence[Sequences], weights: Sequence[float]) -> Sequences:
     """One side of all training files."""
+    if isinstance(parts[0], TaggedSequences):
+        return TaggedSequences(*(joined(side, weights) for side in zip(*(part.sides for part in parts), strict=True)))
     return parts[0] if len(parts) == 1 and weights[0] == 1 else Joined(parts, weights)
 
 

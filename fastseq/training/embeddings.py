@@ -16,6 +16,7 @@ from fastseq.training.corpus import Corpus
 from fastseq.training.features import Features
 from fastseq.training.progress import say
 from fastseq.training.reading import decoded_lines
+from fastseq.training.tagged import text_side
 from fastseq.training.tokenizer import PAD, TextTokenizer
 
 
@@ -32,7 +33,7 @@ def load_embeddings(model: Seq2Seq, config: Namespace, corpus: Corpus) -> None:
     if source is not None and target is not None and model.config.share_all_embeddings:
         raise UserError("model.share_all_embeddings has one matrix: give --model.src_embeddings or tgt_embeddings")
     if source is not None:
-        _fill(model.encoder.embedding.weight, Path(source), corpus.source_tokenizer, "source")
+        _fill(model.encoder.embedding.weight, Path(source), text_side(corpus.source_tokenizer), "source")
     if target is not None:
         _fill(model.decoder.embedding.weight, Path(target), corpus.target_tokenizer, "target")
 

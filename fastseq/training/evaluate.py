@@ -18,7 +18,7 @@ from fastseq.training import metrics
 from fastseq.training.data import CopySequences, Sequences, group_references, read_pairs
 from fastseq.training.decode import LEAST_LENGTH_RATIO, Hypothesis
 from fastseq.training.decoding import Decoding
-from fastseq.training.features import Features, encode_sources
+from fastseq.training.features import Features, Source, encode_sources
 from fastseq.training.files import refuse_links, write_text
 from fastseq.training.folder import RunFolder
 from fastseq.training.options import Count, CountOrZero, ReferenceResult, command_parser, parsed
@@ -26,10 +26,11 @@ from fastseq.training.plots import plot_attention, plot_attention_over
 from fastseq.training.reading import PairFile
 from fastseq.training.saved import is_saved
 from fastseq.training.search_options import add_search_options
+from fastseq.training.tagged import Tagged
 from fastseq.training.tokenizer import TextTokenizer
 from fastseq.training.trained import TrainedModel
 
-Tokenizers = tuple[TextTokenizer | Features, TextTokenizer]
+Tokenizers = tuple[Source, TextTokenizer]
 
 
 def evaluate_parser() -> ArgumentParser:
@@ -42,11 +43,12 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument("run", type=str, nargs="+", help="run or saved model; several make an ensemble")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument(
-        "--data", type=str, required=True, help="source<TAB>target lines, several per source; for features a manifest"
+        "--data", type=str, required=True, help="lines of the form of the training file, several per source"
     )
     parser.add_argument("--targets", type=str | None, help="target file; --data then holds sources alone")
     parser.add_argument("--source_column", type=str, default="source", help="of JSONL, CSV, Parquet and Arrow")
     parser.add_argument("--target_column", type=str, default="target", help="of JSONL, CSV, Parquet and Arrow")
+    parser.add_argument("--tag_column", type=str, default="tags", help="the same, for a run with tags")
     parser.add_argument(
         "--output",
         type=str | None,
@@ -68,22 +70,24 @@ def evaluate_parser() -> ArgumentParser:
 
 
 def write_predictions(
-    path: Path, references: dict[str, list[str]], predictions: Sequence[Hypothesis], tokenizer: TextTokenizer
+    path: Path, references: dict[str, list[str]], predictions: Sequence[Hypothesis], tokenizers: Tokenizers
 ) -> None:
     """Write one line for each source: source, prediction, references joined by " | ", and correct as 1 or 0.
 
-    With token scores, the score and they are two more columns.
+    Tags are a second column. With token scores, the score and they are two more.
     """
+    tagged, tokenizer = isinstance(tokenizers[0], Tagged), tokenizers[1]
     scored = predictions[0].token_scores is not None
     file = io.StringIO()
     writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
-    names = ["source", "prediction", "references", "correct"]
+    names = ["source", *(["tags"] if tagged else []), "prediction", "references", "correct"]
     writer.writerow([*names, "score", "token_scores"] if scored else names)
     for (source, refs), prediction in zip(references.items(), predictions, strict=True):
         correct = tokenizer.units(prediction.text) in [tokenizer.units(ref) for ref in refs]
         scores = " ".join(f"{score:.4f}" for score in prediction.token_scores or ())
         columns = [f"{prediction.score:.4f}", scores] if scored else []
-        writer.writerow([source, prediction.text, " | ".join(refs), int(correct), *columns])
+        sides = source.split("\t") if tagged else [source.replace("\t", " ")]
+        writer.writerow([*sides, prediction.text, " | ".join(refs), int(correct), *columns])
     write_text(path, file.getvalue())
 
 
@@ -153,9 +157,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parsed(evaluate_parser(), sys.argv[1:] if argv is None else argv)
     if len(options.run) > 1 and options.output is None:
         raise UserError("--output is missing: the results of an ensemble belong to none of its folders")
-    pairs = read_pairs(PairFile(options.data, options.targets, options.source_column, options.target_column))
-    references = group_references(pairs)
     trained = TrainedModel.from_pretrained(options.run, checkpoint=options.checkpoint, device=options.device)
+    tag_column = options.tag_column if isinstance(trained.source_tokenizer, Tagged) else None
+    columns = options.source_column, options.target_column, tag_column
+    pairs = read_pairs(PairFile(options.data, options.targets, *columns))
+    references = group_references(pairs)
     config = None if is_saved(options.run[0]) else RunFolder(options.run[0]).load_config()
     decoding, lines = Decoding(options, trained, n_best=1), list(references)
     decoding.check_number(len(lines))
@@ -175,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
 
     output = Path(options.output or options.run[0])
     output.mkdir(parents=True, exist_ok=True)
-    write_predictions(output / "predictions.tsv", references, best, tokenizers[1])
+    write_predictions(output / "predictions.tsv", references, best, tokenizers)
     beams, checkpoint = int(decoding.search.get("num_beams", 1)), options.checkpoint or "best"
     facts = {"data": options.data, "sources": len(references), "num_beams": beams}
     cut_off = sum(hypothesis.cut_off for hypothesis in best)

@@ -19,6 +19,7 @@ from fastseq.training.data import Sequences, encode
 from fastseq.training.files import read_text, write_text
 from fastseq.training.mel import log_mel
 from fastseq.training.reading import missing_package
+from fastseq.training.tagged import Tagged, text_side
 from fastseq.training.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -159,22 +160,38 @@ class Features:
         raise UserError("features are no tokens; read the source with Features.read")
 
 
-def load_source(folder: RunFolder | SavedFolder) -> TextTokenizer | Features:
-    """The source side of a folder: its features, or its tokenizer; raises UserError for a missing or damaged file."""
+Source = TextTokenizer | Tagged | Features  # what turns the source side into numbers
+
+
+def load_source(folder: RunFolder | SavedFolder) -> Source:
+    """The source side of a folder: its features, or its tokenizers; raises UserError for a missing or damaged file."""
     if folder.source_features.exists():
         return Features.load(folder.source_features)
-    return TextTokenizer.load(folder.source_tokenizer)
+    text = TextTokenizer.load(folder.source_tokenizer)
+    return Tagged(text, TextTokenizer.load(folder.source_tags)) if folder.source_tags.exists() else text
 
 
-def save_source(source: TextTokenizer | Features, folder: RunFolder | SavedFolder) -> None:
-    """Write the source side into a folder, in place of one of the other kind."""
-    features = isinstance(source, Features)
-    source.save(folder.source_features if features else folder.source_tokenizer)
-    (folder.source_tokenizer if features else folder.source_features).unlink(missing_ok=True)
+def save_source(source: Source, folder: RunFolder | SavedFolder) -> None:
+    """Write the source side into a folder, in place of one of another kind."""
+    files = {folder.source_features: source} if isinstance(source, Features) else {}
+    if not files:
+        files[folder.source_tokenizer] = text_side(source)
+    if isinstance(source, Tagged):
+        files[folder.source_tags] = source.tags
+    for file, content in files.items():
+        content.save(file)
+    for file in {folder.source_tokenizer, folder.source_tags, folder.source_features} - files.keys():
+        file.unlink(missing_ok=True)
+
+
+def sizes(tokenizers: tuple[Source, TextTokenizer]) -> tuple[int, int, int | None]:
+    """Source tokens or features, target tokens, and tags, None without any: what a model is built for."""
+    source, target = tokenizers
+    return len(source), len(target), len(source.tags) if isinstance(source, Tagged) else None
 
 
 def encode_sources(
-    source: TextTokenizer | Features, lines: Sequence[tuple[int, str]], file: str, name: str | None = None
+    source: Source, lines: Sequence[tuple[int, str]], file: str, name: str | None = None
 ) -> tuple[Sequences, str | None]:
     """The numbered lines of `file` as sequences, and a sentence about unknown tokens (None if there are none).
 
@@ -183,6 +200,8 @@ def encode_sources(
     if isinstance(source, Features):
         names = [line.partition("\t")[0] if isinstance(line, str) else line for _, line in lines]
         return source.read(names, file, [number for number, _ in lines]), None
+    if isinstance(source, Tagged):
+        return source.encode([line for _, line in lines], file, [number for number, _ in lines])
     return encode(source, [line for _, line in lines], name or file)
 
 

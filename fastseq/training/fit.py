@@ -23,6 +23,7 @@ from fastseq.training.callbacks import AtomicCheckpointIO, BestAndLast, Patience
 from fastseq.training.checkpoint import load_checkpoint, trained_model
 from fastseq.training.corpus import Corpus, load_corpus
 from fastseq.training.embeddings import load_embeddings
+from fastseq.training.features import sizes
 from fastseq.training.files import refuse_links
 from fastseq.training.folder import RunFolder, model_options, on_device
 from fastseq.training.init_from import freeze, take_over
@@ -205,8 +206,8 @@ def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None
             f"{pairs:,}; "
             f"choose at most {pairs}"
         )
-    sizes = model_options(config, len(corpus.source_tokenizer), len(corpus.target_tokenizer))
-    model = trained_model(sizes, checkpoint, last) if resume else new_model(sizes, int(config.seed))
+    shape = model_options(config, *sizes((corpus.source_tokenizer, corpus.target_tokenizer)))
+    model = trained_model(shape, checkpoint, last) if resume else new_model(shape, int(config.seed))
     if start is not None:
         take_over(model, start.model)
     if not resume:

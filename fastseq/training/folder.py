@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from fastseq.errors import UserError
 from fastseq.seq2seq.model import Seq2Seq, Seq2SeqConfig
 from fastseq.training.checkpoint import load_checkpoint, trained_model
-from fastseq.training.features import Features, load_source, save_source
+from fastseq.training.features import Source, load_source, save_source, sizes
 from fastseq.training.files import write_text
 from fastseq.training.options import EMBEDDINGS, read_config, train_parser
 from fastseq.training.tokenizer import BOS, EOS, PAD, UNK, TextTokenizer
@@ -20,15 +20,16 @@ from fastseq.training.tokenizer import BOS, EOS, PAD, UNK, TextTokenizer
 class RunFolder:
     """Paths below a run folder.
 
-    config.yaml, source_tokenizer.json (or source_features.json), target_tokenizer.json, checkpoints/best.ckpt and
-    last.ckpt, metrics.csv, curves.png, tensorboard/; while a process trains, train.lock; after `fastseq evaluate`,
-    evaluation.json, predictions.tsv and attention/*.png.
+    config.yaml, source_tokenizer.json (and source_tags.json, or source_features.json alone), target_tokenizer.json,
+    checkpoints/best.ckpt and last.ckpt, metrics.csv, curves.png, tensorboard/; while a process trains, train.lock;
+    after `fastseq evaluate`, evaluation.json, predictions.tsv and attention/*.png.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.source_tokenizer = self.path / "source_tokenizer.json"
+        self.source_tags = self.path / "source_tags.json"
         self.source_features = self.path / "source_features.json"
         self.target_tokenizer = self.path / "target_tokenizer.json"
         self.checkpoints = self.path / "checkpoints"
@@ -50,7 +51,7 @@ class RunFolder:
         for folder in (self.checkpoints, self.tensorboard, self.path / "attention", self.path / "averaged"):
             folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
         evaluation = self.path / "evaluation.json", self.path / "predictions.tsv"
-        tokenizers = self.source_tokenizer, self.source_features, self.target_tokenizer
+        tokenizers = self.source_tokenizer, self.source_tags, self.source_features, self.target_tokenizer
         for file in (self.config, self.metrics, self.curves, *tokenizers, *evaluation):
             file.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True)
@@ -66,12 +67,12 @@ class RunFolder:
         """The options of the run; raises UserError when the folder holds none."""
         return read_config(self.config)
 
-    def save_tokenizers(self, source: TextTokenizer | Features, target: TextTokenizer) -> None:
+    def save_tokenizers(self, source: Source, target: TextTokenizer) -> None:
         """Write what turns both sides into numbers."""
         save_source(source, self)
         target.save(self.target_tokenizer)
 
-    def load_tokenizers(self) -> tuple[TextTokenizer | Features, TextTokenizer]:
+    def load_tokenizers(self) -> tuple[Source, TextTokenizer]:
         """Source and target tokenizer; the reader of features for a run with --model.source_features."""
         return load_source(self), TextTokenizer.load(self.target_tokenizer)
 
@@ -79,12 +80,12 @@ class RunFolder:
         """The model with the weights of checkpoint `name` ("best" or "last") on `device`, in eval mode."""
         return self.load(name, device)[0]
 
-    def load(self, name: str, device: str) -> tuple[Seq2Seq, tuple[TextTokenizer | Features, TextTokenizer], Namespace]:
+    def load(self, name: str, device: str) -> tuple[Seq2Seq, tuple[Source, TextTokenizer], Namespace]:
         """As `load_model`, with the tokenizers and the options of the run."""
         place = pick_device(device)
         tokenizers, config = self.load_tokenizers(), self.load_config()
         path = self.checkpoints / f"{name}.ckpt"
-        options = model_options(config, *map(len, tokenizers))
+        options = model_options(config, *sizes(tokenizers))
         model = on_device(trained_model(options, load_checkpoint(path), path), place).eval()
         return model, tokenizers, config
 
@@ -108,6 +109,8 @@ def on_device(model: Seq2Seq, device: torch.device) -> Seq2Seq:
     features, source = model.config.source_features, token
     if model.config.copy:
         source = token[..., None].expand(-1, -1, 2)
+    elif model.config.tag_vocab_size is not None:
+        source = token[..., None]
     elif features:
         source = torch.zeros(1, 1, features, device=device)
     try:
@@ -117,11 +120,16 @@ def on_device(model: Seq2Seq, device: torch.device) -> Seq2Seq:
     return model
 
 
-def model_options(config: Namespace, source_size: int, target_size: int) -> Seq2SeqConfig:
+def model_options(config: Namespace, source_size: int, target_size: int, tags: int | None = None) -> Seq2SeqConfig:
     """The options of a model for vocabularies of these sizes; raises UserError when they contradict each other.
 
-    `source_size` is the number of features with --model.source_features.
+    `source_size` is the number of features with --model.source_features, `tags` the number of tags with --data.tags.
     """
+    if config.data.tags != (tags is not None):
+        raise UserError(
+            f"data.tags is {str(config.data.tags).lower()}, the source of this run has {'no' if tags is None else ''} "
+            "tags (source_tags.json)"
+        )
     features = config.model.source_features
     if features is not None and features != source_size:
         raise UserError(f"model.source_features is {features}, the source of this run has {source_size}")
@@ -130,6 +138,7 @@ def model_options(config: Namespace, source_size: int, target_size: int) -> Seq2
             **{name: value for name, value in vars(config.model).items() if name not in EMBEDDINGS},
             src_vocab_size=source_size if features is None else None,
             tgt_vocab_size=target_size,
+            tag_vocab_size=tags,
             pad_id=PAD,
             bos_id=BOS,
             eos_id=EOS,

@@ -29,7 +29,8 @@ def generate_parser() -> ArgumentParser:
         "generate",
         "Read source lines, write predictions: one line for each, or --n-best lines with their scores "
         "(prediction<TAB>score). --output-scores adds the log-probability of each token, --output-attentions the "
-        "alignment, as further columns. An empty line stays empty. A run on features reads the lines of a manifest.",
+        "alignment, as further columns. An empty line stays empty. A run on features reads the lines of a manifest, "
+        "one with tags source<TAB>tags.",
         "echo hello | fastseq generate runs/mine --num-beams 5 --n-best 3",
     )
     parser.add_argument("run", type=str, nargs="+", help="run or saved model; several make an ensemble")

@@ -11,10 +11,11 @@ from jsonargparse import Namespace
 from fastseq.errors import UserError, did_you_mean
 from fastseq.seq2seq.config import Seq2SeqConfig
 from fastseq.seq2seq.model import Seq2Seq
-from fastseq.training.features import Features
+from fastseq.training.features import Features, Source, sizes
 from fastseq.training.folder import RunFolder, model_options
 from fastseq.training.options import EMBEDDINGS, parsed, train_parser, with_built_in_configs
 from fastseq.training.saved import SavedFolder, is_saved
+from fastseq.training.tagged import Tagged, tags_of, text_side, texts_of
 from fastseq.training.tokenizer import TextTokenizer
 
 FREE = ("dropout", "embed_dropout", "output_dropout", "backend", "coverage_loss")  # the weights do not depend on them
@@ -25,8 +26,8 @@ PARTS = {
     "attention": ("decoder.attention",),
     "bridge": ("bridge",),
     "output": ("decoder.output",),
-    "embedding": ("encoder.embedding", "decoder.embedding"),
-    "src_embedding": ("encoder.embedding",),
+    "embedding": ("encoder.embedding", "encoder.tag_embedding", "decoder.embedding"),
+    "src_embedding": ("encoder.embedding", "encoder.tag_embedding"),
     "tgt_embedding": ("decoder.embedding",),
 }
 
@@ -39,7 +40,8 @@ def inherited(config: Namespace, argv: list[str]) -> Namespace:
     options, tokenizers = _description(config.init_from)
     fixed = {f"model.{name}": getattr(options, name) for name in vars(config.model) if name not in EMBEDDINGS}
     source, target = tokenizers
-    fixed |= {"data.target_tokenizer": target.kind, "data.shared_vocabulary": source == target}
+    fixed |= {"data.target_tokenizer": target.kind, "data.shared_vocabulary": text_side(source) == target}
+    fixed["data.tags"] = isinstance(source, Tagged)
     if isinstance(source, Features):
         fixed["data.highest_frequency"] = source.highest_frequency
     else:
@@ -61,14 +63,14 @@ def _text(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _description(path: str | Path) -> tuple[Seq2SeqConfig, tuple[TextTokenizer | Features, TextTokenizer]]:
+def _description(path: str | Path) -> tuple[Seq2SeqConfig, tuple[Source, TextTokenizer]]:
     """The model options and tokenizers of a run or a saved model, without its weights."""
     if is_saved(path):
         saved = SavedFolder(path)
         return saved.load_config()[0], saved.load_tokenizers()
     run = RunFolder(path)
     config, tokenizers = run.load_config(), run.load_tokenizers()
-    return model_options(config, *map(len, tokenizers)), tokenizers
+    return model_options(config, *sizes(tokenizers)), tokenizers
 
 
 def take_over(model: Seq2Seq, start: Seq2Seq) -> Seq2Seq:
@@ -102,14 +104,18 @@ def freeze(model: Seq2Seq, names: str | None) -> Seq2Seq:
 
 
 def grown(
-    tokenizers: tuple[TextTokenizer | Features, TextTokenizer],
+    tokenizers: tuple[Source, TextTokenizer],
     sides: tuple[Iterable[str], Iterable[str]],
     vocab_size: int,
-) -> tuple[TextTokenizer | Features, TextTokenizer]:
+) -> tuple[Source, TextTokenizer]:
     """Both tokenizers with the new tokens of their side's lines behind their own, up to `vocab_size` ids each."""
     source, target = tokenizers
     if isinstance(source, Features):
         return source, target.grown(sides[1], vocab_size)
+    if isinstance(source, Tagged):
+        lines = list(sides[0])
+        text, target = grown((source.text, target), (texts_of(lines), sides[1]), vocab_size)
+        return Tagged(text, source.tags.grown(tags_of(lines), vocab_size)), target
     if source == target:
         shared = source.grown([*sides[0], *sides[1]], vocab_size)
         return shared, shared

@@ -28,7 +28,7 @@ FIXED = (
     "freeze",
 )  # by the checkpoint of a run
 EMBEDDINGS = ("src_embeddings", "tgt_embeddings")  # files beside the options of Seq2SeqConfig in the group model
-FROM_DATA = {"src_vocab_size", "tgt_vocab_size", "pad_id", "bos_id", "eos_id", "unk_id"}
+FROM_DATA = {"src_vocab_size", "tgt_vocab_size", "tag_vocab_size", "pad_id", "bos_id", "eos_id", "unk_id"}
 
 # Every number has an upper limit: past it an allocation fails, an int64 overflows, or a loop never ends.
 Count = restricted_number_type(None, int, [(">=", 1), ("<=", 1_000_000_000)])
@@ -61,7 +61,8 @@ class DataOptions:
         max_length_ratio: a prediction has at most this many tokens for each source token, and 10 more; null for one and
             a half times what the training data needs, and for text at least 2. Features count after --model.frame_stack
             and --model.pyramid.
-        source_column, target_column: of JSONL, CSV, Parquet and Arrow files.
+        tags: each source has tags, side information such as V;PST: lines source<TAB>tags<TAB>target.
+        source_column, target_column, tag_column: of JSONL, CSV, Parquet and Arrow files.
         weights: how often an epoch takes each training file, such as [1, 0.5]; null for once.
         cache: folder for encoded training data, memory-mapped and shared by runs; null for RUN_DIR/cache if the
             training files have 64 MiB or more, and for memory if less.
@@ -76,8 +77,10 @@ class DataOptions:
     valid_sentences: Count = 1000
     text_metrics: bool = False
     max_length_ratio: LengthRatio | None = None
+    tags: bool = False
     source_column: str = "source"
     target_column: str = "target"
+    tag_column: str = "tags"
     weights: list[Weight] | None = None
     cache: str | None = None
     highest_frequency: Frequency = 8000.0

@@ -17,6 +17,7 @@ from fastseq.errors import UserError
 
 SUFFIXES = (".gz", ".zst")
 EXPECTED = "expected source<TAB>target lines"
+NAMING = "name columns with --data.source_column and --data.target_column"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PairFile:
     targets: str | None = None  # a second file: line i is the target of line i of `path`
     source_column: str = "source"  # of JSONL, CSV, Parquet and Arrow
     target_column: str = "target"
+    tag_column: str | None = None  # where each source has tags: it is then text<TAB>tags
 
     def size(self) -> int:
         """Bytes on disk."""
@@ -53,10 +55,12 @@ def pairs_of(file: PairFile) -> Iterator[tuple[str, str]]:
     empty = True
     for number, (source, target) in enumerate(_pairs(file), start=1):
         empty = False
-        if not source or source.isspace() or not target or target.isspace():
-            side = "source" if not source.strip() else "target"
+        text = source if file.tag_column is None else source.partition("\t")[0]
+        if not text or text.isspace() or not target or target.isspace():
+            side = "source" if not text.strip() else "target"
+            form = "source<TAB>target" if file.tag_column is None else "source<TAB>tags<TAB>target"
             raise UserError(
-                f"{file.path}, line {number}: the {side} is empty; expected source<TAB>target, fill or remove the line"
+                f"{file.path}, line {number}: the {side} is empty; expected {form}, fill or remove the line"
             )
         yield source, target
     if empty:
@@ -67,12 +71,12 @@ def _pairs(file: PairFile) -> Iterator[tuple[str, str]]:
     path = Path(file.path)
     suffix = Path(path.stem).suffix.lower() if path.suffix.lower() in SUFFIXES else path.suffix.lower()
     if file.targets is not None:
-        return _parallel(file.path, file.targets)
+        return _parallel(file)
     if path.is_dir() or suffix in (".parquet", ".arrow"):
         return _from_arrow(file, path)
     if suffix in (".jsonl", ".ndjson"):
         return _from_jsonl(file)
-    return _from_csv(file) if suffix == ".csv" else _from_tsv(file.path)
+    return _from_csv(file) if suffix == ".csv" else _from_tsv(file)
 
 
 def lines_of(path: str) -> Iterator[tuple[int, str]]:
@@ -137,21 +141,26 @@ def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, str]
             ) from error
 
 
-def _from_tsv(path: str) -> Iterator[tuple[str, str]]:
-    for number, line in lines_of(path):
-        source, tab, target = line.partition("\t")
-        if not tab or "\t" in target:
-            tabs = line.count("\t")
-            raise UserError(f"{path}, line {number}: expected source<TAB>target with one tab, found {tabs} tabs")
+def _from_tsv(file: PairFile) -> Iterator[tuple[str, str]]:
+    expected = 1 if file.tag_column is None else 2
+    for number, line in lines_of(file.path):
+        source, _, target = line.rpartition("\t")
+        tabs = line.count("\t")
+        if tabs != expected:
+            form = "source<TAB>target with one tab" if expected == 1 else "source<TAB>tags<TAB>target with two tabs"
+            raise UserError(f"{file.path}, line {number}: expected {form}, found {tabs} tabs")
         yield source, target
 
 
-def _parallel(path: str, targets: str) -> Iterator[tuple[str, str]]:
+def _parallel(file: PairFile) -> Iterator[tuple[str, str]]:
+    path, targets = file.path, file.targets
     sides = lines_of(path), lines_of(targets)
-    for (_, source), (_, target) in itertools.zip_longest(*sides, fillvalue=(0, None)):
+    for (number, source), (_, target) in itertools.zip_longest(*sides, fillvalue=(0, None)):
         if source is None or target is None:
             shorter, longer = (path, targets) if source is None else (targets, path)
             raise UserError(f"{shorter} has fewer lines than {longer}; line i of one belongs to line i of the other")
+        if file.tag_column is not None and source.count("\t") != 1:
+            raise UserError(f"{path}, line {number}: expected source<TAB>tags with one tab")
         yield source, target
 
 
@@ -164,14 +173,27 @@ def _from_jsonl(file: PairFile) -> Iterator[tuple[str, str]]:
             raise UserError(f"{where} is not JSON ({str(error)[:100]})") from error
         if not isinstance(record, dict):
             raise UserError(f"{where} holds no object {{...}} with {file.source_column} and {file.target_column}")
-        yield _field(record, file.source_column, where), _field(record, file.target_column, where)
+        yield _joined([_field(record, column, where) for column in _columns(file)], where)
+
+
+def _columns(file: PairFile) -> list[str]:
+    """Names of the columns of a line: source, tags where there are any, target."""
+    return [file.source_column, *([] if file.tag_column is None else [file.tag_column]), file.target_column]
+
+
+def _joined(values: list[str], where: str) -> tuple[str, str]:
+    """The pair of these columns: with tags the source is text<TAB>tags."""
+    *source, target = values
+    if len(source) == 2 and any("\t" in value for value in source):
+        raise UserError(f"{where}: a tab in the source or in its tags; with --data.tags it separates both, replace it")
+    return "\t".join(source), target
 
 
 def _field(record: dict, column: str, where: str) -> str:
     value = record.get(column)
     if not isinstance(value, str):
         found = "is missing" if value is None else f"is no text but {type(value).__name__}"
-        raise UserError(f"{where}: {column} {found}; name columns with --data.source_column and --data.target_column")
+        raise UserError(f"{where}: {column} {found}; {NAMING}")
     return value
 
 
@@ -179,18 +201,16 @@ def _from_csv(file: PairFile) -> Iterator[tuple[str, str]]:
     rows = csv.reader((line + "\n" for _, line in lines_of(file.path)), strict=True)
     try:
         header = next(rows, [])
-        missing = [name for name in (file.source_column, file.target_column) if name not in header]
+        missing = [name for name in _columns(file) if name not in header]
         if missing and header:
             raise UserError(
-                f"{file.path} has no column {missing[0]}, its first line names {', '.join(header)[:200]}; "
-                "name columns with --data.source_column and --data.target_column"
+                f"{file.path} has no column {missing[0]}, its first line names {', '.join(header)[:200]}; {NAMING}"
             )
-        columns = [header.index(name) for name in (file.source_column, file.target_column)] if header else []
+        columns = [header.index(name) for name in _columns(file)] if header else []
         for row in rows:
             if len(row) != len(header):
                 raise UserError(f"{file.path}, line {rows.line_num}: {len(row)} fields, the header has {len(header)}")
-            source, target = (row[column] for column in columns)
-            yield source, target
+            yield _joined([row[column] for column in columns], f"{file.path}, line {rows.line_num}")
     except csv.Error as error:
         raise UserError(f"{file.path}, line {rows.line_num} is not CSV ({error})") from error
 
@@ -209,7 +229,7 @@ def _from_arrow(file: PairFile, path: Path) -> Iterator[tuple[str, str]]:
     files = arrow_files(path) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} holds no data-*.arrow, as datasets.Dataset.save_to_disk writes; {EXPECTED}")
-    names = [file.source_column, file.target_column]
+    names = _columns(file)
     number = 0
     for part in files:
         try:
@@ -222,16 +242,13 @@ def _from_arrow(file: PairFile, path: Path) -> Iterator[tuple[str, str]]:
             for name in names:
                 if name not in schema.names or not _is_text(pa, schema.field(name).type):
                     listed = ", ".join(f"{field.name} ({field.type})" for field in schema)[:200]
-                    raise UserError(
-                        f"{part} has no column of text {name}, it has {listed}; "
-                        "name columns with --data.source_column and --data.target_column"
-                    )
+                    raise UserError(f"{part} has no column of text {name}, it has {listed}; {NAMING}")
             for batch in batches:
-                for pair in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
+                for values in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
                     number += 1
-                    if None in pair:
-                        raise UserError(f"{part}, row {number}: {names[pair.index(None)]} is null")
-                    yield pair
+                    if None in values:
+                        raise UserError(f"{part}, row {number}: {names[values.index(None)]} is null")
+                    yield _joined(list(values), f"{part}, row {number}")
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{part} cannot be read ({str(error)[:200]})") from error
 

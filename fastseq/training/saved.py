@@ -18,7 +18,7 @@ from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training import generation_config
 from fastseq.training.checkpoint import weighted_model
 from fastseq.training.closed_json import check_values, read_object
-from fastseq.training.features import Features, load_source, save_source
+from fastseq.training.features import Source, load_source, save_source, sizes
 from fastseq.training.files import refuse_links, write_bytes, write_text
 from fastseq.training.folder import RunFolder, on_device, pick_device
 from fastseq.training.generation_config import read_search
@@ -36,8 +36,8 @@ RESERVED_IDS = {"pad_id": PAD, "bos_id": BOS, "eos_id": EOS, "unk_id": UNK}
 class SavedFolder:
     """Paths below a saved model's folder.
 
-    model.safetensors, config.json, source_tokenizer.json (or source_features.json), target_tokenizer.json,
-    generation_config.json, README.md.
+    model.safetensors, config.json, source_tokenizer.json (and source_tags.json, or source_features.json alone),
+    target_tokenizer.json, generation_config.json, README.md.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -45,12 +45,13 @@ class SavedFolder:
         self.weights = self.path / "model.safetensors"
         self.config = self.path / "config.json"
         self.source_tokenizer = self.path / "source_tokenizer.json"
+        self.source_tags = self.path / "source_tags.json"
         self.source_features = self.path / "source_features.json"
         self.target_tokenizer = self.path / "target_tokenizer.json"
         self.generation_config = self.path / generation_config.NAME
         self.card = self.path / "README.md"
 
-    def load_tokenizers(self) -> tuple[TextTokenizer | Features, TextTokenizer]:
+    def load_tokenizers(self) -> tuple[Source, TextTokenizer]:
         """Source and target tokenizer; the reader of features for a model with source_features."""
         return load_source(self), TextTokenizer.load(self.target_tokenizer)
 
@@ -77,17 +78,18 @@ class SavedFolder:
         """The model on `device`, in eval mode; raises UserError for files that are damaged or do not fit each other."""
         return self.load(device)[0]
 
-    def load(self, device: str) -> tuple[Seq2Seq, tuple[TextTokenizer | Features, TextTokenizer], Card]:
+    def load(self, device: str) -> tuple[Seq2Seq, tuple[Source, TextTokenizer], Card]:
         """As `load_model`, with the tokenizers and the facts of the card."""
         place = pick_device(device)
         config, card = self.load_config()
         tokenizers = self.load_tokenizers()
-        sizes = config.src_vocab_size or config.source_features, config.tgt_vocab_size
-        vocabularies = tuple(map(len, tokenizers))
-        if sizes != vocabularies:
+        expected = config.src_vocab_size or config.source_features, config.tgt_vocab_size, config.tag_vocab_size
+        found = sizes(tokenizers)
+        if expected != found:
             raise UserError(
-                f"{self.config} has vocabularies of {sizes[0]} and {sizes[1]} tokens, the files beside it have "
-                f"{vocabularies[0]} and {vocabularies[1]}; take all files from one save_pretrained"
+                f"{self.config} has vocabularies of {expected[0]} and {expected[1]} tokens and {expected[2] or 'no'} "
+                f"tags, the files beside it have {found[0]}, {found[1]} and {found[2] or 'no'}; take all files from "
+                "one save_pretrained"
             )
         weights = read_weights(self.weights, config)
         return on_device(weighted_model(config, weights, self.weights), place).eval(), tokenizers, card
@@ -95,7 +97,7 @@ class SavedFolder:
     def save(
         self,
         model: Seq2Seq,
-        tokenizers: tuple[TextTokenizer | Features, TextTokenizer],
+        tokenizers: tuple[Source, TextTokenizer],
         search: dict[str, Any],
         card: Card,
     ) -> None:
@@ -161,7 +163,7 @@ class Loaded(typing.NamedTuple):
     """The content of a run folder or of a saved model's folder."""
 
     model: Seq2Seq
-    tokenizers: tuple[TextTokenizer | Features, TextTokenizer]
+    tokenizers: tuple[Source, TextTokenizer]
     search: dict[str, Any]  # options of Seq2Seq.generate
     card: Card
     evaluation: Path | None  # where `fastseq evaluate` leaves its metrics, for the card

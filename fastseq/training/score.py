@@ -13,7 +13,9 @@ from fastseq.training.data import Pairs, read_pairs
 from fastseq.training.features import Features
 from fastseq.training.generate import opened
 from fastseq.training.options import Count, command_parser, parsed
+from fastseq.training.reading import PairFile
 from fastseq.training.scoring import PairScore
+from fastseq.training.tagged import Tagged
 from fastseq.training.trained import TrainedModel
 
 
@@ -27,7 +29,7 @@ def score_parser() -> ArgumentParser:
     )
     parser.add_argument("run", type=str, nargs="+", help="run or saved model; several make an ensemble")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("--data", type=str, required=True, help="source<TAB>target lines")
+    parser.add_argument("--data", type=str, required=True, help="source<TAB>target lines, as in training")
     parser.add_argument("--output", type=str, default="-", help="file to write, - for standard output")
     parser.add_argument("--checkpoint", type=Literal["best", "last"] | None, help="weights of a run, default best")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto: cuda where there is one")
@@ -53,8 +55,9 @@ def summary(scores: list[PairScore]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Command line of `fastseq score`; `argv` without the command's own name."""
     options = parsed(score_parser(), sys.argv[1:] if argv is None else argv)
-    pairs = read_pairs(options.data)
     trained = TrainedModel.from_pretrained(options.run, checkpoint=options.checkpoint, device=options.device)
+    tagged = isinstance(trained.source_tokenizer, Tagged)
+    pairs = read_pairs(PairFile(options.data, tag_column="tags" if tagged else None))
     sources = pairs.sources
     if isinstance(trained.source_tokenizer, Features):
         sources = [str(Path(options.data).parent / source) for source in sources]

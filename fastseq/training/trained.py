@@ -11,9 +11,9 @@ from fastseq.errors import UserError
 from fastseq.seq2seq.ensemble import Ensemble
 from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training.copying import CopyTokenizer
-from fastseq.training.data import Sequences, encode, encode_prefixes, encode_targets
+from fastseq.training.data import Sequences, encode_prefixes, encode_targets
 from fastseq.training.decode import Hypothesis, decode
-from fastseq.training.features import Features, encode_sources
+from fastseq.training.features import Source, encode_sources, sizes
 from fastseq.training.generation_config import check_search
 from fastseq.training.model_card import Card, measured
 from fastseq.training.saved import Loaded, SavedFolder, load_folder
@@ -42,20 +42,20 @@ class TrainedModel:
     def __init__(
         self,
         model: Seq2Seq | Ensemble,
-        source_tokenizer: TextTokenizer | Features,
+        source_tokenizer: Source,
         target_tokenizer: TextTokenizer,
         *,
         generation_config: dict[str, Any] | None = None,
         card: Card | None = None,
     ) -> None:
-        sizes, expected = (len(source_tokenizer), len(target_tokenizer)), model.config
-        source_size = expected.src_vocab_size or expected.source_features
-        if sizes != (source_size, expected.tgt_vocab_size):
+        config, found = model.config, sizes((source_tokenizer, target_tokenizer))
+        expected = config.src_vocab_size or config.source_features, config.tgt_vocab_size, config.tag_vocab_size
+        if found != expected:
             raise UserError(
-                f"the tokenizers have {sizes[0]} and {sizes[1]} tokens, the model {source_size} and "
-                f"{expected.tgt_vocab_size}; give the ones that it was trained with"
+                f"the tokenizers have {found[0]} and {found[1]} tokens and {found[2] or 'no'} tags, the model "
+                f"{expected[0]}, {expected[1]} and {expected[2] or 'no'}; give the ones that it was trained with"
             )
-        if expected.copy:
+        if config.copy:
             source_tokenizer = CopyTokenizer.of(source_tokenizer, target_tokenizer)
         self.model = model.eval()
         self.source_tokenizer, self.target_tokenizer = source_tokenizer, target_tokenizer
@@ -139,7 +139,8 @@ class TrainedModel:
 
         Args:
             sources: texts, any number; they are sorted and batched here. A tokenizer's unknown token is read as unk. A
-                model on features takes arrays (S, F), or names of files as in a manifest.
+                model on features takes arrays (S, F), or names of files as in a manifest; one with tags takes texts
+                "source<TAB>tags".
             n_best: predictions of each source; default: ``num_return_sequences`` of ``generation_config``, or 1. A
                 beam search is widened to it.
             attention: attention weights (T, S) of each prediction, and with them ``alignment``.
@@ -200,15 +201,13 @@ class TrainedModel:
         return [PairScore(row) for row in log_probabilities(self.model, sources, targets, max_tokens)]
 
     @property
-    def _tokenizers(self) -> tuple[TextTokenizer | Features, TextTokenizer]:
+    def _tokenizers(self) -> tuple[Source, TextTokenizer]:
         return self.source_tokenizer, self.target_tokenizer
 
     def _encode(self, sources: Sequence[str]) -> Sequences:
         if isinstance(sources, str):
             raise TypeError(f"expected a list of texts, got one text; write [{sources[:40]!r}]")
-        if isinstance(self.source_tokenizer, Features):
-            return self.source_tokenizer.read(list(sources), "sources")
-        return encode(self.source_tokenizer, list(sources), "sources")[0]
+        return encode_sources(self.source_tokenizer, list(enumerate(sources, start=1)), "sources")[0]
 
 
 def _ensemble(paths: Sequence[str | Path], first: Loaded, checkpoint: str | None, device: str) -> Ensemble:

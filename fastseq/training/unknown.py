@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from fastseq.errors import UserError
 from fastseq.training.decode import Hypothesis
+from fastseq.training.tagged import Tagged
 from fastseq.training.tokenizer import EOS, UNK, TextTokenizer
 
 
@@ -13,14 +14,14 @@ def check_replacement(attention: str, source: object) -> None:
     """Raise UserError for a model without attention, or one whose source is not a text."""
     if attention == "none":
         raise UserError("replace_unk follows the attention, and the model has attention none; leave it out")
-    if not isinstance(source, TextTokenizer):
+    if not isinstance(source, TextTokenizer | Tagged):
         raise UserError("replace_unk copies tokens of the source, and the model reads features; leave it out")
 
 
 def replace_unknown(
     found: Sequence[Sequence[Hypothesis]],
     lines: Sequence[str],
-    tokenizers: tuple[TextTokenizer, TextTokenizer],
+    tokenizers: tuple[TextTokenizer | Tagged, TextTokenizer],
     dictionary: Mapping[str, str],
 ) -> list[list[Hypothesis]]:
     """The hypotheses of each line with a text in place of each unknown token; ids and scores stay.

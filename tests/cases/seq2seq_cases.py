@@ -22,6 +22,7 @@ VARIANTS = {
     ),
     "no attention": dict(attention="none", input_feeding=False, bridge="concat", bidirectional=False),
     "features": dict(src_vocab_size=None, source_features=5),
+    "tags": dict(tag_vocab_size=7, attention="dot"),
 }
 REDUCED = {
     "frame stack": dict(src_vocab_size=None, source_features=5, frame_stack=3),
@@ -50,6 +51,9 @@ def make_batch(model, lengths=(5, 2, 4), steps=4):
         src = torch.randn(len(lengths), size, model.config.source_features, generator=generator, dtype=torch.float64)
     else:
         src = torch.randint(4, SRC_VOCAB, (len(lengths), size), generator=generator)
+        if model.config.tag_vocab_size:
+            tags = torch.randint(1, model.config.tag_vocab_size, (len(lengths), size, 3), generator=generator)
+            src = torch.cat([src[..., None], tags], -1)
     tgt = torch.randint(4, TGT_VOCAB, (len(lengths), steps), generator=generator)
     tgt[:, 0] = model.config.bos_id
     return src, torch.tensor(lengths), tgt

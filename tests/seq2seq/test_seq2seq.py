@@ -13,9 +13,13 @@ from fastseq.seq2seq.model import build_seq2seq_model
 
 
 def textbook(model, src, tgt):
-    """One sentence: src (S,) or (S, F), tgt (T,) -> logits (T, V), weights (T, S) or None."""
+    """One sentence: src (S,), (S, 1 + K) or (S, F), tgt (T,) -> logits (T, V), weights (T, S) or None."""
     c, p = model.config, model.state_dict()
-    x = p["encoder.embedding.weight"][src] if c.source_features is None else src
+    if c.tag_vocab_size:
+        tags = p["encoder.tag_embedding.weight"]
+        x = torch.stack([p["encoder.embedding.weight"][row[0]] + sum(tags[tag] for tag in row[1:]) for row in src])
+    else:
+        x = p["encoder.embedding.weight"][src] if c.source_features is None else src
     memory, finals = joined(x, c.frame_stack), []
     for number in range(c.encoder_layers if c.pyramid else 1):
         memory = joined(memory, 2) if number else memory

@@ -19,6 +19,7 @@ LIVE = {
     "src_vocab_size": ({}, 20),
     "tgt_vocab_size": ({}, 20),
     "source_features": ({}, 5),
+    "tag_vocab_size": ({}, 7),
     "embedding_dim": ({}, 7),
     "hidden_size": ({}, 10),
     "encoder_layers": ({}, 2),
@@ -93,6 +94,13 @@ def test_every_option_of_the_config_is_alive():
 REFUSED = {
     "no source": (dict(src_vocab_size=None), "either src_vocab_size .* or source_features"),
     "two sources": (dict(source_features=3), "either src_vocab_size .* or source_features"),
+    "tags of features": (
+        dict(src_vocab_size=None, source_features=3, tag_vocab_size=5),
+        "tag_vocab_size is for a source of tokens and must exceed pad_id, got 5 with src_vocab_size None",
+    ),
+    "no room for padding": (dict(tag_vocab_size=5, pad_id=6), "must exceed pad_id, got 5"),
+    "copies with tags": (dict(copy=True, tag_vocab_size=5), "copy and tags cannot be combined yet"),
+    "no tags": (dict(tag_vocab_size=0), "tag_vocab_size must be at least 1, got 0"),
     "zero size": (dict(hidden_size=0), "hidden_size must be at least 1, got 0"),
     "odd size": (dict(hidden_size=7), "must be even for a bidirectional encoder.*got 7; choose an even number or"),
     "dropout": (dict(dropout=1.0), r"dropout must lie in \[0, 1\), got 1.0"),

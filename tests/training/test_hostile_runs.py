@@ -25,7 +25,7 @@ from fastseq.training.tokenizer import TextTokenizer
 TEST = ("--data", TOY / "test.tsv")
 WRONG = ("nonsense", -1, 10**30, 1e300, float("nan"), [1], {"a": 1}, None, True, b"x", torch.zeros(3, 3))
 TEXTS = {"train", "valid", "run_dir", *(f"trainer.{option}" for option in ("precision", "accelerator", "monitor"))}
-TEXTS |= {"train_targets", "valid_targets", "data.source_column", "data.target_column", "data.cache"}
+TEXTS |= {"train_targets", "valid_targets", "data.source_column", "data.target_column", "data.tag_column", "data.cache"}
 
 
 @pytest.fixture(scope="module")

@@ -355,7 +355,7 @@ def test_no_such_folder(tmp_path):
 
 def test_other_vocabularies(trained):
     other = TextTokenizer.train("char", ["abcdefgh"], 100)
-    with pytest.raises(UserError, match="the tokenizers have 12 and 9 tokens, the model 9 and 9"):
+    with pytest.raises(UserError, match="the tokenizers have 12 and 9 tokens and no tags, the model 9, 9 and no"):
         TrainedModel(trained.model, other, trained.target_tokenizer)
     assert len(other) == 8 + len(RESERVED)
 
