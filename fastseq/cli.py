@@ -112,6 +112,11 @@ DATA_SETS = {
         "numbers and dates in words, in four languages, and in digits",
         "fastseq data numbers data/numbers",
     ),
+    "inflection": Command(
+        "fastseq.training.inflection",
+        "nouns inflected by rule, with the features of the form as tags",
+        "fastseq data inflection data/inflection",
+    ),
 }
 EXTRAS = {"h5py": "convert", "onnx": "export", "onnxruntime": "export"}  # other packages come with the extra "train"
 EXTRA_PACKAGES = {

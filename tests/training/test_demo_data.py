@@ -1,4 +1,4 @@
-"""The makers of demonstration data: strings of handwritten digits, spoken digits, numbers and dates."""
+"""The makers of demonstration data: strings of handwritten digits, spoken digits, numbers and dates, inflection."""
 
 import datetime
 import stat
@@ -13,9 +13,11 @@ from toy_runs import refused
 
 from fastseq.cli import main
 from fastseq.errors import UserError
-from fastseq.training import digits, numbers, spoken
+from fastseq.training import digits, inflection, numbers, spoken
 from fastseq.training.data import read_pairs
 from fastseq.training.features import Features
+from fastseq.training.options import built_in_config, parsed, train_parser
+from fastseq.training.reading import PairFile
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,8 +138,6 @@ def test_speakers_of_the_parts_differ():
 
 @pytest.mark.parametrize("name", ["digits", "spoken"])
 def test_the_configuration_names_existing_options(name):
-    from fastseq.training.options import built_in_config, parsed, train_parser
-
     config = parsed(train_parser(), ["--config", built_in_config(name)])
     assert config.model.source_features and Path(built_in_config(name)).is_file()
 
@@ -189,3 +189,50 @@ def test_without_the_writers_of_numbers(package, tmp_path, monkeypatch, capsys):
         capsys, "data", "numbers", tmp_path / "x"
     )
     assert not (tmp_path / "x").exists()
+
+
+NOUNS = {  # real nouns, whose forms are in any grammar
+    ("ev", "LOC", "PL", "PSS1S"): "evlerimde",
+    ("kitap", "ACC", "SG", ""): "kitabı",
+    ("kitap", "LOC", "SG", "PSS1P"): "kitabımızda",
+    ("köpek", "DAT", "SG", ""): "köpeğe",
+    ("araba", "ACC", "SG", ""): "arabayı",
+    ("araba", "GEN", "SG", ""): "arabanın",
+    ("araba", "DAT", "SG", "PSS3S"): "arabasına",
+    ("araba", "NOM", "SG", "PSS2P"): "arabanız",
+    ("ev", "ABL", "SG", "PSS3S"): "evinden",
+    ("göz", "LOC", "PL", ""): "gözlerde",
+    ("top", "ACC", "SG", ""): "topu",
+    ("okul", "INS", "SG", "PSS3S"): "okuluyla",
+    ("okul", "INS", "SG", ""): "okulla",
+    ("çocuk", "ACC", "SG", "PSS2S"): "çocuğunu",
+}
+
+
+@pytest.mark.parametrize("form", NOUNS)
+def test_inflection_of_real_nouns(form):
+    assert inflection.inflected(*form) == NOUNS[form]
+
+
+def test_inflections_have_tags(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inflection, "SIZES", {"train": 40, "valid": 5, "test": 6})
+    main(["data", "inflection", str(tmp_path / "new")])
+    assert f"{tmp_path / 'new' / 'test.tsv'}: 30 lines" in capsys.readouterr().out
+    stems = []
+    for name, n in inflection.SIZES.items():
+        pairs = read_pairs(PairFile(str(tmp_path / "new" / f"{name}.tsv"), tag_column="tags"))
+        assert len(pairs.sources) == n * inflection.FORMS_OF_STEM == len(set(pairs.sources))
+        for source, target in zip(*pairs, strict=True):
+            noun, tags = source.split("\t")
+            _, case, number, *possessor = tags.split(";")
+            assert inflection.inflected(noun, case, number, *(possessor or [""])) == target
+        stems += {source.split("\t")[0] for source in pairs.sources}
+    assert len(stems) == len(set(stems)) == 51
+    main(["data", "inflection", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "train.tsv").read_bytes() == (tmp_path / "new" / "train.tsv").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["numbers", "inflection", "cmudict_best"])
+def test_the_configurations_of_text_name_existing_options(name):
+    config = parsed(train_parser(), ["--config", built_in_config(name)])
+    assert config.model.source_features is None and Path(built_in_config(name)).is_file()
