@@ -63,13 +63,26 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.upper = nn.ModuleList(_lstm(config, 2 * config.hidden_size, 1) for _ in range(above))
 
-    def forward(self, src: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Encode src (B, S) tokens, (B, S, 1 + K) tokens with tags, or (B, S, F) features.
+    def vectors(self, src: Tensor) -> Tensor:
+        """The embeddings (B, S, E) of src, summed with the ones of its tags, without dropout; or the features."""
+        if self.embedding is None:
+            return src
+        if self.tag_embedding is None:
+            return self.embedding(src)
+        return self.embedding(src[..., 0]) + self.tag_embedding(src[..., 1:]).sum(-2)
+
+    def forward(
+        self, src: Tensor, lengths: Tensor | None, vectors: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Encode src (B, S) tokens, (B, S, 1 + K) tokens with tags, or (B, S, F) features; or, in their place, the
+        ``vectors`` (B, S, E) given.
 
         Returns memory (B, S', D), final h and c of each layer (layers, B, D), and the lengths (B,) in memory, None for
         all S'. S' is S / ``config.time_reduction``, rounded up.
         """
-        x = self._embedded(src)
+        x = self.vectors(src) if vectors is None else vectors
+        if self.embedding is not None:
+            x = self.embed_dropout(x)
         if self.frame_stack > 1:
             x, lengths = stacked(x, lengths, self.frame_stack)
         memory, state = self.lstm(x, lengths=lengths)
@@ -82,14 +95,6 @@ class Encoder(nn.Module):
         if self.lstm.bidirectional:  # (layers * 2, B, D / 2): forward and backward of a layer side by side
             h, c = torch.cat((h[0::2], h[1::2]), -1), torch.cat((c[0::2], c[1::2]), -1)
         return memory, h, c, lengths
-
-    def _embedded(self, src: Tensor) -> Tensor:
-        """The inputs (B, S, E) of the LSTM: embeddings, summed with the ones of the tags, or the features."""
-        if self.embedding is None:
-            return src
-        if self.tag_embedding is None:
-            return self.embed_dropout(self.embedding(src))
-        return self.embed_dropout(self.embedding(src[..., 0]) + self.tag_embedding(src[..., 1:]).sum(-2))
 
 
 def _lstm(config: Seq2SeqConfig, input_size: int, layers: int) -> LSTM:

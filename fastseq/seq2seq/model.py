@@ -57,6 +57,7 @@ class Seq2Seq(nn.Module):
         *,
         teacher_forcing_ratio: float = 1.0,
         need_weights: bool = False,
+        source_vectors: Tensor | None = None,
     ) -> Seq2SeqOutput:
         """Predict each target token from the source and the tokens before it.
 
@@ -71,6 +72,7 @@ class Seq2Seq(nn.Module):
                 Bengio et al. 2015). Drawn from torch's generator; 1.0 and 0.0 draw nothing. Below 1.0 the target runs
                 step by step.
             need_weights: also return the attention weights; there are none with attention="none".
+            source_vectors: as in :meth:`encode`.
 
         Returns:
             Seq2SeqOutput with logits (B, T, V), attention (B, T, S) or None, and the state after step T.
@@ -79,7 +81,7 @@ class Seq2Seq(nn.Module):
             ValueError: wrong shapes, dtypes, lengths, ratio, or token ids outside the vocabulary (ids are checked
                 on the CPU only).
         """
-        enc = self._encode_for(tgt_in, src, src_lengths, teacher_forcing_ratio)
+        enc = self._encode_for(tgt_in, src, src_lengths, teacher_forcing_ratio, source_vectors)
         return Seq2SeqOutput(*self.decoder(tgt_in, enc, teacher_forcing_ratio, need_weights))
 
     if TYPE_CHECKING:  # nn.Module declares __call__ without types
@@ -95,6 +97,7 @@ class Seq2Seq(nn.Module):
         label_smoothing: float = 0.0,
         reduction: str = "mean",
         teacher_forcing_ratio: float = 1.0,
+        source_vectors: Tensor | None = None,
     ) -> Tensor:
         """The cross-entropy of the labels, without the logits of all steps in memory; for training and scoring.
 
@@ -103,7 +106,7 @@ class Seq2Seq(nn.Module):
         last label of a sentence. Call it within the forward of a module that DDP or FSDP wraps.
 
         Args:
-            src, src_lengths, tgt_in, teacher_forcing_ratio: as in :meth:`forward`.
+            src, src_lengths, tgt_in, teacher_forcing_ratio, source_vectors: as in :meth:`forward`.
             labels: (B, T) integer tokens, the target, closed by eos; pad where there is none. With ``copy`` tokens of
                 the extended vocabulary: a label from V on must be one that its source names.
             label_smoothing: s in [0, 1], of the target distribution (1 - s) onehot(label) + s / V. With ``copy`` the
@@ -124,7 +127,7 @@ class Seq2Seq(nn.Module):
             raise ValueError(
                 f"Seq2Seq: labels must have the shape of tgt_in, got {tuple(labels.shape)} and {tuple(tgt_in.shape)}"
             )
-        enc = self._encode_for(tgt_in, src, src_lengths, teacher_forcing_ratio)
+        enc = self._encode_for(tgt_in, src, src_lengths, teacher_forcing_ratio, source_vectors)
         lengths = _lengths_to_last(labels != self.config.pad_id)
         _check_copied(labels, enc, self.config.tgt_vocab_size)
         steps = self.decoder.vectors(tgt_in, enc, teacher_forcing_ratio, False, lengths)
@@ -139,14 +142,30 @@ class Seq2Seq(nn.Module):
         """The number of target tokens: V, or V + S with copying."""
         return self.config.tgt_vocab_size + (src.size(1) if self.config.copy and src.dim() > 1 else 0)
 
+    def source_vectors(self, src: Tensor) -> Tensor:
+        """The vectors that the encoder reads for src: embeddings (B, S, E) without dropout; features as they are.
+
+        Changed ones go back in as ``source_vectors``: for gradients with respect to the input, and perturbations.
+        """
+        if self.config.copy:
+            src, _ = _split(src, self.config)
+        self._check_source(src)
+        return self.encoder.vectors(src)
+
     def _encode_for(
-        self, tgt_in: Tensor, src: Tensor, src_lengths: Tensor | Sequence[int] | None, teacher_forcing_ratio: float
+        self,
+        tgt_in: Tensor,
+        src: Tensor,
+        src_lengths: Tensor | Sequence[int] | None,
+        teacher_forcing_ratio: float,
+        source_vectors: Tensor | None,
     ) -> EncoderOutput:
         """Check the target, and encode the source for one pass over it."""
         if not 0 <= teacher_forcing_ratio <= 1:
             raise ValueError(f"Seq2Seq: teacher_forcing_ratio must lie in [0, 1], got {teacher_forcing_ratio}")
         _check_tokens("tgt_in", tgt_in, self._target_tokens(src), "(B, T)")
-        enc = self.encode(src, src_lengths, single_steps=self.decoder.by_steps(teacher_forcing_ratio))
+        by_steps = self.decoder.by_steps(teacher_forcing_ratio)
+        enc = self.encode(src, src_lengths, single_steps=by_steps, source_vectors=source_vectors)
         if tgt_in.size(0) != src.size(0) or tgt_in.size(1) == 0:
             raise ValueError(
                 "Seq2Seq: tgt_in must have the batch size of src and at least one step, "
@@ -155,7 +174,12 @@ class Seq2Seq(nn.Module):
         return enc
 
     def encode(
-        self, src: Tensor, src_lengths: Tensor | Sequence[int] | None = None, *, single_steps: bool = True
+        self,
+        src: Tensor,
+        src_lengths: Tensor | Sequence[int] | None = None,
+        *,
+        single_steps: bool = True,
+        source_vectors: Tensor | None = None,
     ) -> EncoderOutput:
         """Compute everything that does not depend on the target.
 
@@ -166,6 +190,7 @@ class Seq2Seq(nn.Module):
                 V + 1 if it is the second, and so on; equal words get equal numbers.
             single_steps: many calls of :meth:`decode_step` will follow: see :meth:`fastseq.Attention.project_keys`.
                 In a traced graph it has no effect; pass False for an example input of torch.export.
+            source_vectors: (B, S, E) read in place of the ones of src, see :meth:`source_vectors`.
 
         Returns:
             EncoderOutput with memory (B, S, H), keys (opaque) or None, lengths (B,), and the decoder's first h and c
@@ -175,6 +200,22 @@ class Seq2Seq(nn.Module):
         if self.config.copy:
             src, columns = _split(src, self.config)
             copies = copies_of(columns)
+        self._check_source(src)
+        if source_vectors is not None:
+            self._check_vectors(source_vectors, src)
+        src_lengths = None if src_lengths is None else as_lengths(src_lengths)
+        memory, h, c, src_lengths = self.encoder(src, src_lengths, source_vectors)
+        h, c = self.bridge(h, c)
+        if src_lengths is None:
+            lengths = torch.full((src.size(0),), memory.size(1), dtype=torch.int64, device=src.device)
+        else:
+            lengths = src_lengths.to(src.device, torch.int64)
+        keys = None
+        if self.decoder.attention is not None:
+            keys = self.decoder.attention.project_keys(memory, lengths, single_steps=single_steps)
+        return EncoderOutput(memory, keys, lengths, h, c, copies)
+
+    def _check_source(self, src: Tensor) -> None:
         if self.config.tag_vocab_size is not None:
             _check_tagged(src, self.config)
         elif self.config.source_features is None:
@@ -186,17 +227,14 @@ class Seq2Seq(nn.Module):
             )
         if src.size(1) == 0:
             raise ValueError(f"Seq2Seq: src must have at least one position (S >= 1), got {tuple(src.shape)}")
-        src_lengths = None if src_lengths is None else as_lengths(src_lengths)
-        memory, h, c, src_lengths = self.encoder(src, src_lengths)
-        h, c = self.bridge(h, c)
-        if src_lengths is None:
-            lengths = torch.full((src.size(0),), memory.size(1), dtype=torch.int64, device=src.device)
-        else:
-            lengths = src_lengths.to(src.device, torch.int64)
-        keys = None
-        if self.decoder.attention is not None:
-            keys = self.decoder.attention.project_keys(memory, lengths, single_steps=single_steps)
-        return EncoderOutput(memory, keys, lengths, h, c, copies)
+
+    def _check_vectors(self, vectors: Tensor, src: Tensor) -> None:
+        expected = (*src.shape[:2], self.config.source_features or self.config.embedding_dim)
+        if tuple(vectors.shape) != expected or not vectors.is_floating_point():
+            raise ValueError(
+                f"Seq2Seq: source_vectors must be floating point numbers {expected} for this src, "
+                f"got {tuple(vectors.shape)} {vectors.dtype}"
+            )
 
     def start(self, enc: EncoderOutput) -> DecoderState:
         """The decoder's state before the first step: the bridged encoder states, and zeros as the feed."""

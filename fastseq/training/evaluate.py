@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from fastseq.errors import UserError
 from fastseq.training import metrics
@@ -21,11 +21,12 @@ from fastseq.training.decoding import Decoding
 from fastseq.training.features import Features, Source, encode_sources
 from fastseq.training.files import refuse_links, write_text
 from fastseq.training.folder import RunFolder
-from fastseq.training.options import Count, CountOrZero, ReferenceResult, command_parser, parsed
+from fastseq.training.options import Count, CountOrZero, Flips, Rate, ReferenceResult, Seed, command_parser, parsed
 from fastseq.training.plots import plot_attention, plot_attention_over
 from fastseq.training.reading import PairFile
+from fastseq.training.robustness import FLIPS, RATES
 from fastseq.training.saved import is_saved
-from fastseq.training.search_options import add_search_options
+from fastseq.training.search_options import add_search_options, given_search
 from fastseq.training.tagged import Tagged
 from fastseq.training.tokenizer import TextTokenizer
 from fastseq.training.trained import TrainedModel
@@ -66,7 +67,51 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument(
         "--pictures", type=CountOrZero, default=4, help="attention heat maps, of sources spread over the file"
     )
+    parser.add_argument(
+        "--attack",
+        action="store_true",
+        help="error rates under noise on the characters and under swapped tokens as well: robustness.json and .png",
+    )
+    parser.add_argument("--attack_rates", type=list[Rate], default=list(RATES), help="probabilities of a change")
+    parser.add_argument(
+        "--attack_flips", type=Flips, default=FLIPS, help="most tokens of a source that are swapped; 0 for none"
+    )
+    parser.add_argument("--attack_sources", type=Count, default=1000, help="attacked sources, spread over the file")
+    parser.add_argument("--attack_seed", type=Seed, default=0, help="of the noise")
     return parser
+
+
+def attack(trained: TrainedModel, options: Namespace, references: dict[str, list[str]], output: Path) -> None:
+    """Measure the robustness on sources spread over the file; print and write it."""
+    n = min(int(options.attack_sources), len(references))
+    lines = list(references)
+    chosen = [lines[row] for row in (torch.arange(n) + 0.5).mul(len(lines) / n).long().tolist()]
+    pairs = [(line, target) for line in chosen for target in references[line]]
+    found = trained.robustness(
+        pairs,
+        rates=[float(rate) for rate in options.attack_rates],
+        flips=int(options.attack_flips),
+        seed=int(options.attack_seed),
+        max_tokens=int(options.max_tokens),
+        **given_search(options),
+    )
+    facts = {"data": options.data, "seed": int(options.attack_seed)}
+    write_text(output / "robustness.json", json.dumps(facts | found.to_dict(), indent=2) + "\n")
+    found.plot(output / "robustness.png")
+    print(f"\n{found.sources:,} sources under attack\n{found.table()}\n\nrobustness: {output / 'robustness.png'}")
+
+
+def check_attack(options: Namespace, source: Source) -> None:
+    """Raise UserError for an attack on features or tags, and for options that it does not take."""
+    if not options.attack:
+        return
+    if isinstance(source, Features):
+        raise UserError("--attack changes characters, and the model reads features; leave it out")
+    if isinstance(source, Tagged):
+        raise UserError("--attack changes characters, and would change the tags beside the source, too; leave it out")
+    given = {"--prefix": options.prefix, "--prefix-file": options.prefix_file, "--replace-unk": options.replace_unk}
+    if taken := [name for name, value in given.items() if value]:
+        raise UserError(f"--attack measures plain predictions; leave out {taken[0]}, or --attack")
 
 
 def write_predictions(
@@ -158,6 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(options.run) > 1 and options.output is None:
         raise UserError("--output is missing: the results of an ensemble belong to none of its folders")
     trained = TrainedModel.from_pretrained(options.run, checkpoint=options.checkpoint, device=options.device)
+    check_attack(options, trained.source_tokenizer)
     tag_column = options.tag_column if isinstance(trained.source_tokenizer, Tagged) else None
     columns = options.source_column, options.target_column, tag_column
     pairs = read_pairs(PairFile(options.data, options.targets, *columns))
@@ -198,3 +244,5 @@ def main(argv: list[str] | None = None) -> None:
         print("\n" + comparison(values, config.reference_results))
     written = f"predictions: {output / 'predictions.tsv'}"
     print(f"\n{written}; pictures: {output / 'attention'}" if pictures else f"\n{written}")
+    if options.attack:
+        attack(trained, options, references, output)

@@ -130,6 +130,15 @@ def check_monitor(config: Namespace) -> None:
         raise UserError(f"--trainer.monitor {config.trainer.monitor} is not measured; choose one of {', '.join(names)}")
 
 
+def check_adversarial(config: Namespace) -> None:
+    """Raise UserError for a form of adversarial training without a length."""
+    if config.optim.adversarial_form != "perturbation" and not config.optim.adversarial:
+        raise UserError(
+            f"--optim.adversarial_form {config.optim.adversarial_form} needs --optim.adversarial, the length of the "
+            "perturbation; give it, for example 1, or leave the form out"
+        )
+
+
 def finished(checkpoint: dict[str, Any], task: Seq2SeqTask, trainer: L.Trainer) -> str | None:
     """The reason why the checkpoint's run is complete, or None.
 
@@ -156,6 +165,7 @@ def fit(config: Namespace, *, resume: bool) -> None:
     """Train as `config` says, from the beginning or from the run folder's last checkpoint."""
     quiet()
     check_monitor(config)
+    check_adversarial(config)
     folder = RunFolder(config.run_dir)
     with contextlib.ExitStack() as stack:
         if resume:

@@ -13,10 +13,13 @@ from typing import IO, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from fastseq.errors import UserError
+from fastseq.seq2seq.ensemble import Ensemble
+from fastseq.training.data import Sequences
 from fastseq.training.decode import Hypothesis
 from fastseq.training.decoding import Decoding
+from fastseq.training.explanation import STEPS, ExplanationFolder, explain
 from fastseq.training.features import encode_sources
-from fastseq.training.options import Beams, Count, command_parser, parsed
+from fastseq.training.options import Beams, Count, Steps, command_parser, parsed
 from fastseq.training.reading import decoded_lines
 from fastseq.training.search_options import add_search_options
 from fastseq.training.tokenizer import EOS
@@ -48,6 +51,15 @@ def generate_parser() -> ArgumentParser:
         help="the alignment as well: target-source pairs of token numbers from 0, by the largest attention",
     )
     parser.add_argument("--plot_attention", type=str | None, help="folder for a heat map of each line (NUMBER.png)")
+    parser.add_argument(
+        "--explain",
+        type=str | None,
+        help="folder for explanations of the best prediction of each line: attention, gradient x input and integrated "
+        "gradients as heat maps (NUMBER.png), numbers (explanations.jsonl) and alignments (METHOD.align)",
+    )
+    parser.add_argument(
+        "--explain_steps", type=Steps, default=STEPS, help="points of the integral of integrated gradients"
+    )
     parser.add_argument("--checkpoint", type=Literal["best", "last"] | None, help="weights of a run, default best")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto: cuda where there is one")
     parser.add_argument("--batch_lines", type=Count, default=256, help="lines read, decoded and written together")
@@ -101,6 +113,9 @@ class Generator:
         if self.attention and trained.model.config.attention == "none":
             name = next(name for name, value in wanted.items() if value)
             raise UserError(f"{name} has nothing to show: the model has attention none; leave it out")
+        if options.explain and isinstance(trained.model, Ensemble):
+            raise UserError("--explain needs one model, an ensemble is several; give one run")
+        self.explanations = ExplanationFolder(options.explain) if options.explain else None
         if self.pictures is not None:
             self.pictures.mkdir(parents=True, exist_ok=True)
 
@@ -115,6 +130,8 @@ class Generator:
         lines, rows = [line for _, line in filled], [number - 1 for number, _ in filled]
         found = self.decoding(sources, lines, rows, attention=self.attention)
         hypotheses = {number: best for (number, _), best in zip(filled, found, strict=True)}
+        if self.explanations is not None:
+            self._explain(group, filled, sources, hypotheses)
         if self.pictures is not None:
             from fastseq.training.evaluate import picture  # needs matplotlib
 
@@ -133,6 +150,19 @@ class Generator:
                 yield "\t".join(self._columns(hypothesis))
             if number not in hypotheses:
                 yield from [""] * self.options.n_best
+
+    def _explain(
+        self,
+        group: list[tuple[int, str]],
+        filled: list[tuple[int, str]],
+        sources: Sequences,
+        hypotheses: dict[int, list[Hypothesis]],
+    ) -> None:
+        """Write the explanations of the best predictions of `filled`, the lines of `group` that are not empty."""
+        targets = Sequences(hypotheses[number][0].ids for number, _ in filled)
+        found = explain(self.decoding.model, sources, targets, self.tokenizers, steps=int(self.options.explain_steps))
+        numbered = {number: one for (number, _), one in zip(filled, found, strict=True)}
+        self.explanations.add([(number, numbered.get(number)) for number, _ in group])
 
     def _columns(self, hypothesis: Hypothesis) -> Iterator[str]:
         yield hypothesis.text

@@ -36,6 +36,9 @@ CountOrZero = restricted_number_type(None, int, [(">=", 0), ("<=", 1_000_000_000
 Beams = Threads = restricted_number_type(None, int, [(">=", 1), ("<=", 1024)])
 NewTokens = restricted_number_type(None, int, [(">=", 1), ("<=", 1_000_000)])
 NewTokensOrZero = restricted_number_type(None, int, [(">=", 0), ("<=", 1_000_000)])
+Steps = restricted_number_type(None, int, [(">=", 1), ("<=", 10_000)])
+Flips = restricted_number_type(None, int, [(">=", 0), ("<=", 1000)])
+Rate = restricted_number_type(None, float, [(">", 0), ("<=", 1)])
 Seed = restricted_number_type(None, int, [(">=", -(1 << 62)), ("<=", 1 << 62)])
 VocabSize = restricted_number_type(None, int, [(">", len(RESERVED)), ("<=", 10_000_000)])
 Decay = restricted_number_type(None, float, [(">=", 0), ("<", 1)])
@@ -102,6 +105,11 @@ class OptimOptions:
         gradient_clip: largest norm of the gradient, 0 for no limit.
         ema: decay of the exponential moving average of the weights, such as 0.999. The average is evaluated and saved.
             0: none.
+        adversarial: length of a perturbation of each source's embeddings towards a higher loss (Miyato et al. 2017), in
+            mean lengths of an embedding; trains on the mean of the losses with and without it. Try 1. 0: none.
+        adversarial_form: "perturbation" adds it to the source, in a second pass over the batch. "penalty" adds
+            length times the norm of the loss's gradient by double backward, its first-order effect (Drucker & LeCun
+            1992).
     """
 
     lr: Factor = 2e-3
@@ -113,6 +121,8 @@ class OptimOptions:
     teacher_forcing_ratio: ClosedUnitInterval = 1.0
     gradient_clip: Factor = 1.0
     ema: Decay = 0.0
+    adversarial: Factor = 0.0
+    adversarial_form: Literal["perturbation", "penalty"] = "perturbation"
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -97,6 +97,41 @@ def plot_attention_over(weights: Tensor, frames: Tensor, target: Sequence[str], 
     below.set_yticks(range(len(target)), _visible(target))
     below.set(xlabel="frame", ylabel="prediction", xlim=(0, steps))
     figure.colorbar(image, ax=below, label="attention weight")
+    _save(figure, png)
+
+
+def plot_explanation(maps: Mapping[str, Tensor], source: Sequence[str], target: Sequence[str], png: Path) -> None:
+    """Draw a heat map (T, S) for each method: blue raises the probability of a target token, red lowers it."""
+    side = min(1.5 + 0.35 * min(len(source), 40), 20.0)
+    figure = _figure(side * len(maps), min(1.8 + 0.35 * len(target), 40.0))
+    for axes, (name, weights) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
+        most = float(weights.abs().max()) or 1.0
+        colours = {"cmap": "Blues", "vmin": 0.0, "vmax": 1.0}
+        if name != "attention":
+            colours = {"cmap": "RdBu", "vmin": -most, "vmax": most}
+        image = axes.imshow(weights.numpy(), aspect="auto", **colours)
+        if weights.size(1) == len(source) <= 60:
+            axes.set_xticks(range(len(source)), _visible(source), rotation=90 if max(map(len, source)) > 2 else 0)
+        axes.set_yticks(range(len(target)), _visible(target))
+        axes.set(title=name.replace("_", " "), xlabel="source")
+        figure.colorbar(image, ax=axes)
+    _save(figure, png)
+
+
+def plot_robustness(attacks: Sequence[tuple], png: Path) -> None:
+    """Draw attacks (name, strength, changed, sequence errors, ...), the first without one: noise left, flips right."""
+    (_, _, _, clean, *_), *rest = attacks
+    noise = [attack for attack in rest if not attack[0].endswith("flips")]
+    flips = [attack for attack in rest if attack[0].endswith("flips")]
+    panels = [panel for panel in ((noise, "rate of the noise"), (flips, "tokens flipped")) if panel[0]]
+    figure = _figure(5 * max(len(panels), 1), 4)
+    for axes, (rows, label) in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
+        for name in dict.fromkeys(row[0] for row in rows):
+            points = [(0.0, clean), *((row[1], row[3]) for row in rows if row[0] == name)]
+            axes.plot(*zip(*points, strict=True), marker=".", label=name)
+        axes.set(xlabel=label, ylabel="sequence error rate %", ylim=(0, 100))
+        axes.grid(alpha=0.3)
+        axes.legend()
     _save(figure, png)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
 from fastseq.seq2seq.model import Seq2Seq
+from fastseq.training.adversarial import adversarial_loss
 from fastseq.training.batching import Batch
 from fastseq.training.corpus import Decoding
 from fastseq.training.options import OptimOptions
@@ -61,30 +64,36 @@ class Seq2SeqTask(L.LightningModule):
         """True if several processes train."""
         return self.trainer.world_size > 1
 
-    def _loss_sum(self, batch: Batch, *, label_smoothing: float = 0.0, teacher_forcing_ratio: float = 1.0) -> Tensor:
+    def _loss_sum(self, batch: Batch, **options: Any) -> Tensor:
         return self.model.loss(
             batch.source,
             batch.source_lengths,
             batch.target_in,
             batch.labels,
-            label_smoothing=label_smoothing,
             reduction="sum",
-            teacher_forcing_ratio=teacher_forcing_ratio,
+            **options,
         )
+
+    def _training_loss_sum(self, batch: Batch) -> Tensor:
+        options = self.options
+        loss_sum = functools.partial(
+            self._loss_sum,
+            batch,
+            label_smoothing=options.label_smoothing,
+            teacher_forcing_ratio=options.teacher_forcing_ratio,
+        )
+        if not options.adversarial:
+            return loss_sum()
+        return adversarial_loss(self.model, batch.source, loss_sum, options.adversarial, options.adversarial_form)
 
     def on_train_epoch_start(self) -> None:
         """Choose the order of this epoch. An epoch resumed in its middle gets it from the checkpoint instead."""
         self.trainer.train_dataloader.set_epoch(self.current_epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """This process's part of the update's mean loss per target token (label smoothing included)."""
+        """This process's part of the update's mean loss per target token (label smoothing, adversarial included)."""
         accumulate = self.trainer.accumulate_grad_batches
-        loss_sum = self._loss_sum(
-            batch,
-            label_smoothing=self.options.label_smoothing,
-            teacher_forcing_ratio=self.options.teacher_forcing_ratio,
-        )
-        loss = loss_sum / batch.update_tokens * self.trainer.world_size * accumulate
+        loss = self._training_loss_sum(batch) / batch.update_tokens * self.trainer.world_size * accumulate
         self._update_loss = self._update_loss.to(loss.device) + loss.detach() / accumulate
         if (batch_idx + 1) % accumulate == 0:
             self.log("train_loss", self._update_loss, prog_bar=True, logger=False, sync_dist=self.distributed)

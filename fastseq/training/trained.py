@@ -13,9 +13,12 @@ from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training.copying import CopyTokenizer
 from fastseq.training.data import Sequences, encode_prefixes, encode_targets
 from fastseq.training.decode import Hypothesis, decode
+from fastseq.training.explanation import STEPS, Explanation, explain
 from fastseq.training.features import Source, encode_sources, sizes
 from fastseq.training.generation_config import check_search
 from fastseq.training.model_card import Card, measured
+from fastseq.training.noise import KINDS
+from fastseq.training.robustness import FLIPS, RATES, Robustness, measure
 from fastseq.training.saved import Loaded, SavedFolder, load_folder
 from fastseq.training.scoring import PairScore, log_probabilities
 from fastseq.training.tokenizer import TextTokenizer
@@ -200,6 +203,72 @@ class TrainedModel:
                 print(sentence, file=sys.stderr)
         return [PairScore(row) for row in log_probabilities(self.model, sources, targets, max_tokens)]
 
+    def explain(
+        self,
+        sources: Sequence[str],
+        targets: Sequence[str] | None = None,
+        *,
+        steps: int = STEPS,
+        max_tokens: int = 4096,
+        **search: Any,
+    ) -> list[Explanation]:
+        """The source positions that each target token rests on: attention, gradient x input, integrated gradients.
+
+        Args:
+            sources: texts; arrays (S, F) or names of files for a model on features.
+            targets: a text for each source; default: the best prediction.
+            steps: points of the integral of integrated gradients (Sundararajan et al. 2017).
+            max_tokens: tokens of a batch, padding included, counted on the longer side, times ``steps``.
+            search: options of the prediction, as in :meth:`predict`.
+
+        Raises:
+            UserError: an ensemble; ``steps`` below 1; another number of targets than sources; search options beside
+                ``targets``.
+            TypeError: one text in place of a list.
+        """
+        tokens = self._encode(sources)
+        if targets is None:
+            found = decode(self.model, tokens, self.target_tokenizer, **self.search(search, n_best=1))
+            labels = Sequences(best.ids for (best,) in found)
+        elif search:
+            raise UserError(f"{', '.join(search)} decide a prediction; with targets there is none, leave them out")
+        else:
+            texts = _one_for_each(targets, sources, "targets")
+            labels, _ = encode_targets(self._tokenizers, tokens, texts, "targets")
+        return explain(self.model, tokens, labels, self._tokenizers, steps=steps, max_tokens=max_tokens)
+
+    def robustness(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        kinds: Sequence[str] = KINDS,
+        rates: Sequence[float] = RATES,
+        flips: int = FLIPS,
+        seed: int = 0,
+        max_tokens: int = 4096,
+        **search: Any,
+    ) -> Robustness:
+        """The error rates under noise on the characters, and under swaps of source tokens.
+
+        Targets stay the ones of the clean sources, also where the noise makes another word.
+
+        Args:
+            pairs: (source, target) texts; equal sources have several right targets.
+            kinds: of noise: see :func:`fastseq.training.noise.noisy` (Belinkov and Bisk 2018).
+            rates: probabilities of a change, each above 0, up to 1.
+            flips: most tokens of a source that are replaced: by the gradient of the loss of its first target (HotFlip,
+                Ebrahimi et al. 2018), and at random for comparison; 0 for none.
+            seed: of the random numbers.
+            max_tokens: source tokens of a batch, padding included.
+            search: options of the prediction, as in :meth:`predict`.
+
+        Raises:
+            UserError: a model on features; no pair; an unknown kind; a rate or number out of range; flips of an
+                ensemble, or of a model that copies.
+        """
+        options = {"kinds": kinds, "rates": rates, "flips": flips, "seed": seed, "max_tokens": max_tokens}
+        return measure(self, pairs, **options, **search)
+
     @property
     def _tokenizers(self) -> tuple[Source, TextTokenizer]:
         return self.source_tokenizer, self.target_tokenizer
@@ -228,8 +297,8 @@ def _ensemble(paths: Sequence[str | Path], first: Loaded, checkpoint: str | None
         raise UserError(str(error)) from error
 
 
-def _one_for_each(prefixes: Sequence[str], sources: Sequence[Any]) -> list[str]:
-    if isinstance(prefixes, str) or len(prefixes) != len(sources):
-        given = "one text" if isinstance(prefixes, str) else f"{len(prefixes)}"
-        raise UserError(f"expected a list of {len(sources)} prefixes, one for each source, got {given}")
-    return list(prefixes)
+def _one_for_each(texts: Sequence[str], sources: Sequence[Any], name: str = "prefixes") -> list[str]:
+    if isinstance(texts, str) or len(texts) != len(sources):
+        given = "one text" if isinstance(texts, str) else f"{len(texts)}"
+        raise UserError(f"expected a list of {len(sources)} {name}, one for each source, got {given}")
+    return list(texts)
