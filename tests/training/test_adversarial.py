@@ -36,7 +36,7 @@ def worst(model, src=SRC):
 def test_perturbation_moves_each_source_along_its_gradient(options):
     model = model_of(**options)
     clean, x, gradient, norms = worst(model)
-    unit = float(model.encoder.embedding.weight[1:].detach().norm(dim=1).mean())
+    unit = model.encoder.embedding.weight[1:].norm(dim=1).mean().item()
     assert vector_length(model) == pytest.approx(unit)
     moved = x + 0.5 * unit * gradient / norms[:, None, None]
     expected = (clean + loss_of(model)(moved)) / 2
@@ -59,9 +59,8 @@ def test_penalty_is_the_first_order_of_it_and_differentiable(options):
     radius = 0.5 * vector_length(model)
     found = adversarial_loss(model, SRC, loss_of(model), 0.5, "penalty")
     assert torch.allclose(found, clean + radius / 2 * norms.sum())
-    forms = ("penalty", "perturbation")
-    small = [float((adversarial_loss(model, SRC, loss_of(model), 1e-4, form) - clean).detach()) for form in forms]
-    assert small[0] == pytest.approx(small[1], rel=1e-3)
+    small = [adversarial_loss(model, SRC, loss_of(model), 1e-4, form) - clean for form in ("penalty", "perturbation")]
+    assert small[0].item() == pytest.approx(small[1].item(), rel=1e-3)
     found.backward()
     weight = model.encoder.lstm.weight_hh_l0  # unit of length is constant, so weights of the embedding are left out
     direction = torch.randn_like(weight)
@@ -69,7 +68,7 @@ def test_penalty_is_the_first_order_of_it_and_differentiable(options):
     for sign in (1, -1):
         weight.data += sign * 1e-5 * direction
         clean, _, _, norms = worst(model)
-        values.append(float(clean + radius / 2 * norms.sum()))
+        values.append((clean + radius / 2 * norms.sum()).item())
         weight.data -= sign * 1e-5 * direction
     assert (values[0] - values[1]) / 2e-5 == pytest.approx(float((weight.grad * direction).sum()), rel=1e-5)
 

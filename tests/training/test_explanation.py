@@ -65,6 +65,8 @@ def test_alignment_takes_the_largest_attribution(trained):
     assert one.alignment() == expected
     assert one.pharaoh() == " ".join(f"{s}-{t}" for s, t in expected)
     assert len(one.alignment("attention")) == 3
+    to_the_end = torch.tensor([[0.0, 1, 0, 5]] * 4)
+    assert one._replace(attributions={"attention": to_the_end}).pharaoh("attention") == "1-0 1-1 1-2"
 
 
 def test_generate_writes_explanations(trained, barely_trained, tmp_path):
