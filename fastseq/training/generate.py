@@ -48,7 +48,7 @@ def generate_parser() -> ArgumentParser:
         "--output_attentions",
         type=bool,
         default=False,
-        help="the alignment as well: target-source pairs of token numbers from 0, by the largest attention",
+        help="the alignment as well: source-target pairs of token numbers from 0, by the largest attention",
     )
     parser.add_argument("--plot_attention", type=str | None, help="folder for a heat map of each line (NUMBER.png)")
     parser.add_argument(
