@@ -353,6 +353,10 @@ LIVE = {
     "device": "meta",
     "dtype": torch.float64,
     "backend": "triton",
+    "recurrent_dropout": 0.5,
+    "zoneout_hidden": 0.5,
+    "zoneout_cell": 0.5,
+    "layer_norm": True,
 }
 
 
