@@ -16,8 +16,9 @@ from fastseq.seq2seq.ensemble import Ensemble
 from fastseq.seq2seq.model import Seq2Seq
 from fastseq.training.batching import cut_by_tokens, make_batch
 from fastseq.training.data import CopySequences, Sequences
-from fastseq.training.features import Features, Source, text_side
+from fastseq.training.features import Features, Source
 from fastseq.training.files import refuse_links, write_text
+from fastseq.training.tagged import text_side
 from fastseq.training.tokenizer import TextTokenizer
 
 GRADIENTS = ("gradient_x_input", "integrated_gradients")
