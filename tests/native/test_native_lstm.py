@@ -32,6 +32,7 @@ PATHS = {  # T, B, I, H
     "several chunks of wide gates": (30, 9, 4, 200),
     "several chains, deep gradients": (3, 5, 300, 300),
     "one direction after the other": (6, 2, 9, 260),
+    "panels of a team of threads": (2, 9, 9, 384),
 }
 
 

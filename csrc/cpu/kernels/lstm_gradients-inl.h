@@ -16,7 +16,7 @@ namespace fastseq::cpu::FASTSEQ_ISA {
 
 // Depth of one chunk: the sums in memory are read and written once for each.
 template <class S>
-constexpr int64_t kDepthChunk = 512 * kPair<S>;
+constexpr int64_t kDepthChunk = kGradientChunk * kPair<S>;
 
 // Rows of a weight gradient that are computed with one panel before the next is read.
 constexpr int64_t kGradientRows = 48;
@@ -83,7 +83,8 @@ struct Factor {
   const T* rows;         // (any, columns)
   const int64_t* index;  // (depth,) row of each depth
   int64_t columns;
-  Acc<S>* sums;  // (4H, columns)
+  S* grad;       // (4H, columns)
+  Acc<S>* sums;  // (4H, columns) of all chunks but the last: wider than grad, or grad itself
 
   int64_t panels() const { return (columns + 4 * kLanes<S> - 1) / (4 * kLanes<S>); }
 };
@@ -98,26 +99,27 @@ FASTSEQ_INLINE Operand<S>* pack_factor(const Factor<S, T>& f, int64_t begin, int
   return out;
 }
 
-// Rows [gate, gate + count) of the gradient of one weight (+)= gates times the panels of its factor. Returns the end of
-// the panels.
+// Rows [gate, gate + count) of the gradient of one weight (+)= gates times the panels of its factor, rounded once,
+// after the last chunk. Returns the end of the panels.
 template <class S, class T>
 FASTSEQ_INLINE const Operand<S>* gradient_rows(const Factor<S, T>& f,
                                                const Operand<S>* const* gates,  // (count) rows of K elements
                                                int64_t gate,
                                                int64_t count,
                                                const Operand<S>* panels,
-                                               int64_t K,   // padded
-                                               bool add) {  // to the gradient, instead of overwriting it
+                                               int64_t K,  // padded
+                                               bool add,   // to the sums of the chunks before
+                                               bool last) {
   constexpr int64_t kWidth = 4 * kLanes<S>;
   alignas(64) Acc<S> sums[kGradientRows * kWidth];
   for (int64_t column = 0; column < f.columns; column += kWidth, panels += kWidth * K) {
     const auto finish = [&](int64_t first, int64_t rows) FASTSEQ_NOINLINE {
       for (int64_t r = first; r < first + rows; ++r) {
         for (int64_t j = 0; j < kWidth && column + j < f.columns; j += kLanes<S>) {
-          Acc<S>* const at = f.sums + (gate + r) * f.columns + column + j;
-          const int64_t n = f.columns - column - j;
-          const Vec<Acc<S>> sum = vload(sums + r * kWidth + j);
-          vstore(add ? vload(at, n) + sum : sum, at, n);
+          const int64_t at = (gate + r) * f.columns + column + j, n = f.columns - column - j;
+          Vec<Acc<S>> sum = vload(sums + r * kWidth + j);
+          if (add) sum += vload(f.sums + at, n);
+          last ? vstore(sum, f.grad + at, n) : vstore(sum, f.sums + at, n);
         }
       }
     };
@@ -155,9 +157,9 @@ void lstm_weight_gradients(const LstmBackwardParams<S>& p,
                            void* scratch) {  // weight_gradient_bytes
   const FlushDenormals flush;
   const LstmBackwardDirection<S>& d = p.direction[direction];
-  const Factor<S, S> inputs{p.input, valid.position, p.input_size, d.sums_ih};
+  const Factor<S, S> inputs{p.input, valid.position, p.input_size, d.grad_ih, d.sums_ih};
   const Factor<S, Operand<S>> states{static_cast<const Operand<S>*>(d.hidden_states), valid.previous[direction],
-                                     p.hidden, d.sums_hh};
+                                     p.hidden, d.grad_hh, d.sums_hh};
   const GradientScratch<S> at(p);
   auto* const transposed = static_cast<Operand<S>*>(scratch);
   auto* const bias = reinterpret_cast<Acc<S>*>(static_cast<char*>(scratch) + at.bias);
@@ -168,13 +170,14 @@ void lstm_weight_gradients(const LstmBackwardParams<S>& p,
   int64_t k = 0;
   do {  // runs once even without valid rows, to set the gradients to 0
     const int64_t K = valid.count - k < kDepthChunk<S> ? valid.count - k : kDepthChunk<S>, depth = padded_depth<S>(K);
+    const bool add = k > 0, last = k + K == valid.count;
     pack_factor(states, k, K, pack_factor(inputs, k, K, panels));
     for (int64_t gate = begin; gate < end; gate += kGradientRows) {
       const int64_t count = end - gate < kGradientRows ? end - gate : kGradientRows;
       transpose_gates<S>(static_cast<const Operand<S>*>(d.grad_gates) + gate, p.gates_stride, valid.position + k, K,
                          count, transposed, bias + gate);
-      const auto* const next = gradient_rows(inputs, rows, gate, count, panels, depth, k > 0);
-      gradient_rows(states, rows, gate, count, next, depth, k > 0);
+      const auto* const next = gradient_rows(inputs, rows, gate, count, panels, depth, add, last);
+      gradient_rows(states, rows, gate, count, next, depth, add, last);
     }
     k += kDepthChunk<S>;
   } while (k < valid.count);

@@ -17,6 +17,8 @@ constexpr int64_t kBlockRows = 64;
 constexpr int64_t kInputGradientRows = 48;
 // Largest number of input rows that are multiplied with W_ih in one chunk.
 constexpr int64_t kChunkRows = 256;
+// Steps of all sequences that one chunk of the weight gradients covers on every instruction set; some cover more.
+constexpr int64_t kGradientChunk = 512;
 // Largest skinny batch of any instruction set; see Kernels::skinny_rows.
 constexpr int kSkinnyRows = 4;
 
@@ -65,8 +67,9 @@ struct LstmBackwardDirection : LstmDirection<S> {
   void* packed_hh;               // W_hh by pack_columns
   const S *grad_h_n, *grad_c_n;  // (B, H) or null
   S *grad_h0, *grad_c0;          // (B, H)
-  Acc<S>* sums_ih;               // (4H, I) gradient of W_ih, before rounding
-  Acc<S>* sums_hh;               // (4H, H) gradient of W_hh, before rounding
+  S *grad_ih, *grad_hh;          // (4H, I), (4H, H) gradients of the weights
+  Acc<S>* sums_ih;               // (4H, I) gradient of W_ih before rounding; see Factor
+  Acc<S>* sums_hh;               // (4H, H) gradient of W_hh before rounding
   S* grad_bias;                  // (4H,)
   void* grad_gates;              // (rows, gates_stride) operands, scratch
   void* hidden_states;           // (rows + B, H) operands, scratch: h of every step, then h0

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -64,21 +65,13 @@ void input_gradients(const LstmBackwardParams<S>& p, const ValidRows& valid, int
   });
 }
 
-// Rounds sums to the storage type. Does nothing where the sums were computed in `out` itself.
-template <class S>
-void round_sums(const Acc<S>* sums, const Tensor& out) {
-  S* const to = write<S>(out);
-  if (static_cast<const void*>(sums) == to) return;
-  for (int64_t i = 0; i < out.numel(); ++i) store(sums[i], to + i);
-}
-
-// Sets the scratch pointers of every direction, and where its weight gradients are summed: `wide`, or the tensors.
+// Sets the scratch pointers of every direction, its weight gradients, and where these are summed: `wide`, or in place.
 template <class S>
 void place_directions(LstmBackwardParams<S>& p,
                       const BackwardScratch<S>& at,
                       const PooledScratch& scratch,
                       const std::vector<Tensor>& grad_weights,  // W_ih, W_hh, bias per direction; or none
-                      Acc<S>* wide) {                           // (D, 4H, I + H), or null: sums need no rounding
+                      Acc<S>* wide) {                           // (D, 4H, I + H), or null: a single chunk
   const int64_t gates = 4 * p.hidden, columns = p.input_size + p.hidden;
   for (int64_t d = 0; d < p.directions; ++d) {
     LstmBackwardDirection<S>& to = p.direction[d];
@@ -88,8 +81,15 @@ void place_directions(LstmBackwardParams<S>& p,
     to.grad_gates = scratch.at(base + at.gates);
     to.hidden_states = scratch.at(base + at.hidden);
     if (grad_weights.empty()) continue;
-    to.sums_ih = wide ? wide + d * gates * columns : write<Acc<S>>(grad_weights[3 * d]);
-    to.sums_hh = wide ? to.sums_ih + gates * p.input_size : write<Acc<S>>(grad_weights[3 * d + 1]);
+    to.grad_ih = write<S>(grad_weights[3 * d]);
+    to.grad_hh = write<S>(grad_weights[3 * d + 1]);
+    if constexpr (std::is_same_v<S, Acc<S>>) {
+      to.sums_ih = to.grad_ih;
+      to.sums_hh = to.grad_hh;
+    } else {
+      to.sums_ih = wide ? wide + d * gates * columns : nullptr;
+      to.sums_hh = wide ? to.sums_ih + gates * p.input_size : nullptr;
+    }
     to.grad_bias = write<S>(grad_weights[3 * d + 2]);
   }
 }
@@ -109,9 +109,9 @@ void backward(const LayerArguments& layer,
 
   const BackwardScratch<S> at(p, panels_ih, panels_hh);
   const PooledScratch scratch(D * at.end);
-  constexpr bool kNarrow = sizeof(S) < sizeof(Acc<S>);
-  const PooledScratch wide(kNarrow && !grad_weights.empty() ? D * 4 * H * (I + H) * sizeof(Acc<S>) : 0);
-  place_directions(p, at, scratch, grad_weights, kNarrow ? wide.at<Acc<S>>(0) : nullptr);
+  const bool is_summed_wide = sizeof(S) < sizeof(Acc<S>) && table.valid_steps > kGradientChunk && !grad_weights.empty();
+  const PooledScratch wide(is_summed_wide ? D * 4 * H * (I + H) * sizeof(Acc<S>) : 0);
+  place_directions(p, at, scratch, grad_weights, is_summed_wide ? wide.at<Acc<S>>(0) : nullptr);
   pack_all(D, panels_ih + panels_hh, k.panel_columns * 4 * H, [&](int64_t direction, int64_t panel) {
     const LstmBackwardDirection<S>& d = p.direction[direction];
     if (panel < panels_ih) return k.pack_columns(d.weight_ih, 4 * H, I, panel, d.packed_ih);
@@ -129,10 +129,6 @@ void backward(const LayerArguments& layer,
   if (p.grad_input) input_gradients(p, valid.rows(), panels_ih);
   if (grad_weights.empty()) return;
   weight_gradients(layer, p, valid.rows());
-  for (int64_t d = 0; d < D; ++d) {
-    round_sums<S>(p.direction[d].sums_ih, grad_weights[3 * d]);
-    round_sums<S>(p.direction[d].sums_hh, grad_weights[3 * d + 1]);
-  }
 }
 
 void check_per_step(const char* op,
