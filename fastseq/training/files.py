@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     partial.unlink(missing_ok=True)
     with partial.open("xb") as file:
         file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

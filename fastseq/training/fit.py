@@ -7,12 +7,13 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -24,11 +25,12 @@ from fastseq.training.checkpoint import load_checkpoint, trained_model
 from fastseq.training.corpus import Corpus, load_corpus
 from fastseq.training.embeddings import load_embeddings
 from fastseq.training.features import sizes
-from fastseq.training.files import refuse_links
+from fastseq.training.files import refuse_links, write_bytes
 from fastseq.training.folder import RunFolder, model_options, on_device
 from fastseq.training.init_from import freeze, take_over
 from fastseq.training.lock import locked
 from fastseq.training.metrics import LABELS, higher_is_better, monitors
+from fastseq.training.metrics_file import MetricsFile
 from fastseq.training.moving_average import MovingAverage
 from fastseq.training.options import OptimOptions, TrainerOptions, options_of
 from fastseq.training.plots import plot_curves, read_metrics
@@ -52,14 +54,10 @@ def processes(options: TrainerOptions) -> dict[str, int | str]:
 
 
 def loggers(folder: RunFolder, first_step: int) -> list:
-    """CSV and TensorBoard loggers that keep the rows before `first_step` and replace the later ones."""
-    csv_logger = CSVLogger(folder.path, name="", version="", flush_logs_every_n_steps=1)
+    """metrics.csv and TensorBoard; both keep the rows before `first_step` and replace the later ones."""
+    kept = [row for row in read_metrics(folder.metrics) if int(row["step"]) < first_step]
     board = TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=first_step or None)
-    if rank_zero_only.rank == 0:
-        kept = [row for row in read_metrics(folder.metrics) if int(row["step"]) < first_step]
-        csv_logger.experiment.metrics.extend(kept)
-        csv_logger.save()
-    return [csv_logger, board]
+    return [MetricsFile(folder.metrics, kept), board]
 
 
 def make_trainer(
@@ -192,23 +190,26 @@ class Run(NamedTuple):
     trainer: L.Trainer
     batches: TokenBatches
     valid: TokenBatches
-    checkpoint: dict[str, Any] | None  # to resume from
+    begun: Path | None  # checkpoint to resume from
+    checkpoint: dict[str, Any] | None  # its content
 
 
 def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None:
     """Read the data and make the model, without writing; None when the run to resume is at its end."""
     options, optim = options_of(config, "trainer", TrainerOptions), options_of(config, "optim", OptimOptions)
-    last = folder.checkpoints / "last.ckpt"
+    begun = None
     if resume:
         refuse_links(folder.path.rglob("*"))
+        begun = resume_point(folder)
     elif rank_zero_only.rank == 0:  # which may have written into it when a slower process comes here
         folder.check_free(overwrite=config.overwrite)
-    checkpoint = load_checkpoint(last) if resume else None
+    checkpoint = load_checkpoint(begun) if begun else None
     if options.threads is not None:
         torch.set_num_threads(min(options.threads, cores()))
-    start = None if resume or config.init_from is None else load_folder(config.init_from, None, "cpu")
+    fresh = checkpoint is None
+    start = load_folder(config.init_from, None, "cpu") if fresh and config.init_from is not None else None
     tokenizers = folder.load_tokenizers() if resume else start and start.tokenizers
-    corpus = load_corpus(config, tokenizers, grow=start is not None and config.grow_vocabulary)
+    corpus = load_corpus(config, tokenizers, grow=not resume and start is not None and config.grow_vocabulary)
     pairs = len(corpus.train[0])
     if options.accumulate > pairs:
         raise UserError(
@@ -217,10 +218,10 @@ def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None
             f"choose at most {pairs}"
         )
     shape = model_options(config, *sizes((corpus.source_tokenizer, corpus.target_tokenizer)))
-    model = trained_model(shape, checkpoint, last) if resume else new_model(shape, int(config.seed))
+    model = new_model(shape, int(config.seed)) if fresh else trained_model(shape, checkpoint, begun)
     if start is not None:
         take_over(model, start.model)
-    if not resume:
+    if fresh:
         load_embeddings(model, config, corpus)
     freeze(model, config.freeze)
     checkpoint_io = AtomicCheckpointIO()
@@ -235,11 +236,31 @@ def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None
         trainer.callbacks.insert(0, TimeSplit(model, batches))
     task = Seq2SeqTask(model, optim, len(batches) // options.accumulate, trainer.max_epochs, corpus.decoding)
     if checkpoint is not None:
-        checkpoint_io.checkpoint = checkpoint = resumable(checkpoint, task, trainer, last)
+        checkpoint_io.checkpoint = checkpoint = resumable(checkpoint, task, trainer, begun)
         if why := finished(checkpoint, task, trainer):
             say(f"{folder.path} is finished: {why}")
+            complete(folder)
             return None
-    return Run(corpus, task, trainer, batches, valid, checkpoint)
+    return Run(corpus, task, trainer, batches, valid, begun, checkpoint)
+
+
+def resume_point(folder: RunFolder) -> Path | None:
+    """The checkpoint to resume from: last.ckpt, or the first best.ckpt of a process killed between the two, or None."""
+    for name in ("last", "best"):
+        if (path := folder.checkpoints / f"{name}.ckpt").exists():
+            return path
+    say(f"{folder.path} has no checkpoint yet: training starts from the beginning")
+    return None
+
+
+@rank_zero_only
+def complete(folder: RunFolder) -> None:
+    """Write the files that a process killed at its very end still owed: last.ckpt, then curves.png."""
+    last = folder.checkpoints / "last.ckpt"
+    if not last.exists():
+        write_bytes(last, (folder.checkpoints / "best.ckpt").read_bytes())
+    if not folder.curves.exists():
+        plot_curves(folder.metrics, folder.curves)
 
 
 def epochs(options: TrainerOptions, batches: TokenBatches) -> int:
@@ -252,7 +273,7 @@ def epochs(options: TrainerOptions, batches: TokenBatches) -> int:
 
 def train(config: Namespace, folder: RunFolder, run: Run) -> None:
     """Run Lightning's loop, and report; exits with the signal's code after a signal."""
-    trainer, last = run.trainer, folder.checkpoints / "last.ckpt"
+    trainer = run.trainer
     trainer.loggers = loggers(folder, run.checkpoint["global_step"] if run.checkpoint else 0)
     parameters = list(run.task.parameters())
     frozen = sum(p.numel() for p in parameters if not p.requires_grad)
@@ -266,7 +287,7 @@ def train(config: Namespace, folder: RunFolder, run: Run) -> None:
         say(f"warning: one update an epoch; lower --data.max_tokens ({config.data.max_tokens}) for more")
     torch.manual_seed(config.seed + trainer.global_rank)
     try:
-        trainer.fit(run.task, run.batches, run.valid, ckpt_path=last if run.checkpoint else None)
+        trainer.fit(run.task, run.batches, run.valid, ckpt_path=run.begun)
     except Stopped as stop:
         say(f"stopped at update {trainer.global_step}; continue with: fastseq train --resume {folder.path}")
         raise SystemExit(128 + stop.args[0]) from None

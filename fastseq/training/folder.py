@@ -48,11 +48,12 @@ class RunFolder:
     def create(self, *, overwrite: bool) -> None:
         """Make the folder. An earlier run in it is removed with `overwrite`, and raises UserError without."""
         self.check_free(overwrite=overwrite)
+        self.config.unlink(missing_ok=True)  # first: what is left without it is no run
         for folder in (self.checkpoints, self.tensorboard, self.path / "attention", self.path / "averaged"):
             folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
         evaluation = self.path / "evaluation.json", self.path / "predictions.tsv"
         tokenizers = self.source_tokenizer, self.source_tags, self.source_features, self.target_tokenizer
-        for file in (self.config, self.metrics, self.curves, *tokenizers, *evaluation):
+        for file in (self.metrics, self.curves, *tokenizers, *evaluation):
             file.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True)
 

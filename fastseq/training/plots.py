@@ -19,11 +19,15 @@ MAX_BYTES = 1 << 30  # of metrics.csv
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv; an empty list when there is no such file yet. Raises UserError for a damaged one."""
+    """The rows of metrics.csv; an empty list when there is no such file yet. Raises UserError for a damaged one.
+
+    A last line without its end, which a killed process may leave, is no row.
+    """
     if not path.exists():
         return []
     try:
-        rows = list(csv.DictReader(io.StringIO(read_text(path, MAX_BYTES), newline=""), strict=True))
+        text = read_text(path, MAX_BYTES)
+        rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), strict=True))
         for row in rows:
             int(row["step"])
             _ = [float(value) for value in row.values() if value]

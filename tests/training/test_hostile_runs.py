@@ -240,7 +240,7 @@ def test_parameter_count(attention):
 
 @pytest.mark.parametrize(
     "content",
-    ["step\nx\n", "a,b\n1,2\n", "step,train_loss\n1,abc\n", "step\n\0\n", '"'],
+    ["step\nx\n", "a,b\n1,2\n", "step,train_loss\n1,abc\n", "step\n\0\n", '"\n'],
     ids=ascii,
 )
 def test_damaged_metrics(tmp_path, content):
