@@ -9,6 +9,7 @@ struct AttentionArguments {
   Tensor query, keys, values;
   OptionalTensor weight, bias, lengths, mask, prepared;
   double scale;
+  OptionalTensor coverage = {}, coverage_weight = {};  // (B, T, S), (A,): both or neither
 
   int64_t batch() const { return query.size(0); }
   int64_t steps() const { return query.size(1); }
@@ -48,6 +49,11 @@ void AttentionArguments::check(const char* op, const Whole& whole, const Strided
   if (weight) whole("weight", *weight, {A}, dtype());
   if (bias) whole("bias", *bias, {A}, dtype());
   if (lengths) whole("lengths", *lengths, {B}, ScalarType::Long);
+  if (coverage) {
+    check_rank(op, "coverage", *coverage, 3, "(B, T, S)");
+    strided("coverage", *coverage, {B, T, S}, dtype());
+    whole("coverage_weight", *coverage_weight, {A}, dtype());
+  }
   STD_TORCH_CHECK(!(lengths && mask), op, ": lengths and mask exclude each other; pass one");
   if (!mask) return;
   check_rank(op, "mask", *mask, 3, "(B, 1 or T, S)");

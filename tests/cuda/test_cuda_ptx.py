@@ -10,6 +10,7 @@ from typing import NamedTuple
 import cuda_build
 import pytest
 import test_cuda_attention
+import test_cuda_coverage
 import test_cuda_lstm_cell
 import test_cuda_lstm_cluster
 import test_cuda_lstm_grid_backward
@@ -73,6 +74,19 @@ def attention(dtype, score, padding, kernels, T=5, S=9):
     return Case(" ".join(sorted(kernels)), test_cuda_attention.test_accuracy, arguments)
 
 
+def coverage(dtype, padding, forward, T, S, A, D):
+    kernels = [
+        forward,
+        "grad_softmax",
+        "product",
+        "query",
+        "sum",
+        *(f"coverage_{name}" for name in ("score", "sum", "tanh")),
+    ]
+    names = " ".join(sorted(f"attention_{name}_kernel" for name in kernels))
+    return Case(names, test_cuda_coverage.test_accuracy, (dtype, (2, T, S, A, D), padding), (90,))
+
+
 CASES = {
     **{
         f"cell {str(dtype)[6:]} {B}x{H}": cell(dtype, B, H)
@@ -107,6 +121,8 @@ CASES = {
     "attention additive bfloat16": attention(BF16, "additive", "lengths", "forward"),
     "attention additive, one step": attention(F32, "additive", "lengths", "step", T=1),
     "attention dot, one step of many keys": attention(F16, "dot", "lengths", "step combine", T=1, S=300),
+    "attention coverage float32": coverage(F32, "step_mask", "forward", 5, 9, 40, 8),
+    "attention coverage bfloat16, one step": coverage(BF16, "lengths", "step", 1, 20, 16, 8),
 }
 
 

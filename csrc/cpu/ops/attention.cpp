@@ -39,8 +39,6 @@ auto check_strided(const char* op) {
 }
 
 struct Arguments : AttentionArguments {
-  OptionalTensor coverage, coverage_weight;  // both or neither
-
   void check(const char* op) const;
   template <class S>
   AttentionInputParams<S> inputs() const;
@@ -51,10 +49,6 @@ void Arguments::check(const char* op) const {
   STD_TORCH_CHECK(weight || !(bias || prepared), op, ": bias and prepared belong to the additive score; pass weight");
   const Shape shape{batch(), positions(), prepared_columns(size())};
   if (prepared) check_cpu(op, "prepared", *prepared, shape, accumulate_type(dtype()));
-  if (!coverage) return;
-  check_rank(op, "coverage", *coverage, 3, "(B, T, S)");
-  check_cpu_strided(op, "coverage", *coverage, {batch(), steps(), positions()}, dtype());
-  check_cpu(op, "coverage_weight", *coverage_weight, {size()}, dtype());
 }
 
 template <class S>
@@ -120,7 +114,7 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(Tensor query,
                                                  OptionalTensor prepared,
                                                  double scale,
                                                  bool need_weights) {
-  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}, {}, {}};
+  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}};
   return forward("attention_forward", arguments, need_weights);
 }
 
@@ -135,7 +129,7 @@ std::tuple<Tensor, Tensor> attention_coverage_forward_cpu(Tensor query,
                                                           Tensor coverage_weight,
                                                           double scale,
                                                           bool need_weights) {
-  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, {}, scale}, coverage, coverage_weight};
+  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, {}, scale, coverage, coverage_weight}};
   return forward("attention_coverage_forward", arguments, need_weights);
 }
 
@@ -227,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(Tensor
                                                                           double scale,
                                                                           bool need_scores,
                                                                           bool need_values) {
-  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}, {}, {}};
+  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, prepared, scale}};
   const AttentionGradients grads =
       backward("attention_backward", arguments, grad_context, grad_weights, weights, need_scores, need_values);
   return {grads.query, grads.keys, grads.values, grads.weight, grads.bias};
@@ -249,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_cov
     double scale,
     bool need_scores,
     bool need_values) {
-  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, {}, scale}, coverage, coverage_weight};
+  const Arguments arguments{{query, keys, values, weight, bias, lengths, mask, {}, scale, coverage, coverage_weight}};
   AttentionGradients g =
       backward("attention_coverage_backward", arguments, grad_context, grad_weights, weights, need_scores, need_values);
   return {g.query, g.keys, g.values, g.weight, g.bias, g.coverage, g.coverage_weight};

@@ -1,5 +1,6 @@
 // Launchers of attention backward.
 #include "cuda/attention/backward.cuh"
+#include "cuda/attention/coverage.h"
 #include "cuda/attention/instantiate.cuh"
 
 namespace fastseq::cuda {
@@ -27,22 +28,29 @@ std::string product(const AttentionBackwardParams& p, Stream stream) {
 }
 
 template <class T>
+std::string uncovered_gradients(const AttentionBackwardParams& p, Stream stream) {
+  const Launch l{
+      .grid = dim3(p.in.batch * divide_up(p.in.positions, kTanhPositions), divide_up(p.in.size, kTanhColumns)),
+      .block = dim3(kTanhThreads),
+      .shared_memory = sizeof(TanhTiles),
+      .stream = stream};
+  return launch(l, attention_tanh_kernel<T>, p);
+}
+
+template <class T>
 std::string additive_gradients(const AttentionBackwardParams& p, Stream stream) {
   const AttentionInputParams& in = p.in;
-  const unsigned columns = divide_up(in.size, 32);
+  const unsigned columns = divide_up(in.size, kTanhColumns);
   if (columns == 0) return "";
-  const dim3 block(kTanhThreads);
-  const Launch tanh{.grid = dim3(in.batch * divide_up(in.positions, kTanhPositions), columns),
-                    .block = block,
-                    .shared_memory = sizeof(TanhTiles),
-                    .stream = stream};
-  std::string error = launch(tanh, attention_tanh_kernel<T>, p);
+  std::string error = in.coverage.data ? coverage_gradients<T>(p, stream) : uncovered_gradients<T>(p, stream);
   if (!error.empty()) return error;
+  const dim3 block(kTanhThreads);
   const Launch query{
       .grid = dim3(in.batch * divide_up(in.steps, kSumSteps), columns), .block = block, .stream = stream};
   error = launch(query, attention_query_kernel<T>, p);
   if (!error.empty()) return error;
-  return launch({.grid = dim3(columns, 2), .block = block, .stream = stream}, attention_sum_kernel<T>, p);
+  const unsigned vectors = in.coverage.data ? 3 : 2;
+  return launch({.grid = dim3(columns, vectors), .block = block, .stream = stream}, attention_sum_kernel<T>, p);
 }
 
 template <class T, int N, bool kAdditive>

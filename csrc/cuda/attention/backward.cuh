@@ -5,7 +5,9 @@
 //   2. attention_product_kernel         grad_values; dot score: also grad_query and grad_keys
 //   3. attention_tanh_kernel            additive score: grad_keys; partial sums of grad_query and grad_weight
 //   4. attention_query_kernel           additive score: grad_query; partial sums of grad_bias
-//   5. attention_sum_kernel             additive score: grad_weight, grad_bias
+//   5. attention_sum_kernel             additive score: grad_weight, grad_bias, grad_coverage_weight
+//
+// With coverage, the kernels of coverage.cuh take the place of 3.
 //
 // The gradient of a score is computed where it is used: weight * (grad_softmax - mean) * scale, or 0 where the weight
 // is 0, because grad_softmax may be NaN there.
@@ -345,18 +347,19 @@ __global__ void __launch_bounds__(kTanhThreads) attention_query_kernel(Attention
   if (threadIdx.x < 32 && inside) p.bias_parts[blockIdx.x * in.size + a] = bias;
 }
 
-// Sums the parts of grad_weight (blockIdx.y = 0) or of grad_bias (1). One block per 32 columns.
+// Sums the parts of grad_weight (blockIdx.y = 0), grad_bias (1) or grad_coverage_weight (2). One block per 32 columns.
 template <class T>
 __global__ void __launch_bounds__(kTanhThreads) attention_sum_kernel(AttentionBackwardParams p) {
   const AttentionInputParams& in = p.in;
-  const bool bias = blockIdx.y;
+  const bool bias = blockIdx.y == 1, weight = blockIdx.y == 0;
   const int64_t rows = in.batch * (bias ? divide_up(in.steps, kSumSteps) : divide_up(in.positions, kTanhPositions));
-  const float* x = bias ? p.bias_parts : p.weight_parts;
+  const float* x = bias ? p.bias_parts : weight ? p.weight_parts : p.coverage_weight_parts;
+  void* out = bias ? p.grad_bias : weight ? p.grad_weight : p.grad_coverage_weight;
   const int64_t a = static_cast<int64_t>(blockIdx.x) * 32 + lane_id();
   float sum = 0;
   for (int64_t r = threadIdx.x / 32; a < in.size && r < rows; r += kTanhWarps) sum += x[r * in.size + a];
   sum = sum_warps(sum);
-  if (threadIdx.x < 32 && a < in.size) from_float(sum, static_cast<T*>(bias ? p.grad_bias : p.grad_weight) + a);
+  if (threadIdx.x < 32 && a < in.size) from_float(sum, static_cast<T*>(out) + a);
 }
 
 }  // namespace fastseq::cuda

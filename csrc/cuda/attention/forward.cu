@@ -1,6 +1,7 @@
 // Launchers of attention forward.
 #include "cuda/attention/forward.cuh"
 
+#include "cuda/attention/coverage.h"
 #include "cuda/attention/forward_step.cuh"
 #include "cuda/attention/instantiate.cuh"
 
@@ -56,10 +57,17 @@ int64_t attention_splits(const AttentionInputParams& in) {
 }
 
 std::string launch_attention_forward(const AttentionForwardParams& p, Type type, Stream stream) {
-  return with_attention(p.in, {p.context}, {}, type, [&](auto zero, auto width, auto additive) {
+  return with_attention(p.in, {p.context, p.in.coverage_weight}, {}, type, [&](auto zero, auto width, auto additive) {
     using T = decltype(zero);
     constexpr int N = decltype(width)::value;
     constexpr bool kAdditive = decltype(additive)::value;
+    if constexpr (kAdditive) {
+      if (p.scores) {
+        const std::string error = coverage_scores<T, N>(p, stream);
+        if (!error.empty()) return error;
+        return p.in.steps == 1 ? one_step<T, N, false>(p, stream) : many_steps<T, N, false>(p, stream);
+      }
+    }
     return p.in.steps == 1 ? one_step<T, N, kAdditive>(p, stream) : many_steps<T, N, kAdditive>(p, stream);
   });
 }

@@ -163,6 +163,17 @@ struct ForwardBlock {
   }
 };
 
+// Loads the unscaled scores of 32 steps and 64 positions from `scores` (rows, S). Reads tiles.open.
+template <class Tile, class Tiles>
+FASTSEQ_DEVICE void load_scores(
+    float (&sum)[4][4], const AttentionInputParams& in, int64_t first, const float* scores, const Tiles& tiles) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int m = Tile::row(i / 4, i % 4), n = Tile::column(i / 4, i % 4);
+    if (tiles.open[n] >> m & 1) sum[i / 4][i % 4] = scores[m * in.positions + first + n];
+  }
+}
+
 // Writes scaled and masked scores to shared memory, and to `weights` (rows, S) unless it is null.
 template <class Tile, class Tiles>
 FASTSEQ_DEVICE void keep_scores(const float (&sum)[4][4],
@@ -223,7 +234,8 @@ FASTSEQ_DEVICE void store_context(const ForwardBlock& block,
   }
 }
 
-// One block per 32 steps and `columns` context columns, a multiple of 64.
+// One block per 32 steps and `columns` context columns, a multiple of 64. The dot score's kernel reads p.scores instead
+// of computing scores, if they are given.
 template <class T, int N, bool kAdditive>
 __global__ void __launch_bounds__(kTileThreads, 4) attention_forward_kernel(AttentionForwardParams p, int columns) {
   FASTSEQ_DYNAMIC_SHARED(memory);
@@ -246,8 +258,11 @@ __global__ void __launch_bounds__(kTileThreads, 4) attention_forward_kernel(Atte
     __syncthreads();
     float sum[4][4];
     clear(sum);
-    add_scores<T, N, kAdditive>(sum, in, block.b, block.step, first, block.rows, tiles);
     using Tile = RowProduct<std::conditional_t<kAdditive, float, T>>;
+    if (!kAdditive && p.scores)
+      load_scores<Tile>(sum, in, first, p.scores + (block.b * in.steps + block.step) * in.positions, tiles);
+    else
+      add_scores<T, N, kAdditive>(sum, in, block.b, block.step, first, block.rows, tiles);
     keep_scores<Tile>(sum, in, first, block.rows, count, tiles, weights);
     __syncthreads();
     const float factor = softmax_tile(state, tiles.scores, reinterpret_cast<T*>(tiles.x));

@@ -42,9 +42,11 @@ FASTSEQ_DEVICE void step_scores(const AttentionInputParams& in,
   for (int j = 0; j < kWarpKeys; ++j) score[j] = warp_sum(score[j]);
 }
 
-// Computes the scores of kStepKeys positions from `first` on; -infinity where masked, and from `end` on.
+// Computes the scores of kStepKeys positions from `first` on; -infinity where masked, and from `end` on. given (S,):
+// unscaled scores that the dot score's kernel takes instead, or null.
 template <class T, int N, bool kAdditive>
-FASTSEQ_DEVICE void step_tile(const AttentionInputParams& in, int64_t b, int64_t first, int64_t end, float* scores) {
+FASTSEQ_DEVICE void step_tile(
+    const AttentionInputParams& in, int64_t b, int64_t first, int64_t end, const float* given, float* scores) {
   const T* query = row_of<T>(in.query, b, 0);
   const int warp_key = static_cast<int>(threadIdx.x) / 32 * kWarpKeys;
   const T* keys[kWarpKeys];
@@ -56,7 +58,14 @@ FASTSEQ_DEVICE void step_tile(const AttentionInputParams& in, int64_t b, int64_t
     open |= static_cast<unsigned>(attended) << j;
     keys[j] = attended ? row_of<T>(in.keys, b, first + warp_key + j) : query;  // masked keys are not read
   }
-  if (open) step_scores<T, N, kAdditive>(in, query, keys, score);
+  if (!kAdditive && given) {
+#pragma unroll
+    for (int j = 0; j < kWarpKeys; ++j) {
+      if (open >> j & 1) score[j] = given[first + warp_key + j];
+    }
+  } else if (open) {
+    step_scores<T, N, kAdditive>(in, query, keys, score);
+  }
 #pragma unroll
   for (int j = 0; j < kWarpKeys; ++j) {
     if (lane_id() == j) scores[warp_key + j] = open >> j & 1 ? in.scale * score[j] : -INFINITY;
@@ -147,11 +156,12 @@ __global__ void __launch_bounds__(kStepThreads, 2) attention_step_kernel(Attenti
   const int64_t limit = position_limit(in, b), begin = split * part;
   const int64_t end = limit - begin < part ? limit : begin + part;
   float* weights = p.weights && column == 0 ? p.weights + b * in.positions : nullptr;
+  const float* given = p.scores ? p.scores + b * in.positions : nullptr;
   for (int i = threadIdx.x; i < kStepColumns; i += kStepThreads) sums[i] = 0;
 
   SoftmaxState state;
   for (int64_t first = begin; first < end; first += kStepKeys) {
-    step_tile<T, N, kAdditive>(in, b, first, end, scores);
+    step_tile<T, N, kAdditive>(in, b, first, end, given, scores);
     __syncthreads();
     const float factor = step_softmax(state, scores, probabilities);
     const int64_t s = first + threadIdx.x;

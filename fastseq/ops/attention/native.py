@@ -14,8 +14,6 @@ CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def unsupported(call) -> str | None:
     """None, or the sentence with the limit and the way out. call: ``AttentionCall``."""
-    if call.coverage and call.device != "cpu":
-        return f"attention: the native backend has coverage on the CPU alone (got {call.device}); use backend='torch'."
     return native_objection("attention", call, CUDA_DTYPES)
 
 

@@ -14,7 +14,7 @@ PROGRAMS = {
     "bank_conflicts": (),
     "cluster_check": (),
     "device_check": (),
-    "race_attention": ("attention/forward", "attention/backward"),
+    "race_attention": ("attention/forward", "attention/backward", "attention/coverage"),
     "race_lstm_cluster": ("lstm/cluster_forward", "lstm/cluster_backward"),
     "race_lstm_grid_backward": ("lstm/grid_backward",),
     "race_lstm_grid_forward": ("lstm/grid_forward",),

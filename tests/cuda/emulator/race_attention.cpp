@@ -29,12 +29,14 @@ struct Case {
   Type type;
   int64_t steps, size, width;
   bool lengths, mask;
+  bool coverage = false;
 };
 
 // Vector and element-wise loads, whole and partial tiles.
-constexpr Case kCases[] = {{Type::kFloat, 1, 8, 24, true, false},      {Type::kBFloat16, 1, 8, 24, true, false},
-                           {Type::kBFloat16, 1, 5, 3, false, true},    {Type::kFloat, 34, 24, 72, true, false},
-                           {Type::kBFloat16, 34, 24, 72, true, false}, {Type::kFloat, 34, 5, 3, false, true}};
+constexpr Case kCases[] = {{Type::kFloat, 1, 8, 24, true, false},       {Type::kBFloat16, 1, 8, 24, true, false},
+                           {Type::kBFloat16, 1, 5, 3, false, true},     {Type::kFloat, 34, 24, 72, true, false},
+                           {Type::kBFloat16, 34, 24, 72, true, false},  {Type::kFloat, 34, 5, 3, false, true},
+                           {Type::kFloat, 1, 8, 24, true, false, true}, {Type::kBFloat16, 18, 5, 3, false, true, true}};
 
 template <class T>
 std::string run(const Case& c, bool additive) {
@@ -61,10 +63,13 @@ std::string run(const Case& c, bool additive) {
                                 .mask_batch = t * S,
                                 .mask_row = S,
                                 .mask_column = 1,
-                                .scale = 0.5f};
+                                .scale = 0.5f,
+                                .coverage = c.coverage ? Rows{m.take<T>(B * t * S), t * S, S} : Rows{},
+                                .coverage_weight = c.coverage ? m.take<T>(c.size) : nullptr};
   AttentionForwardParams forward{in, m.take<T>(B * t * c.width), m.take<float>(B * t * S), attention_splits(in)};
   forward.sums = m.take<float>(B * forward.splits * c.width);
   forward.states = m.take<float>(B * forward.splits * 2);
+  forward.scores = c.coverage ? m.take<float>(B * t * S) : nullptr;
   const std::string error = launch_attention_forward(forward, c.type, nullptr);
   if (!error.empty()) return error;
   const int64_t parts = divide_up(S, kTanhPositions);
@@ -79,18 +84,22 @@ std::string run(const Case& c, bool additive) {
                                          .grad_weight = m.take<T>(c.size),
                                          .grad_bias = m.take<T>(c.size),
                                          .grad_values = m.take<T>(B * S * c.width),
+                                         .grad_coverage = m.take<T>(B * t * S),
+                                         .grad_coverage_weight = m.take<T>(c.size),
                                          .grad_softmax = m.take<float>(B * t * S),
                                          .means = m.take<float>(B * t * divide_up(S, kGradPositions)),
                                          .query_parts = m.take<float>(B * parts * t * c.size),
                                          .weight_parts = m.take<float>(B * parts * c.size),
-                                         .bias_parts = m.take<float>(B * divide_up(t, kSumSteps) * c.size)};
+                                         .bias_parts = m.take<float>(B * divide_up(t, kSumSteps) * c.size),
+                                         .coverage_parts = m.take<float>(divide_up(c.size, kTanhColumns) * B * t * S),
+                                         .coverage_weight_parts = m.take<float>(B * parts * c.size)};
   return launch_attention_backward(backward, c.type, nullptr);
 }
 
 bool all_cases(int64_t most_steps) {
   for (const Case& c : kCases) {
     for (const bool additive : {false, true}) {
-      if (c.steps > most_steps) continue;
+      if (c.steps > most_steps || (c.coverage && !additive)) continue;
       const std::string error = c.type == Type::kFloat ? run<float>(c, additive) : run<bf16>(c, additive);
       if (error.empty()) continue;
       std::printf("%s\n", error.c_str());
