@@ -29,7 +29,7 @@ from fastseq.training.decode import LEAST_LENGTH_RATIO, decode
 from fastseq.training.features import Features, Source
 from fastseq.training.folder import model_options
 from fastseq.training.init_from import grown
-from fastseq.training.options import DataOptions, options_of
+from fastseq.training.options import DataOptions, measured, options_of
 from fastseq.training.progress import say
 from fastseq.training.reading import PairFile, as_list
 from fastseq.training.tagged import Tagged, TaggedSequences, tags_of, texts_of
@@ -49,12 +49,11 @@ class Decoding:
         references: Sequence[Sequence[str]],
         tokenizer: TextTokenizer,
         *,
-        text: bool,
-        rates: bool,
+        names: Sequence[str],
         max_length_ratio: float,
     ) -> None:
         self.sources, self.references, self.tokenizer = sources, references, tokenizer
-        self.text, self.rates = text, rates
+        self.names = names
         self.max_length_ratio = max_length_ratio
 
     def __call__(self, model: Seq2Seq, rank: int, world_size: int) -> dict[str, float]:
@@ -67,7 +66,7 @@ class Decoding:
             shares = [None] * world_size
             torch.distributed.all_gather_object(shares, texts)
         predictions = [shares[i % world_size][i // world_size] for i in range(len(self.sources))]
-        return metrics.score(predictions, self.references, self.tokenizer, text=self.text, rates=self.rates)
+        return metrics.score(predictions, self.references, self.tokenizer, self.names)
 
 
 class Corpus(NamedTuple):
@@ -222,8 +221,7 @@ def load_corpus(config: Namespace, tokenizers: tuple[Source, TextTokenizer] | No
         encoded[-1][0].select(torch.tensor([first[text] for text, _ in sample])),
         [refs for _, refs in sample],
         tokenizers[1],
-        text=options.text_metrics,
-        rates=features is not None,
+        names=measured(config),
         max_length_ratio=options.max_length_ratio or length_ratio(*train, reduction, least),
     )
     return Corpus(*tokenizers, train, encoded[-1], decoding)

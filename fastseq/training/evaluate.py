@@ -63,6 +63,9 @@ def evaluate_parser() -> ArgumentParser:
         type=bool | None,
         help="BLEU, chrF, word and character error rates as well; default: as in training, and with a bpe target",
     )
+    parser.add_argument(
+        "--metrics", type=str | None, help=f"these values alone, joined by commas: {', '.join(metrics.NAMES)}"
+    )
     parser.add_argument("--max_tokens", type=Count, default=4096, help="source tokens times beams in a batch")
     parser.add_argument(
         "--pictures", type=CountOrZero, default=4, help="attention heat maps, of sources spread over the file"
@@ -197,6 +200,18 @@ def cut_off_note(cut_off: int, search: dict[str, Any]) -> str:
     return f"{cut_off:,} predictions were cut off at the limit of {limit} tokens; --max-new-tokens sets another one"
 
 
+def metrics_of(options: Namespace, config: Namespace | None, tokenizers: Tokenizers) -> tuple[str, ...]:
+    """The names of the metrics to measure. Raises UserError for an unknown one, and for two options that choose."""
+    given, text, data = options.metrics, options.text_metrics, None if config is None else config.data
+    if given is not None and text is not None:
+        raise UserError("--metrics names all values; leave out --text_metrics")
+    if given is None and text is None and data is not None and data.metrics is not None:
+        return metrics.chosen(data.metrics, "data.metrics of the run", text=False, rates=False)
+    if text is None:
+        text = (data is not None and data.text_metrics) or tokenizers[1].kind == "bpe"
+    return metrics.chosen(given, "--metrics", text=text, rates=text or isinstance(tokenizers[0], Features))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line of `fastseq evaluate`; `argv` without the command's own name."""
     options = parsed(evaluate_parser(), sys.argv[1:] if argv is None else argv)
@@ -209,6 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     pairs = read_pairs(PairFile(options.data, options.targets, *columns))
     references = group_references(pairs)
     config = None if is_saved(options.run[0]) else RunFolder(options.run[0]).load_config()
+    names = metrics_of(options, config, (trained.source_tokenizer, trained.target_tokenizer))
     decoding, lines = Decoding(options, trained, n_best=1), list(references)
     decoding.check_number(len(lines))
     tokenizers = decoding.tokenizers
@@ -218,12 +234,8 @@ def main(argv: list[str] | None = None) -> None:
         print(note)
     batching = {"max_tokens": options.max_tokens, "progress": sys.stderr.isatty()}
     best = [hypothesis for (hypothesis,) in decoding(sources, lines, range(len(lines)), **batching)]
-    text = options.text_metrics
-    if text is None:
-        text = (config is not None and config.data.text_metrics) or tokenizers[1].kind == "bpe"
     predictions = [hypothesis.text for hypothesis in best]
-    rates = isinstance(tokenizers[0], Features) or text
-    values = metrics.score(predictions, list(references.values()), tokenizers[1], text=text, rates=rates)
+    values = metrics.score(predictions, list(references.values()), tokenizers[1], names)
 
     output = Path(options.output or options.run[0])
     output.mkdir(parents=True, exist_ok=True)
@@ -240,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     print(metrics.table(values))
     if cut_off:
         print(cut_off_note(cut_off, decoding.search))
-    if config is not None and config.reference_results:
+    if config is not None and config.reference_results and {"ser", "per"} <= set(names):
         print("\n" + comparison(values, config.reference_results))
     written = f"predictions: {output / 'predictions.tsv'}"
     print(f"\n{written}; pictures: {output / 'attention'}" if pictures else f"\n{written}")

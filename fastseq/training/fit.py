@@ -32,7 +32,7 @@ from fastseq.training.lock import locked
 from fastseq.training.metrics import LABELS, higher_is_better, monitors
 from fastseq.training.metrics_file import MetricsFile
 from fastseq.training.moving_average import MovingAverage
-from fastseq.training.options import OptimOptions, TrainerOptions, options_of
+from fastseq.training.options import OptimOptions, TrainerOptions, measured, options_of
 from fastseq.training.plots import plot_curves, read_metrics
 from fastseq.training.profile import TimeSplit
 from fastseq.training.progress import Bar, EpochLines, UpdateRows, say
@@ -123,7 +123,7 @@ def memory_size() -> int:
 
 def check_monitor(config: Namespace) -> None:
     """Raise UserError when --trainer.monitor names no measured value."""
-    names = monitors(text=config.data.text_metrics, rates=config.model.source_features is not None)
+    names = monitors(measured(config))
     if config.trainer.monitor not in names:
         raise UserError(f"--trainer.monitor {config.trainer.monitor} is not measured; choose one of {', '.join(names)}")
 

@@ -1,10 +1,12 @@
-"""Quality of predictions: exact match, error rates of sequences, tokens, words and characters, BLEU and chrF."""
+"""Quality of predictions: exact match, error rates of sequences, tokens, words and characters, BLEU, chrF and ROUGE."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
+from fastseq.errors import UserError
 from fastseq.training.tokenizer import TextTokenizer
 
 LABELS = {
@@ -15,9 +17,23 @@ LABELS = {
     "character_error_rate": "character error rate %",
     "bleu": "BLEU",
     "chrf": "chrF",
+    "rouge1": "ROUGE-1 F1 %",
+    "rouge2": "ROUGE-2 F1 %",
+    "rougeL": "ROUGE-L F1 %",
     "loss": "loss per token",
 }
-HIGHER_IS_BETTER = ("exact_match", "bleu", "chrf")
+NAMES = {  # on the command line
+    "ser": ("sequence_error_rate",),
+    "per": ("token_error_rate",),
+    "exact": ("exact_match",),
+    "wer": ("word_error_rate",),
+    "cer": ("character_error_rate",),
+    "bleu": ("bleu",),
+    "chrf": ("chrf",),
+    "rouge": ("rouge1", "rouge2", "rougeL"),
+}
+ALWAYS = ("ser", "per", "exact")
+HIGHER_IS_BETTER = ("exact_match", "bleu", "chrf", *NAMES["rouge"])
 
 
 class Edits(NamedTuple):
@@ -43,15 +59,34 @@ def closest(prediction: Sequence[str], references: Sequence[Sequence[str]]) -> E
     return min((Edits(edit_distance(prediction, ref), len(ref)) for ref in references), key=lambda edits: edits.errors)
 
 
+def chosen(given: str | None, option: str, *, text: bool, rates: bool) -> tuple[str, ...]:
+    """The metrics of ``NAMES`` to measure: the ones ``given``, joined by commas, or the default.
+
+    Args:
+        option: that they were given by, for the message.
+        text: the default has BLEU and chrF.
+        rates: the default has WER and CER.
+
+    Raises:
+        UserError: an unknown name; ROUGE without its package.
+    """
+    if given is None:
+        return (*ALWAYS, *(("wer", "cer") if rates else ()), *(("bleu", "chrf") if text else ()))
+    names = tuple(dict.fromkeys(name.strip() for name in given.split(",")))
+    if unknown := [name for name in names if name not in NAMES]:
+        raise UserError(f"{option} has no metric {unknown[0]!r}; choose among {', '.join(NAMES)}, joined by commas")
+    if "rouge" in names:
+        _rouge_package()
+    return names
+
+
 def score(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
     tokenizer: TextTokenizer,
-    *,
-    text: bool = False,
-    rates: bool = False,
+    names: Sequence[str] = ALWAYS,
 ) -> dict[str, float]:
-    """Compare each prediction with its references (one or more).
+    """Compare each prediction with its references (one or more), by the metrics ``names`` of ``NAMES``.
 
     sequence_error_rate: percentage of predictions that equal none of their references, token for token. Where a
         sequence is the pronunciation of one word, as in grapheme-to-phoneme conversion, this is the word error rate
@@ -59,19 +94,27 @@ def score(
     token_error_rate: 100 * sum of edits / sum of lengths, both over all predictions, against the closest reference and
         that reference's length. Where tokens are phonemes this is the phoneme error rate (PER). Can exceed 100.
     exact_match: 100 - sequence_error_rate.
-    word_error_rate, character_error_rate: with `rates`, as token_error_rate, over the words between white space, and
-        over the characters, with one space between words: WER and CER of speech recognition.
-    bleu, chrf: with `text`, corpus BLEU and chrF as computed by sacrebleu with its default settings.
+    word_error_rate, character_error_rate: as token_error_rate, over the words between white space, and over the
+        characters, with one space between words: WER and CER of speech recognition.
+    bleu, chrf: corpus BLEU and chrF as computed by sacrebleu with its default settings.
+    rouge1, rouge2, rougeL: 100 * mean F1 of common words, word pairs and the longest common subsequence, of the closest
+        reference (Lin 2004), as computed by rouge-score without stemming. Its words are runs of a-z and 0-9.
 
     Tokens are what `tokenizer.units` makes of a text: characters, or words between white space.
     """
-    edits = _edits(predictions, references, tokenizer.units)
-    wrong = 100.0 * sum(e.errors > 0 for e in edits) / len(edits)
-    values = {"sequence_error_rate": wrong, "token_error_rate": _rate(edits), "exact_match": 100.0 - wrong}
-    if rates:
+    values: dict[str, float] = {}
+    if not set(names).isdisjoint(ALWAYS):
+        edits = _edits(predictions, references, tokenizer.units)
+        wrong = 100.0 * sum(e.errors > 0 for e in edits) / len(edits)
+        values = {"sequence_error_rate": wrong, "token_error_rate": _rate(edits), "exact_match": 100.0 - wrong}
+    if "wer" in names:
         values["word_error_rate"] = _rate(_edits(predictions, references, str.split))
+    if "cer" in names:
         values["character_error_rate"] = _rate(_edits(predictions, references, lambda line: " ".join(line.split())))
-    return values | _text_scores(predictions, references) if text else values
+    values |= _text_scores(predictions, references, [name for name in ("bleu", "chrf") if name in names])
+    if "rouge" in names:
+        values |= _rouge(predictions, references)
+    return {label: values[label] for label in labels(names)}
 
 
 def _edits(
@@ -85,20 +128,46 @@ def _rate(edits: Sequence[Edits]) -> float:
     return 100.0 * sum(e.errors for e in edits) / sum(e.length for e in edits)
 
 
-def _text_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+def _text_scores(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], names: Sequence[str]
+) -> dict[str, float]:
+    if not names:
+        return {}
     import sacrebleu
 
     most = max(map(len, references))
     streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
-    bleu, chrf = (metric(list(predictions), streams).score for metric in (sacrebleu.corpus_bleu, sacrebleu.corpus_chrf))
-    return {"bleu": bleu, "chrf": chrf}
+    return {name: getattr(sacrebleu, f"corpus_{name}")(list(predictions), streams).score for name in names}
 
 
-def monitors(*, text: bool, rates: bool) -> list[str]:
-    """Names of the values measured after each epoch; BLEU and chrF with `text`, WER and CER with `rates`."""
-    absent = () if text else ("bleu", "chrf")
-    absent += () if rates else ("word_error_rate", "character_error_rate")
-    return [f"valid_{name}" for name in LABELS if name not in absent]
+def _rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    scorer = _rouge_package().RougeScorer(list(NAMES["rouge"]))
+    if not any(scorer._tokenizer.tokenize(ref) for refs in references for ref in refs):
+        raise UserError(
+            "rouge counts words of the letters a-z and digits, and no reference has one; measure chrf in its place"
+        )
+    found = [scorer.score_multi(refs, line) for refs, line in zip(references, predictions, strict=True)]
+    return {name: 100.0 * sum(each[name].fmeasure for each in found) / len(found) for name in NAMES["rouge"]}
+
+
+def _rouge_package() -> ModuleType:
+    try:
+        from rouge_score import rouge_scorer
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "the metric rouge needs the package rouge-score; install it with: pip install rouge-score"
+        ) from error
+    return rouge_scorer
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """The values of the metrics ``names``, in the order of ``LABELS``."""
+    return [label for label in LABELS if any(label in NAMES[name] for name in names)]
+
+
+def monitors(names: Sequence[str]) -> list[str]:
+    """Names of the values measured after each epoch with the metrics ``names``."""
+    return [f"valid_{label}" for label in (*labels(names), "loss")]
 
 
 def higher_is_better(name: str) -> bool:

@@ -16,6 +16,7 @@ from fastseq.errors import UserError
 from fastseq.seq2seq.model import Seq2SeqConfig
 from fastseq.training.files import MAX_YAML, YAML
 from fastseq.training.messages import sentence
+from fastseq.training.metrics import chosen
 from fastseq.training.tokenizer import RESERVED, Kind
 
 EXAMPLE = "fastseq train --train train.tsv --valid valid.tsv --run_dir runs/mine --trainer.max_epochs 10"
@@ -61,6 +62,8 @@ class DataOptions:
         max_tokens: tokens in a batch of one process, padding included, counted on the longer side.
         valid_sentences: sources of the validation file that are decoded after each epoch, spread over the file.
         text_metrics: BLEU and chrF as well.
+        metrics: values measured after each epoch, joined by commas, such as per,rouge; null for ser,per,exact and what
+            text_metrics adds, and wer,cer with a source of features.
         max_length_ratio: a prediction has at most this many tokens for each source token, and 10 more; null for one and
             a half times what the training data needs, and for text at least 2. Features count after --model.frame_stack
             and --model.pyramid.
@@ -79,6 +82,7 @@ class DataOptions:
     max_tokens: Count = 4096
     valid_sentences: Count = 1000
     text_metrics: bool = False
+    metrics: str | None = None
     max_length_ratio: LengthRatio | None = None
     tags: bool = False
     source_column: str = "source"
@@ -294,6 +298,12 @@ def _without_nulls(config: Namespace, parser: ArgumentParser) -> Namespace:
         if result.name is None or result.note is None:
             raise argparse.ArgumentError(None, "--reference_results: name and note must not be null")
     return config
+
+
+def measured(config: Namespace) -> tuple[str, ...]:
+    """The metrics of a run, by the names of ``fastseq.training.metrics.NAMES``. Raises UserError for an unknown one."""
+    features = config.model.source_features is not None
+    return chosen(config.data.metrics, "--data.metrics", text=config.data.text_metrics, rates=features)
 
 
 def built_in_config(name: str) -> str:

@@ -53,11 +53,13 @@ def plot_curves(metrics: Path, png: Path) -> None:
 
 
 def curves_figure(rows: list[dict[str, str]]) -> Figure:
-    """Losses (left) and error rates of greedy decoding (right) over the updates."""
+    """Losses (left) and error rates of greedy decoding (right), or the metrics of --data.metrics, over the updates."""
     figure = _figure(10, 4)
+    rates = ("valid_sequence_error_rate", "valid_token_error_rate")
+    measured = [name for name in (rows[0] if rows else ()) if name.startswith("valid_") and name != "valid_loss"]
     panels = {
         "loss per target token": ("train_loss", "valid_loss"),
-        "percent": ("valid_sequence_error_rate", "valid_token_error_rate"),
+        "percent": rates if set(rates) & set(measured) else measured,
     }
     for axes, (label, columns) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for column in columns:

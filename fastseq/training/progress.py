@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from fastseq.training.metrics import LABELS
+
 
 @rank_zero_only
 def say(sentence: str) -> None:
@@ -110,6 +112,8 @@ class EpochLines(L.Callback):
             "sequence errors %": ("valid_sequence_error_rate", ".1f"),
             "token errors %": ("valid_token_error_rate", ".1f"),
         }
+        known = {"exact_match", *(name.removeprefix("valid_") for name, _ in shown.values())}
+        shown |= {label: (f"valid_{name}", ".1f") for name, label in LABELS.items() if name not in known}
         parts = [f"{label} {float(values[name]):{form}}" for label, (name, form) in shown.items() if name in values]
         seconds = time.perf_counter() - self._start
         number, last = trainer.current_epoch + 1, trainer.max_epochs

@@ -13,7 +13,7 @@ import torch
 from fastseq.errors import UserError
 from fastseq.training.callbacks import BestAndLast, Patience
 from fastseq.training.checkpoint import start_again
-from fastseq.training.metrics import monitors
+from fastseq.training.metrics import NAMES, monitors
 from fastseq.training.moving_average import RAW, MovingAverage
 from fastseq.training.progress import EpochLines
 from fastseq.training.task import Seq2SeqTask
@@ -126,7 +126,7 @@ def _callbacks(states: object, trainer: L.Trainer) -> dict[str, Any]:
         state, where = states[key], f"callbacks.{type(callback).__name__}"
         _require(isinstance(state, dict), where)
         if isinstance(callback, BestAndLast):
-            _require(state.get("monitor") in monitors(text=True, rates=True), f"{where}.monitor")
+            _require(state.get("monitor") in monitors(NAMES), f"{where}.monitor")
             for name in ("best", "best_epoch"):
                 if _field(state, name, where) is not None:
                     _like(state[name], BEST[name], f"{where}.{name}")

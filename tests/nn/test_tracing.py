@@ -91,8 +91,8 @@ def test_dynamic_quantisation_names_the_modules_that_it_passes_by(swapped):
         small = torch.ao.quantization.quantize_dynamic(swapped, {nn.LSTM, nn.LSTMCell, nn.Linear}, dtype=torch.qint8)
     named = [str(w.message).partition(", which stays")[0] for w in caught if "passes by" in str(w.message)]
     assert named == [
-        "torch.ao.quantization passes by LSTM(4, 5, num_layers=2, batch_first=True, bidirectional=True)",
-        "torch.ao.quantization passes by LSTMCell(10, 6)",
+        "torch.ao.quantization passes by lstm, an LSTM(4, 5, num_layers=2, batch_first=True, bidirectional=True)",
+        "torch.ao.quantization passes by cell, an LSTMCell(10, 6)",
     ]
     assert type(small.lstm) is fastseq.LSTM
     assert not hasattr(small.lstm, "qconfig")

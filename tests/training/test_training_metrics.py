@@ -1,9 +1,14 @@
 """Metrics against values computed on paper."""
 
+import sys
+
 import pytest
 
+from fastseq.errors import UserError
 from fastseq.training import metrics
 from fastseq.training.tokenizer import TextTokenizer
+
+TEXT = ("bleu", "chrf")
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +53,42 @@ def test_characters_are_the_units_of_a_character_tokenizer():
 
 
 def test_bleu_and_chrf_with_different_numbers_of_references(words):
-    same = metrics.score(["the cat sat on it"], [["a dog", "the cat sat on it"]], words, text=True)
+    same = metrics.score(["the cat sat on it"], [["a dog", "the cat sat on it"]], words, TEXT)
     assert same["bleu"] == pytest.approx(100.0)
     assert same["chrf"] == pytest.approx(100.0)
     # 4-gram precisions 4/5, 3/4, 2/3, 1/2 and no brevity penalty: their geometric mean
-    other = metrics.score(["the cat sat on mats"], [["the cat sat on it"]], words, text=True)
+    other = metrics.score(["the cat sat on mats"], [["the cat sat on it"]], words, TEXT)
     assert other["bleu"] == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
-    mixed = metrics.score(["x y z w", "the cat sat on it"], [["x y z w"], ["a", "the cat sat on it"]], words, text=True)
+    mixed = metrics.score(["x y z w", "the cat sat on it"], [["x y z w"], ["a", "the cat sat on it"]], words, TEXT)
     assert mixed["bleu"] == pytest.approx(100.0)
+
+
+def test_rouge_of_the_closest_reference(words):
+    pytest.importorskip("rouge_score")
+    predictions, references = ["the cat sat", "no"], [["a dog", "The cat, sat on"], ["yes"]]
+    values = metrics.score(predictions, references, words, ["rouge"])
+    # precision 3/3 and recall 3/4 of words, 2/2 and 2/3 of pairs; the second prediction has nothing
+    expected = {"rouge1": 100 * 6 / 7 / 2, "rouge2": 100 * 0.8 / 2, "rougeL": 100 * 6 / 7 / 2}
+    assert values == {name: pytest.approx(value) for name, value in expected.items()}
+    with pytest.raises(UserError, match="no reference has one; measure chrf"):
+        metrics.score(["你好"], [["你好"]], words, ["rouge"])
+
+
+def test_named_metrics(words, monkeypatch):
+    values = metrics.score(["a b", "c"], [["a b"], ["cd"]], words, ["cer", "per", "wer"])
+    assert values == {"token_error_rate": pytest.approx(100 / 3)} | {
+        "word_error_rate": pytest.approx(100 / 3),
+        "character_error_rate": pytest.approx(100 / 5),
+    }
+    assert metrics.chosen("per, bleu,per", "--metrics", text=False, rates=True) == ("per", "bleu")
+    assert metrics.chosen(None, "--metrics", text=True, rates=False) == ("ser", "per", "exact", "bleu", "chrf")
+    assert metrics.chosen(None, "--metrics", text=False, rates=True) == ("ser", "per", "exact", "wer", "cer")
+    listed = "ser, per, exact, wer, cer, bleu, chrf, rouge, joined by commas"
+    with pytest.raises(UserError, match=f"--metrics has no metric 'meteor'; choose among {listed}"):
+        metrics.chosen("bleu,meteor", "--metrics", text=False, rates=False)
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    with pytest.raises(UserError, match="rouge needs the package rouge-score; install it with: pip install"):
+        metrics.chosen("rouge", "--metrics", text=False, rates=False)
 
 
 def test_direction_and_table():

@@ -17,6 +17,7 @@ from fastseq.cli import main
 from fastseq.errors import UserError
 from fastseq.training.corpus import length_ratio, spread
 from fastseq.training.data import Pairs, Sequences, group_references
+from fastseq.training.metrics import LABELS
 from fastseq.training.options import built_in_config, parsed, with_built_in_configs
 from fastseq.training.tokenizer import TextTokenizer
 
@@ -151,6 +152,43 @@ def test_text_metrics(barely_trained, tmp_path, capsys):
     assert "ER)" not in printed
     main(["evaluate", str(barely_trained), *TEST, "--output", str(tmp_path)])
     assert "bleu" not in json.loads((tmp_path / "evaluation.json").read_text())
+
+
+def test_metrics_by_name(barely_trained, tmp_path, capsys):
+    main(["evaluate", str(barely_trained), *TEST, "--output", str(tmp_path), "--metrics", "bleu,per"])
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert LABELS.keys() & found == {"bleu", "token_error_rate"}
+    assert "match" not in capsys.readouterr().out
+    metrics = ("--output", tmp_path, "--metrics", "bleu,ter")
+    assert "--metrics has no metric 'ter'; choose among ser, per," in refused(
+        capsys, "evaluate", barely_trained, *TEST, *metrics
+    )
+    both = ("--metrics", "bleu", "--text_metrics", "true")
+    assert "leave out --text_metrics" in refused(capsys, "evaluate", barely_trained, *TEST, "--output", tmp_path, *both)
+
+
+def test_metrics_of_training_are_the_ones_of_its_evaluation(tmp_path, capsys):
+    run = tmp_path / "run"
+    train(
+        run, "--trainer.max_epochs", "1", "--data.metrics", "cer,per", "--trainer.monitor", "valid_character_error_rate"
+    )
+    header = (run / "metrics.csv").read_text().partition("\n")[0].split(",")
+    assert {name for name in header if name.startswith("valid_")} == {
+        "valid_loss",
+        "valid_token_error_rate",
+        "valid_character_error_rate",
+    }
+    main(["evaluate", str(run), *TEST])
+    assert LABELS.keys() & json.loads((run / "evaluation.json").read_text()) == {
+        "token_error_rate",
+        "character_error_rate",
+    }
+    assert ", character error rate % " in capsys.readouterr().out
+    options = (*SMALL, "--run_dir", tmp_path / "other")
+    assert "--data.metrics has no metric 'f1'" in refused(capsys, "train", *options, "--data.metrics", "f1")
+    assert "valid_bleu is not measured; choose one of valid_token_error_rate, valid_loss" in refused(
+        capsys, "train", *options, "--data.metrics", "per", "--trainer.monitor", "valid_bleu"
+    )
 
 
 def test_text_metrics_are_on_with_bpe(tmp_path):
