@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from fastseq.errors import UserError
 from fastseq.seq2seq.config import Seq2SeqConfig
@@ -69,6 +71,7 @@ class BestAndLast(Checkpoint):
         self.folder, self.monitor, self.keep = folder, monitor, keep
         self.best: float | None = None
         self.best_epoch: int | None = None
+        self.within_epoch = False  # the end of training cuts an epoch short; its last.ckpt is there
 
     def state_dict(self) -> dict[str, str | float | int | None]:
         """The best value of the run, as part of a checkpoint."""
@@ -95,7 +98,18 @@ class BestAndLast(Checkpoint):
             average = next((callback for callback in trainer.callbacks if isinstance(callback, MovingAverage)), None)
             weights = task.model.state_dict() if average is None else average.averaged(task.model)
             self._keep_weights(trainer.global_step, weights, task.model.config)
-        trainer.save_checkpoint(self.folder / "last.ckpt")
+        if self.within_epoch:
+            self._renew_last(trainer)
+        else:
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+
+    @rank_zero_only
+    def _renew_last(self, trainer: L.Trainer) -> None:
+        """Put the best value into last.ckpt, which Lightning would now write as that of a complete epoch."""
+        path = self.folder / "last.ckpt"
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
+        trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
 
     def _keep_weights(self, update: int, weights: dict[str, torch.Tensor], config: Seq2SeqConfig) -> None:
         path = self.folder / f"weights-{update:010d}.safetensors"
@@ -122,6 +136,35 @@ class Patience(EarlyStopping):
         """True if the run of this checkpoint has used up its patience."""
         state = checkpoint["callbacks"].get(self.state_key)
         return state is not None and state["wait_count"] >= max(self.patience, 1)
+
+
+class TimeLimit(Checkpoint):
+    """Ends training after `minutes`: at the end of an update, with validation and checkpoints as at any other end.
+
+    last.ckpt is that of the update, before validation: a resumed run goes on in the middle of the epoch.
+    """
+
+    def __init__(self, minutes: float, best_and_last: BestAndLast) -> None:
+        self.minutes, self.best_and_last = minutes, best_and_last
+        self.over = False
+        self._start = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        """Start the clock."""
+        self._start = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop after a complete update. All processes stop at the same one."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        over = time.monotonic() - self._start >= 60 * self.minutes
+        self.over = trainer.strategy.reduce_boolean_decision(over, all=False)
+        if self.over and not trainer.is_last_batch:
+            self.best_and_last.within_epoch = True
+            trainer.save_checkpoint(self.best_and_last.folder / "last.ckpt")
+        trainer.should_stop = trainer.should_stop or self.over
 
 
 class Stopped(Exception):

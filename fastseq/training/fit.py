@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from fastseq.errors import UserError
 from fastseq.seq2seq.model import Seq2Seq, Seq2SeqConfig
 from fastseq.training.batching import TokenBatches
-from fastseq.training.callbacks import AtomicCheckpointIO, BestAndLast, Patience, StopCleanly, Stopped
+from fastseq.training.callbacks import AtomicCheckpointIO, BestAndLast, Patience, StopCleanly, Stopped, TimeLimit
 from fastseq.training.checkpoint import load_checkpoint, trained_model
 from fastseq.training.corpus import Corpus, load_corpus
 from fastseq.training.embeddings import load_embeddings
@@ -67,6 +67,8 @@ def make_trainer(
     best_and_last = BestAndLast(folder.checkpoints, options.monitor, options.keep)
     callbacks: list[L.Callback] = [MovingAverage(optim.ema)] if optim.ema else []
     callbacks += [best_and_last, StopCleanly(folder.checkpoints)]
+    if options.max_minutes is not None:
+        callbacks.append(TimeLimit(options.max_minutes, best_and_last))
     if options.patience is not None:
         mode = "max" if higher_is_better(options.monitor) else "min"
         callbacks.append(Patience(options.monitor, patience=options.patience, mode=mode, check_finite=False))
@@ -308,6 +310,8 @@ def write_folder(config: Namespace, folder: RunFolder, corpus: Corpus, *, resume
 def report(trainer: L.Trainer, folder: RunFolder, every: int | None) -> None:
     """Draw the curves, print the best result and the next command. An epoch is `every` updates, None for a pass."""
     plot_curves(folder.metrics, folder.curves)
+    if any(isinstance(callback, TimeLimit) and callback.over for callback in trainer.callbacks):
+        say(f"time is up at update {trainer.global_step}; continue with: fastseq train --resume {folder.path}")
     best = next(callback for callback in trainer.callbacks if isinstance(callback, BestAndLast))
     if best.best is not None:
         label = LABELS.get(best.monitor.removeprefix("valid_"), best.monitor)

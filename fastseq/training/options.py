@@ -45,7 +45,7 @@ VocabSize = restricted_number_type(None, int, [(">", len(RESERVED)), ("<=", 10_0
 Decay = restricted_number_type(None, float, [(">=", 0), ("<", 1)])
 Factor = restricted_number_type(None, float, [(">=", 0), ("<=", 1_000_000)])
 Frequency = restricted_number_type(None, float, [(">=", 100), ("<=", 1_000_000)])
-Weight = restricted_number_type(None, float, [(">", 0), ("<=", 1_000_000)])
+Weight = Minutes = restricted_number_type(None, float, [(">", 0), ("<=", 1_000_000)])
 LengthRatio = restricted_number_type(None, float, [(">", 0), ("<=", 1_000_000)])
 
 
@@ -136,6 +136,8 @@ class TrainerOptions:
     Args:
         max_epochs: passes over the training data.
         max_steps: updates after which training ends as well, at the next validation; null for no limit.
+        max_minutes: minutes of training after which it ends as well, with a validation; each resume has as many anew;
+            null for no limit.
         val_every: updates between two validations, each with its checkpoint, in place of one after each pass; the
             options that count epochs then count these, but for max_epochs.
         monitor: value that chooses the best checkpoint and stops early (a valid_ column of metrics.csv).
@@ -153,6 +155,7 @@ class TrainerOptions:
 
     max_epochs: Count = 20
     max_steps: Count | None = None
+    max_minutes: Minutes | None = None
     val_every: Count | None = None
     monitor: str = "valid_loss"
     patience: CountOrZero | None = None

@@ -117,6 +117,9 @@ class EpochLines(L.Callback):
         parts = [f"{label} {float(values[name]):{form}}" for label, (name, form) in shown.items() if name in values]
         seconds = time.perf_counter() - self._start
         number, last = trainer.current_epoch + 1, trainer.max_epochs
-        if self.steps:
+        cut = trainer.global_step < number * task.updates_per_epoch  # by a limit of time
+        if self.steps or cut:
             number, last = number * task.updates_per_epoch, last * task.updates_per_epoch
-        trainer.print(f"{'update' if self.steps else 'epoch'} {number}/{last}: {', '.join(parts)}, {seconds:.0f} s")
+        number = trainer.global_step if cut else number
+        unit = "update" if self.steps or cut else "epoch"
+        trainer.print(f"{unit} {number}/{last}: {', '.join(parts)}, {seconds:.0f} s")

@@ -119,8 +119,9 @@ def test_damaged_files(copied, capsys):
 
 
 def test_the_advice_for_a_missing_checkpoint_works(copied, capsys):
-    (copied / "checkpoints" / "last.ckpt").unlink()
-    advice = refused(capsys, "train", "--resume", copied).partition("start again with: fastseq ")[2].split()
+    for name in ("best", "last"):
+        (copied / "checkpoints" / f"{name}.ckpt").unlink()
+    advice = refused(capsys, "evaluate", copied, *TEST).partition("start again with: fastseq ")[2].split()
     assert advice[:2] == ["train", "--config"]
     main(advice)
     assert (copied / "checkpoints" / "last.ckpt").exists()
