@@ -4,6 +4,8 @@ import json
 import time
 from pathlib import Path
 
+from step_prediction import scales
+
 from fastseq.console import markdown_table
 
 WRONG = ("WRONG", "failed", "lost", "FOUND")  # verdicts that end in exit code 1
@@ -71,6 +73,10 @@ class Report:
             "Stages": (("stage", "s", "note"), stages),
             "Wrong": (("where", "candidate", "verdict", "detail"), [_wrong_line(row) for row in self.wrong()]),
             "Smoke": (SMOKE, smoke_lines(data["smoke"])),
+            "Scales of csrc/cuda/lstm/cost.h": (
+                ("kernel", "direction", "cases", "measured / modelled"),
+                [(*names, str(n), f"{ratio:.2f}") for *names, n, ratio in scales(data["smoke"])],
+            ),
             "Kernels against float64": (PARITY, parity_lines(data["kernels"])),
             "Beside other work": (
                 ("case", "verdict", "detail"),

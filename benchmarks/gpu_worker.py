@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from gpu_cases import SIMULATED, bench_case_list, dtype_of, parity_case_list
 from hopper_model import limit_us, on_hopper
-from step_prediction import predicted_us
+from step_prediction import predicted_us, products_us
 
 from fastseq import _native
 from fastseq.bench.timing import Candidate, Setup, candidates, time_candidates
@@ -181,9 +181,11 @@ def time_entrants(task: dict, send: Send, setup: Setup, entrants: list[Candidate
     for timing in time_candidates(case, entrants, runs, task["seconds"]) if entrants else ():
         us = 1e3 * timing.median_ms
         row = key | {"baseline": entrants[0].name, "verdict": "ok", **asdict(timing), "us_per_step": us / case.steps}
-        predicted = predicted_us(case, timing.candidate.partition(" ")[2], mode == "training")
+        kernel = "cudnn" if timing.candidate == "nn.LSTM" else timing.candidate.partition(" ")[2]
+        predicted = predicted_us(case, kernel, mode == "training")
         if predicted is not None:
-            row |= {"predicted_us_per_step": predicted}
+            products = products_us(case, mode == "training")
+            row |= {"kernel": kernel, "predicted_us_per_step": predicted, "products_us_per_step": products}
         if limit is not None:
             row |= {"limit_us_per_step": limit / case.steps, "over_limit": us / limit}
         send({"row": row})

@@ -1,70 +1,60 @@
-"""Microseconds of a step that the step clock predicts for the recurrences, to print beside measured ones."""
+"""Microseconds of a step that the cost model predicts for the recurrences, to print beside measured ones."""
 
-import functools
-import json
-import math
-from pathlib import Path
+import statistics
 
-from hopper_model import H200
+import torch
+from hopper_model import GEMM_FLOPS
 
 from fastseq.bench.cases import SHORT, BenchCase
-
-TABLE = Path(__file__).resolve().parents[1] / "tests/cuda/step_clock.json"
-CLUSTERS = {2: 66, 4: 33, 8: 15, 16: 8}  # blocks -> clusters resident at once, at most, on 132 multiprocessors
-TYPES = {"bf16": "__nv_bfloat16", "f16": "__half", "tf32": "float"}
-ONE_PAIR = 16  # rows: the clock of a grid kernel covers one pair of tiles
-
-
-@functools.cache
-def _clocks() -> dict[str, dict[str, int]]:
-    return json.loads(TABLE.read_text())
+from fastseq.ops.lstm.native_cuda import COSTS, modelled_us
 
 
 def predicted_us(case: BenchCase, kernel: str, train: bool) -> float | None:
-    """Microseconds of a step of one layer and direction; None where the clock has no row for the shape.
+    """Microseconds of a step of one layer and direction by csrc/cuda/lstm/cost.h; None where the kernel does not fit.
 
-    The clock's period of a step, and for clusters the bytes that a block receives and waves of clusters. Training adds
-    the backward. Products outside the recurrence, launches and failed polls are not counted.
+    Training adds the backward. Products over all steps, launches and failed polls are not counted.
+
+    Args:
+        kernel: one of ``fastseq.ops.lstm.native_cuda.COSTS``; None for any other name.
     """
+    if case.layers > 1 or case.bidirectional or case.kind != "lstm" or kernel not in COSTS:
+        return None
+    tf32 = case.dtype == torch.float32 and case.tf32 is not False
+    total = sum(modelled_us(kernel, case.batch, case.hidden_size, case.dtype, tf32)[: 1 + train])
+    return None if total == float("inf") else total
+
+
+def products_us(case: BenchCase, train: bool) -> float:
+    """Microseconds a step of the products over all steps: of the input, in training also its gradients and W_hh's."""
     precision = "tf32" if case.tf32 is not False else SHORT[case.dtype].strip() or "float32"
-    if case.layers > 1 or case.bidirectional or case.kind != "lstm":
-        return None
-    model = {"cluster": _cluster_cycles, "grid": _grid_cycles}.get(kernel)
-    if model is None:
-        return None
-    cycles = [model(case.hidden_size, case.batch, precision, backward) for backward in (False, True)[: 1 + train]]
-    return None if None in cycles else sum(cycles) / H200.cycles
+    of_one_column = 8 * case.batch * case.hidden_size / GEMM_FLOPS[precision]
+    return of_one_column * (3 * case.input_size + case.hidden_size if train else case.input_size)
 
 
-def _cluster_cycles(hidden: int, batch: int, precision: str, backward: bool) -> float | None:
-    """The planner of csrc/cuda/lstm/cluster_*.cu, without its 512-thread plans."""
-    if hidden > 512 or precision not in TYPES:
-        return None
-    size = 4 if precision == "tf32" else 2
-    blocks = next(n for n in CLUSTERS if hidden <= 32 * n)
-    units = math.ceil(math.ceil(hidden / blocks) / 8) * 8
-    steps = math.ceil(blocks * units / (2 * 4 * (8 // size)))
-    kept = next((n for n in (4, 8) if steps <= n), 16)
-    cycles = None
-    for tiles in (1, 2) if backward else (1, 2, 4):
-        shape = f"{max(1, blocks // 4)}, {tiles}" if backward else f"256, {kept}, {tiles}"
-        name = f"cluster::lstm_cluster_{'backward' if backward else 'forward'}_kernel<{TYPES[precision]}, {shape}>"
-        row = _clocks().get(name)
-        if row is None:  # float has no kernel with 4 tiles at 16 steps, nor a backward for clusters of 16
-            break
-        waves = math.ceil(math.ceil(batch / (8 * tiles)) / CLUSTERS[blocks])
-        received = 8 * tiles * (units * blocks * 4 if backward else hidden * size)  # bytes a step and block
-        shared = 0 if backward else max(0, steps - kept) * 8 * 1024 / 128  # weights in shared memory, 128 bytes a cycle
-        cycles = waves * (row["step"] + shared + received / H200.remote_bandwidth * H200.cycles)
-        if waves == 1:
-            return cycles
-    return cycles
+def scales(rows: list[dict]) -> list[tuple[str, str, int, float]]:
+    """Kernel, "forward" or "backward", cases, median of measured over predicted: the scales of cost.h, anew.
+
+    Rows without a prediction are left out. Products over all steps are subtracted from the measured time first.
+    """
+    found: dict[tuple[str, str], list[float]] = {}
+    cases: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in rows:
+        if "predicted_us_per_step" in row:
+            cases.setdefault((row["case"], row["kernel"]), {})[row["mode"]] = row
+    for (_, kernel), modes in cases.items():
+        if "inference" not in modes:
+            continue
+        forward = [modes["inference"][name] for name in FIGURES]
+        found.setdefault((kernel, "forward"), []).append(_ratio(*forward))
+        if "training" in modes:
+            both = [modes["training"][name] for name in FIGURES]
+            backward = [b - f for b, f in zip(both, forward, strict=True)]
+            found.setdefault((kernel, "backward"), []).append(_ratio(*backward))
+    return [(*key, len(ratios), statistics.median(ratios)) for key, ratios in sorted(found.items())]
 
 
-def _grid_cycles(hidden: int, batch: int, precision: str, backward: bool) -> float | None:
-    if batch > ONE_PAIR or hidden > 8 * H200.multiprocessors:
-        return None
-    kind = {"bf16": "MmaHalf<__nv_bfloat16>", "f16": "MmaHalf<__half>", "tf32": "MmaTf32"}.get(precision, "FmaFloat")
-    space = "grid_backward" if backward else "grid_forward"
-    row = _clocks().get(f"{space}::lstm_{space}_kernel<{space}::{kind}, 1>")
-    return row and float(row["step"])
+FIGURES = ("us_per_step", "products_us_per_step", "predicted_us_per_step")
+
+
+def _ratio(measured: float, products: float, predicted: float) -> float:
+    return (measured - products) / predicted

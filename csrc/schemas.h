@@ -78,6 +78,11 @@ void define_operators(Library& m) {
       "-> (Tensor grad_gates, Tensor grad_h0, Tensor grad_c0)");
   // Returns true if the current device can run both operators. itemsize: bytes of the tensors' dtype, 4 or 2.
   m.def("lstm_recurrence_fits(int batch, int directions, int hidden, int itemsize, bool tf32) -> bool");
+  // Modelled microseconds of a step on the current device (csrc/cuda/lstm/cost.h); infinite where the kernel does not
+  // fit. kernel: 0 cluster, 1 grid, 2 step by step, 3 cuDNN.
+  m.def(
+      "lstm_recurrence_cost(int kernel, int batch, int directions, int hidden, int itemsize, bool tf32) "
+      "-> (float forward, float backward)");
   // op(a) op(b) + bias of float32 matrices by TF32 tensor cores, whatever torch's flag for matmul says. a (M, K), b (K,
   // N), or their transposes; bias (N,).
   m.def("tf32_product(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor");

@@ -28,7 +28,7 @@ ARROWS = {
     "ops.OP.triton_kernels": "ops.common",
     "ops.OP.directions": "ops.OP.spec",
     "ops.OP.function": "ops.OP.spec ops.OP.directions ops.OP.reference ops.OP.native ops.common dispatch",
-    "ops.OP.rules": "ops.OP.spec ops.OP.torch ops.OP.native ops.common _native dispatch",
+    "ops.OP.rules": "ops.OP.spec ops.OP.torch ops.OP.native ops.OP.native_cuda ops.common _native dispatch",
     "ops.OP.api": "ops.OP.spec ops.OP.rules ops.OP.function ops.common _native dispatch",
     "ops.OP": "ops.OP.api ops.OP.rules tune.record dispatch",
     "tune.record": "_native",

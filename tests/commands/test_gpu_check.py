@@ -10,6 +10,7 @@ import time
 import venv
 from pathlib import Path
 
+import emulator
 import gpu_cases
 import gpu_check
 import gpu_report
@@ -23,6 +24,7 @@ from fastseq.parity.cases import GRIDS
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+needs_emulator = pytest.mark.skipif(emulator.compiler() is None, reason="the host-side device needs a C++ compiler")
 COMMAND = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
 
 
@@ -89,27 +91,36 @@ def test_the_simulated_command_walks_everything_where_fastseq_is_not_installed(t
         assert printed.count(title) == 2, "at once and at the end"
 
 
+@needs_emulator
 def test_predictions_stand_beside_what_the_smoke_measures():
-    """From step_clock.json: a cluster of 16 at B = 16 holds two tiles of 8, B = 128 takes tiles of 16 at once."""
-    clocks = json.loads((ROOT / "tests/cuda/step_clock.json").read_text())
+    """By csrc/cuda/lstm/cost.h on the host-side device; a step of nn.LSTM is that of cuDNN."""
     cases = {case.name: case for case in gpu_cases.bench_case_list("smoke")}
     small, large = cases["lstm (128, 16, 512, 512) bf16 cuda"], cases["lstm (128, 128, 512, 512) bf16 cuda"]
-    kernel = "cluster::lstm_cluster_forward_kernel<__nv_bfloat16, 256, 16, {}>"
-    for case, tiles in ((small, 1), (large, 2)):
-        received = 8 * tiles * 512 * 2 / 25e3
-        us = step_prediction.predicted_us(case, "cluster", False)
-        assert us == pytest.approx(clocks[kernel.format(tiles)]["step"] / 1980 + received)
-        assert step_prediction.predicted_us(case, "cluster", True) > 1.5 * us
-    assert step_prediction.predicted_us(small, "grid", False) > 0
-    assert step_prediction.predicted_us(large, "grid", False) is None, "several pairs of tiles: no row"
-    assert step_prediction.predicted_us(cases["lstm (128, 16, 1024, 1024) bf16 cuda"], "cluster", False) is None
-    assert step_prediction.predicted_us(small, "", False) is None, "not one kernel"
-    float_case = cases["lstm (128, 16, 512, 512) tf32 cuda"]
-    assert step_prediction.predicted_us(float_case, "cluster", False) > 0
-    assert step_prediction.predicted_us(float_case, "cluster", True) is None, "float has no backward in clusters of 16"
+    with emulator.as_native():
+        for kernel in ("cluster", "grid", "cudnn"):
+            us, both = (step_prediction.predicted_us(small, kernel, train) for train in (False, True))
+            assert 0 < us < both and us <= step_prediction.predicted_us(large, kernel, False)
+        assert step_prediction.predicted_us(cases["lstm (128, 16, 1024, 1024) bf16 cuda"], "cluster", False) is None
+        assert step_prediction.predicted_us(small, "", False) is None, "not one kernel"
+        float_case = cases["lstm (128, 16, 512, 512) tf32 cuda"]
+        assert step_prediction.predicted_us(float_case, "cluster", False) > 0
+        assert step_prediction.predicted_us(float_case, "cluster", True) is None, "no backward in clusters of 16"
     row = {"case": "c", "mode": "inference", "candidate": "native cluster", "us_per_step": 1.5, "ratio": 2.0}
     lines = gpu_report.smoke_lines([row | {"predicted_us_per_step": 1.04}])
     assert lines[0][3:5] == ("1.5 (1)", "2.00")
+
+
+def test_the_scales_of_the_cost_model_are_medians_of_measured_over_modelled():
+    """The backward's time is training less inference, each without its products over all steps."""
+
+    def row(case, mode, us, products, predicted):
+        figures = {"us_per_step": us, "products_us_per_step": products, "predicted_us_per_step": predicted}
+        return {"case": case, "mode": mode, "kernel": "grid", **figures}
+
+    rows = [row("a", "inference", 2.5, 0.5, 1.0), row("a", "training", 9.5, 1.5, 3.0)]  # 2 / 1, (9.5 - 2.5 - 1) / 2
+    rows += [row("b", "inference", 4.0, 1.0, 1.0), row("c", "inference", 5.0, 1.0, 1.0)]  # 3 / 1, 4 / 1
+    rows += [row("d", "training", 5.0, 1.0, 1.0), {"case": "a", "mode": "inference", "us_per_step": 1.0}]
+    assert step_prediction.scales(rows) == [("grid", "backward", 1, 3.0), ("grid", "forward", 3, 3.0)]
 
 
 def test_a_cut_run_leaves_whole_files(tmp_path):

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
-from fastseq import _native
+from fastseq import dispatch
 from fastseq.dispatch import first_rule, objection
 from fastseq.ops.lstm import native_cuda
 from fastseq.ops.lstm.spec import LSTMCall
@@ -303,27 +303,63 @@ def test_a_compiled_module_runs_on_a_small_device(as_native, limits, hidden_size
 CALL = LSTMCall("cuda", torch.bfloat16, 512, 512, batch=32, steps=100)
 
 
-def test_auto_takes_the_kernels_where_cudnn_is_weak_and_marks_them_as_not_measured(monkeypatch):
+def test_auto_takes_the_kernels_where_cudnn_is_weak_and_marks_them_as_not_measured(as_native, monkeypatch):
     """CUDA rules say "not measured yet" until measured on a GPU."""
-    monkeypatch.setattr(_native, "why_not_cuda", lambda index=None: "")
-    monkeypatch.setattr(native_cuda, "fits", lambda *_, **__: True)
-    autocast = CALL._replace(autocast=True, fused=True)
-    for call in (CALL, autocast, CALL._replace(dtype=torch.float32), CALL._replace(dtype=torch.float16, packed=True)):
+    autocast, tf32 = CALL._replace(autocast=True, fused=True), CALL._replace(dtype=torch.float32, tf32=True)
+    for call in (CALL, autocast, tf32, CALL._replace(dtype=torch.float16, packed=True)):
         backend, why = first_rule("lstm", call)
         assert backend == "native" and "not measured yet" in why
     small, half = CALL._replace(hidden_size=128), CALL._replace(dtype=torch.float16)
     for call in (small, half, half._replace(autocast=True, fused=True), CALL._replace(hidden_size=2048)):
         assert first_rule("lstm", call)[0] == "torch"
-    wide = [
-        (512, 256, torch.bfloat16),
-        (1024, 128, torch.bfloat16),
-        (512, 128, torch.float32),
-        (300, 4096, torch.float32),
-    ]
-    for hidden_size, batch, dtype in wide:  # modelled at or beyond break-even with cuDNN
-        assert first_rule("lstm", CALL._replace(hidden_size=hidden_size, batch=batch, dtype=dtype))[0] == "torch"
-    packed = CALL._replace(packed=True, hidden_size=1024)
-    assert [first_rule("lstm", packed._replace(batch=batch))[0] for batch in (128, 129)] == ["native", "torch"]
     monkeypatch.setattr(native_cuda, "fits", lambda *_, **__: False)
     assert first_rule("lstm", CALL)[0] == "torch"
     assert "use backend='torch' or 'triton'" in objection("lstm", "native", CALL)
+
+
+# H, B, dtype or TF32 where our step is modelled at or beyond break-even with cuDNN's, forward or backward.
+BEYOND = [
+    *((512, 128, kind) for kind in ("tf32", torch.float32)),
+    *((768, 64, kind) for kind in (torch.float32,)),
+    *((768, 128, kind) for kind in ("tf32", torch.float32)),
+    *((1024, 64, kind) for kind in ("tf32", torch.float32)),
+    *((1024, 128, kind) for kind in (torch.bfloat16, "tf32", torch.float32)),
+    *((2048, batch, torch.bfloat16) for batch in (64, 128)),
+    *((1000, 1024, kind) for kind in (torch.bfloat16, "tf32", torch.float32)),
+    *((512, 4096, kind) for kind in (torch.bfloat16, "tf32", torch.float32)),
+]
+
+
+def _call(hidden_size, batch, kind, **options):
+    dtype = torch.float32 if kind == "tf32" else kind
+    return CALL._replace(hidden_size=hidden_size, batch=batch, dtype=dtype, tf32=kind == "tf32", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"requires_grad": True}, {"packed": True}, {"lengths": True}], ids=str)
+@pytest.mark.parametrize("multiprocessors", [132, 112], ids=["8 clusters of 16", "7 clusters of 16"])
+def test_auto_leaves_what_is_modelled_at_break_even_to_cudnn(as_native, options, multiprocessors):
+    dispatch.forget()
+    with emulator.device(multiprocessors=multiprocessors):
+        for row in BEYOND:
+            assert first_rule("lstm", _call(*row, **options))[0] == "torch", (row, options)
+    dispatch.forget()
+
+
+def test_auto_asks_for_the_backward_in_training(as_native):
+    """TF32, H = 1024, B = 48: the forward is modelled as faster than cuDNN's, the backward is not."""
+    dispatch.forget()
+    call = _call(1024, 48, "tf32")
+    assert first_rule("lstm", call)[0] == "native"
+    assert first_rule("lstm", call._replace(requires_grad=True))[0] == "torch"
+    dispatch.forget()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, "tf32", torch.float32], ids=str)
+@pytest.mark.parametrize("hidden_size", [200, 256, 512, 768, 1000])
+@pytest.mark.parametrize("options", [{}, {"requires_grad": True}, {"packed": True}], ids=str)
+def test_auto_is_bounded_in_the_batch(as_native, hidden_size, kind, options):
+    """From some batch size on every larger one goes to cuDNN, and none comes back."""
+    dispatch.forget()
+    batches = [2**k for k in range(1, 15)]
+    taken = [first_rule("lstm", _call(hidden_size, batch, kind, **options))[0] == "native" for batch in batches]
+    assert taken == sorted(taken, reverse=True) and not taken[-1]

@@ -108,6 +108,7 @@ def test_cell_states_have_the_dtype_of_c_n(form):
 def test_auto_takes_under_autocast_what_the_same_call_in_16_bits_takes(monkeypatch):
     monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda *_: True)
     monkeypatch.setattr(native_cuda, "fits", lambda *args, **kwargs: True)
+    monkeypatch.setattr(native_cuda, "modelled_gain", lambda call: 2.0)
     monkeypatch.setattr(_native, "why_not_cuda", lambda index=None: "")
     monkeypatch.setattr(runtime, "_installed", lambda: False)  # Triton would look for the GPU
     dispatch.forget()

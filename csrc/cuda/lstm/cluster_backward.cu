@@ -3,6 +3,7 @@
 
 #include "cuda/common/launch.cuh"
 #include "cuda/lstm/cluster_backward.cuh"
+#include "cuda/lstm/cost.h"
 #include "cuda/lstm/params.h"
 
 namespace fastseq::cuda {
@@ -59,6 +60,16 @@ int resident(const ClusterBackwardPlan& plan, Type type) {
   return with_kernel(plan, type, [&](auto* kernel) { return kernel ? resident_clusters(plan.launch, kernel) : 0; });
 }
 
+// Cycles of the step clock, and the partial sums (float) of the tile from the other blocks.
+double microseconds_of(const LstmShape& s, const ClusterBackwardPlan& plan, Type type) {
+  const auto& clock = type == Type::kFloat ? cost::kClusterBackwardFloat : cost::kClusterBackwardHalf;
+  const double units = static_cast<double>(plan.tile.units) * plan.tile.blocks;
+  const double received = 8.0 * plan.row_tiles * units * sizeof(float) / cost::kRemoteBytes;
+  const double waves = cost::waves(plan.tile.tiles * s.directions, resident(plan, type));
+  const double cycles = waves * (clock[plan.unit_tiles / 2][plan.row_tiles - 1] + received);
+  return cost::microseconds(cycles, cost::kClusterScale.backward);
+}
+
 // Chooses the smallest cluster that holds H units, then the tiles of the batch by best_tiles.
 std::optional<ClusterBackwardPlan> choose(const LstmShape& s, Type type) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
@@ -78,7 +89,7 @@ std::optional<ClusterBackwardPlan> choose(const LstmShape& s, Type type) {
 std::optional<LstmPlan<LstmBackwardParams>> plan_lstm_cluster_backward(const LstmShape& s, Type type) {
   const std::optional<ClusterBackwardPlan> chosen = choose(s, type);
   if (!chosen) return {};
-  return {{0, [plan = *chosen, type](const LstmBackwardParams& p, Stream stream) {
+  return {{0, microseconds_of(s, *chosen, type), [plan = *chosen, type](const LstmBackwardParams& p, Stream stream) {
              Launch l = plan.launch;
              l.stream = stream;
              return with_kernel(plan, type, [&](auto* kernel) { return launch_together(l, kernel, p, plan.tile); });

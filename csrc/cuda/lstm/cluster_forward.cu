@@ -3,6 +3,7 @@
 
 #include "cuda/common/launch.cuh"
 #include "cuda/lstm/cluster_forward.cuh"
+#include "cuda/lstm/cost.h"
 #include "cuda/lstm/params.h"
 
 namespace fastseq::cuda {
@@ -68,6 +69,17 @@ int resident(const ClusterForwardPlan& plan, Type type) {
   return with_kernel(plan, type, [&](auto* kernel) { return kernel ? resident_clusters(plan.launch, kernel) : 0; });
 }
 
+// Cycles of the step clock, weights that are read from shared memory, h of the tile from the other blocks.
+double microseconds_of(const LstmShape& s, const ClusterForwardPlan& plan, Type type) {
+  const auto& clock = type == Type::kFloat ? cost::kClusterForwardFloat : cost::kClusterForwardHalf;
+  const int row = plan.launch.block.x > 256 ? 3 : plan.registers / 8, column = plan.row_tiles / 2;
+  const double size = type == Type::kFloat ? 4 : 2, warps = plan.launch.block.x / 32;
+  const double shared = std::max(0, plan.tile.steps - plan.registers) * warps * 1024 / cost::kSharedBytes;
+  const double received = 8.0 * plan.row_tiles * static_cast<double>(s.hidden) * size / cost::kRemoteBytes;
+  const double waves = cost::waves(plan.tile.tiles * s.directions, resident(plan, type));
+  return cost::microseconds(waves * (clock[row][column] + shared + received), cost::kClusterScale.forward);
+}
+
 // Chooses the smallest cluster with at most 32 units a block (256 threads, 255 registers each), else the smallest with
 // at most 64. Then chooses the tiles of the batch by best_tiles.
 std::optional<ClusterForwardPlan> choose(const LstmShape& s, Type type) {
@@ -92,7 +104,7 @@ std::optional<ClusterForwardPlan> choose(const LstmShape& s, Type type) {
 std::optional<LstmPlan<LstmForwardParams>> plan_lstm_cluster_forward(const LstmShape& s, Type type) {
   const std::optional<ClusterForwardPlan> chosen = choose(s, type);
   if (!chosen) return {};
-  return {{0, [plan = *chosen, type](const LstmForwardParams& p, Stream stream) {
+  return {{0, microseconds_of(s, *chosen, type), [plan = *chosen, type](const LstmForwardParams& p, Stream stream) {
              Launch l = plan.launch;
              l.stream = stream;
              return with_kernel(plan, type, [&](auto* kernel) { return launch_together(l, kernel, p, plan.tile); });

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/common/launch.cuh"
+#include "cuda/lstm/cost.h"
 
 namespace fastseq::cuda {
 namespace {
@@ -46,11 +47,27 @@ std::optional<Plan> plan_with(const LstmShape& s, const DeviceLimits& device) {
   return plan;
 }
 
+// Cycles of the step clock, further tiles, gate gradients from L2, products, weights read from shared memory.
+template <class Product>
+double cycles_of(const LstmShape& s, const Plan& plan) {
+  constexpr int kKind = std::is_same_v<Product, FmaFloat> ? 2 : std::is_same_v<Product, MmaTf32> ? 1 : 0;
+  const int R = plan.unit_tiles, kept = Product::kHeldParts / Product::kParts / R;
+  const double rows = plan.group_tiles * kTileRows, numbers = plan.chunks * Product::kUnits * 4.0;
+  const double exchange = rows * numbers * sizeof(typename Product::Element) / cost::kL2Bytes;
+  const double products = rows * kTileUnits * R * 4.0 * static_cast<double>(s.hidden) / cost::kProducts[kKind];
+  const double shared = plan.warps * std::max(0, plan.warp_chunks - kept) * R * Product::kParts * 32.0 * sizeof(uint4);
+  const double further = (plan.group_tiles - 1) * cost::kNextTile;
+  return cost::kGridBackward[kKind][R - 1] + further + exchange + products +
+         plan.group_tiles * shared / cost::kSharedBytes;
+}
+
+// Two tiles of units a block halve the slices, so that a block reads half of the rows' gradients.
 template <class Product>
 std::optional<Plan> plan_of(const LstmShape& s) {
   const DeviceLimits device = device_limits();
-  const std::optional<Plan> plan = plan_with<Product, 1>(s, device);
-  return plan ? plan : plan_with<Product, 2>(s, device);
+  const std::optional<Plan> one = plan_with<Product, 1>(s, device), two = plan_with<Product, 2>(s, device);
+  if (!one || !two) return one ? one : two;
+  return cycles_of<Product>(s, *two) < cost::kSecondTile * cycles_of<Product>(s, *one) ? two : one;
 }
 
 // Returns run(Product{}) for the arithmetic trait of the call.
@@ -89,7 +106,8 @@ template <class Product>
 std::optional<LstmPlan<LstmBackwardParams>> runnable(const LstmShape& s) {
   const std::optional<Plan> best = plan_of<Product>(s);
   if (!best) return {};
-  return {{workspace_of<Product>(s, *best), [plan = *best](const LstmBackwardParams& p, Stream stream) {
+  const double us = cost::microseconds(cycles_of<Product>(s, *best), cost::kGridScale.backward);
+  return {{workspace_of<Product>(s, *best), us, [plan = *best](const LstmBackwardParams& p, Stream stream) {
              return plan.unit_tiles == 2 ? launch_plan<Product, 2>(p, plan, stream)
                                          : launch_plan<Product, 1>(p, plan, stream);
            }}};

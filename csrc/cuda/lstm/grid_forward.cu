@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "cuda/common/launch.cuh"
+#include "cuda/lstm/cost.h"
 
 namespace fastseq::cuda {
 namespace {
@@ -54,18 +55,17 @@ std::optional<Plan> plan_of(const LstmShape& s, const DeviceLimits& device, int6
   return plan;
 }
 
-// Modelled clock cycles of a step, to rank plans; not measured on a GPU yet. Assumes 35 bytes a cycle and
-// multiprocessor from L2 when all load at once, 128 from shared memory, and 60 % of tensor-core peak through mma.sync.
+// Cycles of the step clock, further pairs of tiles, h from L2, products, weights that are read from shared memory.
 template <class M>
 double cycles_of(const LstmShape& s, const Plan& plan) {
+  constexpr int kKind = std::is_same_v<M, FmaFloat> ? 2 : std::is_same_v<M, MmaTf32> ? 1 : 0;
   const int at_once = groups_at_once<M>(plan.groups);
-  const double passes = static_cast<double>(divide_up(plan.groups, at_once)), tiles = plan.tiles, K = plan.chunks * 64;
-  const double products_a_cycle = std::is_same_v<M, FmaFloat> ? 100 : std::is_same_v<M, MmaTf32> ? 600 : 1200;
-  const double exchange = tiles * kTile * K * passes / 35;
-  const double products = tiles * kTile * 32.0 * plan.groups * static_cast<double>(s.hidden) / products_a_cycle;
-  const double weights = plan.pairs() * plan.shared_slices * static_cast<double>(kSliceBytes) / 128;
-  constexpr double kRoundTrip = 900, kPairAlone = 350;
-  return kRoundTrip + plan.pairs() * passes * kPairAlone + exchange + products + weights;
+  const double passes = static_cast<double>(divide_up(plan.groups, at_once)), rows = plan.tiles * kTile;
+  const double exchange = rows * plan.chunks * 64 * passes / cost::kL2Bytes;
+  const double products = rows * 32.0 * plan.groups * static_cast<double>(s.hidden) / cost::kProducts[kKind];
+  const double weights = plan.pairs() * plan.shared_slices * static_cast<double>(kSliceBytes) / cost::kSharedBytes;
+  const double further = (plan.pairs() * passes - 1) * cost::kNextPair;
+  return cost::kGridForward[kKind][at_once - 1] + further + exchange + products + weights;
 }
 
 template <class M>
@@ -94,7 +94,8 @@ std::optional<LstmPlan<LstmForwardParams>> runnable(const LstmShape& s) {
   const std::optional<Plan> best = best_plan<M>(s);
   if (!best) return {};
   const size_t workspace = s.directions * best->splits * best->team_words() * sizeof(uint32_t);
-  return {{workspace, [plan = *best](const LstmForwardParams& p, Stream stream) {
+  const double us = cost::microseconds(cycles_of<M>(s, *best), cost::kGridScale.forward);
+  return {{workspace, us, [plan = *best](const LstmForwardParams& p, Stream stream) {
              if constexpr (!std::is_same_v<M, FmaFloat>) {
                if (plan.groups > 1) return launch_plan<M, 2>(p, plan, stream);
              }

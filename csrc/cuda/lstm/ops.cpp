@@ -3,11 +3,16 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "cuda/common/operators.h"
 #include "cuda/lstm/step_loop.h"
+#include "cuda/lstm/steps.h"
 
 namespace fastseq::cuda {
 namespace {
@@ -74,25 +79,34 @@ constexpr Kernel<LstmForwardParams> kForward[] = {{"cluster", plan_lstm_cluster_
 constexpr Kernel<LstmBackwardParams> kBackward[] = {{"cluster", plan_lstm_cluster_backward},
                                                     {"grid", plan_lstm_grid_backward}};
 
-// Returns the plan of the first kernel that is allowed and fits, or nullopt.
+// The allowed kernels that fit, with their plans, the cheapest first (cost.h).
 template <class P>
-std::optional<LstmPlan<P>> choose(const Kernel<P> (&kernels)[2], const LstmShape& s, Type type) {
+std::vector<LstmPlan<P>> plans_of(const Kernel<P> (&kernels)[2], const LstmShape& s, Type type) {
+  std::vector<LstmPlan<P>> plans;
   for (const Kernel<P>& kernel : kernels) {
     if (!allowed(kernel.name)) continue;
-    if (auto plan = kernel.plan(s, type)) return plan;
+    if (auto plan = kernel.plan(s, type)) plans.push_back(std::move(*plan));
   }
-  return {};
+  const auto cheaper = [](const auto& a, const auto& b) { return a.microseconds < b.microseconds; };
+  std::stable_sort(plans.begin(), plans.end(), cheaper);
+  return plans;
 }
 
-// Runs the first kernel that is allowed, fits, and for which the device has room. Returns false if there is none.
+// True if a product and a cell a step are modelled as cheaper than the kernel, and allowed.
+template <class P>
+bool steps_are_cheaper(const LstmPlan<P>& plan, const LstmShape& s, Type type) {
+  constexpr bool kBackward = std::is_same_v<P, LstmBackwardParams>;
+  return demanded().empty() && lstm_steps_microseconds(s, type, kBackward) < plan.microseconds;
+}
+
+// Runs the cheapest kernel that is allowed, fits, and for which the device has room. Returns false if there is none.
 template <class P>
 bool run(const char* op, const Kernel<P> (&kernels)[2], P& p, Type type, const Tensor& like, Stream stream) {
-  for (const Kernel<P>& kernel : kernels) {
-    const std::optional<LstmPlan<P>> plan = allowed(kernel.name) ? kernel.plan(p.shape, type) : std::nullopt;
-    if (!plan) continue;
-    Tensor workspace = zeros(like, plan->workspace);
+  for (const LstmPlan<P>& plan : plans_of(kernels, p.shape, type)) {
+    if (steps_are_cheaper(plan, p.shape, type)) break;
+    Tensor workspace = zeros(like, plan.workspace);
     p.workspace = write(workspace);
-    const Outcome outcome = plan->launch(p, stream);
+    const Outcome outcome = plan.launch(p, stream);
     if (outcome.refused) continue;
     check_launch(op, outcome.error);
     return true;
@@ -247,16 +261,38 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward_cuda(OptionalTensor 
   return {grad_gates, grad_h0, grad_c0};
 }
 
+LstmShape one_step(int64_t batch, int64_t directions, int64_t hidden, bool tf32) {
+  return {.steps = 1,
+          .batch = std::max<int64_t>(batch, 1),
+          .directions = directions,
+          .hidden = hidden,
+          .lengths = nullptr,
+          .reverse = false,
+          .tf32 = tf32};
+}
+
+Type type_of_size(int64_t itemsize) { return itemsize == 2 ? Type::kBFloat16 : Type::kFloat; }
+
 bool lstm_recurrence_fits_cuda(int64_t batch, int64_t directions, int64_t hidden, int64_t itemsize, bool tf32) {
-  const LstmShape s{.steps = 1,
-                    .batch = std::max<int64_t>(batch, 1),
-                    .directions = directions,
-                    .hidden = hidden,
-                    .lengths = nullptr,
-                    .reverse = false,
-                    .tf32 = tf32};
-  const Type type = itemsize == 2 ? Type::kBFloat16 : Type::kFloat;
-  return demanded() == "steps" || (choose(kForward, s, type) && choose(kBackward, s, type));
+  const LstmShape s = one_step(batch, directions, hidden, tf32);
+  const Type type = type_of_size(itemsize);
+  return demanded() == "steps" || (!plans_of(kForward, s, type).empty() && !plans_of(kBackward, s, type).empty());
+}
+
+template <class P>
+double microseconds_of(const Kernel<P>& kernel, const LstmShape& s, Type type) {
+  const auto plan = kernel.plan(s, type);
+  return plan ? plan->microseconds : std::numeric_limits<double>::infinity();
+}
+
+std::tuple<double, double> lstm_recurrence_cost_cuda(
+    int64_t kernel, int64_t batch, int64_t directions, int64_t hidden, int64_t itemsize, bool tf32) {
+  const LstmShape s = one_step(batch, directions, hidden, tf32);
+  const Type type = type_of_size(itemsize);
+  STD_TORCH_CHECK(0 <= kernel && kernel <= 3, "lstm_recurrence_cost: kernel must be 0 to 3, got ", kernel);
+  if (kernel < 2) return {microseconds_of(kForward[kernel], s, type), microseconds_of(kBackward[kernel], s, type)};
+  const auto launches = kernel == 2 ? lstm_steps_microseconds : lstm_torch_microseconds;
+  return {launches(s, type, false), launches(s, type, true)};
 }
 
 }  // namespace
@@ -269,4 +305,5 @@ STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_LIBRARY, FASTSEQ_DISPATCH, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("lstm_recurrence_fits", TORCH_BOX(&fastseq::cuda::lstm_recurrence_fits_cuda));
+  m.impl("lstm_recurrence_cost", TORCH_BOX(&fastseq::cuda::lstm_recurrence_cost_cuda));
 }

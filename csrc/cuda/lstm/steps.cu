@@ -2,6 +2,7 @@
 #include "cuda/lstm/steps.h"
 
 #include "cuda/common/launch.cuh"
+#include "cuda/lstm/cost.h"
 #include "cuda/lstm/steps.cuh"
 
 namespace fastseq::cuda {
@@ -30,6 +31,18 @@ std::string launch_lstm_backward_step(
     return launch(launch_of(p.shape, stream), lstm_backward_step_kernel<T>, p, time, static_cast<const T*>(product),
                   carry);
   });
+}
+
+double lstm_steps_microseconds(const LstmShape& s, Type type, bool backward) {
+  const cost::Launches& l = backward ? cost::kStepsBackward : cost::kStepsForward;
+  const double scale = backward ? cost::kStepsScale.backward : cost::kStepsScale.forward;
+  return cost::of_launches(s, type, l, scale, device_limits().multiprocessors);
+}
+
+double lstm_torch_microseconds(const LstmShape& s, Type type, bool backward) {
+  const cost::Launches& l = backward ? cost::kTorchBackward : cost::kTorchForward;
+  const double scale = backward ? cost::kTorchScale.backward : cost::kTorchScale.forward;
+  return cost::of_launches(s, type, l, scale, device_limits().multiprocessors);
 }
 
 }  // namespace fastseq::cuda

@@ -25,4 +25,9 @@ std::string launch_lstm_backward_step(const LstmBackwardParams& p,
                                       Type type,
                                       Stream stream);
 
+// Modelled microseconds of a step with one product of all rows, forward or backward, on the current device: by
+// step_loop.h, or by cuDNN.
+double lstm_steps_microseconds(const LstmShape& s, Type type, bool backward);
+double lstm_torch_microseconds(const LstmShape& s, Type type, bool backward);
+
 }  // namespace fastseq::cuda

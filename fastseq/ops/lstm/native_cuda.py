@@ -17,6 +17,7 @@ from fastseq.ops.common.layout import contiguous
 from fastseq.ops.lstm.spec import Grads, Layer, LayerGrads, Result, Want, Weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COSTS = ("cluster", "grid", "steps", "cudnn")  # the kernels of lstm_recurrence_cost, by their numbers
 
 
 def forward(layer: Layer, want: Want) -> Result:
@@ -141,6 +142,30 @@ def fits(batch: int, hidden_size: int, dtype: torch.dtype, index: int | None = N
     """True if the GPU of this index, or the current one, can run all steps of a direction in one kernel, both ways."""
     with contextlib.nullcontext() if index is None else torch.cuda.device(index):
         return _native.operators.lstm_recurrence_fits(batch, 1, hidden_size, dtype.itemsize, tf32_allowed())
+
+
+def modelled_us(
+    kernel: str, batch: int, hidden_size: int, dtype: torch.dtype, tf32: bool, index: int | None = None
+) -> tuple[float, float]:
+    """Modelled microseconds of a step on the GPU of this index, forward and backward; infinite where it does not fit.
+
+    One layer and direction, without the products over all steps. Not measured: csrc/cuda/lstm/cost.h has every
+    constant.
+
+    Args:
+        kernel: one of ``COSTS``.
+    """
+    with contextlib.nullcontext() if index is None else torch.cuda.device(index):
+        return _native.operators.lstm_recurrence_cost(COSTS.index(kernel), batch, 1, hidden_size, dtype.itemsize, tf32)
+
+
+def modelled_gain(call) -> float:
+    """The modelled time of a step by cuDNN over that by the best kernel of an ``LSTMCall``; in training the smaller
+    of forward and backward."""
+    shape = (call.batch or 1, call.hidden_size, call.dtype, call.tf32, call.device_index)
+    cudnn, *kernels = (modelled_us(kernel, *shape) for kernel in ("cudnn", "cluster", "grid"))
+    gains = [theirs / min(ours) for theirs, *ours in zip(cudnn, *kernels, strict=True)]
+    return min(gains) if call.requires_grad else gains[0]
 
 
 def _padded(layer: Layer) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ import torch
 
 from fastseq import _native
 from fastseq.dispatch import Rule
+from fastseq.ops.lstm import native, native_cuda
 
 AVX2 = "benchmarks/results/grid-xeon-avx2-1thread.json"
 SSE = "benchmarks/results/grid-xeon-baseline-1thread.json"
@@ -183,17 +184,12 @@ def hidden_size_193_to_1024(call) -> bool:
     return 192 < call.hidden_size <= 1024
 
 
-def latency_bound_on_gpu(call) -> bool:
-    """A step waits for the exchange of h, not for its products: B * H up to 64k, in float32 32k.
+def modelled_as_faster_on_gpu(call) -> bool:
+    """A step is modelled to take at most 80 % of cuDNN's, in training forward and backward each (H200, +-40 %).
 
-    Above, a GEMM per step, as cuDNN has it, is modelled to be as fast or faster (H200, +-40 %).
+    The model bounds the batch: the more rows, the more a step is a product, which one GEMM computes as fast.
     """
-    return (call.batch or 1) * call.hidden_size <= (32768 if call.dtype == torch.float32 else 65536)
-
-
-def hidden_values_to_128k(call) -> bool:
-    """B * H up to 128k: above, cuDNN's step on a packed batch is modelled to be shorter than native's."""
-    return (call.batch or 1) * call.hidden_size <= 131072
+    return native.unsupported(call) is None and native_cuda.modelled_gain(call) >= 1.25
 
 
 def _instruction_set() -> str:
@@ -385,12 +381,12 @@ RULES = (
     ),
     Rule(
         "native",
-        (on_cuda, eager, variable_lengths, hidden_values_to_128k),
+        (on_cuda, eager, variable_lengths, modelled_as_faster_on_gpu),
         "not measured yet: variable lengths, for which cuDNN launches kernels step by step",
     ),
     Rule(
         "native",
-        (on_cuda, eager, float32_or_bfloat16, hidden_size_193_to_1024, latency_bound_on_gpu),
+        (on_cuda, eager, float32_or_bfloat16, hidden_size_193_to_1024, modelled_as_faster_on_gpu),
         "not measured yet: cuDNN launches two kernels a step here, unless float16 or hidden_size <= 192",
     ),
     Rule("torch", (), "oneDNN or cuDNN: no kernel of fastseq was measured faster here"),

@@ -1,0 +1,72 @@
+// The cost model by which `auto` and the launchers choose a kernel of the recurrence: every constant, and nothing else.
+//
+// Not measured yet. kScale corrects the model by a GPU's figures: benchmarks/gpu_check.py prints it anew.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "cuda/lstm/params.h"
+
+namespace fastseq::cuda::cost {
+
+// Measured over modelled microseconds, forward and backward.
+struct Scale {
+  double forward, backward;
+};
+inline constexpr Scale kClusterScale{1, 1}, kGridScale{1, 1}, kStepsScale{1, 1}, kTorchScale{1, 1};
+
+// Cycles of a step by the step clock: tests/cuda/step_clock.json, which tests/cuda/test_step_cost.py compares.
+// 0: there is no such kernel. Half stands for both 16-bit types, Float for TF32.
+inline constexpr int kClusterForwardHalf[4][3] = {// [R = 4, 8, 16; 8 with 512 threads][N = 1, 2, 4]
+                                                  {1129, 1801, 3100},
+                                                  {1258, 2050, 3592},
+                                                  {1462, 2539, 4513},
+                                                  {1991, 0, 0}};
+inline constexpr int kClusterForwardFloat[4][3] = {
+    {1341, 2060, 3581}, {1448, 2326, 4102}, {1682, 2806, 0}, {2367, 0, 0}};
+inline constexpr int kClusterBackwardHalf[3][2] = {
+    {1314, 1853}, {1401, 2343}, {1927, 3047}};  // [M = 1, 2, 4][N = 1, 2]
+inline constexpr int kClusterBackwardFloat[3][2] = {{1552, 2315}, {1795, 2979}, {0, 0}};
+inline constexpr int kGridForward[3][2] = {{3601, 4025}, {3686, 4134}, {4883, 0}};      // [half, TF32, float][G = 1, 2]
+inline constexpr int kGridBackward[3][2] = {{2521, 2388}, {2532, 2340}, {2478, 2469}};  // [half, TF32, float][R = 1, 2]
+
+// The clock holds the first tile of the batch and one chunk of K. Bytes a cycle beyond: a block's shared memory, other
+// blocks' shared memory, L2 (arXiv 2402.13499, H800). Products a cycle and multiprocessor: 60 % of tensor-core peak.
+inline constexpr double kSharedBytes = 128, kRemoteBytes = 12.6, kL2Bytes = 35;
+inline constexpr double kProducts[3] = {1200, 600, 100};   // [half, TF32, float]
+inline constexpr double kNextPair = 350, kNextTile = 175;  // cycles of a grid's further tiles, alone
+inline constexpr double kCycles = 1980;                    // a microsecond (H200)
+inline constexpr int kHeldClusters = 1;                    // dies of one model differ by it; other work may hold it
+inline constexpr double kSecondTile = 0.9;                 // the cost of R = 2 below which R = 1 gives way
+inline constexpr double kMultiprocessors = 132;            // of the device to which the next line belongs
+inline constexpr double kProductRate[3] = {320e6, 165e6, 35e6};  // operations a microsecond of one small product
+inline constexpr double kWeightBytes = 4.2e6;                    // a microsecond, from L2
+
+// Microseconds: at least; beside the reading of weights; beside the product.
+struct Launches {
+  double least, weights, product;
+};
+inline constexpr Launches kTorchForward{4.7, 3.7, 3}, kTorchBackward{9, 6, 4};    // cuDNN: two kernels a step
+inline constexpr Launches kStepsForward{7, 6, 4.5}, kStepsBackward{9, 8.5, 5.5};  // step_loop.h: three launches
+
+// Index of the tables: half, TF32, float.
+inline int kind_of(Type type, bool tf32) { return type != Type::kFloat ? 0 : tf32 ? 1 : 2; }
+
+inline double microseconds(double cycles, double scale) { return cycles / kCycles * scale; }
+
+// Rounds of clusters, each of which runs the whole sequence.
+inline double waves(int64_t clusters, int resident) {
+  return static_cast<double>(divide_up(clusters, std::max(1, resident - kHeldClusters)));
+}
+
+// A step with one product of all rows, on a device of so many multiprocessors: by cuDNN, or by step_loop.h.
+inline double of_launches(const LstmShape& s, Type type, const Launches& l, double scale, double multiprocessors) {
+  const double H = static_cast<double>(s.hidden), size = type == Type::kFloat ? 4 : 2;
+  const double share = std::clamp(multiprocessors, 1.0, kMultiprocessors) / kMultiprocessors;
+  const double product = 8 * H * H * static_cast<double>(s.batch) / (kProductRate[kind_of(type, s.tf32)] * share);
+  const double weights = 4 * H * H * size / (kWeightBytes * share);
+  return static_cast<double>(s.directions) * scale * std::max({l.least, l.weights + weights, l.product + product});
+}
+
+}  // namespace fastseq::cuda::cost
