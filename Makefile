@@ -6,11 +6,12 @@
 # make wheel   build a wheel for other machines in dist/, audit it and try it in fresh environments
 # make arm64   cross-compile the wheel for aarch64 and run its tests under qemu
 # make latencies   compile benchmarks/latencies.cu for a machine that has a GPU but no nvcc
+# make cuda-parity  the full parity grid, wider LSTMs and TF32 through the CUDA kernels, without a GPU
 # make gpu-bundle   compile what benchmarks/gpu_check.py needs on such a machine, for one GPU (CHIP=9.0)
 # make triton-versions   the Triton tests on each version of Triton that a supported torch brings
 #
 # Variables: PYTHON, TORCH (a pip requirement; add an index with --index-url), TRITON (the same; empty for none),
-# TRITON_VERSIONS, WHEEL_PYTHONS, WHEEL_TORCHES, CHIP, CUDA, DATA, RUN, PYTEST_ARGS, FUZZ_ARGS, MUTATE_ARGS (--help lists them).
+# TRITON_VERSIONS, WHEEL_PYTHONS, WHEEL_TORCHES, CHIP, CUDA, DATA, RUN, PYTEST_ARGS, CUDA_PARITY, FUZZ_ARGS, MUTATE_ARGS (--help lists them).
 # CUDA=1 compiles the CUDA kernels, CUDA=0 does not; unset, they are compiled if a GPU is visible and nvcc is found.
 # make test compiles them for their tests, with either, if nvcc is found.
 
@@ -27,6 +28,7 @@ RUN ?= runs/cmudict
 PYTEST_ARGS ?= -q -n logical --maxprocesses 8 --dist worksteal
 FUZZ_ARGS ?= --cases 500
 MUTATE_ARGS ?= --jobs 2
+CUDA_PARITY ?= 1/1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,7 +40,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/native/*.cpp tests/cuda/*/*.cpp tests/cuda/*/*.h benchmarks/*.cu)
 
-.PHONY: demo test lint docs mutate sanitize triton-versions wheel arm64 latencies gpu-bundle clean
+.PHONY: demo test lint docs cuda-parity mutate sanitize triton-versions wheel arm64 latencies gpu-bundle clean
 
 demo: $(READY)
 	$(BIN)/fastseq data cmudict $(DATA)
@@ -58,6 +60,10 @@ lint: $(LINT_READY)
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "documentation: build/site/index.html"
+
+# About two hours on one core; CUDA_PARITY=2/5 runs the second of five parts.
+cuda-parity: $(READY)
+	FASTSEQ_CUDA_PARITY=$(CUDA_PARITY) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cuda/test_cuda_parity.py
 
 mutate: $(READY)
 	$(BIN)/python tests/mutations/run.py $(MUTATE_ARGS)
