@@ -100,14 +100,18 @@ class SavedFolder:
         tokenizers: tuple[Source, TextTokenizer],
         search: dict[str, Any],
         card: Card,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """Write all files, config.json last. Raises UserError for a run folder or a folder with links."""
+        """Write all files, config.json last. Raises UserError for a run folder, a folder with links, another dtype."""
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         if (self.path / "config.yaml").exists():
             raise UserError(f"{self.path} holds a run of `fastseq train`; choose another folder")
         self.path.mkdir(parents=True, exist_ok=True)
         refuse_links([self.path])
         self.config.unlink(missing_ok=True)
-        write_weights(self.weights, model.state_dict(), model.config)
+        weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in model.state_dict().items()}
+        write_weights(self.weights, weights, model.config)
         save_source(tokenizers[0], self)
         tokenizers[1].save(self.target_tokenizer)
         write_text(self.generation_config, json.dumps(search, indent=2) + "\n")

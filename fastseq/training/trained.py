@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastseq.errors import UserError
 from fastseq.seq2seq.ensemble import Ensemble
 from fastseq.seq2seq.model import Seq2Seq
@@ -96,7 +98,13 @@ class TrainedModel:
         return trained
 
     def save_pretrained(
-        self, path: str | Path, *, license: str | None = None, data: str | None = None, metrics: dict | None = None
+        self,
+        path: str | Path,
+        *,
+        license: str | None = None,
+        data: str | None = None,
+        metrics: dict | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Write a folder to share: safetensors and JSON, nothing that runs.
 
@@ -108,9 +116,11 @@ class TrainedModel:
             license: licence of the weights, best as an SPDX identifier; default: the card's.
             data: the training data; default: the card's, which names the training file of a run.
             metrics: measured values by name; default: the card's; of a run, the ones of its last `fastseq evaluate`.
+            dtype: of the weights in the file, such as torch.bfloat16, which halves it; default: the model's own.
+                Reading gives float32 whatever the file holds, so that only the rounding stays.
 
         Raises:
-            UserError: the folder holds a run, or is a link; this is an ensemble.
+            UserError: the folder holds a run, or is a link; this is an ensemble; a dtype that is not floating-point.
         """
         if isinstance(self.model, Ensemble):
             raise UserError("an ensemble is several models; save each of them, or average the weights of one run")
@@ -119,7 +129,9 @@ class TrainedModel:
             facts["metrics"] = measured(self._evaluation)
         card = self.card.to_dict() | {name: value for name, value in facts.items() if value is not None}
         tokenizers = self.source_tokenizer, self.target_tokenizer
-        SavedFolder(path).save(self.model, tokenizers, self.generation_config, Card.from_dict(card, "the model card"))
+        SavedFolder(path).save(
+            self.model, tokenizers, self.generation_config, Card.from_dict(card, "the model card"), dtype
+        )
 
     def __call__(self, sources: Sequence[str], **options: Any) -> list[str]:
         """The best prediction of each source; ``options`` as in :meth:`predict`."""

@@ -19,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
     Trainer,
     TrainingArguments,
+    pipeline,
 )
 
 import fastseq
@@ -287,6 +288,14 @@ def test_the_trainer_trains_for_an_epoch(plain_folder, tmp_path):
         shutil.copy(plain_folder / name, tmp_path / "saved")
     trained = TrainedModel.from_pretrained(tmp_path / "saved")
     assert all(torch.equal(t, trained.model.state_dict()[n]) for n, t in model.state_dict().items())
+
+
+def test_transformers_has_no_pipeline_for_text_to_text(plain_folder):
+    """docs/transformers.md says so, and what to call in its place; once there is one, serve it."""
+    for task in ("text2text-generation", "translation", "summarization"):
+        with pytest.raises(KeyError, match="has been removed"):
+            pipeline(task, str(plain_folder))
+    assert len(TrainedModel.from_pretrained(plain_folder)(["abc", "fed"], num_beams=2, max_new_tokens=5)) == 2
 
 
 def test_configurations(tmp_path):

@@ -112,6 +112,20 @@ def test_saved_and_read_again(trained, saved, tmp_path):
         assert (saved / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
+def test_saved_in_bfloat16(trained, saved, tmp_path):
+    """The file has half the size, and the model that is read from it the rounded weights in float32."""
+    trained.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    size, whole = ((path / "model.safetensors").stat().st_size for path in (tmp_path / "half", saved))
+    assert 0.45 < size / whole < 0.6
+    weights = TrainedModel.from_pretrained(tmp_path / "half").model.state_dict()
+    for name, tensor in trained.model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(weights[name], tensor.bfloat16().float())
+    with pytest.raises(UserError, match=r"dtype must be one of .*torch\.bfloat16, got torch\.int8"):
+        trained.save_pretrained(tmp_path / "bytes", dtype=torch.int8)
+    assert not (tmp_path / "bytes").exists()
+
+
 @pytest.mark.parametrize("share", ["share_all_embeddings", "share_decoder_input_output_embed"])
 def test_tied_matrices_are_saved_once_and_stay_tied(share, tmp_path):
     tokenizer = TextTokenizer.train("char", ["abcde"], 20)
