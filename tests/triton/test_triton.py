@@ -21,15 +21,19 @@ from fastseq.ops.common.triton import runtime
 from fastseq.ops.linear_cross_entropy.spec import LinearCrossEntropyCall
 from fastseq.ops.lstm.spec import LSTMCall
 from fastseq.ops.lstm_cell.spec import LSTMCellCall
+from fastseq.ops.lstm_variant.spec import LSTMVariantCall
 
 TESTS = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed here")
 CALLS = {
     "lstm_cell": LSTMCellCall("cuda", torch.float32, 16),
     "lstm": LSTMCall("cuda", torch.float32, 4, 16, batch=2, steps=3),
+    "lstm_variant": LSTMVariantCall("cuda", torch.float32, 16, batch=2, steps=3),
     "attention": AttentionCall("additive", "cuda", torch.float32),
     "linear_cross_entropy": LinearCrossEntropyCall("cuda", torch.float32, 16, 1 << 14, rows=1 << 14),
 }
+
+SUITES = [f"triton_{name}.py" for name in ("lstm_cell", "lstm", "lstm_variant", "attention", "loss")]
 
 
 def run(*command, **environment) -> subprocess.CompletedProcess:
@@ -39,7 +43,7 @@ def run(*command, **environment) -> subprocess.CompletedProcess:
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["triton_lstm_cell.py", "triton_lstm.py", "triton_attention.py", "triton_loss.py"])
+@pytest.mark.parametrize("suite", SUITES)
 def test_in_the_interpreter(suite):
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist")
     process = run("-m", "pytest", *options, str(TESTS / suite), TRITON_INTERPRET="1")
@@ -99,6 +103,8 @@ def test_auto_on_cuda_without_compiled_kernels(a_gpu, monkeypatch):
     assert select("lstm", "auto", lstm._replace(return_cell_states=True, dtype=torch.float64)) == "reference"
     assert select("lstm_cell", "auto", CALLS["lstm_cell"]) == "triton"
     assert select("lstm_cell", "auto", CALLS["lstm_cell"]._replace(dtype=torch.float64)) == "torch"
+    assert select("lstm_variant", "auto", CALLS["lstm_variant"]) == "triton"
+    assert select("lstm_variant", "auto", CALLS["lstm_variant"]._replace(compiling=True)) == "reference"
     assert select("attention", "auto", attention) == "triton"
     assert select("attention", "auto", attention._replace(score="dot")) == "torch"
     assert select("attention", "auto", attention._replace(compiling=True)) == "reference"

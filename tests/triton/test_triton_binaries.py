@@ -47,6 +47,17 @@ def lstm(H, dtype, T=2, B=2):
     (output.sum() + h_n.sum() + c_n.sum()).backward()
 
 
+def variant(H, dtype, T=2, B=2):
+    """All options: masks of 0 drop and keep nothing that matters to a compiler."""
+    gates, h0, c0, weight, *norms = zeros(dtype, (T, B, 4 * H), (B, H), (B, H), (4 * H, H), (4 * H,), (H,), (H,))
+    keep = torch.zeros(T, B, H, dtype=torch.bool)
+    output, (h_n, c_n), cells = ops.lstm_variant(
+        gates, (h0, c0), weight, hidden_mask=torch.ones(B, H), zoneout_hidden=keep, zoneout_cell=keep,
+        norms=tuple(norms), lengths=torch.full((B,), T), return_cell_states=True, backend="triton",
+    )  # fmt: skip
+    (output.sum() + h_n.sum() + c_n.sum() + cells.sum()).backward()
+
+
 def attention(score, A, D, dtype, T=3, S=4, B=2, coverage=False):
     query, keys, values, *more = zeros(dtype, (B, T, A), (B, S, A), (B, S, D), *([(A,)] * 2 if score != "dot" else []))
     covered = {}
@@ -78,6 +89,7 @@ CASES = {
     "lstm 512 bfloat16": lambda: lstm(512, BF16),
     "lstm 1024 float32": lambda: lstm(1024, F32),
     "lstm 1024 bfloat16": lambda: lstm(1024, BF16),
+    "lstm_variant 1024 bfloat16": lambda: variant(1024, BF16),
     "attention dot 512 512 bfloat16": lambda: attention("dot", 512, 512, BF16),
     "attention dot 256 1024 float32": lambda: attention("dot", 256, 1024, F32),
     "attention additive 512 1024 bfloat16": lambda: attention("additive", 512, 1024, BF16),
@@ -89,7 +101,7 @@ CASES = {
     "loss 16384 bfloat16": lambda: loss(16384, 16, BF16),
     "loss 257 float32": lambda: loss(257, 16, F32),
 }
-NO_PRODUCT = ("lstm_cell_", "attention_additive_", "cross_entropy_")  # kernels without tl.dot
+NO_PRODUCT = ("lstm_cell_", "lstm_variant_", "attention_additive_", "cross_entropy_")  # kernels without tl.dot
 
 
 def build(case: str, target: str) -> dict[str, dict[str, int]]:
@@ -191,6 +203,8 @@ def test_lengths_and_batch_sizes_compile_nothing(H, dtype):
         cell(H, dtype, N=B)
         lstm(H, dtype, T, B)
         attention("additive", H, H, dtype, T, S=T, B=B)
+        if H == 16:
+            variant(H, dtype, T, B)
 
     with compiling_for(chip):
         work(2, 5)

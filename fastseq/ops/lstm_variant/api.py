@@ -54,7 +54,7 @@ def lstm_variant(
         lengths: (B,) integers in 0..T on any device, as in :func:`fastseq.ops.lstm`.
         reverse: run from the last step to the first.
         return_cell_states: also return the cell state after every step.
-        backend: "auto" (None), "reference" or "native".
+        backend: "auto" (None), "reference", "native" (CPU) or "triton" (GPU).
 
     Returns:
         output (T, B, H), (h_n (B, H), c_n (B, H)), and with ``return_cell_states`` cell states (T, B, H); output and

@@ -15,7 +15,7 @@ SKIPS_PADDING = True  # steps past a sequence's length are not read
 def unsupported(call) -> str | None:
     """Why this backend cannot serve the call (an ``LSTMVariantCall``) and the way out, or None."""
     if call.device == "cuda":
-        return "lstm_variant: the native backend has no CUDA kernel for it; use backend='reference'."
+        return "lstm_variant: the native backend has no CUDA kernel for it; use backend='triton' or 'reference'."
     return native_objection("lstm_variant", call, ())
 
 

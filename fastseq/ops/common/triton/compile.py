@@ -13,7 +13,8 @@ from triton.runtime.jit import JITFunction
 
 from fastseq.ops.common.triton.runtime import Chip, compile_only
 
-KERNELS = tuple(f"fastseq.ops.{op}.triton_kernels" for op in ("lstm_cell", "lstm", "attention", "linear_cross_entropy"))
+OPS = ("lstm_cell", "lstm", "lstm_variant", "attention", "linear_cross_entropy")
+KERNELS = tuple(f"fastseq.ops.{op}.triton_kernels" for op in OPS)
 
 
 class _NoDevice(DriverBase):
