@@ -135,7 +135,7 @@ def select(op: str, backend: str | None, call: Any) -> str:
     elif call.compiling:
         chosen, why = first_rule(op, call)
     else:
-        chosen, why = _remembered_rule(op, call)
+        chosen, why = _remembered_rule(torch.get_num_threads(), op, call)
     if _records:
         _record(op, call, chosen, why)
     return chosen
@@ -162,7 +162,10 @@ def remembered(choice: Callable) -> Callable:
     return cached
 
 
-_remembered_rule = remembered(first_rule)
+@remembered
+def _remembered_rule(threads: int, op: str, call: Any) -> tuple[str, str]:
+    """:func:`first_rule`, whose rules may read the number of torch's threads."""
+    return first_rule(op, call)
 
 
 def forget() -> None:

@@ -92,7 +92,7 @@ bool check(const Scenario& scenario) {
   Work work;
   for (bool& in_order : work.in_order) in_order = true;
   HeldClock::holding = false, HeldClock::passed = 0, HeldClock::others = scenario.threads - 1;
-  fastseq::cpu::oversubscribed_until = 0;
+  fastseq::cpu::oversubscribed_until = fastseq::cpu::period = 0;
   std::vector<std::thread> threads;
   for (int64_t i = 0; i < scenario.threads; ++i) {
     threads.emplace_back([&, i] { run_thread(scenario, i, team, work); });
@@ -115,9 +115,35 @@ bool check(const Scenario& scenario) {
   return false;
 }
 
+// The milliseconds for which the machine counts as oversubscribed after a timeout that comes `pause` after the end of
+// the period before.
+double period_after(std::chrono::milliseconds pause) {
+  using Clock = fastseq::cpu::Clock;
+  fastseq::cpu::oversubscribed_until = (Clock::now() - pause).time_since_epoch().count();
+  fastseq::cpu::note_oversubscription();
+  return std::chrono::duration<double, std::milli>(Clock::duration(fastseq::cpu::period.load())).count();
+}
+
+bool check_periods() {
+  constexpr std::chrono::milliseconds at_once{0}, later{500};
+  fastseq::cpu::period = 0;
+  for (const double expected : {2, 4, 8, 16, 32, 64, 128, 128}) {
+    const double period = period_after(at_once);
+    if (period == expected) continue;
+    std::printf("oversubscribed for %g ms after a timeout, expected %g\n", period, expected);
+    return false;
+  }
+  const double within = period_after(-later), period = period_after(later);
+  if (within == 128 && period == 2) return true;
+  std::printf("oversubscribed for %g ms after a timeout within a period, expected 128; for %g ms later, expected 2\n",
+              within, period);
+  return false;
+}
+
 }  // namespace
 
 int main() {
+  if (!check_periods()) return 1;
   const Scenario scenarios[] = {
       {"one thread for all", 6, 1, -1, 0},
       {"two threads", 2, 2, -1, 0},

@@ -235,21 +235,38 @@ def test_a_plain_call_sees_new_weights_and_options():
 
 @pytest.mark.parametrize("instructions", ["avx2", "avx512"])
 @needs_native
-def test_auto_gives_single_steps_in_training_to_torch_except_in_float32(instructions, monkeypatch):
+def test_auto_gives_single_steps_in_training_of_few_dtypes_to_torch(instructions, monkeypatch):
     monkeypatch.setattr(lstm_rules, "_instruction_set", lambda: instructions)
     monkeypatch.setattr(lstm_rules, "_amx", lambda: False)
     dispatch.forget()
     step = CALL._replace(steps=1, batch=1, requires_grad=True)
-    assert select("lstm", "auto", step) == "native"
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        assert select("lstm", "auto", step._replace(dtype=dtype)) == "torch"
+    expected = {torch.float32: "native", torch.float64: "torch", torch.float16: "native", torch.bfloat16: "native"}
+    if instructions == "avx2":
+        expected[torch.bfloat16] = "torch"
+    for dtype, backend in expected.items():
+        assert select("lstm", "auto", step._replace(dtype=dtype)) == backend
         for longer in (dict(steps=2), dict(requires_grad=False), dict(packed=True)):
             assert select("lstm", "auto", step._replace(dtype=dtype, **longer)) == "native"
-    for dtype, batch in ((torch.float16, 2), (torch.bfloat16, 1), (torch.float64, 4)):
-        sequences = step._replace(dtype=dtype, batch=batch)
-        assert select("lstm", "auto", sequences) == "torch"
-        expected = "torch" if dtype == torch.float64 else "native"
-        assert select("lstm", "auto", sequences._replace(batch=batch + 1)) == expected
+    wide = dict(dtype=torch.bfloat16, input_size=512, hidden_size=512)
+    assert select("lstm", "auto", step._replace(**wide)) == "native"
+    assert select("lstm", "auto", step._replace(dtype=torch.bfloat16, batch=2)) == "native"
+    assert select("lstm", "auto", step._replace(dtype=torch.float64, batch=4)) == "torch"
+
+
+@needs_native
+def test_auto_asks_for_the_number_of_threads(monkeypatch):
+    """AMX gains little from a second thread in small steps; a remembered choice belongs to one number of threads."""
+    monkeypatch.setattr(lstm_rules, "_instruction_set", lambda: "avx512")
+    monkeypatch.setattr(lstm_rules, "_amx", lambda: True)
+    dispatch.forget()
+    call = LSTMCall("cpu", torch.bfloat16, 256, 256, batch=4, steps=10)
+    before = torch.get_num_threads()
+    try:
+        for threads, expected in ((1, "torch"), (2, "native"), (1, "torch")):
+            torch.set_num_threads(threads)
+            assert select("lstm", "auto", call) == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_native
@@ -264,7 +281,7 @@ def test_auto_gives_bfloat16_inference_of_several_sequences_to_amx(monkeypatch):
         assert select("lstm", "auto", call._replace(**other)) == "native", other
     wide = call._replace(hidden_size=257)
     assert select("lstm", "auto", wide) == "native"
-    step = CALL._replace(steps=2, batch=16, dtype=torch.float16, requires_grad=True)
+    step = CALL._replace(steps=1, batch=16, dtype=torch.float16, requires_grad=True)
     assert select("lstm", "auto", step) == "torch"
     assert select("lstm", "auto", step._replace(steps=3)) == "native"
 

@@ -35,6 +35,7 @@ def test_auto_is_within_3_percent_of_the_better_backend(file, monkeypatch):
     content = json.loads(file.read_text())
     monkeypatch.setattr(rules, "_instruction_set", lambda: content["environment"]["native"])
     monkeypatch.setattr(rules, "_amx", lambda: content["environment"]["amx"] == "yes")
+    monkeypatch.setattr(rules, "_threads", lambda: content["environment"]["threads"])
     by_call: dict[tuple[str, str], list[dict]] = {}
     for row in content["rows"]:
         by_call.setdefault((row["case"], row["mode"]), []).append(row)

@@ -8,7 +8,7 @@ constexpr int64_t kWeightShareBytes = 1 << 20;
 
 // Largest batch whose step is bound by reading W_hh from beyond the L2 cache, even if it is packed. With 2 threads and
 // 16 rows a team takes 0.82 to 0.97 of the time of a divided batch (H = 400 to 1024), with 64 rows 0.96 to 1.02.
-constexpr int64_t kTeamRows = 32;
+constexpr int64_t kTeamRows = 64;
 
 // weight_type: dtype of W_ih and W_hh; all other tensors have that of the input.
 LayerArguments check_layer(const char* op,

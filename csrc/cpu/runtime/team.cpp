@@ -1,5 +1,6 @@
 #include "cpu/runtime/team.h"
 
+#include <algorithm>
 #include <chrono>
 #include <thread>
 
@@ -16,11 +17,14 @@ using std::chrono::milliseconds;
 
 // A running member arrives within about a microsecond, a descheduled one takes milliseconds.
 microseconds spin_timeout{500};  // a variable, so that tests can change it
-constexpr auto kOversubscribedFor = milliseconds(100);
+// After a timeout the machine counts as oversubscribed. The period doubles if the next timeout follows its end within a
+// time slice of the scheduler: a single descheduling costs the shortest one.
+constexpr Clock::duration kShortestPeriod = milliseconds(2), kLongestPeriod = milliseconds(128);
+constexpr Clock::duration kTimeSlice = milliseconds(8);
 constexpr int kBusySpins = 200;      // before the first pause, which takes up to 140 cycles
 constexpr int kPausesPerPoll = 100;  // between two polls of the clock
 
-std::atomic<int64_t> oversubscribed_until{0};  // in ticks of Clock
+std::atomic<int64_t> oversubscribed_until{0}, period{0};  // in ticks of Clock
 
 void pause() {
 #if defined(__x86_64__)
@@ -31,7 +35,12 @@ void pause() {
 }
 
 void note_oversubscription() {
-  oversubscribed_until.store((Clock::now() + kOversubscribedFor).time_since_epoch().count(), std::memory_order_relaxed);
+  const int64_t now = Clock::now().time_since_epoch().count(), until = oversubscribed_until.load();
+  if (now < until) return;
+  const int64_t last = period.load(), shortest = kShortestPeriod.count(), longest = kLongestPeriod.count();
+  const bool again = now < until + last + kTimeSlice.count();
+  period.store(again ? std::clamp(2 * last, shortest, longest) : shortest);
+  oversubscribed_until.store(now + period.load());
 }
 
 // Spins until done(). After spin_timeout, calls late() once per poll.

@@ -25,7 +25,7 @@ class ThreadTeam {
   // descheduled for a time slice; on timeout the member with share 0 continues with all shares, and the others stop.
   bool wait(Share& share);
 
-  // True for kOversubscribedFor after a timeout: one thread is faster than a team for now.
+  // True for 2 to 128 ms after a timeout: one thread is faster than a team for now.
   static bool oversubscribed();
 
  private:

@@ -140,7 +140,7 @@ def run_plain(
         return None
     dtype = input.dtype
     needs_grad = torch.is_grad_enabled() and any(map(_requires_grad, (input, *(hx or ()), *weights)))
-    plan = _plain_plan(requested, dtype, input.shape, options, sizes, needs_grad)
+    plan = _plain_plan(torch.get_num_threads(), requested, dtype, input.shape, options, sizes, needs_grad)
     if plan is None or dtype is not weights[0].dtype or not _native.on_cpu(input) or not weights[0].is_cpu:
         return None
     shapes, kernel = plan
@@ -157,10 +157,10 @@ def _fits(state: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 
 
 @remembered
-def _plain_plan(requested, dtype, shape, options, sizes, needs_grad) -> tuple[tuple, Callable] | None:
+def _plain_plan(threads, requested, dtype, shape, options, sizes, needs_grad) -> tuple[tuple, Callable] | None:
     """The shapes of h0 and c0, and the function, with the arguments of torch._VF.lstm, that serves these calls.
 
-    None if the input does not fit.
+    None if the input does not fit. ``threads``, of torch, is a key only: rules read it.
     """
     _, num_layers, _, _, bidirectional, batch_first = options
     input_size, hidden_size, proj_size = sizes

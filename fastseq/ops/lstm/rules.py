@@ -2,33 +2,80 @@
 
 A ratio is the time of nn.LSTM over the time of the row's backend, measured by ``fastseq bench`` on a Xeon (Emerald
 Rapids, AVX-512, no AMX) and an EPYC (Zen 4) with 1 and 2 threads, the rows about AVX2 and AMX on a Xeon (Sapphire
-Rapids, lowered to AVX2). It covers the cases of the evidence files and similar ones.
+Rapids, lowered to AVX2). Rows without ``one_thread`` or ``several_threads`` hold for any number
+of threads. It covers the cases of the evidence files and similar ones.
 """
 
 import platform
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 
 from fastseq import _native
 from fastseq.dispatch import Rule
 from fastseq.ops.lstm import native, native_cuda
+from fastseq.ops.lstm.spec import LSTMCall
 
 AVX2 = "benchmarks/results/grid-xeon-avx2-1thread.json"
 SSE = "benchmarks/results/grid-xeon-baseline-1thread.json"
 AVX512 = "benchmarks/results/grid-xeon-avx512-1thread.json"
 AMX = "benchmarks/results/grid-xeon-amx-1thread.json"
+AMX_2 = "benchmarks/results/grid-xeon-amx-2threads.json"
 GRIDS = f"{AVX2}, {AVX512}, {AMX}"
 STEPS_AVX2 = f"benchmarks/results/steps-xeon-avx2-1thread.json, {GRIDS}"
 STEPS_AMX = f"benchmarks/results/steps-xeon-amx-1thread.json, {AMX}"
 XEON_AND_ZEN4 = "benchmarks/results/cpu-xeon-1thread.json, benchmarks/results/cpu-zen4-1thread.json"
+Predicate: TypeAlias = Callable[[LSTMCall], bool]
 
 
-def on_cpu(call) -> bool:
-    return call.device == "cpu"
+def exactly(field: str, value: object) -> Predicate:
+    """Holds for calls whose ``field`` is ``value``."""
+    return lambda call: getattr(call, field) == value
 
 
-def on_cuda(call) -> bool:
-    return call.device == "cuda"
+def at_most(field: str, limit: int) -> Predicate:
+    """Holds for calls whose ``field`` is ``limit`` or less."""
+    return lambda call: getattr(call, field) <= limit
+
+
+def over(field: str, limit: int) -> Predicate:
+    """Holds for calls whose ``field`` is more than ``limit``."""
+    return lambda call: getattr(call, field) > limit
+
+
+on_cpu = exactly("device", "cpu")
+on_cuda = exactly("device", "cuda")
+autocast = exactly("autocast", True)
+fused_under_autocast = exactly("fused", True)  # and torch would run the call by oneDNN or cuDNN
+training = exactly("requires_grad", True)
+inference = exactly("requires_grad", False)
+under_vmap = exactly("vmapped", True)
+at_most_2_steps = at_most("steps", 2)
+several_steps = over("steps", 1)
+at_least_50_steps = over("steps", 49)
+at_least_200_steps = over("steps", 199)
+one_step = exactly("steps", 1)
+several_sequences = over("batch", 1)
+over_4_sequences = over("batch", 4)
+at_most_4_sequences = at_most("batch", 4)
+at_most_8_sequences = at_most("batch", 8)
+at_most_16_sequences = at_most("batch", 16)
+at_most_64_sequences = at_most("batch", 64)
+over_32_sequences = over("batch", 32)
+one_sequence = exactly("batch", 1)
+hidden_size_to_128 = at_most("hidden_size", 128)
+hidden_size_to_256 = at_most("hidden_size", 256)
+hidden_size_to_512 = at_most("hidden_size", 512)
+hidden_size_over_192 = over("hidden_size", 192)
+hidden_size_over_256 = over("hidden_size", 256)
+hidden_size_over_512 = over("hidden_size", 512)
+one_input_column = exactly("input_size", 1)
+one_layer = exactly("layers", 1)
+float16 = exactly("dtype", torch.float16)
+bfloat16 = exactly("dtype", torch.bfloat16)
+float32 = exactly("dtype", torch.float32)
+float64 = exactly("dtype", torch.float64)
 
 
 def traced(call) -> bool:
@@ -40,37 +87,16 @@ def eager(call) -> bool:
     return not call.compiling
 
 
-def autocast(call) -> bool:
-    return call.autocast
-
-
-def fused_under_autocast(call) -> bool:
-    """Under autocast, and torch would run the call by oneDNN or cuDNN."""
-    return call.fused
-
-
-def at_most_2_steps(call) -> bool:
-    return call.steps <= 2
-
-
-def one_step(call) -> bool:
-    return call.steps == 1
-
-
-def several_steps(call) -> bool:
-    return call.steps > 1
-
-
-def at_least_50_steps(call) -> bool:
-    return call.steps >= 50
-
-
-def at_least_200_steps(call) -> bool:
-    return call.steps >= 200
-
-
 def over_20_rows(call) -> bool:
     return call.steps * call.batch > 20
+
+
+def at_most_40_rows(call) -> bool:
+    return call.steps * call.batch <= 40
+
+
+def at_most_160_rows(call) -> bool:
+    return call.steps * call.batch <= 160
 
 
 def partial_vectors(call) -> bool:
@@ -78,36 +104,8 @@ def partial_vectors(call) -> bool:
     return call.hidden_size <= 256 and call.hidden_size % 16 > 0
 
 
-def one_input_column(call) -> bool:
-    return call.input_size == 1
-
-
-def one_layer(call) -> bool:
-    return call.layers == 1
-
-
-def one_sequence(call) -> bool:
-    return call.batch == 1
-
-
-def several_sequences(call) -> bool:
-    return call.batch > 1
-
-
-def at_most_2_sequences(call) -> bool:
-    return call.batch <= 2
-
-
 def two_to_4_sequences(call) -> bool:
     return 2 <= call.batch <= 4
-
-
-def over_4_sequences(call) -> bool:
-    return call.batch > 4
-
-
-def training(call) -> bool:
-    return call.requires_grad
 
 
 def subclass(call) -> bool:
@@ -116,14 +114,6 @@ def subclass(call) -> bool:
 
 def forward_mode(call) -> bool:
     return call.forward_mode
-
-
-def under_vmap(call) -> bool:
-    return call.vmapped
-
-
-def inference(call) -> bool:
-    return not call.requires_grad
 
 
 def returns_cell_states(call) -> bool:
@@ -140,44 +130,18 @@ def padded(call) -> bool:
     return not (call.packed or call.lengths)
 
 
-def at_most_4_sequences(call) -> bool:
-    return call.batch <= 4
-
-
-def float64(call) -> bool:
-    return call.dtype == torch.float64
-
-
-def float32(call) -> bool:
-    return call.dtype == torch.float32
-
-
-def bfloat16(call) -> bool:
-    return call.dtype == torch.bfloat16
-
-
-def float16(call) -> bool:
-    return call.dtype == torch.float16
-
-
 def float32_or_bfloat16(call) -> bool:
     return call.dtype in (torch.float32, torch.bfloat16)
 
 
-def hidden_size_to_256(call) -> bool:
-    return call.hidden_size <= 256
+def small_weights(call) -> bool:
+    """W_ih and W_hh of a direction have fewer than 2^19 elements."""
+    return 4 * call.hidden_size * (call.input_size + call.hidden_size) < 2**19
 
 
-def hidden_size_to_512(call) -> bool:
-    return call.hidden_size <= 512
-
-
-def hidden_size_over_512(call) -> bool:
-    return call.hidden_size > 512
-
-
-def at_most_8_sequences(call) -> bool:
-    return call.batch <= 8
+def hidden_values_to_1024(call) -> bool:
+    """B * H up to 1024."""
+    return call.batch * call.hidden_size <= 1024
 
 
 def hidden_size_193_to_1024(call) -> bool:
@@ -220,10 +184,27 @@ def matrix_unit(call) -> bool:
     return _amx()
 
 
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def one_thread(call) -> bool:
+    """torch uses one thread."""
+    return _threads() == 1
+
+
+def several_threads(call) -> bool:
+    """torch uses several threads. With AMX it gains less from them than native does."""
+    return _threads() > 1
+
+
 def no_matrix_unit(call) -> bool:
     """The CPU has no AMX, with which oneDNN multiplies bfloat16 several times as fast as with vector instructions."""
     return not _amx()
 
+
+PADDED = (on_cpu, eager, padded)
+BFLOAT16_AMX = (*PADDED, bfloat16, matrix_unit)
 
 RULES = (
     Rule("torch", (subclass,), "a subclass of torch.Tensor, which may redefine torch's operators"),
@@ -233,48 +214,41 @@ RULES = (
     Rule("native", (under_vmap,), "under torch.func.vmap the samples are folded into the batch"),
     Rule(
         "torch",
-        (on_cpu, eager, padded, float16, training, one_step, at_most_2_sequences),
-        "a single step of one or two sequences in training, op by op: native is 0.5 to 0.8 times as fast in float16",
+        (*PADDED, float16, matrix_unit, training, one_step, at_most_16_sequences),
+        "a single step in training, op by op: oneDNN multiplies float16 by AMX, native is 0.65 to 1.2 times as fast",
+        STEPS_AMX,
+    ),
+    Rule(
+        "torch",
+        (*PADDED, bfloat16, without_avx512, training, one_step, one_sequence, small_weights),
+        "a single step of one sequence in training, op by op: native is 0.86 to 0.9 times as fast for small weights",
         STEPS_AVX2,
     ),
     Rule(
         "torch",
-        (on_cpu, eager, padded, bfloat16, training, one_step, one_sequence),
-        "a single step of one sequence in training, op by op: native is 0.6 to 1.1 times as fast in bfloat16",
-        STEPS_AVX2,
-    ),
-    Rule(
-        "torch",
-        (on_cpu, eager, padded, float64, training, one_step),
+        (*PADDED, float64, training, one_step),
         "a single step in training, op by op: native is 0.6 to 1.0 times as fast in float64",
         GRIDS,
     ),
     Rule(
         "torch",
-        (on_cpu, eager, padded, float64, without_avx512, inference, one_step, one_sequence, one_input_column),
+        (*PADDED, float64, without_avx512, inference, one_step, one_sequence, one_input_column),
         "a single step of one sequence of single numbers in float64: native is 0.83 (SSE) to 1.0 times as fast (AVX2)",
         f"{SSE}, {AVX2}",
     ),
     Rule(
         "torch",
-        (on_cpu, eager, padded, float16, matrix_unit, training, at_most_2_steps, several_sequences),
-        "oneDNN multiplies float16 by AVX-512 or AMX here: native is 0.2 to 0.8 times as fast in one or two steps",
-        STEPS_AMX,
-    ),
-    Rule(
-        "torch",
-        (on_cpu, eager, padded, float32, avx512, training, one_sequence, at_least_200_steps, partial_vectors),
+        (*PADDED, float32, avx512, one_thread, training, one_sequence, at_least_200_steps, partial_vectors),
         "one sequence of 200 steps or more in training, H to 256, no multiple of 16: native is 0.8 times as fast",
         AVX512,
     ),
     Rule(
         "torch",
         (
-            on_cpu,
-            eager,
-            padded,
+            *PADDED,
             float32,
             avx512,
+            one_thread,
             inference,
             one_input_column,
             two_to_4_sequences,
@@ -286,25 +260,61 @@ RULES = (
     ),
     Rule(
         "native",
-        (on_cpu, eager, padded, bfloat16, matrix_unit, inference, one_input_column, one_layer),
+        (*BFLOAT16_AMX, inference, one_input_column, one_layer),
         "oneDNN does not use AMX for inputs of one number: native is 1.2 to 1.9 times as fast",
         AMX,
     ),
     Rule(
+        "native",
+        (*BFLOAT16_AMX, several_threads, inference, hidden_values_to_1024),
+        "oneDNN's AMX gains little from several threads in small steps: native is 1.04 to 5 times as fast",
+        AMX_2,
+    ),
+    Rule(
+        "native",
+        (*BFLOAT16_AMX, several_threads, inference, partial_vectors, hidden_size_to_128),
+        "several threads, H to 128, no multiple of 16: native is 1.2 to 3 times as fast",
+        AMX_2,
+    ),
+    Rule(
+        "native",
+        (*BFLOAT16_AMX, several_threads, inference, at_most_8_sequences, one_input_column),
+        "several threads, inputs of one number: native is 1.1 to 5 times as fast",
+        AMX_2,
+    ),
+    Rule(
+        "native",
+        (*BFLOAT16_AMX, several_threads, training, at_most_8_sequences),
+        "few sequences in training on several threads: native is 1.1 to 7 times as fast",
+        AMX_2,
+    ),
+    Rule(
+        "native",
+        (*BFLOAT16_AMX, several_threads, training, at_most_64_sequences, hidden_size_to_128),
+        "narrow layers in training on several threads: native is 1.1 to 1.5 times as fast",
+        AMX_2,
+    ),
+    Rule(
+        "native",
+        (*BFLOAT16_AMX, several_threads, training, at_most_16_sequences, hidden_size_over_512),
+        "wide layers in training on several threads: native is 1.2 times as fast",
+        AMX_2,
+    ),
+    Rule(
         "torch",
-        (on_cpu, eager, padded, bfloat16, matrix_unit, inference, several_sequences, over_20_rows, hidden_size_to_256),
+        (*BFLOAT16_AMX, inference, several_sequences, over_20_rows, hidden_size_to_256),
         "oneDNN multiplies bfloat16 by AMX: native is 0.3 to 0.9 times as fast",
         STEPS_AMX,
     ),
     Rule(
         "torch",
-        (on_cpu, eager, padded, bfloat16, matrix_unit, inference, one_sequence, at_least_50_steps, hidden_size_to_512),
+        (*BFLOAT16_AMX, inference, one_sequence, at_least_50_steps, hidden_size_to_512),
         "oneDNN multiplies bfloat16 by AMX: native is 0.75 to 0.96 times as fast over 50 steps or more",
         AMX,
     ),
     Rule(
         "native",
-        (on_cpu, eager, padded, bfloat16, matrix_unit, at_most_8_sequences, at_most_2_steps),
+        (*BFLOAT16_AMX, at_most_8_sequences, at_most_2_steps),
         "one or two steps: packing the weights takes longer than AMX multiplies; native is 1.2 to 3.2 times as fast",
         AMX,
     ),
@@ -344,6 +354,12 @@ RULES = (
         XEON_AND_ZEN4,
     ),
     Rule(
+        "torch",
+        (*PADDED, float32, avx512, several_threads, inference, one_step, over_32_sequences),
+        "a single step of many sequences on several threads: packing the weights costs native more, 0.93 times as fast",
+        AMX_2,
+    ),
+    Rule(
         "native",
         (on_cpu, eager, float32, avx512),
         "products and cell fused in registers: native is 1.0 to 1.5 times as fast",
@@ -369,8 +385,27 @@ RULES = (
     ),
     Rule(
         "native",
-        (on_cpu, eager, bfloat16, avx512, matrix_unit, training, at_most_8_sequences, hidden_size_over_512),
-        "wide layers, few sequences: reading the weights takes longer than AMX multiplies: native is 1.5 times as fast",
+        (*BFLOAT16_AMX, training, at_most_8_sequences, hidden_size_over_256),
+        "wide layers, few sequences: reading the weights takes longer than AMX multiplies: native is 1.2 to 1.5 times "
+        "as fast",
+        STEPS_AMX,
+    ),
+    Rule(
+        "native",
+        (*BFLOAT16_AMX, training, at_most_8_sequences, hidden_size_over_192, at_most_160_rows),
+        "few sequences, up to 160 steps of all in training: native is 1.05 to 1.3 times as fast",
+        STEPS_AMX,
+    ),
+    Rule(
+        "native",
+        (*BFLOAT16_AMX, training, at_most_40_rows),
+        "up to 40 steps of all sequences in training: native is 1.1 to 1.4 times as fast",
+        STEPS_AMX,
+    ),
+    Rule(
+        "native",
+        (*BFLOAT16_AMX, training, one_step, hidden_size_over_512),
+        "a single step of a wide layer in training: native is 1.2 times as fast",
         AMX,
     ),
     Rule(
