@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -312,6 +313,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path):
         for name in ("whole", "parts")
     )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_run_starts_from_a_model_of_features(trained, tmp_path, capsys):
+    """40 pairs teach a new name of the digit 3 to the old run, and little to a new one; its normalisation stays."""
+    for name, n, seed in (("few", 40, 11), ("held", 30, 12)):
+        path = write_manifest(trained, name, n, seed)
+        path.write_text(re.sub(r"(?<=[\t ])3", "three", path.read_text()))
+    files = ["--train", str(trained / "few.tsv"), "--valid", str(trained / "held.tsv"), *OPTIONS[6:]]
+    epochs = ["--trainer.max_epochs", "8", "--trainer.monitor", "valid_word_error_rate"]
+    start = ["--init_from", str(trained / "run"), "--grow_vocabulary", "true"]
+    main(["train", *start, *files, *epochs, "--run_dir", str(tmp_path / "tuned")])
+    main(["train", *OPTIONS[:6], *files, *epochs, "--model.frame_stack", "2", "--run_dir", str(tmp_path / "nothing")])
+    capsys.readouterr()
+    rates = {}
+    for name in ("tuned", "nothing"):
+        run = str(tmp_path / name)
+        main(["evaluate", run, "--data", str(trained / "held.tsv"), "--output", run, "--pictures", "0"])
+        rates[name] = json.loads((tmp_path / name / "evaluation.json").read_text())["word_error_rate"]
+    assert rates["tuned"] < 25 and rates["nothing"] > 2 * rates["tuned"], rates
+    (old, _), (new, words) = (RunFolder(run).load_tokenizers() for run in (trained / "run", tmp_path / "tuned"))
+    assert new == old  # with mean and deviation
+    assert RunFolder(tmp_path / "tuned").load_config().model.frame_stack == 2
+    assert len(words) == 4 + F + 1
+    other = ("--init_from", trained / "run", *files, "--run_dir", tmp_path / "other", "--model.source_features", "7")
+    assert "--model.source_features is 4 in" in refused(capsys, "train", *other)
 
 
 def test_a_bad_manifest_ends_in_a_sentence(trained, capsys):
