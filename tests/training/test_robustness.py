@@ -12,9 +12,10 @@ import fastseq
 from fastseq.cli import main
 from fastseq.errors import UserError
 from fastseq.training.batching import make_batch
-from fastseq.training.data import encode, read_pairs
+from fastseq.training.data import Sequences, encode, read_pairs
 from fastseq.training.flips import first_order_gains, flipped
 from fastseq.training.noise import KINDS, NEIGHBOURS, noisy
+from fastseq.training.scoring import log_probabilities
 from fastseq.training.tokenizer import TextTokenizer
 from fastseq.training.trained import TrainedModel
 
@@ -102,9 +103,28 @@ def test_a_flip_takes_the_best_of_all_allowed_swaps(trained):
     swaps = itertools.product(range(3), range(4, len(trained.source_tokenizer)))
     source = clean.padded(torch.tensor([0]))[0][0]
     position, token = max((s for s in swaps if source[s[0]] != s[1]), key=lambda swap: gains[swap])
-    (found,) = flipped(trained.model, clean, targets, trained.source_tokenizer, flips=1)
+    (found,) = flipped(trained.model, clean, targets, trained.source_tokenizer, flips=1, candidates=1)
     source[position] = token
     assert torch.equal(found.padded(torch.tensor([0]))[0][0], source)
+
+
+def test_a_flip_takes_the_largest_exact_loss_of_its_candidates(trained, pairs):
+    clean, _ = encode(trained.source_tokenizer, [source for source, _ in pairs], "")
+    targets, _ = encode(trained.target_tokenizer, [target for _, target in pairs], "")
+    everything = len(trained.source_tokenizer) * int(clean.lengths.max())
+    (found,) = flipped(trained.model, clean, targets, trained.source_tokenizer, flips=1, candidates=everything)
+    losses = [-sum(row) for row in log_probabilities(trained.model, found, targets, 4096)]
+    for row, loss in list(enumerate(losses))[:3]:
+        one = clean.select(torch.tensor([row])), targets.select(torch.tensor([row]))
+        source = one[0].padded(torch.tensor([0]))[0][0].tolist()
+        swaps = itertools.product(range(len(source) - 1), range(4, len(trained.source_tokenizer)))
+        others = [[*source[:s], token, *source[s + 1 :]] for s, token in swaps if source[s] != token]
+        repeated = one[1].select(torch.zeros(len(others), dtype=torch.long))
+        worst = max(-sum(scores) for scores in log_probabilities(trained.model, Sequences(others), repeated, 4096))
+        assert loss == pytest.approx(worst, abs=1e-4)
+    (first,) = flipped(trained.model, clean, targets, trained.source_tokenizer, flips=1, candidates=1)
+    weaker = [-sum(row) for row in log_probabilities(trained.model, first, targets, 4096)]
+    assert all(a >= b - 1e-4 for a, b in zip(losses, weaker, strict=True)) and sum(losses) > sum(weaker) + 1e-2
 
 
 def test_robustness_lists_every_attack_and_repeats(trained, pairs):
