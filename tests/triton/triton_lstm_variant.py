@@ -10,7 +10,7 @@ from fastseq.testing.problems.variants import plain_variant
 VARIANTS = {
     "dropout": {"dropout": True},
     "masks": {"keep": True},
-    "rates": {"zoneout_hidden": 0.25, "zoneout_cell": 0.5},
+    "rates": {"zoneout_hidden": 0.25, "zoneout_cell": 0.4},
     "norms": {"norms": True},
     "all": {"dropout": True, "keep": True, "norms": True},
 }
