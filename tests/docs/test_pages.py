@@ -153,6 +153,21 @@ def test_the_whole_models_are_those_of_the_result_files():
         assert table[f"| {case}"][-1] == " / ".join(list(modes.values())[-1]) + " |"
 
 
+@pytest.mark.parametrize(
+    ("file", "start"),
+    [("amx-2threads", "AVX-512, AMX | 2"), ("avx2-2threads", "AVX2 | 2"), ("avx2-1thread", "AVX2 | 1")],
+)
+def test_the_grid_is_that_of_the_result_files(file, start):
+    rows = json.loads((ROOT / f"benchmarks/results/auto-grid-xeon-{file}.json").read_text())["rows"]
+    ratios = {}
+    for row in rows:
+        if row["candidate"] == "auto":
+            ratios.setdefault((row["group"], row["mode"]), []).append(row["ratio"])
+    means = {group: f"{statistics.geometric_mean(values):.2f}" for group, values in ratios.items()}
+    dtypes = [" / ".join(means[f"grid {dtype}", mode] for mode in MODES) for dtype in ("float32", "bfloat16")]
+    assert f"| {start} | {sum(map(len, ratios.values()))} | {' | '.join(dtypes)} |" in PAGE.read_text()
+
+
 def test_the_other_engines_are_those_of_the_result_files():
     page, measured = PAGE.read_text(), {}
     for vectors in ("avx512", "avx2"):
