@@ -44,7 +44,9 @@ class ExportedModel(nn.Module):
 
     def start(self, enc: EncoderOutput) -> DecoderState:
         """As :meth:`fastseq.Seq2Seq.start`."""
-        return DecoderState(enc.h, enc.c, torch.zeros_like(enc.h[0]) if self.config.input_feeding else None)
+        feed = torch.zeros_like(enc.h[0]) if self.config.input_feeding else None
+        coverage = enc.memory.new_zeros(enc.memory.shape[:2]) if self.config.coverage else None
+        return DecoderState(enc.h, enc.c, feed, coverage=coverage)
 
     def decode_step(
         self, tokens: Tensor, state: DecoderState, enc: EncoderOutput, *, need_weights: bool = True
@@ -53,12 +55,15 @@ class ExportedModel(nn.Module):
         inputs = [tokens, state.h, state.c]
         if state.feed is not None:
             inputs.append(state.feed)
+        if state.coverage is not None:
+            inputs.append(state.coverage)
         if self.config.attention != "none":
             inputs += [enc.memory, enc.lengths]
         if has_keys(self.config):
             inputs.append(enc.keys.projected)
         logits, h, c, *rest = self._step(*inputs)
         feed = rest.pop(0) if self.config.input_feeding else None
-        return logits, DecoderState(h, c, feed), rest[0] if rest else None
+        coverage = None if state.coverage is None else state.coverage + rest[0]
+        return logits, DecoderState(h, c, feed, coverage=coverage), rest[0] if rest else None
 
     generate = generation.generate

@@ -38,17 +38,23 @@ def encoder_outputs(config: Seq2SeqConfig) -> list[Axes]:
 
 
 def step_inputs(config: Seq2SeqConfig) -> list[Axes]:
-    """tokens (N,), h and c (L, N, H), feed (N, H) with input feeding; with attention memory, memory_lengths, keys."""
+    """tokens (N,), h and c (L, N, H), feed (N, H) with input feeding, coverage (N, M) with that option; with attention
+    memory, memory_lengths, keys."""
     inputs = [Axes("tokens", {0: "N"}), Axes("h", {1: "N"}), Axes("c", {1: "N"})]
     if config.input_feeding:
         inputs.append(Axes("feed", {0: "N"}))
+    if config.coverage:
+        inputs.append(Axes("coverage", {0: "N", 1: "M"}))
     if config.attention != "none":
         inputs += [Axes("memory", {0: "N", 1: "M"}), Axes("memory_lengths", {0: "N"})]
     return [*inputs, Axes("keys", {0: "N", 1: "M"})] if has_keys(config) else inputs
 
 
 def step_outputs(config: Seq2SeqConfig) -> list[Axes]:
-    """logits (N, V), next_h and next_c (L, N, H), next_feed (N, H) with feeding, attention (N, M) with attention."""
+    """logits (N, V), next_h and next_c (L, N, H), next_feed (N, H) with feeding, attention (N, M) with attention.
+
+    The next coverage is coverage + attention.
+    """
     outputs = [Axes("logits", {0: "N"}), Axes("next_h", {1: "N"}), Axes("next_c", {1: "N"})]
     if config.input_feeding:
         outputs.append(Axes("next_feed", {0: "N"}))
@@ -83,8 +89,9 @@ class Step(nn.Module):
     def forward(self, tokens: Tensor, h: Tensor, c: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         config, rest = self.model.config, list(rest)
         feed = rest.pop(0) if config.input_feeding else None
+        coverage = rest.pop(0) if config.coverage else None
         enc = encoded(config, h, c, rest)
-        logits, state, weights = self.model.decode_step(tokens, DecoderState(h, c, feed), enc)
+        logits, state, weights = self.model.decode_step(tokens, DecoderState(h, c, feed, coverage=coverage), enc)
         optional = (state.feed, weights)
         return logits, state.h, state.c, *(tensor for tensor in optional if tensor is not None)
 
@@ -117,6 +124,8 @@ def examples(
     step = [torch.randint(config.tgt_vocab_size, (batch,), generator=generator), h, c]
     if config.input_feeding:
         step.append(torch.randn(batch, config.hidden_size, generator=generator))
+    if config.coverage:
+        step.append(torch.rand(memory.shape[:2], generator=generator))
     if config.attention != "none":
         step += [memory, memory_lengths, *keys]
     return (source, lengths), tuple(step)

@@ -40,11 +40,13 @@ def export(trained: TrainedModel, path: str | Path, format: str) -> float:
     if is_saved(path) or (path / "config.yaml").exists():
         raise UserError(f"{path} holds a model already; choose another folder")
     model = trained.model
-    if model.config.copy or model.config.coverage:
+    if model.config.copy:
         raise UserError(
-            "a model with copy or coverage cannot be exported yet: its step would need the words of the "
-            "sources, or the coverage"
+            "a model with copy cannot be exported: its logits have a column for each source position, whose words "
+            "another runtime would have to look up; run it with fastseq, or train without copy"
         )
+    if format != "onnx" and model.config.coverage:
+        raise UserError("packages of a model with coverage are not supported yet; use --format onnx")
     if format == "onnx" and (model.config.layer_norm or model.config.zoneout_hidden or model.config.zoneout_cell):
         raise UserError(
             f"ONNX has no LSTM with {model.encoder.lstm.variant}, and a loop would be unrolled for one length; use "

@@ -21,6 +21,7 @@ VARIANTS = {
     "dot, no feeding": dict(attention="dot", input_feeding=False, attention_scale=0.5),
     "no attention": dict(attention="none", input_feeding=False, bidirectional=False),
     "normed, pyramid": dict(attention="normed_additive", encoder_layers=2, pyramid=True),
+    "coverage": dict(coverage=True),
     "bias, no tanh": dict(attention="general", combine_bias=True, combine_activation="none", bridge="linear_h"),
 }
 
@@ -66,6 +67,8 @@ def test_the_command(tmp_path, capsys):
         load(tmp_path / "saved")
     with pytest.raises(UserError, match="unknown format 'caffe'"):
         export(trained(), tmp_path / "other", "caffe")
+    with pytest.raises(UserError, match="packages of a model with coverage are not supported yet; use --format onnx"):
+        export(trained(coverage=True), tmp_path / "other", "torch")
     with pytest.raises(UserError, match="backend 'native'; ONNX needs"):
         export(trained(backend="native"), tmp_path / "other", "onnx")
 

@@ -27,7 +27,7 @@ def run(inputs: Inputs, need_weights: bool) -> tuple[Tensor, Tensor | None]:
             keys=inputs.keys.masked_fill(padding, 0), values=inputs.values.masked_fill(padding, 0), mask=mask
         )
         if inputs.coverage is not None:
-            inputs = inputs._replace(coverage=inputs.coverage.masked_fill(padding.mT, 0))
+            inputs = inputs._replace(coverage=inputs.coverage.masked_fill(padding.transpose(1, 2), 0))
     if inputs.weight is None and not need_weights:
         return _sdpa(inputs), None
     context, weights = _op_by_op(inputs)
