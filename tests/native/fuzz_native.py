@@ -19,11 +19,13 @@ from fastseq import LSTM, LSTMCell, _native, ops
 from fastseq.ops.attention.api import prepare_keys
 from fastseq.ops.common import layout
 from fastseq.testing.numerics import assert_all_accurate, max_error
+from fastseq.testing.problems.variants import lstm_variant_problem
 
-OPS = {"lstm": 6, "cell": 1, "step": 1, "additive": 2, "dot": 1}  # op: relative frequency
+OPS = {"lstm": 6, "cell": 1, "step": 1, "variant": 2, "additive": 2, "dot": 1}  # op: relative frequency
 DTYPES = ("float32", "bfloat16", "float64", "float16")
 SIZES = (1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 64, 65, 70, 100, 128, 130, 200, 257)
 KEYS = (1, 2, 3, 15, 16, 17, 33, 64, 127, 128, 129, 200, 300)
+ZONEOUT = ("none", "masks", "rates", "hidden", "cell")
 BUDGET = 40_000_000  # multiply-adds of one case, a tenth of a second
 
 
@@ -53,6 +55,9 @@ class Case:
     narrow: bool = False  # step: weights in bfloat16
     row_bias: bool = False  # step: a bias for every row
     prepared: bool = False  # additive
+    dropout: bool = False  # variant, as the next two
+    zoneout: str = "none"  # of ZONEOUT
+    layer_norm: bool = False
     spread: float = 1.0  # attention: of queries and keys
 
     @property
@@ -64,6 +69,8 @@ class Case:
         """Approximate number of multiply-adds."""
         if self.attention:
             return self.T * self.B * self.S * (self.H + self.I) * 16
+        if self.op == "variant":  # the baseline is a loop in Python
+            return self.T * self.B * (self.H * self.H * 4 + 20_000)
         return self.T * self.B * self.H * (self.I + self.H) * 4 * self.layers
 
 
@@ -72,6 +79,7 @@ def draw(rng: random.Random, op: str, budget: int = BUDGET) -> Case:
     seed = rng.randrange(10**6)
     attention = op in ("additive", "dot")
     forms = ("none", "lengths", "mask", "step_mask") if attention else ("full", "lengths", "packed")
+    forms = forms[:2] if op == "variant" else forms
     while True:
         dtype = rng.choice((*DTYPES, "float32", "bfloat16"))
         case = Case(
@@ -84,7 +92,7 @@ def draw(rng: random.Random, op: str, budget: int = BUDGET) -> Case:
             S=rng.choice(KEYS) if attention else 0,
             layers=rng.choice((1, 1, 2)) if op == "lstm" else 1,
             bidirectional=op == "lstm" and rng.random() < 0.5,
-            reverse=op == "lstm" and rng.random() < 0.2,
+            reverse=op in ("lstm", "variant") and rng.random() < 0.2,
             bias=rng.random() < 0.8,
             form="full" if op in ("cell", "step") else rng.choice(forms),
             strided=rng.random() < 0.3,
@@ -95,6 +103,9 @@ def draw(rng: random.Random, op: str, budget: int = BUDGET) -> Case:
             prepared=op == "additive" and rng.random() < 0.3,
             spread=rng.choice((0.1, 1.0, 1.0, 10.0)) if op == "additive" else 1.0,
         )
+        if op == "variant":
+            options = {"dropout": rng.random() < 0.5, "layer_norm": rng.random() < 0.5}
+            case = replace(case, zoneout=rng.choice(ZONEOUT), **options)
         if case.work <= budget:
             return case
 
@@ -220,6 +231,24 @@ class StepProblem(LstmProblem):
             return self.call({name: t.to(dtype) for name, t in self.leaves.items()}, backend), {}
 
 
+class VariantProblem(Problem):
+    """The recurrence alone. The loop in plain torch takes the place of the torch backend, which has none."""
+
+    def draw_leaves(self) -> dict[str, torch.Tensor]:
+        case = self.case
+        options = dict(dropout=case.dropout, zoneout=case.zoneout, layer_norm=case.layer_norm, reverse=case.reverse)
+        shape = (case.T, case.B, case.H)
+        self.problem = lstm_variant_problem(torch.randn, shape, form=case.form, cell_states=True, **options)
+        spread = 2 if case.strided else 1
+        return {
+            n: t.to(self.dtype).repeat_interleave(spread, -1)[..., ::spread] for n, t in self.problem.inputs.items()
+        }
+
+    def call(self, leaves: dict, backend: str) -> dict[str, torch.Tensor]:
+        run = self.problem.make(None if backend == "torch" else backend, self.dtype)
+        return self.problem.named(run(**self.problem.arguments(leaves)))
+
+
 class AttentionProblem(Problem):
     def draw_leaves(self) -> dict[str, torch.Tensor]:
         case = self.case
@@ -295,7 +324,8 @@ def wide_attention(
 def make_problem(case: Case) -> Problem:
     if case.attention:
         return AttentionProblem(case)
-    return {"lstm": LstmProblem, "cell": CellProblem, "step": StepProblem}[case.op](case)
+    kinds = {"lstm": LstmProblem, "cell": CellProblem, "step": StepProblem, "variant": VariantProblem}
+    return kinds[case.op](case)
 
 
 def check(case: Case) -> None:

@@ -118,16 +118,39 @@ FASTSEQ_INLINE void add_to(A* sums, Vec<A> v, int64_t n) {
   vstore(vload(sums, n) + v, sums, n);
 }
 
-// First pass of normalised_row_backward, through h = o tanh(LN(c) norm_c + norm_c_bias): stores per unit dL/d(LN(c)),
-// dL/dc without it, the part of dL/dc that zoneout passes on, and dL/do before its sigmoid.
+// Moments of c before zoneout. 16-bit activations give another c than the forward's, whose moments would not fit it: in
+// a row of nearly equal c its gradient then has the wrong sign and grows from step to step.
 template <class S>
-FASTSEQ_INLINE NormSums<Acc<S>> through_norm_c(
-    const VariantBackwardJob<S>& job, int64_t r, int64_t position, const Acc<S>* c_prev, Acc<S>* grad_norms) {
+Moments<Acc<S>> moments_of_c(const VariantBackwardJob<S>& job, int64_t r, int64_t position, const Acc<S>* c_prev) {
   using A = Acc<S>;
   const LstmVariantBackwardParams<S>& p = job.p;
   const int64_t H = p.hidden;
   const A* const statistics = p.statistics + position * kStatistics;
-  const Moments<A> of_c{statistics[1], statistics[2]};
+  if constexpr (sizeof(S) == sizeof(A)) return {statistics[1], statistics[2]};
+  return moments<A>(H, [&](const auto& add) FASTSEQ_LAMBDA_INLINE {
+    for (int64_t unit = 0; unit < H; unit += kLanes<S>) {
+      const int64_t units = H - unit;
+      Vec<A> gates[4];
+      load_gates(p.activations + position * 4 * H + unit, H, units, gates);
+      const Vec<A> before =
+          c_prev ? vload(c_prev + unit, units) : vload(p.c0 + job.block.sequence(r) * H + unit, units);
+      add(fma(gates[1], before, gates[0] * gates[2]), units);
+    }
+  });
+}
+
+// First pass of normalised_row_backward, through h = o tanh(LN(c) norm_c + norm_c_bias): stores per unit dL/d(LN(c)),
+// dL/dc without it, the part of dL/dc that zoneout passes on, and dL/do before its sigmoid.
+template <class S>
+FASTSEQ_INLINE NormSums<Acc<S>> through_norm_c(const VariantBackwardJob<S>& job,
+                                               int64_t r,
+                                               int64_t position,
+                                               const Acc<S>* c_prev,
+                                               const Moments<Acc<S>>& of_c,
+                                               Acc<S>* grad_norms) {
+  using A = Acc<S>;
+  const LstmVariantBackwardParams<S>& p = job.p;
+  const int64_t H = p.hidden;
   const Vec<A> one = splat(A(1));
   NormSums<A> sums;
   for (int64_t unit = 0; unit < H; unit += kLanes<S>) {
@@ -158,8 +181,8 @@ void normalised_row_backward(
   const LstmVariantBackwardParams<S>& p = job.p;
   const int64_t H = p.hidden;
   const A* const statistics = p.statistics + position * kStatistics;
-  const Moments<A> of_c{statistics[1], statistics[2]};
-  const NormSums<A> of_norm_c = through_norm_c(job, r, position, c_prev, grad_norms);
+  const Moments<A> of_c = moments_of_c(job, r, position, c_prev);
+  const NormSums<A> of_norm_c = through_norm_c(job, r, position, c_prev, of_c, grad_norms);
   const S* const normal_hh = p.normal + position * 4 * H;
   S* const grad_gates = p.grad_gates + position * 4 * H;
   const Vec<A> one = splat(A(1));
