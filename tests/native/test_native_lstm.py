@@ -33,6 +33,7 @@ PATHS = {  # T, B, I, H
     "several chains, deep gradients": (3, 5, 300, 300),
     "one direction after the other": (6, 2, 9, 260),
     "panels of a team of threads": (2, 9, 9, 384),
+    "inputs of one column": (9, 7, 1, 75),
 }
 
 

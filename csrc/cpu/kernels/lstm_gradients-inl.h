@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/isa/region.h"
 #include "cpu/kernels/gemm-inl.h"
@@ -184,11 +185,45 @@ void lstm_weight_gradients(const LstmBackwardParams<S>& p,
   for (int64_t gate = begin; gate < end; ++gate) store(bias[gate], d.grad_bias + gate);
 }
 
+// Sum of products over depths [0, K).
+template <class S>
+FASTSEQ_INLINE S dot_lanes(const S* a, const S* b, int64_t K) {
+  Vec<S> sum{}, second{};
+  int64_t k = 0;
+  for (; k + 2 * kLanes<S> <= K; k += 2 * kLanes<S>) {
+    sum = fma(vload(a + k), vload(b + k), sum);
+    second = fma(vload(a + k + kLanes<S>), vload(b + k + kLanes<S>), second);
+  }
+  for (; k < K; k += kLanes<S>) sum = fma(vload(a + k, K - k), vload(b + k, K - k), sum);
+  return sum_lanes(Vec<S>(sum + second));
+}
+
+// lstm_input_gradients for inputs of one column. W_ih is one row of 4H then: a panel would compute 4 * lanes columns of
+// which one exists, and round a single sum 4H times.
+template <class S>
+FASTSEQ_INLINE void one_column_gradients(const LstmBackwardParams<S>& p,
+                                         const ValidRows& valid,
+                                         int64_t begin,
+                                         int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    S sum = 0;
+    for (int64_t direction = 0; direction < p.directions; ++direction) {
+      const LstmBackwardDirection<S>& d = p.direction[direction];
+      const auto* const gates = static_cast<const S*>(d.grad_gates) + valid.position[r] * p.gates_stride;
+      sum += dot_lanes(gates, d.weight_ih, 4 * p.hidden);
+    }
+    p.grad_input[valid.position[r]] = sum;
+  }
+}
+
 // grad_input = gate gradients of all directions times W_ih, for valid rows [begin, end) and one panel of columns.
 template <class S>
 void lstm_input_gradients(
     const LstmBackwardParams<S>& p, const ValidRows& valid, int64_t panel, int64_t begin, int64_t end) {
   const FlushDenormals flush;
+  if constexpr (std::is_same_v<Acc<S>, S>) {  // float, double
+    if (p.input_size == 1) return one_column_gradients(p, valid, begin, end);
+  }
   const int64_t I = p.input_size, depth = padded_depth<S>(4 * p.hidden), column = panel * 4 * kLanes<S>;
   const int64_t panels = (I + 4 * kLanes<S> - 1) / (4 * kLanes<S>);
   alignas(64) Acc<S> sums[kInputGradientRows * 4 * kLanes<S>];
