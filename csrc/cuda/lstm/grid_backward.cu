@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/common/launch.cuh"
+#include "cuda/common/stall.h"
 #include "cuda/lstm/cost.h"
 
 namespace fastseq::cuda {
@@ -104,8 +105,9 @@ size_t workspace_of(const LstmShape& s, const Plan& plan) {
 
 template <class Product>
 std::optional<LstmPlan<LstmBackwardParams>> runnable(const LstmShape& s) {
-  const std::optional<Plan> best = plan_of<Product>(s);
+  std::optional<Plan> best = plan_of<Product>(s);
   if (!best) return {};
+  best->stalled = stall_word();
   const double us = cost::microseconds(cycles_of<Product>(s, *best), cost::kGridScale.backward);
   return {{workspace_of<Product>(s, *best), us, [plan = *best](const LstmBackwardParams& p, Stream stream) {
              return plan.unit_tiles == 2 ? launch_plan<Product, 2>(p, plan, stream)

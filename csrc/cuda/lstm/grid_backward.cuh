@@ -25,11 +25,12 @@
 namespace fastseq::cuda::grid_backward {
 
 // Makes one dgate of a slice NaN in each row of the buffer that `step` reads. So all later results of these rows are
-// NaN.
+// NaN. Reports the stall to the host.
 template <class Product, int R>
 FASTSEQ_DEVICE void give_up(const Block<Product, R>& block, int step, int slice) {
   using T = typename Product::Element;
   constexpr int kChunk = Block<Product, R>::kChunk;
+  if (block.plan.stalled) store_release(block.plan.stalled, 1);
   const int chunk = slice * Block<Product, R>::kBlockUnits / Product::kUnits;
   T* from = block.exchange + ((step + 1) & 1) * block.buffer + static_cast<int64_t>(chunk) * kChunk;
 #pragma unroll 1

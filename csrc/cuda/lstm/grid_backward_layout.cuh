@@ -20,6 +20,7 @@ struct Plan {
   int warp_chunks;  // chunks of a warp, at most
   int pass_tiles;   // tiles whose sums are in shared memory at once
   size_t shared_memory;
+  unsigned* stalled;  // stall_word(), set where a wait ended in vain; or null
 };
 
 // Block (slice, group, direction): 16 R hidden units and a group of rows.

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "cuda/common/launch.cuh"
+#include "cuda/common/stall.h"
 #include "cuda/lstm/cost.h"
 
 namespace fastseq::cuda {
@@ -91,8 +92,9 @@ Outcome launch_plan(const LstmForwardParams& p, const Plan& plan, Stream stream)
 
 template <class M>
 std::optional<LstmPlan<LstmForwardParams>> runnable(const LstmShape& s) {
-  const std::optional<Plan> best = best_plan<M>(s);
+  std::optional<Plan> best = best_plan<M>(s);
   if (!best) return {};
+  best->stalled = stall_word();
   const size_t workspace = s.directions * best->splits * best->team_words() * sizeof(uint32_t);
   const double us = cost::microseconds(cycles_of<M>(s, *best), cost::kGridScale.forward);
   return {{workspace, us, [plan = *best](const LstmForwardParams& p, Stream stream) {

@@ -190,6 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const Ls
       }
     }
   }
+  if (threadIdx.x == 0 && plan.stalled && load_acquire(limit.stop)) store_release(plan.stalled, 1);
 }
 
 }  // namespace fastseq::cuda::grid_forward

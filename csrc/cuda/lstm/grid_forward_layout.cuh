@@ -26,6 +26,7 @@ struct Plan {
   int shared_slices;    // slices of a lane in shared memory; the rest are in registers
   size_t buffer_words;  // words of one buffer of h: (tiles, chunks, 8 rows, 16)
   size_t shared_memory;
+  unsigned* stalled;  // stall_word(), set where a wait ended in vain; or null
 
   FASTSEQ_INLINE int pairs() const { return (tiles + 1) / 2; }
   // Workspace of a team: a 128-byte line, word 0 the barrier's counter, word 1 SpinLimit::stop; then buffers of h for

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cuda/common/operators.h"
+#include "cuda/common/stall.h"
 #include "cuda/lstm/step_loop.h"
 #include "cuda/lstm/steps.h"
 
@@ -38,6 +39,14 @@ unsigned spin_limit() {
   return seconds == 0 ? 0 : std::max(1u, static_cast<unsigned>(seconds / kUnit));
 }
 
+// Raises once for any number of kernels that have ended so; none of this call has begun.
+void check_no_stall(const char* op) {
+  STD_TORCH_CHECK(!take_stall(), op,
+                  ": an earlier LSTM of this process waited longer than FASTSEQ_SPIN_TIMEOUT allows "
+                  "for multiprocessors that other kernels held; numbers that it did not compute are NaN. Set "
+                  "FASTSEQ_SPIN_TIMEOUT to more seconds, or run the LSTM and the collective on the same stream");
+}
+
 LstmShape shape_of(const char* op,
                    const Tensor& c0,
                    const Tensor& weight_hh,
@@ -45,6 +54,7 @@ LstmShape shape_of(const char* op,
                    const OptionalTensor& lengths,
                    bool reverse,
                    bool tf32) {
+  check_no_stall(op);
   check_rank(op, "c0", c0, 3, "(D, B, H)");
   const int64_t D = c0.size(0), B = c0.size(1), H = c0.size(2);
   const ScalarType dtype = c0.scalar_type();
