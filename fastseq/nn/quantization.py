@@ -47,4 +47,4 @@ def _path() -> str:
     frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_name != "_propagate_qconfig_helper":
         frame = frame.f_back
-    return "" if frame is None else frame.f_locals["prefix"]
+    return "" if frame is None else frame.f_locals.get("prefix", "")
