@@ -217,11 +217,13 @@ def load_corpus(config: Namespace, tokenizers: tuple[Source, TextTokenizer] | No
     train = tuple(joined(side[:-1], weights) for side in zip(*encoded, strict=True))
     sample = spread(list(group_references(valid.pairs).items()), options.valid_sentences)
     first = {text: row for row, text in reversed(list(enumerate(valid.pairs.sources)))}
+    references, names = [refs for _, refs in sample], measured(config)
+    metrics.check_references(names, references)  # before the first epoch
     decoding = Decoding(
         encoded[-1][0].select(torch.tensor([first[text] for text, _ in sample])),
-        [refs for _, refs in sample],
+        references,
         tokenizers[1],
-        names=measured(config),
+        names=names,
         max_length_ratio=options.max_length_ratio or length_ratio(*train, reduction, least),
     )
     return Corpus(*tokenizers, train, encoded[-1], decoding)

@@ -55,8 +55,9 @@ def processes(options: TrainerOptions) -> dict[str, int | str]:
 
 def loggers(folder: RunFolder, first_step: int) -> list:
     """metrics.csv and TensorBoard; both keep the rows before `first_step` and replace the later ones."""
-    kept = [row for row in read_metrics(folder.metrics) if int(row["step"]) < first_step]
-    board = TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=first_step or None)
+    rows = read_metrics(folder.metrics) if rank_zero_only.rank == 0 else []
+    kept = [row for row in rows if int(row["step"]) < first_step]
+    board = TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=first_step)
     return [MetricsFile(folder.metrics, kept), board]
 
 

@@ -140,12 +140,20 @@ def _text_scores(
     return {name: getattr(sacrebleu, f"corpus_{name}")(list(predictions), streams).score for name in names}
 
 
-def _rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    scorer = _rouge_package().RougeScorer(list(NAMES["rouge"]))
-    if not any(scorer._tokenizer.tokenize(ref) for refs in references for ref in refs):
+def check_references(names: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    """Raise UserError if one of the metrics ``names`` has no meaning for these references."""
+    if "rouge" not in names:
+        return
+    tokenize = _rouge_package().RougeScorer(list(NAMES["rouge"]))._tokenizer.tokenize
+    if not any(tokenize(ref) for refs in references for ref in refs):
         raise UserError(
             "rouge counts words of the letters a-z and digits, and no reference has one; measure chrf in its place"
         )
+
+
+def _rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    check_references(["rouge"], references)
+    scorer = _rouge_package().RougeScorer(list(NAMES["rouge"]))
     found = [scorer.score_multi(refs, line) for refs, line in zip(references, predictions, strict=True)]
     return {name: 100.0 * sum(each[name].fmeasure for each in found) / len(found) for name in NAMES["rouge"]}
 

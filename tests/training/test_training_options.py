@@ -192,6 +192,15 @@ def test_metrics_of_training_are_the_ones_of_its_evaluation(tmp_path, capsys):
     )
 
 
+def test_metrics_without_meaning_are_refused_before_the_first_epoch(tmp_path, capsys):
+    pytest.importorskip("rouge_score")
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.tsv").write_text("ab\tаб вг\ncd\tвг\n" * 4, encoding="utf-8")
+    files = ("--train", tmp_path / "train.tsv", "--valid", tmp_path / "valid.tsv", "--run_dir", tmp_path / "run")
+    assert "no reference has one; measure chrf" in refused(capsys, "train", *files, "--data.metrics", "rouge")
+    assert not (tmp_path / "run").exists()
+
+
 def test_text_metrics_are_on_with_bpe(tmp_path):
     run = tmp_path / "run"
     train(run, "--trainer.max_epochs", "1", "--data.target_tokenizer", "bpe")

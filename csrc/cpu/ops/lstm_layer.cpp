@@ -83,13 +83,14 @@ ThreadPlan plan_threads(const LayerArguments& layer, const SequenceTable& table,
   const bool fits = 4 * H * H * 4 <= kWeightShareBytes;
   const bool together = B > kSkinnyRows || D == 1 || fits;
   const int64_t per_direction = together ? std::max<int64_t>(1, threads / D) : threads;
-  // A team reads the weights once a step; threads that divide the batch read them once each.
+  // A team reads the weights once a step; threads that divide the batch read them once each, and wait for no other.
   const bool even = panels % per_direction == 0 || panels >= 5 * per_direction;
-  const bool read_once = !fits && even && B <= kTeamRows;
+  const bool is_late = ThreadTeam::oversubscribed();
+  const bool read_once = !fits && even && B <= kTeamRows && !is_late;
   const bool split_batch = per_direction == 1 || (B >= 4 * per_direction && !read_once);
   const int64_t shares = split_batch ? per_direction : 1;
   const int64_t blocks = std::min(std::max<int64_t>(B, 1), shares * divide_up(divide_up(B, shares), kBlockRows));
-  const bool alone = split_batch || ThreadTeam::oversubscribed();
+  const bool alone = split_batch || is_late;
   return {std::max<int64_t>(blocks, 1), alone ? 1 : std::min(per_direction, panels), together || alone};
 }
 

@@ -17,8 +17,8 @@ using std::chrono::milliseconds;
 
 // A running member arrives within about a microsecond, a descheduled one takes milliseconds.
 microseconds spin_timeout{500};  // a variable, so that tests can change it
-// After a timeout the machine counts as oversubscribed. The period doubles if the next timeout follows its end within a
-// time slice of the scheduler: a single descheduling costs the shortest one.
+// After a timeout the machine counts as oversubscribed. The period doubles if the next timeout follows its end within
+// its own length and a time slice of the scheduler: a single descheduling costs the shortest one.
 constexpr Clock::duration kShortestPeriod = milliseconds(2), kLongestPeriod = milliseconds(128);
 constexpr Clock::duration kTimeSlice = milliseconds(8);
 constexpr int kBusySpins = 200;      // before the first pause, which takes up to 140 cycles

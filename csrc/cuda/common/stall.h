@@ -6,7 +6,7 @@ namespace fastseq::cuda {
 // The word, for the host and for kernels of every device; 0 at first. Null if the driver has no such memory.
 unsigned* stall_word();
 
-// Returns true if a kernel that has ended has set the word since the last call.
+// Returns true if a kernel has set the word since the last call. Blocks of a kernel that still runs may set it again.
 bool take_stall();
 
 }  // namespace fastseq::cuda

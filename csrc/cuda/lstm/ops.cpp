@@ -39,7 +39,7 @@ unsigned spin_limit() {
   return seconds == 0 ? 0 : std::max(1u, static_cast<unsigned>(seconds / kUnit));
 }
 
-// Raises once for any number of kernels that have ended so; none of this call has begun.
+// Raises once for all kernels that have ended so; again if one of them was still running. None of this call has begun.
 void check_no_stall(const char* op) {
   STD_TORCH_CHECK(!take_stall(), op,
                   ": an earlier LSTM of this process waited longer than FASTSEQ_SPIN_TIMEOUT allows "
@@ -109,7 +109,8 @@ bool steps_are_cheaper(const LstmPlan<P>& plan, const LstmShape& s, Type type) {
   return demanded().empty() && lstm_steps_microseconds(s, type, kBackward) < plan.microseconds;
 }
 
-// Runs the cheapest kernel that is allowed, fits, and for which the device has room. Returns false if there is none.
+// Runs the cheapest kernel that is allowed, fits, and for which the device has room. Returns false if there is none, or
+// if single steps are modelled as cheaper.
 template <class P>
 bool run(const char* op, const Kernel<P> (&kernels)[2], P& p, Type type, const Tensor& like, Stream stream) {
   for (const LstmPlan<P>& plan : plans_of(kernels, p.shape, type)) {
