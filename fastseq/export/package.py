@@ -16,7 +16,11 @@ SUFFIX = ".pt2"
 
 
 def write(graph: nn.Module, example: tuple[Tensor, ...], inputs: list[Axes], outputs: list[Axes], path: Path) -> None:
-    """Compile ``graph`` for this machine's processor into a package."""
+    """Compile ``graph`` for this machine's processor into a package.
+
+    A package takes inputs with the strides of its example, and does not check them: both are contiguous, see ``load``.
+    """
+    example = tuple(tensor.contiguous() for tensor in example)
     with torch.no_grad():
         torch._inductor.aoti_compile_and_package(program(graph, example, inputs), package_path=str(path))
 

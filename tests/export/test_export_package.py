@@ -31,6 +31,17 @@ def test_the_graphs_hold_our_operators_for_every_batch_and_length(variant):
     assert "fastseq.lstm_forward.default" in operators
 
 
+def test_packages_are_made_for_contiguous_inputs(tmp_path, monkeypatch):
+    """A package reads its inputs with the strides of the example, whatever they have; `load` makes them contiguous."""
+    model = trained(attention="dot").model.eval()
+    example = examples(model, 3, 7)[1]
+    assert not all(tensor.is_contiguous() for tensor in example), "the memory of an encoder is a transposed view"
+    programs = []
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, **_: programs.append(program))
+    package.write(Step(model), example, step_inputs(model.config), [], tmp_path / "step.pt2")
+    assert all(tensor.is_contiguous() for tensor in torch.utils._pytree.tree_leaves(programs[0].example_inputs))
+
+
 @pytest.mark.slow
 def test_a_package_runs_our_operators(tmp_path):
     """The encoder alone: each graph takes g++ as long as this one."""
