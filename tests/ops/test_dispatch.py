@@ -160,6 +160,7 @@ def test_auto_gives_bfloat16_to_the_faster_products(wide, matrix, products, infe
     instructions = "avx512_bf16" if products else "avx512" if wide else "avx2"
     monkeypatch.setattr(lstm_rules, "_instruction_set", lambda: instructions)
     monkeypatch.setattr(lstm_rules, "_amx", lambda: matrix)
+    monkeypatch.setattr(lstm_rules, "_threads", lambda: 1)
     dispatch.forget()
     call = CALL._replace(batch=32, steps=50, dtype=torch.bfloat16)
     assert select("lstm", "auto", call) == inference
@@ -231,59 +232,6 @@ def test_a_plain_call_sees_new_weights_and_options():
         lstm(X)
     with fastseq.use_backend("triton"), pytest.raises(RuntimeError, match="the triton backend"):
         lstm(X.double())
-
-
-@pytest.mark.parametrize("instructions", ["avx2", "avx512"])
-@needs_native
-def test_auto_gives_single_steps_in_training_of_few_dtypes_to_torch(instructions, monkeypatch):
-    monkeypatch.setattr(lstm_rules, "_instruction_set", lambda: instructions)
-    monkeypatch.setattr(lstm_rules, "_amx", lambda: False)
-    dispatch.forget()
-    step = CALL._replace(steps=1, batch=1, requires_grad=True)
-    expected = {torch.float32: "native", torch.float64: "torch", torch.float16: "native", torch.bfloat16: "native"}
-    if instructions == "avx2":
-        expected[torch.bfloat16] = "torch"
-    for dtype, backend in expected.items():
-        assert select("lstm", "auto", step._replace(dtype=dtype)) == backend
-        for longer in (dict(steps=2), dict(requires_grad=False), dict(packed=True)):
-            assert select("lstm", "auto", step._replace(dtype=dtype, **longer)) == "native"
-    wide = dict(dtype=torch.bfloat16, input_size=512, hidden_size=512)
-    assert select("lstm", "auto", step._replace(**wide)) == "native"
-    assert select("lstm", "auto", step._replace(dtype=torch.bfloat16, batch=2)) == "native"
-    assert select("lstm", "auto", step._replace(dtype=torch.float64, batch=4)) == "torch"
-
-
-@needs_native
-def test_auto_asks_for_the_number_of_threads(monkeypatch):
-    """AMX gains little from a second thread in small steps; a remembered choice belongs to one number of threads."""
-    monkeypatch.setattr(lstm_rules, "_instruction_set", lambda: "avx512")
-    monkeypatch.setattr(lstm_rules, "_amx", lambda: True)
-    dispatch.forget()
-    call = LSTMCall("cpu", torch.bfloat16, 256, 256, batch=4, steps=10)
-    before = torch.get_num_threads()
-    try:
-        for threads, expected in ((1, "torch"), (2, "native"), (1, "torch")):
-            torch.set_num_threads(threads)
-            assert select("lstm", "auto", call) == expected
-    finally:
-        torch.set_num_threads(before)
-
-
-@needs_native
-def test_auto_gives_bfloat16_inference_of_several_sequences_to_amx(monkeypatch):
-    monkeypatch.setattr(lstm_rules, "_instruction_set", lambda: "avx512")
-    monkeypatch.setattr(lstm_rules, "_amx", lambda: True)
-    dispatch.forget()
-    call = CALL._replace(steps=20, batch=2, dtype=torch.bfloat16)
-    assert select("lstm", "auto", call) == "torch"
-    others = dict(steps=5), dict(batch=1), dict(requires_grad=True), dict(lengths=True), dict(dtype=torch.float32)
-    for other in others:
-        assert select("lstm", "auto", call._replace(**other)) == "native", other
-    wide = call._replace(hidden_size=257)
-    assert select("lstm", "auto", wide) == "native"
-    step = CALL._replace(steps=1, batch=16, dtype=torch.float16, requires_grad=True)
-    assert select("lstm", "auto", step) == "torch"
-    assert select("lstm", "auto", step._replace(steps=3)) == "native"
 
 
 def test_block_ends_with_an_exception():

@@ -1,18 +1,22 @@
-"""The rules of ``lstm`` against every committed row of ``fastseq bench --suite grid``."""
+"""The rules of ``lstm``: single ones, and all against every committed row of ``fastseq bench --suite grid``."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastseq import _native, dispatch
 from fastseq.bench.grid import CASES
+from fastseq.dispatch import select
 from fastseq.ops.lstm import rules
 from fastseq.ops.lstm.spec import LSTMCall
 
 FILES = sorted((Path(__file__).parents[2] / "benchmarks/results").glob("grid-*.json"))
 WITHIN = 0.97
 CASE = {case.name: case for case in CASES}
+CALL = LSTMCall("cpu", torch.float32, 4, 5, batch=2, steps=3)
+needs_native = pytest.mark.skipif(not _native.available(), reason="the compiled operators are not part of this install")
 
 
 def choice(row: dict) -> str:
@@ -28,7 +32,7 @@ def noise(rows: list[dict]) -> float:
     return max((row["p80_ms"] - row["p20_ms"]) / 2 / row["median_ms"] for row in rows)
 
 
-@pytest.mark.skipif(not _native.available(), reason="the compiled operators are not part of this install")
+@needs_native
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_auto_is_within_3_percent_of_the_better_backend(file, monkeypatch):
     """Beyond the noise of the row: native is ``ratio`` times as fast as nn.LSTM, torch 1.0 times."""
@@ -53,3 +57,58 @@ def test_auto_is_within_3_percent_of_the_better_backend(file, monkeypatch):
 def test_the_grid_was_measured_on_several_instruction_sets():
     found = {json.loads(file.read_text())["environment"]["native"] for file in FILES}
     assert found >= {"baseline", "avx2", "avx512"}
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "avx512"])
+@needs_native
+def test_auto_gives_single_steps_in_training_of_few_dtypes_to_torch(instructions, monkeypatch):
+    monkeypatch.setattr(rules, "_instruction_set", lambda: instructions)
+    monkeypatch.setattr(rules, "_amx", lambda: False)
+    monkeypatch.setattr(rules, "_threads", lambda: 1)
+    dispatch.forget()
+    step = CALL._replace(steps=1, batch=1, requires_grad=True)
+    expected = {torch.float32: "native", torch.float64: "torch", torch.float16: "native", torch.bfloat16: "native"}
+    if instructions == "avx2":
+        expected[torch.bfloat16] = "torch"
+    for dtype, backend in expected.items():
+        assert select("lstm", "auto", step._replace(dtype=dtype)) == backend
+        for longer in (dict(steps=2), dict(requires_grad=False), dict(packed=True)):
+            assert select("lstm", "auto", step._replace(dtype=dtype, **longer)) == "native"
+    wide = dict(dtype=torch.bfloat16, input_size=512, hidden_size=512)
+    assert select("lstm", "auto", step._replace(**wide)) == "native"
+    assert select("lstm", "auto", step._replace(dtype=torch.bfloat16, batch=2)) == "native"
+    assert select("lstm", "auto", step._replace(dtype=torch.float64, batch=4)) == "torch"
+
+
+@needs_native
+def test_auto_asks_for_the_number_of_threads(monkeypatch):
+    """AMX gains little from a second thread in small steps; a remembered choice belongs to one number of threads."""
+    monkeypatch.setattr(rules, "_instruction_set", lambda: "avx512")
+    monkeypatch.setattr(rules, "_amx", lambda: True)
+    dispatch.forget()
+    call = LSTMCall("cpu", torch.bfloat16, 256, 256, batch=4, steps=10)
+    before = torch.get_num_threads()
+    try:
+        for threads, expected in ((1, "torch"), (2, "native"), (1, "torch")):
+            torch.set_num_threads(threads)
+            assert select("lstm", "auto", call) == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+def test_auto_gives_bfloat16_inference_of_several_sequences_to_amx(monkeypatch):
+    monkeypatch.setattr(rules, "_instruction_set", lambda: "avx512")
+    monkeypatch.setattr(rules, "_amx", lambda: True)
+    monkeypatch.setattr(rules, "_threads", lambda: 1)
+    dispatch.forget()
+    call = CALL._replace(steps=20, batch=2, dtype=torch.bfloat16)
+    assert select("lstm", "auto", call) == "torch"
+    others = dict(steps=5), dict(batch=1), dict(requires_grad=True), dict(lengths=True), dict(dtype=torch.float32)
+    for other in others:
+        assert select("lstm", "auto", call._replace(**other)) == "native", other
+    wide = call._replace(hidden_size=257)
+    assert select("lstm", "auto", wide) == "native"
+    step = CALL._replace(steps=1, batch=16, dtype=torch.float16, requires_grad=True)
+    assert select("lstm", "auto", step) == "torch"
+    assert select("lstm", "auto", step._replace(steps=3)) == "native"
