@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "cpu/isa/region.h"
 #include "cpu/kernels/gemm-inl.h"
@@ -198,8 +197,8 @@ FASTSEQ_INLINE S dot_lanes(const S* a, const S* b, int64_t K) {
   return sum_lanes(Vec<S>(sum + second));
 }
 
-// lstm_input_gradients for inputs of one column. W_ih is one row of 4H then: a panel would compute 4 * lanes columns of
-// which one exists, and round a single sum 4H times.
+// lstm_input_gradients where W_ih is_one_row: a panel would compute 4 * lanes columns of which one exists, and round a
+// single sum 4H times.
 template <class S>
 FASTSEQ_INLINE void one_column_gradients(const LstmBackwardParams<S>& p,
                                          const ValidRows& valid,
@@ -221,8 +220,8 @@ template <class S>
 void lstm_input_gradients(
     const LstmBackwardParams<S>& p, const ValidRows& valid, int64_t panel, int64_t begin, int64_t end) {
   const FlushDenormals flush;
-  if constexpr (std::is_same_v<Acc<S>, S>) {  // float, double
-    if (p.input_size == 1) return one_column_gradients(p, valid, begin, end);
+  if constexpr (kIsSummedInPlace<S>) {
+    if (is_one_row<S>(p.input_size)) return one_column_gradients(p, valid, begin, end);
   }
   const int64_t I = p.input_size, depth = padded_depth<S>(4 * p.hidden), column = panel * 4 * kLanes<S>;
   const int64_t panels = (I + 4 * kLanes<S> - 1) / (4 * kLanes<S>);

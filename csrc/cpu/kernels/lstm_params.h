@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/kernels/row_weight.h"
 #include "cpu/runtime/sequences.h"
@@ -19,6 +20,16 @@ constexpr int64_t kInputGradientRows = 48;
 constexpr int64_t kChunkRows = 256;
 // Steps of all sequences that one chunk of the weight gradients covers on every instruction set; some cover more.
 constexpr int64_t kGradientChunk = 512;
+// float and double: sums need no wider type than the tensors.
+template <class S>
+constexpr bool kIsSummedInPlace = std::is_same_v<S, Acc<S>>;
+
+// True if the transpose of W_ih (4H, 1) is one row, which the gradient of the input then reads in place, not packed.
+template <class S>
+constexpr bool is_one_row(int64_t input_size) {
+  return kIsSummedInPlace<S> && input_size == 1;
+}
+
 // Largest skinny batch of any instruction set; see Kernels::skinny_rows.
 constexpr int kSkinnyRows = 4;
 

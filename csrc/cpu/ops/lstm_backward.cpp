@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <initializer_list>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -53,10 +52,11 @@ void weight_gradients(const LayerArguments& layer, const LstmBackwardParams<S>& 
 }
 
 template <class S>
-void input_gradients(const LstmBackwardParams<S>& p, const ValidRows& valid, int64_t panels) {
+void input_gradients(const LstmBackwardParams<S>& p, const ValidRows& valid) {
   constexpr int64_t kRows = kInputGradientRows;
-  const int64_t blocks = divide_up(valid.count, kRows);
-  const int64_t work = kRows * kernels<S>().panel_columns * 4 * p.hidden * p.directions;
+  const int64_t width = kernels<S>().panel_columns;
+  const int64_t panels = divide_up(p.input_size, width), blocks = divide_up(valid.count, kRows);
+  const int64_t work = kRows * (is_one_row<S>(p.input_size) ? 1 : width) * 4 * p.hidden * p.directions;
   run_tasks(blocks * panels, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / panels * kRows;
@@ -83,7 +83,7 @@ void place_directions(LstmBackwardParams<S>& p,
     if (grad_weights.empty()) continue;
     to.grad_ih = write<S>(grad_weights[3 * d]);
     to.grad_hh = write<S>(grad_weights[3 * d + 1]);
-    if constexpr (std::is_same_v<S, Acc<S>>) {
+    if constexpr (kIsSummedInPlace<S>) {
       to.sums_ih = to.grad_ih;
       to.sums_hh = to.grad_hh;
     } else {
@@ -101,7 +101,8 @@ void backward(const LayerArguments& layer,
               const std::vector<Tensor>& grad_weights) {  // W_ih, W_hh, bias per direction; or none
   const Kernels<S>& k = kernels<S>();
   const int64_t H = layer.hidden, I = layer.input_size, D = layer.directions;
-  const int64_t panels_ih = p.grad_input ? divide_up(I, k.panel_columns) : 0, panels_hh = divide_up(H, k.panel_columns);
+  const int64_t panels_ih = p.grad_input && !is_one_row<S>(I) ? divide_up(I, k.panel_columns) : 0;
+  const int64_t panels_hh = divide_up(H, k.panel_columns);
   const ThreadPlan plan = plan_threads(layer, table, panels_hh);
   p.blocks = plan.blocks;
   // Padded by a cache line, so that rows of a power-of-two length do not all map to the same cache sets.
@@ -126,7 +127,7 @@ void backward(const LayerArguments& layer,
 
   const bool reverse[2] = {p.direction[0].reverse, p.direction[1].reverse};
   const ValidRowTable valid = list_valid_rows(p.seq, reverse, D);
-  if (p.grad_input) input_gradients(p, valid.rows(), panels_ih);
+  if (p.grad_input) input_gradients(p, valid.rows());
   if (grad_weights.empty()) return;
   weight_gradients(layer, p, valid.rows());
 }
