@@ -26,20 +26,22 @@ void define_operators(Library& m) {
       "Tensor scale_hh, Tensor? bias_ih, Tensor? bias_hh) -> (Tensor h_n, Tensor c_n)");
   // input (B, K) float32 times the rows of weight (N, K), bfloat16, or int8 with scale (N,) float32; bias (N,) float32.
   m.def("linear_narrow(Tensor input, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
-  // One layer in D directions. input (rows, I); h0, c0 (D, B, H); weights, per direction: W_ih (4H, I), W_hh (4H, H)
-  // and optionally b_ih, b_hh (4H,); lengths, batch_sizes int64 on the CPU. A single direction may be reversed.
-  // output (rows, D * H); activations (rows, D * 4H); cell_states (rows, D * H) acc; results not needed have shape
+  // One layer in D directions. input (rows, I); h0 (D, B, P), c0 (D, B, H); weights, per direction: W_ih (4H, I), W_hh
+  // (4H, P) and optionally b_ih, b_hh (4H,) and a projection W_hr (P, H), without which P = H; lengths, batch_sizes
+  // int64 on the CPU. A single direction may be reversed. output (rows, D * P); activations (rows, D * 4H), with a
+  // projection (rows, D * (4H + P)): h follows the gates; cell_states (rows, D * H) acc; results not needed have shape
   // (0,).
   m.def(
       "lstm_forward(Tensor input, Tensor h0, Tensor c0, Tensor[] weights, Tensor? lengths, Tensor? batch_sizes, "
       "bool reverse, bool need_activations, bool need_cell_states) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor activations, Tensor cell_states)");
-  // As lstm_forward on the CPU for inference, with W_ih and W_hh in bfloat16, or in int8 with a scale (4H,) for each.
+  // As lstm_forward on the CPU for inference, with W_ih and W_hh in bfloat16, or in int8 with a scale (4H,) for each,
+  // without a projection.
   m.def(
       "lstm_forward_narrow(Tensor input, Tensor h0, Tensor c0, Tensor[] weights, Tensor[] scales, Tensor? lengths, "
       "Tensor? batch_sizes, bool reverse, bool need_cell_states) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor cell_states)");
-  // grad_weights, per direction: gradients of W_ih, of W_hh and of each bias; empty unless need_weights.
+  // grad_weights, per direction: gradients of W_ih, of W_hh, of each bias and of W_hr; empty unless need_weights.
   m.def(
       "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cell_states, Tensor input, "
       "Tensor h0, Tensor c0, Tensor[] weights, Tensor activations, Tensor cell_states, Tensor? lengths, "

@@ -197,6 +197,15 @@ CASES = tuple(dict.fromkeys(case for cases, _ in SUITES.values() for case in cas
 MEAN_GOALS = {("bfloat16", "inference"): 1.05, ("bfloat16", "training"): 1.4}  # of a group's geometric mean
 
 
+def parse_projected(text: str) -> tuple[int, ...]:
+    """ "50,32,40,256" or "50,32,40,256,128" -> T, B, I, H and the projection's size, 0 for none."""
+    shape, _, last = text.rpartition(",") if text.count(",") == 4 else (text, "", "0")
+    sizes = (*parse_shape(shape), int(last) if last.strip().isdigit() else -1)
+    if not 0 <= sizes[-1] < sizes[-2]:
+        raise argparse.ArgumentTypeError(f"expected T,B,I,H,P with P below H, got {text!r}")
+    return sizes
+
+
 def parse_shape(text: str) -> tuple[int, ...]:
     """ "50,32,40,256" -> T, B, I, H."""
     sizes = tuple(int(part) if part.strip().isdigit() else 0 for part in text.split(","))

@@ -15,7 +15,7 @@ import torch
 
 from fastseq.bench import grid, models, own, plot, roofline, runs
 from fastseq.bench.baselines import BASELINES, make_baselines
-from fastseq.bench.cases import KINDS, MEAN_GOALS, MODES, SHORT, SUITES, BenchCase, parse_shape
+from fastseq.bench.cases import KINDS, MEAN_GOALS, MODES, SHORT, SUITES, BenchCase, parse_projected
 from fastseq.bench.memory import Saved, measure_memory
 from fastseq.bench.timing import Setup, Timing, measure
 from fastseq.console import Bar, chosen_names, environment, load_average, markdown_table, quiet_torch
@@ -40,7 +40,7 @@ examples:
   fastseq bench --suite cuda --output gpu             # native, triton and auto against cuDNN, SDPA and eager torch
   fastseq bench --suite seq2seq --quick --threads 1   # whole models beside plain PyTorch: training, greedy, beam 5
   fastseq bench --memory                              # bytes kept for the backward, instead of times
-  fastseq bench --shape 50,32,40,256 --layers 2       # your own sizes: T,B,I,H; --shape may be repeated
+  fastseq bench --shape 50,32,40,256 --layers 2       # your own sizes: T,B,I,H or T,B,I,H,P; may be repeated
   fastseq bench --model mymodels:translator           # your model; the function returns it and a tuple of its inputs
   fastseq bench --suite grid --output grid --resume --minutes 2   # part of a long suite; repeat until it is complete
   fastseq bench --suite cpu --output new --compare old.json       # which ratios moved beyond noise
@@ -183,9 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shape",
         action="append",
-        type=parse_shape,
-        metavar="T,B,I,H",
-        help="an LSTM of these sizes, in place of a suite",
+        type=parse_projected,
+        metavar="T,B,I,H[,P]",
+        help="an LSTM of these sizes, with P with a projection, in place of a suite",
     )
     parser.add_argument("--layers", type=int, default=1, help="of --shape (default: %(default)s)")
     parser.add_argument("--bidirectional", action="store_true", help="both directions, of --shape")
@@ -222,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
 def _own_cases(args: argparse.Namespace) -> tuple[BenchCase, ...]:
     """The cases of --shape."""
     options = {"layers": args.layers, "bidirectional": args.bidirectional, "dtype": DTYPES[args.dtype]}
-    return tuple(BenchCase("shape", "lstm", *shape, **options) for shape in args.shape)
+    return tuple(BenchCase("shape", "lstm", *shape, proj_size=P, **options) for *shape, P in args.shape)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[BenchCase]]:

@@ -35,21 +35,23 @@ def threads(count: int):
         torch.set_num_threads(before)
 
 
-def loop(x, h0, c0, weight_ih, weight_hh, bias, lengths, backwards):
+def loop(x, h0, c0, weight_ih, weight_hh, bias, weight_hr, lengths, backwards):
     """Run one direction, a sequence and a step at a time -> output, h_n, c_n, cell states. Differentiable.
 
-    x (T, B, I); h0, c0 (B, H); bias (4H,); results (T, B, H) and (B, H).
+    x (T, B, I); h0 (B, P), c0 (B, H); bias (4H,); weight_hr (P, H) or None; results (T, B, P), (B, P), (B, H) and
+    (T, B, H).
     """
     T, B, _ = x.shape
-    H = h0.size(1)
-    gates_x, zero, columns = x @ weight_ih.T + bias, h0.new_zeros(H), []
+    P, H = h0.size(1), c0.size(1)
+    gates_x, columns = x @ weight_ih.T + bias, []
     for b in range(B):
         h, c, length = h0[b], c0[b], int(lengths[b])
-        outputs, cells = [zero] * T, [zero] * T
+        outputs, cells = [h0.new_zeros(P)] * T, [c0.new_zeros(H)] * T
         for t in reversed(range(length)) if backwards else range(length):
             i, f, g, o = (gates_x[t, b] + weight_hh @ h).split(H)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(c)
+            h = h if weight_hr is None else weight_hr @ h
             outputs[t], cells[t] = h, c
         columns.append((torch.stack(outputs), h, c, torch.stack(cells)))
     output, h_n, c_n, cells = zip(*columns, strict=True)
@@ -62,10 +64,10 @@ def ragged(T, B, smallest):
 
 
 class Problem:
-    """Inputs of one layer, already rounded to the dtype, in the layout under test."""
+    """Inputs of one layer, already rounded to the dtype, in the layout under test. projection: P, or 0."""
 
-    def __init__(self, T, B, I, H, layout="full", dtype=torch.float32, direction="forward", bias=True):  # noqa: E741
-        self.form = (T, B, I, H, layout, dtype, direction, bias)
+    def __init__(self, T, B, I, H, layout="full", dtype=torch.float32, direction="forward", bias=True, projection=0):  # noqa: E741
+        self.form = (T, B, I, H, layout, dtype, direction, bias, projection)
         self.lengths = torch.full((B,), T)
         if layout == "lengths":
             self.lengths = ragged(T, B, smallest=0)
@@ -73,13 +75,14 @@ class Problem:
             self.lengths = ragged(T, B, smallest=1).sort(descending=True).values
         self.layout, self.dtype, self.backwards = layout, dtype, DIRECTIONS[direction]
         self.reverse = direction == "reverse"
-        D = len(self.backwards)
+        D, P = len(self.backwards), projection or H
         self.x = torch.randn(T, B, I).to(dtype)
-        self.h0, self.c0 = torch.randn(D, B, H).to(dtype), torch.randn(D, B, H).to(dtype)
-        self.weights = []
+        self.h0, self.c0 = torch.randn(D, B, P).to(dtype), torch.randn(D, B, H).to(dtype)
+        self.bias, self.projection, self.weights = bias, projection, []
         for _ in range(D):
-            self.weights += [I**-0.5 * torch.randn(4 * H, I), H**-0.5 * torch.randn(4 * H, H)]
+            self.weights += [I**-0.5 * torch.randn(4 * H, I), P**-0.5 * torch.randn(4 * H, P)]
             self.weights += [0.5 * torch.randn(4 * H), 0.5 * torch.randn(4 * H)] if bias else []
+            self.weights += [2 * H**-0.5 * torch.randn(P, H)] if projection else []
         self.weights = [w.to(dtype) for w in self.weights]
         self.packed_x, self.batch_sizes = self.pack(self.x)
 
@@ -128,9 +131,10 @@ class Problem:
         count = len(weights) // len(self.backwards)
         results = []
         for d, backwards in enumerate(self.backwards):
-            weight_ih, weight_hh, *biases = weights[d * count : (d + 1) * count]
-            bias = sum(biases) if biases else x.new_zeros(())
-            results.append(loop(x, h0[d], c0[d], weight_ih, weight_hh, bias, self.lengths, backwards))
+            weight_ih, weight_hh, *rest = weights[d * count : (d + 1) * count]
+            weight_hr = rest.pop() if self.projection else None
+            bias = sum(rest) if rest else x.new_zeros(())
+            results.append(loop(x, h0[d], c0[d], weight_ih, weight_hh, bias, weight_hr, self.lengths, backwards))
         output, h_n, c_n, cells = zip(*results, strict=True)
         return (torch.cat(output, 2), torch.stack(h_n), torch.stack(c_n), torch.cat(cells, 2)), leaves
 
@@ -170,10 +174,12 @@ def _outcome(problem: Problem) -> tuple[list[dict], list[dict]]:
     torch.autograd.backward(plain, upstream)
     given = [problem.pack(g)[0] if per_step else g for g, per_step in zip(upstream, PER_STEP, strict=True)]
     grad_input, grad_h0, grad_c0, grad_weights = problem.backward(given, (activations, cells))
-    assert len(grad_weights) == 3 * len(problem.backwards)
+    count = 4 if problem.projection else 3
+    assert len(grad_weights) == count * len(problem.backwards)
     grads = [problem.pad(grad_input), grad_h0, grad_c0]
-    for weight_ih, weight_hh, bias in zip(*(grad_weights[k::3] for k in range(3)), strict=True):
-        grads += [weight_ih, weight_hh, bias, bias][: len(problem.weights) // len(problem.backwards)]
+    for k in range(0, len(grad_weights), count):
+        weight_ih, weight_hh, bias, *projection = grad_weights[k : k + count]
+        grads += [weight_ih, weight_hh, *[bias, bias][: 2 * problem.bias], *projection]
     leaves = [[leaf.grad for leaf in leaves] for leaves in (exact_leaves, plain_leaves)]
     names = ("input", "h0", "c0", *(f"weights[{k}]" for k in range(len(problem.weights))))
     return values, [{f"grad of {n}": g for n, g in zip(names, group, strict=True)} for group in (grads, *leaves)]

@@ -5,23 +5,24 @@ import torch
 from torch import Tensor
 
 
-def lstm_arguments(T, B, I, H) -> tuple:  # noqa: E741
-    """input, h0, c0 and weights of one direction with biases."""
-    weights = [torch.randn(4 * H, I), torch.randn(4 * H, H), torch.randn(4 * H), torch.randn(4 * H)]
-    return torch.randn(T, B, I), torch.randn(1, B, H), torch.randn(1, B, H), weights
+def lstm_arguments(T, B, I, H, P=0) -> tuple:  # noqa: E741
+    """input, h0, c0 and weights of one direction with biases and, if P > 0, a projection."""
+    weights = [torch.randn(4 * H, I), torch.randn(4 * H, P or H), torch.randn(4 * H), torch.randn(4 * H)]
+    weights += [torch.randn(P, H)] if P else []
+    return torch.randn(T, B, I), torch.randn(1, B, P or H), torch.randn(1, B, H), weights
 
 
-def lstm_forward(T=4, B=3, I=5, H=7, packed=False) -> tuple:  # noqa: E741
-    input, *rest = lstm_arguments(T, B, I, H)
+def lstm_forward(T=4, B=3, I=5, H=7, packed=False, P=0) -> tuple:  # noqa: E741
+    input, *rest = lstm_arguments(T, B, I, H, P)
     lengths, batch_sizes = (None, torch.full((T,), B)) if packed else (torch.full((B,), T), None)
     return input.flatten(0, 1) if packed else input, *rest, lengths, batch_sizes, False, True, True
 
 
-def lstm_backward(T=4, B=3, I=5, H=7, packed=False) -> tuple:  # noqa: E741
-    input, h0, c0, weights, lengths, batch_sizes, reverse, *needs = lstm_forward(T, B, I, H, packed)
+def lstm_backward(T=4, B=3, I=5, H=7, packed=False, P=0) -> tuple:  # noqa: E741
+    input, h0, c0, weights, lengths, batch_sizes, reverse, *needs = lstm_forward(T, B, I, H, packed, P)
     rows = input.shape[:-1]
-    grads = torch.randn(*rows, H), torch.randn(1, B, H), torch.randn(1, B, H), torch.randn(*rows, H)
-    saved = torch.randn(*rows, 4 * H), torch.randn(*rows, H)
+    grads = torch.randn(*rows, P or H), torch.randn_like(h0), torch.randn_like(c0), torch.randn(*rows, H)
+    saved = torch.randn(*rows, 4 * H + P), torch.randn(*rows, H)
     return *grads, input, h0, c0, weights, *saved, lengths, batch_sizes, reverse, *needs
 
 
@@ -200,7 +201,9 @@ def variants(call, prepared) -> list[tuple]:
 
     prepared: of the keys (2, 5, 4) of attention.
     """
-    if call in (lstm_forward, lstm_backward, lstm_forward_narrow):
+    if call in (lstm_forward, lstm_backward):
+        return [call(), call(packed=True), call(P=6)]
+    if call is lstm_forward_narrow:
         return [call(), call(packed=True)]
     if call in VARIANT:
         return [call(), call(norms=False), call(masks=False)]
@@ -212,8 +215,8 @@ def variants(call, prepared) -> list[tuple]:
 
 
 LISTS = {  # names of the tensors of a list argument, in messages
-    ("lstm_forward", "weights"): ("weight_ih", "weight_hh", "bias_ih", "bias_hh"),
-    ("lstm_backward", "weights"): ("weight_ih", "weight_hh", "bias_ih", "bias_hh"),
+    ("lstm_forward", "weights"): ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"),
+    ("lstm_backward", "weights"): ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"),
     ("lstm_forward_narrow", "weights"): ("weight_ih", "weight_hh", "bias_ih", "bias_hh"),
     ("lstm_forward_narrow", "scales"): ("scale", "scale"),
     ("decoder_step", "weights"): ("weight_ih", "weight_hh") * 2,

@@ -169,6 +169,7 @@ def test_the_grid_covers_the_range():
     [
         (["--shape", "3,2,4"], "expected T,B,I,H, four numbers of at least 1, got '3,2,4'"),
         (["--shape", "3,2,4,x"], "four numbers"),
+        (["--shape", "3,2,4,5,5"], "expected T,B,I,H,P with P below H, got '3,2,4,5,5'"),
         (["--layers", "0", "--shape", "1,1,1,1"], "--layers must be at least 1"),
         (["--resume"], "give its --output"),
         (["--backends", "cudnn"], "unknown name 'cudnn'"),

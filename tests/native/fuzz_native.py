@@ -48,6 +48,7 @@ class Case:
     bidirectional: bool = False
     reverse: bool = False  # through the op; then one layer and direction
     bias: bool = True
+    projection: int = 0  # lstm: outputs, below H; 0: H
     form: str = "full"
     strided: bool = False
     dtype: str = "float32"
@@ -106,6 +107,8 @@ def draw(rng: random.Random, op: str, budget: int = BUDGET) -> Case:
         if op == "variant":
             options = {"dropout": rng.random() < 0.5, "layer_norm": rng.random() < 0.5}
             case = replace(case, zoneout=rng.choice(ZONEOUT), **options)
+        if op == "lstm" and case.H > 1 and rng.random() < 0.35:
+            case = replace(case, projection=min(rng.choice(SIZES), case.H - 1))
         if case.work <= budget:
             return case
 
@@ -157,7 +160,7 @@ class LstmProblem(Problem):
         T, B, H = case.T, case.B, case.H
         one_way = case.reverse or case.op != "lstm"
         self.options = dict(num_layers=1 if one_way else case.layers, bidirectional=case.bidirectional and not one_way)
-        self.options |= dict(bias=case.bias)
+        self.options |= dict(bias=case.bias, proj_size=case.projection)
         module = LSTM(case.I, H, **self.options)
         with torch.no_grad():  # gates of order 1: saturated ones hide errors
             for name, weight in module.named_parameters():
@@ -175,14 +178,14 @@ class LstmProblem(Problem):
             rows = (B,)
         states = self.options["num_layers"] * (2 if self.options["bidirectional"] else 1)
         states = () if case.op != "lstm" else (states,)
-        tensors = {"input": self.draw(*rows, case.I), "h0": self.draw(*states, B, H), "c0": self.draw(*states, B, H)}
-        return tensors | weights
+        tensors = {"input": self.draw(*rows, case.I), "h0": self.draw(*states, B, case.projection or H)}
+        return tensors | {"c0": self.draw(*states, B, H)} | weights
 
     def call(self, leaves: dict, backend: str) -> dict[str, torch.Tensor]:
         x, h0, c0, *weights = leaves.values()
         sizes = {"lengths": self.lengths, "batch_sizes": self.batch_sizes}
         if self.case.reverse:
-            hx = (h0[0], c0[0])
+            hx, sizes["weight_hr"] = (h0[0], c0[0]), weights.pop() if self.case.projection else None
             output, states = ops.lstm(x, hx, *weights, **sizes, reverse=True, backend=backend)
         else:
             output, states = self.through_the_module(x, h0, c0, dict(list(leaves.items())[3:]), backend)

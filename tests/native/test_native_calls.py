@@ -29,7 +29,19 @@ BAD_CALLS = {
     "rank of c0": (dict(c0=torch.zeros(2, 3)), r"c0 must have the shape \(D, B, H\), got \(2, 3\)"),
     "three directions": (dict(c0=torch.zeros(3, 2, 3)), "c0 must be for 1 or 2 directions, got 3"),
     "number of weights": (dict(weights=weights()[:1]), "for each of 1 directions, got 1 tensors"),
-    "one bias": (dict(weights=weights(b_ih=torch.zeros(12))), "for each of 1 directions, got 3 tensors"),
+    "rank of weight_hr": (
+        dict(weights=weights(hr=torch.zeros(3))),
+        r"weight_hr must have the shape \(P, H\), got \(3,\)",
+    ),
+    "columns of weight_hr": (
+        dict(weights=weights(hr=torch.zeros(2, 4), hh=torch.zeros(12, 2)), h0=torch.zeros(1, 2, 2)),
+        r"weight_hr must have the shape \(2, 3\), got \(2, 4\)",
+    ),
+    "h0 of a projection": (
+        dict(weights=weights(hr=torch.zeros(2, 3), hh=torch.zeros(12, 2))),
+        r"h0 must have the shape \(1, 2, 2\), got \(1, 2, 3\)",
+    ),
+    "one bias": (dict(weights=weights(b_ih=torch.zeros(12))), r"weight_hr must have the shape \(P, H\), got \(12,\)"),
     "weight_ih": (dict(weights=weights(ih=torch.zeros(12, 3))), r"weight_ih must have the shape \(12, 5\)"),
     "weight_hh": (dict(weights=weights(hh=torch.zeros(3, 12))), r"weight_hh must have the shape \(12, 3\)"),
     "bias_ih": (dict(weights=weights(**BIASES | {"b_ih": torch.zeros(1)})), r"bias_ih must have the shape \(12,\)"),
@@ -114,17 +126,18 @@ def test_backward_refuses_every_tensor_of_another_kind(name):
             backward(**{name: wrong})
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("direction", "projection"), [*[(d, 0) for d in DIRECTIONS], ("both", 3)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_opcheck(dtype, layout, direction):
-    problem = Problem(4, 3, 2, 5, layout, dtype, direction, bias=direction != "reverse")
+def test_opcheck(dtype, layout, direction, projection):
+    problem = Problem(4, 3, 2, 5, layout, dtype, direction, bias=direction != "reverse", projection=projection)
     forward = (*problem.arguments(), *problem.sizes())
     for need in ((True, True), (False, False)):
         torch.library.opcheck(ops.lstm_forward.default, (*forward, *need))
     output, h_n, c_n, *saved = problem.forward()
     rest = (*problem.arguments(), *saved, *problem.sizes())
-    for grads, need in (((output, h_n, c_n, output), (True, True)), ((None, h_n, None, None), (False, False))):
+    all_grads = (output, h_n, c_n, saved[1].to(dtype))
+    for grads, need in ((all_grads, (True, True)), ((None, h_n, None, None), (False, False))):
         torch.library.opcheck(ops.lstm_backward.default, (*grads, *rest, *need))
 
 
@@ -143,10 +156,6 @@ REFUSALS = {
 def test_unsupported_names_the_limit(backend, call, change, sentence):
     assert backend.unsupported(call) is None
     assert re.search(sentence, backend.unsupported(call._replace(**change)))
-
-
-def test_backend_has_no_projection():
-    assert "no projection (proj_size=2)" in lstm_native.unsupported(LSTM_CALL._replace(proj_size=2))
 
 
 @pytest.mark.parametrize(

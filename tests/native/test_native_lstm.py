@@ -53,6 +53,27 @@ def test_every_path_matches_the_loop(dtype, path, layout, direction):
     check(Problem(*PATHS[path], layout, dtype, direction))
 
 
+# T, B, I, H, P, with bias: P of 1, of parts of vectors, of one panel and of several; blocks and teams of several sizes.
+PROJECTIONS = {
+    "rows of W in place": (5, 2, 3, 7, 1, True),
+    "P wider than a vector": (20, 3, 40, 70, 33, False),
+    "panels": (12, 9, 20, 130, 67, True),
+    "odd depths in pairs": (6, 7, 5, 33, 31, True),
+    "several blocks of the batch": (3, 150, 4, 20, 5, True),
+    "several chunks of depths": (120, 9, 5, 17, 9, False),
+    "several chains, several panels of P": (3, 6, 20, 300, 140, True),
+    "panels of a team of threads": (2, 9, 9, 384, 200, True),
+}
+
+
+@pytest.mark.parametrize(("layout", "direction"), [("full", "forward"), ("lengths", "both"), ("packed", "reverse")])
+@pytest.mark.parametrize("shape", PROJECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_projection_matches_the_loop(dtype, shape, layout, direction):
+    *sizes, projection, bias = PROJECTIONS[shape]
+    check(Problem(*sizes, layout, dtype, direction, bias, projection))
+
+
 # A product runs in tiles of one to six rows. Their heights depend on how threads divide the work, and on descheduled
 # threads, so no bit of a result may depend on them.
 @pytest.mark.parametrize(
@@ -60,10 +81,11 @@ def test_every_path_matches_the_loop(dtype, path, layout, direction):
     [(1, range(1, 8)), (128, range(1, 4)), (32, range(5, 14))],
     ids=["rows of W in place", "rows of W_hh in place, W_ih packed", "panels"],
 )
+@pytest.mark.parametrize("projection", [0, 70])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_other_rows_of_the_batch_change_nothing(dtype, T, batches):
-    widest = Problem(T, batches[-1], 40, 130, dtype=dtype)
-    upstream = torch.randn(T, batches[-1], 130).to(dtype)
+def test_other_rows_of_the_batch_change_nothing(dtype, projection, T, batches):
+    widest = Problem(T, batches[-1], 40, 130, dtype=dtype, projection=projection)
+    upstream = torch.randn(T, batches[-1], projection or 130).to(dtype)
 
     def first_row(B):
         problem = copy.copy(widest)
@@ -89,10 +111,11 @@ def test_random_calls(op):
             raise AssertionError(f"{error}\nfuzz_native.check({case!r})") from error
 
 
+@pytest.mark.parametrize("projection", [0, 2])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_padding_is_exactly_zero(dtype, direction):
-    problem = Problem(5, 6, 2, 3, "lengths", dtype, direction)
+def test_padding_is_exactly_zero(dtype, direction, projection):
+    problem = Problem(5, 6, 2, 3, "lengths", dtype, direction, projection=projection)
     problem.x[torch.arange(5).unsqueeze(1) >= problem.lengths] = torch.nan  # must reach no result
     output, h_n, c_n, activations, cells = problem.forward()
     past = torch.arange(5).unsqueeze(1) >= problem.lengths
@@ -107,9 +130,10 @@ def test_padding_is_exactly_zero(dtype, direction):
 
 
 @pytest.mark.parametrize("present", range(5), ids=["output", "h_n", "c_n", "cell_states", "none"])
+@pytest.mark.parametrize("projection", [0, 3])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_missing_gradient_counts_as_zero(direction, present):
-    problem = Problem(4, 3, 5, 7, "lengths", torch.float64, direction)
+def test_a_missing_gradient_counts_as_zero(direction, projection, present):
+    problem = Problem(4, 3, 5, 7, "lengths", torch.float64, direction, projection=projection)
     output, h_n, c_n, activations, cells = problem.forward()
     upstream = [torch.randn_like(t) if i == present else None for i, t in enumerate((output, h_n, c_n, cells))]
     zeros = [torch.zeros_like(t) for t in (output, h_n, c_n, cells)]
@@ -120,13 +144,14 @@ def test_a_missing_gradient_counts_as_zero(direction, present):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("projection", [0, 3])
 @pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("need", [(False, False), (True, False), (False, True)], ids=str)
-def test_results_not_needed_have_no_elements(need, direction):
-    problem = Problem(4, 3, 5, 7, direction=direction)
+def test_results_not_needed_have_no_elements(need, direction, projection):
+    problem = Problem(4, 3, 5, 7, direction=direction, projection=projection)
     D = len(problem.backwards)
     *results, activations, cells = problem.forward(*need)
-    assert activations.shape == ((4, 3, D * 28) if need[0] else (0,))
+    assert activations.shape == ((4, 3, D * (28 + projection)) if need[0] else (0,))
     assert cells.shape == ((4, 3, D * 7) if need[1] else (0,))
     expected = problem.forward()
     for a, b in zip(results, expected, strict=False):
@@ -135,7 +160,7 @@ def test_results_not_needed_have_no_elements(need, direction):
     *grads, weights = problem.backward(upstream, expected[3:], *need)
     *all_grads, all_weights = problem.backward(upstream, expected[3:])
     assert grads[0].shape == ((4, 3, 5) if need[0] else (0,))
-    assert len(weights) == (3 * D if need[1] else 0)
+    assert len(weights) == (len(all_weights) if need[1] else 0)
     for a, b in zip([*grads[1:], *weights], [*all_grads[1:], *all_weights], strict=False):
         assert torch.equal(a, b)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from native_cases import Problem, dtype_id, threads
-from test_native_lstm import PATHS
+from test_native_lstm import PATHS, PROJECTIONS
 
 from fastseq import _native
 
@@ -30,6 +30,18 @@ def test_threads_change_nothing(dtype, path, direction):
     problem = Problem(*PATHS[path], "lengths", dtype, direction)
     expected = problem.both()
     for count in (2, 3, 1, *4 * (3, 2)):  # repeated: a race shows only when threads overlap
+        with threads(count):
+            assert_same_bits(problem.both(), expected)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "both"])
+@pytest.mark.parametrize("shape", PROJECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_threads_change_nothing_of_a_projection(dtype, shape, direction):
+    *sizes, projection, bias = PROJECTIONS[shape]
+    problem = Problem(*sizes, "lengths", dtype, direction, bias, projection)
+    expected = problem.both()
+    for count in (2, 3, *4 * (3, 2)):  # repeated: a race shows only when threads overlap
         with threads(count):
             assert_same_bits(problem.both(), expected)
 

@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fastseq import LSTM, Attention, LSTMCell, _native, dispatch, ops
 from fastseq.dispatch import select
 from fastseq.ops.common.triton import runtime
-from fastseq.ops.lstm import native_cuda
-from fastseq.ops.lstm import rules as lstm_rules
+from fastseq.ops.lstm import native_cuda, predicates
 from fastseq.ops.lstm import torch as torch_backend
 from fastseq.ops.lstm.spec import LSTMCall, Stack
 from fastseq.ops.lstm.torch import runs_under_autocast
@@ -136,8 +135,8 @@ def test_auto_takes_under_autocast_what_the_same_call_in_16_bits_takes(monkeypat
 @pytest.mark.skipif("native" not in BACKENDS, reason="the compiled operators are not part of this install")
 def test_short_calls_of_many_sequences_train_on_torch(monkeypatch):
     monkeypatch.setattr(torch_backend, "runs_under_autocast", lambda *_: True)
-    monkeypatch.setattr(lstm_rules, "_instruction_set", lambda: "avx512_bf16")
-    monkeypatch.setattr(lstm_rules, "_amx", lambda: False)
+    monkeypatch.setattr(predicates, "_instruction_set", lambda: "avx512_bf16")
+    monkeypatch.setattr(predicates, "_amx", lambda: False)
     dispatch.forget()
     call = LSTMCall("cpu", torch.bfloat16, 4, 5, batch=5, steps=2, autocast=True, fused=True, requires_grad=True)
     assert select("lstm", "auto", call) == "torch"

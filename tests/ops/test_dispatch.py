@@ -16,7 +16,7 @@ import fastseq
 from fastseq import LSTM, _native, dispatch
 from fastseq.dispatch import implementation, select
 from fastseq.ops.lstm import api as lstm_api
-from fastseq.ops.lstm import rules as lstm_rules
+from fastseq.ops.lstm import predicates
 from fastseq.ops.lstm import torch as torch_backend
 from fastseq.ops.lstm.api import describe
 from fastseq.ops.lstm.spec import LSTMCall, Stack
@@ -75,14 +75,15 @@ def test_auto_follows_the_measurements():
         return select(op, "auto", call)
 
     padded = CALL._replace(batch=32, steps=50)
-    is_x86 = lstm_rules.avx512(padded) or lstm_rules.without_avx512(padded)
+    is_x86 = predicates.avx512(padded) or predicates.without_avx512(padded)
     assert chosen("lstm", padded) == ("native" if is_x86 else "torch")
     assert chosen("lstm", padded._replace(batch=4)) == "native"
     assert chosen("lstm", padded._replace(device="cuda")) == "torch"
     explicit = padded._replace(dtype=torch.bfloat16)
     autocast = explicit._replace(autocast=True, fused=True)
     assert chosen("lstm", autocast) == (chosen("lstm", explicit) if runs_under_autocast(torch.bfloat16) else "native")
-    assert chosen("lstm", padded._replace(proj_size=3)) == "torch"
+    assert chosen("lstm", padded._replace(proj_size=3)) == ("native" if is_x86 else "torch")
+    assert chosen("lstm", padded._replace(device="cuda", proj_size=3)) == "torch"
     for changes in (dict(packed=True), dict(lengths=True), dict(dtype=torch.float16)):
         assert chosen("lstm", padded._replace(**changes)) == "native"
     assert chosen("lstm", padded._replace(dtype=torch.float64)) == "torch"
@@ -158,9 +159,9 @@ def test_the_fast_update_takes_the_backend_of_the_rules(option, monkeypatch):
 )
 def test_auto_gives_bfloat16_to_the_faster_products(wide, matrix, products, inference, training, monkeypatch):
     instructions = "avx512_bf16" if products else "avx512" if wide else "avx2"
-    monkeypatch.setattr(lstm_rules, "_instruction_set", lambda: instructions)
-    monkeypatch.setattr(lstm_rules, "_amx", lambda: matrix)
-    monkeypatch.setattr(lstm_rules, "_threads", lambda: 1)
+    monkeypatch.setattr(predicates, "_instruction_set", lambda: instructions)
+    monkeypatch.setattr(predicates, "_amx", lambda: matrix)
+    monkeypatch.setattr(predicates, "_threads", lambda: 1)
     dispatch.forget()
     call = CALL._replace(batch=32, steps=50, dtype=torch.bfloat16)
     assert select("lstm", "auto", call) == inference
@@ -259,12 +260,6 @@ def test_a_named_backend_never_falls_back():
         LSTM(4, 5, backend="triton")(X)
     with pytest.raises(RuntimeError, match="cannot return the cell states"):
         LSTM(4, 5, backend="torch")(X, return_cell_states=True)
-
-
-@needs_native
-def test_native_refuses_projections():
-    with pytest.raises(RuntimeError, match="no projection"):
-        LSTM(4, 5, proj_size=2, backend="native")(X)
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,41 @@
-"""The rules of ``lstm``: single ones, and all against every committed row of ``fastseq bench --suite grid``."""
+"""The rules of ``lstm``: single ones, and all against every committed row of the grid and of projections."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastseq import _native, dispatch
+from fastseq.bench.cases import SHORT, BenchCase
 from fastseq.bench.grid import CASES
 from fastseq.dispatch import select
-from fastseq.ops.lstm import rules
+from fastseq.ops.lstm import predicates
 from fastseq.ops.lstm.spec import LSTMCall
 
-FILES = sorted((Path(__file__).parents[2] / "benchmarks/results").glob("grid-*.json"))
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+FILES = sorted([*RESULTS.glob("grid-*.json"), *RESULTS.glob("projection-*.json")])
 WITHIN = 0.97
 CASE = {case.name: case for case in CASES}
 CALL = LSTMCall("cpu", torch.float32, 4, 5, batch=2, steps=3)
 needs_native = pytest.mark.skipif(not _native.available(), reason="the compiled operators are not part of this install")
 
 
+def case_of(name: str) -> BenchCase:
+    """The case of the grid, or of "lstm (T, B, I, H) dtype proj P"."""
+    if " proj " not in name:
+        return CASE[name]
+    *sizes, projection = map(int, re.findall(r"\d+(?=[,)]|$)", name))
+    dtype = next(dtype for dtype, short in SHORT.items() if f"){short} proj" in name)
+    return BenchCase("shape", "lstm", *sizes, dtype=dtype, proj_size=projection)
+
+
 def choice(row: dict) -> str:
     """The backend of ``auto`` for the call of a row."""
-    case = CASE[row["case"]]
-    sizes = {"input_size": case.input_size, "hidden_size": case.hidden_size}
+    case = case_of(row["case"])
+    assert case.name == row["case"]
+    sizes = {"input_size": case.input_size, "hidden_size": case.hidden_size, "proj_size": case.proj_size}
     form = {"batch": case.batch, "steps": case.steps, "layers": case.layers, "requires_grad": row["mode"] == "training"}
     return dispatch.first_rule("lstm", LSTMCall("cpu", case.dtype, **sizes, **form))[0]
 
@@ -37,9 +50,9 @@ def noise(rows: list[dict]) -> float:
 def test_auto_is_within_3_percent_of_the_better_backend(file, monkeypatch):
     """Beyond the noise of the row: native is ``ratio`` times as fast as nn.LSTM, torch 1.0 times."""
     content = json.loads(file.read_text())
-    monkeypatch.setattr(rules, "_instruction_set", lambda: content["environment"]["native"])
-    monkeypatch.setattr(rules, "_amx", lambda: content["environment"]["amx"] == "yes")
-    monkeypatch.setattr(rules, "_threads", lambda: content["environment"]["threads"])
+    monkeypatch.setattr(predicates, "_instruction_set", lambda: content["environment"]["native"])
+    monkeypatch.setattr(predicates, "_amx", lambda: content["environment"]["amx"] == "yes")
+    monkeypatch.setattr(predicates, "_threads", lambda: content["environment"]["threads"])
     by_call: dict[tuple[str, str], list[dict]] = {}
     for row in content["rows"]:
         by_call.setdefault((row["case"], row["mode"]), []).append(row)
@@ -62,9 +75,9 @@ def test_the_grid_was_measured_on_several_instruction_sets():
 @pytest.mark.parametrize("instructions", ["avx2", "avx512"])
 @needs_native
 def test_auto_gives_single_steps_in_training_of_few_dtypes_to_torch(instructions, monkeypatch):
-    monkeypatch.setattr(rules, "_instruction_set", lambda: instructions)
-    monkeypatch.setattr(rules, "_amx", lambda: False)
-    monkeypatch.setattr(rules, "_threads", lambda: 1)
+    monkeypatch.setattr(predicates, "_instruction_set", lambda: instructions)
+    monkeypatch.setattr(predicates, "_amx", lambda: False)
+    monkeypatch.setattr(predicates, "_threads", lambda: 1)
     dispatch.forget()
     step = CALL._replace(steps=1, batch=1, requires_grad=True)
     expected = {torch.float32: "native", torch.float64: "torch", torch.float16: "native", torch.bfloat16: "native"}
@@ -83,8 +96,8 @@ def test_auto_gives_single_steps_in_training_of_few_dtypes_to_torch(instructions
 @needs_native
 def test_auto_asks_for_the_number_of_threads(monkeypatch):
     """AMX gains little from a second thread in small steps; a remembered choice belongs to one number of threads."""
-    monkeypatch.setattr(rules, "_instruction_set", lambda: "avx512")
-    monkeypatch.setattr(rules, "_amx", lambda: True)
+    monkeypatch.setattr(predicates, "_instruction_set", lambda: "avx512")
+    monkeypatch.setattr(predicates, "_amx", lambda: True)
     dispatch.forget()
     call = LSTMCall("cpu", torch.bfloat16, 256, 256, batch=4, steps=10)
     before = torch.get_num_threads()
@@ -98,9 +111,9 @@ def test_auto_asks_for_the_number_of_threads(monkeypatch):
 
 @needs_native
 def test_auto_gives_bfloat16_inference_of_several_sequences_to_amx(monkeypatch):
-    monkeypatch.setattr(rules, "_instruction_set", lambda: "avx512")
-    monkeypatch.setattr(rules, "_amx", lambda: True)
-    monkeypatch.setattr(rules, "_threads", lambda: 1)
+    monkeypatch.setattr(predicates, "_instruction_set", lambda: "avx512")
+    monkeypatch.setattr(predicates, "_amx", lambda: True)
+    monkeypatch.setattr(predicates, "_threads", lambda: 1)
     dispatch.forget()
     call = CALL._replace(steps=20, batch=2, dtype=torch.bfloat16)
     assert select("lstm", "auto", call) == "torch"

@@ -44,12 +44,14 @@ void set_lstm_kernels(Kernels<S>& table) {
     with_weight<S>(weight, type, [&](const auto* w) { pack_gates<S>(w, scale, H, K, panel, packed); });
   };
   table.pack_columns = pack_weight_columns<S>;
+  table.pack_rows = pack_rows<S>;
   table.forward_shared_bytes = forward_shared_bytes<S>;
   table.forward_member_bytes = forward_member_bytes<S>;
   table.lstm_forward = lstm_forward<S>;
   table.lstm_backward = lstm_backward<S>;
   table.weight_gradient_bytes = weight_gradient_bytes<S>;
   table.lstm_weight_gradients = lstm_weight_gradients<S>;
+  table.lstm_projection_gradients = lstm_projection_gradients<S>;
   table.lstm_input_gradients = lstm_input_gradients<S>;
   table.variant_forward_bytes = variant_forward_bytes<S>;
   table.lstm_variant_forward = lstm_variant_forward<S>;

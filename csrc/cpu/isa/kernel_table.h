@@ -36,7 +36,8 @@ struct Kernels {
   // weight: (4H, K) of `type`; scale: (4H,) or null.
   void (*pack_gates)(
       const void* weight, WeightType type, const Acc<S>* scale, int64_t H, int64_t K, int64_t panel, void* packed);
-  void (*pack_columns)(const S* weight, int64_t K, int64_t N, int64_t panel, void* packed);
+  void (*pack_columns)(const S* weight, int64_t K, int64_t N, int64_t panel, void* packed);  // weight: (K, N)
+  void (*pack_rows)(const S* weight, int64_t N, int64_t K, int64_t panel, void* packed);     // weight: (N, K)
 
   int64_t (*forward_shared_bytes)(const LstmForwardParams<S>&);
   int64_t (*forward_member_bytes)(const LstmForwardParams<S>&);
@@ -57,6 +58,8 @@ struct Kernels {
                         void* shared);  // (block rows, H) of Acc<S>
   int64_t (*weight_gradient_bytes)(const LstmBackwardParams<S>&);
   void (*lstm_weight_gradients)(
+      const LstmBackwardParams<S>&, int64_t direction, const ValidRows&, int64_t begin, int64_t end, void* scratch);
+  void (*lstm_projection_gradients)(
       const LstmBackwardParams<S>&, int64_t direction, const ValidRows&, int64_t begin, int64_t end, void* scratch);
   void (*lstm_input_gradients)(
       const LstmBackwardParams<S>&, const ValidRows&, int64_t panel, int64_t begin, int64_t end);

@@ -1,8 +1,8 @@
 // Backpropagation through time of one direction over one block of sequences: gradients of the gates and initial states.
 //
 // From the last processed step t to the first: dh_t = grad_output_t + dgates_{t+1} W_hh, then the backward of the cell
-// while the sums are in registers. A panel is 4 * kLanes neighbouring hidden units. lstm_gradients-inl.h continues from
-// the gates.
+// while the sums are in registers. With a projection dh_t is stored, and after a barrier the cell reads dh_t W_hr. A
+// panel is 4 * kLanes neighbouring columns. lstm_gradients-inl.h continues from the gates.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,19 @@
 FASTSEQ_REGION_BEGIN
 namespace fastseq::cpu::FASTSEQ_ISA {
 
+// A weight packed by columns, whose product with gradients gives the gradients of its inputs.
+struct BackwardWeight {
+  const void* packed;
+  int64_t rows, columns;
+};
+
+// The panels of a weight that one member multiplies.
+struct PanelRange {
+  int64_t first, last;
+  // Alternates the order of panels, as the forward does.
+  int64_t at(int64_t k, int64_t step) const { return step % 2 == 0 ? first + k : last - 1 - k; }
+};
+
 template <class S>
 struct BackwardJob {
   const LstmBackwardParams<S>& p;
@@ -31,26 +44,35 @@ struct BackwardJob {
   int64_t members;
   Acc<S>* dc;  // (block rows, H), shared by the team
 
-  int64_t panels() const { return (p.hidden + 4 * kLanes<S> - 1) / (4 * kLanes<S>); }
-  int64_t first_panel() const { return panels() * share.begin / members; }
-  int64_t last_panel() const { return panels() * share.end / members; }
-  // Alternates the order of panels, as the forward does.
-  int64_t panel_of(int64_t k, int64_t step) const { return step % 2 == 0 ? first_panel() + k : last_panel() - 1 - k; }
-  const Operand<S>* weights(int64_t panel) const {  // the first panel again after the last
-    const bool inside = first_panel() <= panel && panel < last_panel();
-    return panel_at<S>(d.packed_hh, inside ? panel : first_panel(), padded_depth<S>(4 * p.hidden));
+  BackwardWeight recurrent() const { return {d.packed_hh, 4 * p.hidden, p.outputs}; }
+  // The weight between the cell's output and the next gradients: W_hr, or W_hh without a projection.
+  BackwardWeight after_cell() const {
+    return p.projected ? BackwardWeight{d.packed_hr, p.outputs, p.hidden} : recurrent();
+  }
+  PanelRange own_panels(const BackwardWeight& weight) const {
+    const int64_t panels = (weight.columns + 4 * kLanes<S> - 1) / (4 * kLanes<S>);
+    return {panels * share.begin / members, panels * share.end / members};
   }
   Operand<S>* gates(int64_t position) const {
     return static_cast<Operand<S>*>(d.grad_gates) + position * p.gates_stride;
   }
-  Operand<S>* hidden(int64_t position) const { return static_cast<Operand<S>*>(d.hidden_states) + position * p.hidden; }
+  Operand<S>* hidden(int64_t position) const {
+    return static_cast<Operand<S>*>(d.hidden_states) + position * p.outputs;
+  }
+  Operand<S>* grad_hidden(int64_t position) const {
+    return static_cast<Operand<S>*>(d.grad_hidden) + position * p.hidden_stride;
+  }
+  Operand<S>* cell_outputs(int64_t position) const {  // o tanh(c)
+    return p.projected ? static_cast<Operand<S>*>(d.unprojected) + position * p.hidden : hidden(position);
+  }
 };
 
 // Pointers of one row at one step, at hidden unit 0.
 template <class S>
 struct BackwardRow {
-  const Operand<S>* later;    // (4H,) gate gradients of step t + 1, or null at the last step
-  const S* grad_h_n;          // (H,) at the last step, if given, else null
+  const Operand<S>* later;    // operands of after_cell(): (4H,) gate gradients of step t + 1, or null at the last
+                              // step; if projected, (P,) gradients of h
+  const S* grad_h_n;          // (H,) at the last step, if given, else null; null if projected, as grad_output is
   const S* activations;       // (4H,)
   const Acc<S>* cell_states;  // (H,)
   const Acc<S>* c_prev;       // (H,) or null at the first step, which reads c0
@@ -59,10 +81,10 @@ struct BackwardRow {
   const S* grad_cell_states;  // (H,) or null
   Acc<S>* dc;                 // (H,)
   Operand<S>* gates;          // (4H,)
-  Operand<S>* hidden;         // (H,)
+  Operand<S>* hidden;         // (H,) o tanh(c)
 };
 
-// Backward of the cell for kLanes units from `unit` on. dh: dgates_{t+1} W_hh.
+// Backward of the cell for kLanes units from `unit` on. dh: dgates_{t+1} W_hh; if projected, dh_t W_hr.
 template <class S>
 FASTSEQ_INLINE void backward_units(const BackwardRow<S>& row, int64_t H, int64_t unit, int64_t n, Vec<Acc<S>> dh) {
   using V = Vec<Acc<S>>;
@@ -85,85 +107,102 @@ FASTSEQ_INLINE BackwardRow<S> describe_row(const BackwardJob<S>& job, int64_t r,
   const int64_t H = p.hidden, D = p.directions, b = job.block.sequence(r), length = job.block.length(r);
   const int64_t position = job.block.position(r, step), at = position * D + job.direction;
   BackwardRow<S> row{};
-  if (step + 1 < length) {
+  if (p.projected) {
+    row.later = job.grad_hidden(position);
+  } else if (step + 1 < length) {
     row.later = job.gates(job.block.position(r, step + 1));
   } else if (job.d.grad_h_n) {
     row.grad_h_n = job.d.grad_h_n + b * H;
   }
-  row.activations = p.activations + at * 4 * H;
+  row.activations = p.activations + at * p.saved;
   row.cell_states = p.cell_states + at * H;
   row.c0 = job.d.c0 + b * H;
   if (step > 0) row.c_prev = p.cell_states + (job.block.position(r, step - 1) * D + job.direction) * H;
-  if (p.grad_output) row.grad_output = p.grad_output + at * H;
+  if (p.grad_output && !p.projected) row.grad_output = p.grad_output + at * H;
   if (p.grad_cell_states) row.grad_cell_states = p.grad_cell_states + at * H;
   row.dc = job.dc + r * H;
   row.gates = job.gates(position);
-  row.hidden = job.hidden(position);
+  row.hidden = job.cell_outputs(position);
   return row;
 }
 
-// sums (rows, 4 vectors) = dgates_{t+1} W_hh, for one panel of hidden units. Calls finish(first row, rows) once the
-// sums of a tile are complete.
+// Calls finish(row, column, sum) with vectors of the first `multiplied` of `rows` rows times a weight, and with 0 for
+// the others, for this member's columns.
 template <class S, class Finish>
 FASTSEQ_INLINE void multiply_later(const BackwardJob<S>& job,
-                                   const Operand<S>* const* later,  // (rows) rows of 4H
+                                   const BackwardWeight& weight,
+                                   const Operand<S>* const* later,  // (multiplied) rows of weight.rows elements
+                                   int64_t multiplied,
                                    int64_t rows,
-                                   int64_t panel,
-                                   int64_t next,  // panel to prefetch
-                                   Acc<S>* sums,
-                                   const Finish& finish) {
-  const int64_t depth = padded_depth<S>(4 * job.p.hidden);
-  multiply_block<S>(later, rows, job.weights(panel), depth, job.weights(next), false, sums, finish);
-}
-
-// One step of `running` rows. The first `continuing` of them have a step t + 1.
-template <class S>
-void backward_rows(
-    const BackwardJob<S>& job, const BackwardRow<S>* rows, int64_t running, int64_t continuing, int64_t step) {
-  const int64_t H = job.p.hidden, width = 4 * kLanes<S>;
-  const Operand<S>* later[kBlockRows];
-  alignas(64) Acc<S> sums[kBlockRows * 4 * kLanes<S>];
-  for (int64_t r = 0; r < continuing; ++r) later[r] = rows[r].later;
-  for (int64_t k = 0; k < job.last_panel() - job.first_panel(); ++k) {
-    const int64_t panel = job.panel_of(k, step);
+                                   int64_t step,  // alternates the order of panels
+                                   const Finish& finish_vector) {
+  constexpr int64_t kWidth = 4 * kLanes<S>;
+  const int64_t depth = padded_depth<S>(weight.rows), N = weight.columns;
+  const PanelRange own = job.own_panels(weight);
+  alignas(64) Acc<S> sums[kBlockRows * kWidth];
+  for (int64_t k = 0; k < own.last - own.first; ++k) {
+    const int64_t panel = own.at(k, step), next = k + 1 < own.last - own.first ? own.at(k + 1, step) : own.first;
     const auto finish = [&](int64_t first, int64_t count) FASTSEQ_NOINLINE {
       for (int64_t r = first; r < first + count; ++r) {
-        for (int64_t j = 0, unit = panel * width; j < width && unit < H; j += kLanes<S>, unit += kLanes<S>) {
-          backward_units<S>(rows[r], H, unit, H - unit, vload(sums + r * width + j));
+        for (int64_t j = 0, column = panel * kWidth; j < kWidth && column < N; j += kLanes<S>, column += kLanes<S>) {
+          finish_vector(r, column, vload(sums + r * kWidth + j));
         }
       }
     };
-    multiply_later(job, later, continuing, panel, job.panel_of(k + 1, step), sums, finish);
-    fill_zero(sums + continuing * width, (running - continuing) * width);
-    finish(continuing, running - continuing);
+    multiply_block<S>(later, multiplied, panel_at<S>(weight.packed, panel, depth), depth,
+                      panel_at<S>(weight.packed, next, depth), false, sums, finish);
+    fill_zero(sums + multiplied * kWidth, (rows - multiplied) * kWidth);
+    finish(multiplied, rows - multiplied);
   }
 }
 
+// With a projection: stores dh_t of all running rows, and h as operands for the gradient of W_hh.
+template <class S>
+void backward_projection(const BackwardJob<S>& job, int64_t step) {
+  const LstmBackwardParams<S>& p = job.p;
+  const int64_t P = p.outputs, continuing = job.block.running(step + 1, job.block.rows());
+  const int64_t running = job.block.running(step, job.block.rows());
+  const Operand<S>* later[kBlockRows];
+  for (int64_t r = 0; r < continuing; ++r) later[r] = job.gates(job.block.position(r, step + 1));
+  const auto finish = [&](int64_t r, int64_t column, Vec<Acc<S>> dh) FASTSEQ_LAMBDA_INLINE {
+    const int64_t position = job.block.position(r, step), at = position * p.directions + job.direction;
+    const int64_t n = P - column;
+    if (r >= continuing && job.d.grad_h_n) dh += vload(job.d.grad_h_n + job.block.sequence(r) * P + column, n);
+    if (p.grad_output) dh += vload(p.grad_output + at * P + column, n);
+    Operand<S>* const grad = job.grad_hidden(position);
+    vstore(dh, grad + column, n);
+    for (int64_t j = P; n <= kLanes<S> && j < padded_depth<S>(P); ++j) grad[j] = Operand<S>{};
+    vstore(vload(p.activations + at * p.saved + 4 * p.hidden + column, n), job.hidden(position) + column, n);
+  };
+  multiply_later(job, job.recurrent(), later, continuing, running, step, finish);
+}
+
+// Backward of the cells of one step. Without a projection, rows past the first `continuing` have no step t + 1.
 template <class S>
 void backward_step(const BackwardJob<S>& job, int64_t step) {
-  const int64_t continuing = job.block.running(step + 1, job.block.rows());
-  const int64_t running = job.block.running(step, job.block.rows());
+  const int64_t H = job.p.hidden, running = job.block.running(step, job.block.rows());
+  const int64_t continuing = job.p.projected ? running : job.block.running(step + 1, job.block.rows());
   BackwardRow<S> rows[kBlockRows];
-  for (int64_t r = 0; r < running; ++r) rows[r] = describe_row(job, r, step);
-  backward_rows(job, rows, running, continuing, step);
+  const Operand<S>* later[kBlockRows];
+  for (int64_t r = 0; r < running; ++r) {
+    rows[r] = describe_row(job, r, step);
+    later[r] = rows[r].later;
+  }
+  const auto finish = [&](int64_t r, int64_t unit, Vec<Acc<S>> dh)
+                          FASTSEQ_LAMBDA_INLINE { backward_units<S>(rows[r], H, unit, H - unit, dh); };
+  multiply_later(job, job.after_cell(), later, continuing, running, step, finish);
 }
 
 // Stores the gradients of the initial states.
 template <class S>
 void backward_start(const BackwardJob<S>& job) {
-  const int64_t H = job.p.hidden, running = job.block.running(0, job.block.rows());
+  const int64_t H = job.p.hidden, P = job.p.outputs, running = job.block.running(0, job.block.rows());
   const Operand<S>* first_gates[kBlockRows];
   for (int64_t r = 0; r < running; ++r) first_gates[r] = job.gates(job.block.position(r, 0));
-  alignas(64) Acc<S> sums[kBlockRows * 4 * kLanes<S>];
-  for (int64_t panel = job.first_panel(); panel < job.last_panel(); ++panel) {
-    multiply_later(job, first_gates, running, panel, panel + 1, sums, [](int64_t, int64_t) {});
-    for (int64_t r = 0; r < running; ++r) {
-      S* const out = job.d.grad_h0 + job.block.sequence(r) * H;
-      for (int64_t v = 0, unit = panel * 4 * kLanes<S>; v < 4 && unit < H; ++v, unit += kLanes<S>) {
-        vstore(vload(sums + (r * 4 + v) * kLanes<S>), out + unit, H - unit);
-      }
-    }
-  }
+  const auto finish = [&](int64_t r, int64_t column, Vec<Acc<S>> dh) FASTSEQ_LAMBDA_INLINE {
+    vstore(dh, job.d.grad_h0 + job.block.sequence(r) * P + column, P - column);
+  };
+  multiply_later(job, job.recurrent(), first_gates, running, running, 0, finish);
   if (job.share.begin > 0) return;
   for (int64_t r = 0; r < job.block.rows(); ++r) {
     const int64_t b = job.block.sequence(r);
@@ -171,9 +210,9 @@ void backward_start(const BackwardJob<S>& job) {
       vstore(vload(job.dc + r * H + j, H - j), job.d.grad_c0 + b * H + j, H - j);
     if (r < running) continue;
     if (job.d.grad_h_n) {
-      std::memcpy(job.d.grad_h0 + b * H, job.d.grad_h_n + b * H, H * sizeof(S));
+      std::memcpy(job.d.grad_h0 + b * P, job.d.grad_h_n + b * P, P * sizeof(S));
     } else {
-      fill_zero(job.d.grad_h0 + b * H, H);
+      fill_zero(job.d.grad_h0 + b * P, P);
     }
   }
 }
@@ -198,12 +237,16 @@ void lstm_backward(const LstmBackwardParams<S>& p,
         const Vec<Acc<S>> grad = d.grad_c_n ? vload(d.grad_c_n + b * H + j, H - j) : Vec<Acc<S>>{};
         vstore(grad, job.dc + r * H + j, H - j);
       }
-      convert_row(d.h0 + b * H, H, H, job.hidden(p.seq.rows + b));
+      convert_row(d.h0 + b * p.outputs, p.outputs, p.outputs, job.hidden(p.seq.rows + b));
     }
   }
   if (!team.wait(job.share)) return;
   const int64_t steps = job.block.rows() == 0 ? 0 : job.block.length(0);
   for (int64_t step = steps - 1; step >= 0; --step) {
+    if (p.projected) {
+      backward_projection(job, step);
+      if (!team.wait(job.share)) return;
+    }
     backward_step(job, step);
     if (!team.wait(job.share)) return;
   }

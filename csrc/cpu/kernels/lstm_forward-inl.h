@@ -1,7 +1,8 @@
 // Forward of one direction of an LSTM layer over one block of sequences, all steps.
 //
 // Runs in chunks of steps. A chunk first multiplies all its input rows with W_ih. Then, step by step, it multiplies h
-// with W_hh and applies the cell while the sums are in registers.
+// with W_hh and applies the cell while the sums are in registers. A projection is a second product in each step:
+// m = o tanh(c) of all units, a barrier, h = m W_hr^T.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +34,8 @@ struct ForwardJob {
   int64_t members;
 
   Acc<S>* c;          // (block rows, H) shared by the team
-  Operand<S>* h[2];   // (block rows, depth of H) read by even and odd steps; unless kDirect
+  Operand<S>* h[2];   // (block rows, depth of P) read by even and odd steps; unless kDirect
+  Operand<S>* m;      // (block rows, depth of H) o tanh(c) before the projection, shared by the team; if projected
   Operand<S>* x;      // (chunk rows, depth of I), one for each member; unless kDirect
   Acc<S>* gates;      // (panels, chunk rows, 4 vectors) x W_ih^T
   float* row_scale;   // (chunk rows,) of quantised rows
@@ -49,6 +51,14 @@ struct ForwardJob {
   int64_t own(int64_t panel) const { return first_panel() <= panel && panel < last_panel() ? panel : first_panel(); }
   IntegerRows quantize(const GateWeight<S>& weight, const Operand<S>* const* a, int64_t rows, int64_t K) const {
     return weight.packed ? IntegerRows{} : quantize_rows<S>(weight, a, rows, K, integers, row_scale);
+  }
+  // The columns of this member, of `width`.
+  struct Columns {
+    int64_t begin, end;
+  };
+  Columns columns(int64_t width) const {
+    const int64_t vectors = (width + kLanes<S> - 1) / kLanes<S>, end = vectors * share.end / members * kLanes<S>;
+    return {vectors * share.begin / members * kLanes<S>, end < width ? end : width};
   }
   int64_t units(int64_t panel) const {
     const int64_t rest = p.hidden - panel * kLanes<S>;
@@ -105,6 +115,28 @@ void multiply_inputs(ForwardJob<S>& job, const Operand<S>* const* x, int64_t row
   }
 }
 
+// Stores h, from `column` on, as result and as operand of the next step.
+template <class S>
+FASTSEQ_INLINE void store_hidden(ForwardJob<S>& job,
+                                 int64_t row,
+                                 int64_t position,
+                                 int64_t column,
+                                 int64_t n,
+                                 int64_t next,  // index into job.h after the step
+                                 Vec<Acc<S>> h) {
+  const LstmForwardParams<S>& p = job.p;
+  S* const output = p.output + (position * p.directions + job.direction) * p.outputs + column;
+  vstore(h, output, n);
+  if constexpr (!kDirect<S>) {
+    Operand<S>* const operand = job.h[next] + row * padded_depth<S>(p.outputs) + column;
+    if constexpr (sizeof(Operand<S>) == sizeof(S)) {
+      vstore(h, operand, n);
+    } else {
+      vstore(vload(output, n), operand, n);  // rounded as the output is
+    }
+  }
+}
+
 // Applies the cell to the pre-activations of one row. Stores c, h and, if needed, the results for the backward.
 template <class S>
 FASTSEQ_INLINE void finish_row(ForwardJob<S>& job,
@@ -120,19 +152,14 @@ FASTSEQ_INLINE void finish_row(ForwardJob<S>& job,
   Vec<Acc<S>> c = vload(cell, units);
   const Vec<Acc<S>> h = cell_update<Acc<S>>(gates, c);
   vstore(c, cell, units);
-  S* const output = p.output + position * p.directions * H + column;
-  vstore(h, output, units);
-  if constexpr (!kDirect<S>) {
-    Operand<S>* const operand = job.h[next] + row * padded_depth<S>(H) + unit;
-    if constexpr (sizeof(Operand<S>) == sizeof(S)) {
-      vstore(h, operand, units);
-    } else {
-      vstore(vload(output, units), operand, units);  // rounded as the output is
-    }
+  if (p.projected) {
+    vstore(h, job.m + row * padded_depth<S>(H) + unit, units);
+  } else {
+    store_hidden(job, row, position, unit, units, next, h);
   }
   if (p.cell_states) vstore(c, p.cell_states + position * p.directions * H + column, units);
   if (!p.activations) return;
-  store_gates(gates, p.activations + (position * p.directions + job.direction) * 4 * H + unit, H, units);
+  store_gates(gates, p.activations + (position * p.directions + job.direction) * p.saved + unit, H, units);
 }
 
 // One step of all running rows. inputs: x W_ih^T of these rows, in the first panel of job.gates.
@@ -141,7 +168,7 @@ void run_step(ForwardJob<S>& job, const StepRows<S>& rows, const Acc<S>* inputs,
   const LstmForwardParams<S>& p = job.p;
   const int64_t H = p.hidden;
   alignas(64) Acc<S> sums[kBlockRows * 4 * kLanes<S>];
-  const IntegerRows integers = job.quantize(job.d.hh, rows.h, rows.count, H);
+  const IntegerRows integers = job.quantize(job.d.hh, rows.h, rows.count, p.outputs);
   for (int64_t k = 0; k < job.last_panel() - job.first_panel(); ++k) {
     const int64_t panel = job.panel_of(k, step), unit = panel * kLanes<S>, units = job.units(panel);
     Vec<Acc<S>> bias[4];
@@ -160,8 +187,59 @@ void run_step(ForwardJob<S>& job, const StepRows<S>& rows, const Acc<S>* inputs,
         finish_row(job, r, rows.position[r], unit, units, (step + 1) % 2, gates);
       }
     };
-    multiply_gates<S>(job, rows.h, integers, rows.count, job.d.hh, H, panel, job.panel_of(k + 1, step), sums, finish);
+    multiply_gates<S>(job, rows.h, integers, rows.count, job.d.hh, p.outputs, panel, job.panel_of(k + 1, step), sums,
+                      finish);
   }
+}
+
+// Calls finish(row, column, h) with vectors of h = m W_hr^T, for the columns of this member.
+template <class S, class Finish>
+FASTSEQ_INLINE void multiply_projection(const ForwardJob<S>& job,
+                                        const Operand<S>* const* m,  // (rows) rows of H elements
+                                        int64_t rows,
+                                        const Finish& finish) {
+  constexpr int64_t kWidth = 4 * kLanes<S>;
+  const int64_t H = job.p.hidden, P = job.p.outputs, depth = padded_depth<S>(H);
+  const void* const packed = job.d.packed_hr;
+  if (packed) {
+    const int64_t panels = (P + kWidth - 1) / kWidth, last = panels * job.share.end / job.members;
+    alignas(64) Acc<S> sums[kBlockRows * kWidth];
+    for (int64_t panel = panels * job.share.begin / job.members; panel < last; ++panel) {
+      const int64_t next = panel + 1 < last ? panel + 1 : panel;
+      multiply_block<S>(m, rows, panel_at<S>(packed, panel, depth), depth, panel_at<S>(packed, next, depth), false,
+                        sums);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t j = 0, column = panel * kWidth; j < kWidth && column < P; j += kLanes<S>, column += kLanes<S>) {
+          finish(r, column, vload(sums + r * kWidth + j));
+        }
+      }
+    }
+    return;
+  }
+  const auto [begin, end] = job.columns(P);
+  for (int64_t column = begin; column < end; column += kLanes<S>) {
+    const int64_t count = end - column < kLanes<S> ? end - column : kLanes<S>;
+    for_each_tile<kDotRows>(rows, [&](auto height, int64_t first) FASTSEQ_NOINLINE {
+      constexpr int ROWS = decltype(height)::count;
+      Vec<Acc<S>> h[ROWS];
+      dot_rows<S, ROWS>(m + first, job.d.weight_hr + column * H, H, count, h);
+      for (int r = 0; r < ROWS; ++r) finish(first + r, column, h[r]);
+    });
+  }
+}
+
+// Projects o tanh(c) of all running rows, which the whole team has stored, to h.
+template <class S>
+void project_step(ForwardJob<S>& job, const StepRows<S>& rows, int64_t step) {
+  const LstmForwardParams<S>& p = job.p;
+  const Operand<S>* m[kBlockRows];
+  for (int64_t r = 0; r < rows.count; ++r) m[r] = job.m + r * padded_depth<S>(p.hidden);
+  multiply_projection(job, m, rows.count, [&](int64_t r, int64_t column, Vec<Acc<S>> h) FASTSEQ_NOINLINE {
+    const int64_t n = p.outputs - column, position = rows.position[r];
+    store_hidden(job, r, position, column, n, (step + 1) % 2, h);
+    if (!p.activations) return;
+    vstore(h, p.activations + (position * p.directions + job.direction) * p.saved + 4 * p.hidden + column, n);
+  });
 }
 
 // Operands of an input row: the tensor itself if kDirect, else a converted copy in slot `slot` of job.x.
@@ -184,10 +262,10 @@ FASTSEQ_INLINE void step_rows(ForwardJob<S>& job, int64_t step, int64_t count, S
   for (int64_t r = 0; r < count; ++r) {
     rows.position[r] = job.block.position(r, step);
     if constexpr (kDirect<S>) {
-      rows.h[r] = step == 0 ? job.d.h0 + job.block.sequence(r) * p.hidden
-                            : p.output + (job.block.position(r, step - 1) * p.directions + job.direction) * p.hidden;
+      rows.h[r] = step == 0 ? job.d.h0 + job.block.sequence(r) * p.outputs
+                            : p.output + (job.block.position(r, step - 1) * p.directions + job.direction) * p.outputs;
     } else {
-      rows.h[r] = job.h[step % 2] + r * padded_depth<S>(p.hidden);
+      rows.h[r] = job.h[step % 2] + r * padded_depth<S>(p.outputs);
     }
   }
 }
@@ -202,13 +280,17 @@ bool run_chunk(ForwardJob<S>& job, int64_t& step, int64_t& running) {
     for (int64_t r = 0; r < count; ++r, ++rows) x[rows] = input_operands(job, job.block.position(r, end), rows);
   }
   multiply_inputs(job, x, rows);
+  const int64_t shares = job.share.end - job.share.begin;
   StepRows<S> current;
   for (const Acc<S>* gates = job.gates; step < end; ++step) {
     running = job.block.running(step, running);
     step_rows(job, step, running, current);
     run_step(job, current, gates, step);
     gates += running * 4 * kLanes<S>;
-    const int64_t shares = job.share.end - job.share.begin;
+    if (job.p.projected) {
+      if (!job.team.wait(job.share)) return false;
+      project_step(job, current, step);
+    }
     if (!job.team.wait(job.share)) return false;
     if (job.share.end - job.share.begin != shares) {  // alone from here on; the new panels have no gates yet
       ++step;
@@ -222,24 +304,26 @@ bool run_chunk(ForwardJob<S>& job, int64_t& step, int64_t& running) {
 template <class S>
 void start_block(ForwardJob<S>& job) {
   const LstmForwardParams<S>& p = job.p;
-  const int64_t H = p.hidden, begin = job.first_panel() * kLanes<S>;
-  const int64_t end = job.last_panel() * kLanes<S> < H ? job.last_panel() * kLanes<S> : H;
+  const int64_t H = p.hidden, P = p.outputs, depth = padded_depth<S>(P);
+  const auto cells = job.columns(H), hidden = job.columns(P);
   for (int64_t r = 0; r < job.block.rows(); ++r) {
     const int64_t b = job.block.sequence(r);
-    for (int64_t j = begin; j < end; j += kLanes<S>) {
-      vstore(vload(job.d.c0 + b * H + j, end - j), job.c + r * H + j, end - j);
+    for (int64_t j = cells.begin; j < cells.end; j += kLanes<S>) {
+      vstore(vload(job.d.c0 + b * H + j, cells.end - j), job.c + r * H + j, cells.end - j);
     }
     if constexpr (!kDirect<S>) {
-      const int64_t depth = padded_depth<S>(H);
-      convert_row(job.d.h0 + b * H + begin, end - begin, end == H ? depth - begin : end - begin,
-                  job.h[0] + r * depth + begin);
-      for (int64_t j = H; end == H && j < depth; ++j) job.h[1][r * depth + j] = Operand<S>{};
+      convert_row(job.d.h0 + b * P + hidden.begin, hidden.end - hidden.begin,
+                  (hidden.end == P ? depth : hidden.end) - hidden.begin, job.h[0] + r * depth + hidden.begin);
+      for (int64_t j = P; hidden.end == P && j < depth; ++j) job.h[1][r * depth + j] = Operand<S>{};
+      for (int64_t j = H; p.projected && cells.end == H && j < padded_depth<S>(H); ++j) {
+        job.m[r * padded_depth<S>(H) + j] = Operand<S>{};
+      }
     }
     if (p.seq.packed) continue;
     for (int64_t t = job.block.length(r); t < p.seq.steps; ++t) {
       const int64_t row = (p.seq.offset[t] + b) * p.directions + job.direction;
-      fill_zero(p.output + row * H + begin, end - begin);
-      if (p.cell_states) fill_zero(p.cell_states + row * H + begin, end - begin);
+      fill_zero(p.output + row * P + hidden.begin, hidden.end - hidden.begin);
+      if (p.cell_states) fill_zero(p.cell_states + row * H + cells.begin, cells.end - cells.begin);
     }
   }
 }
@@ -248,12 +332,12 @@ void start_block(ForwardJob<S>& job) {
 template <class S>
 void finish_block(const ForwardJob<S>& job) {
   const LstmForwardParams<S>& p = job.p;
-  const int64_t H = p.hidden;
+  const int64_t H = p.hidden, P = p.outputs;
   for (int64_t r = 0; r < job.block.rows(); ++r) {
     const int64_t b = job.block.sequence(r), length = job.block.length(r);
-    const S* h = job.d.h0 + b * H;
-    if (length > 0) h = p.output + (job.block.position(r, length - 1) * p.directions + job.direction) * H;
-    std::memcpy(job.d.h_n + b * H, h, H * sizeof(S));
+    const S* h = job.d.h0 + b * P;
+    if (length > 0) h = p.output + (job.block.position(r, length - 1) * p.directions + job.direction) * P;
+    std::memcpy(job.d.h_n + b * P, h, P * sizeof(S));
     for (int64_t j = 0; j < H; j += kLanes<S>) vstore(vload(job.c + r * H + j, H - j), job.d.c_n + b * H + j, H - j);
   }
 }
@@ -262,7 +346,9 @@ void finish_block(const ForwardJob<S>& job) {
 template <class S>
 int64_t forward_shared_bytes(const LstmForwardParams<S>& p) {
   const int64_t rows = SequenceBlock{p.seq, false, 0, p.blocks}.rows();
-  return rows * (p.hidden * sizeof(Acc<S>) + (kDirect<S> ? 0 : 2 * padded_depth<S>(p.hidden) * sizeof(Operand<S>)));
+  const int64_t operands = (kDirect<S> ? 0 : 2 * padded_depth<S>(p.outputs)) +  // h of even and odd steps
+                           (p.projected ? padded_depth<S>(p.hidden) : 0);
+  return rows * (p.hidden * sizeof(Acc<S>) + operands * sizeof(Operand<S>));
 }
 
 // Bytes of quantised rows and their scales.
@@ -294,12 +380,13 @@ void lstm_forward(const LstmForwardParams<S>& p,
                   void* member) {  // forward_member_bytes
   const FlushDenormals flush;
   const LstmForwardDirection<S>& d = p.direction[direction];
-  ForwardJob<S> job{p,      d,       direction, SequenceBlock{p.seq, d.reverse, block, p.blocks},
-                    team,   share,   members,   nullptr,
-                    {},     nullptr, nullptr,   nullptr,
-                    nullptr};
-  const int64_t rows = job.block.rows(), depth = padded_depth<S>(p.hidden);
+  ForwardJob<S> job{p,       d,       direction, SequenceBlock{p.seq, d.reverse, block, p.blocks},
+                    team,    share,   members,   nullptr,
+                    {},      nullptr, nullptr,   nullptr,
+                    nullptr, nullptr};
+  const int64_t rows = job.block.rows(), depth = padded_depth<S>(p.outputs);
   job.c = static_cast<Acc<S>*>(shared);
+  job.m = reinterpret_cast<Operand<S>*>(job.c + rows * p.hidden) + (kDirect<S> ? 0 : 2 * rows * depth);
   job.gates = static_cast<Acc<S>*>(member);
   if constexpr (!kDirect<S>) {
     job.h[0] = reinterpret_cast<Operand<S>*>(job.c + rows * p.hidden);

@@ -77,14 +77,15 @@ void transpose_gates(const Operand<S>* gates,  // (any, stride), at the first co
   }
 }
 
-// One factor of a weight gradient: a matrix (inputs or hidden states), and the gradient of the weight it multiplied.
+// One factor of a weight gradient: a matrix (inputs, hidden states or o tanh(c)), and the gradient of the weight it
+// multiplied, with N rows: 4H, or P of the projection.
 template <class S, class T>
 struct Factor {
   const T* rows;         // (any, columns)
   const int64_t* index;  // (depth,) row of each depth
   int64_t columns;
-  S* grad;       // (4H, columns)
-  Acc<S>* sums;  // (4H, columns) of all chunks but the last: wider than grad, or grad itself
+  S* grad;       // (N, columns)
+  Acc<S>* sums;  // (N, columns) of all chunks but the last: wider than grad, or grad itself
 
   int64_t panels() const { return (columns + 4 * kLanes<S> - 1) / (4 * kLanes<S>); }
 };
@@ -128,16 +129,18 @@ FASTSEQ_INLINE const Operand<S>* gradient_rows(const Factor<S, T>& f,
   return panels;
 }
 
-// Offsets into the scratch memory of lstm_weight_gradients, in bytes.
+// Offsets into the scratch memory of lstm_weight_gradients and lstm_projection_gradients, in bytes.
 template <class S>
 struct GradientScratch {
   int64_t bias, panels, end;
 
   explicit GradientScratch(const LstmBackwardParams<S>& p) {
     const int64_t width = 4 * kLanes<S>, depth = kDepthChunk<S> < p.seq.rows ? kDepthChunk<S> : p.seq.rows;
-    const int64_t columns = p.input_size + p.hidden + 2 * width;  // each of both factors ends with a whole panel
+    const int64_t gates = 4 * p.hidden, rows = gates > p.outputs ? gates : p.outputs;
+    const int64_t inputs = p.input_size + p.outputs, factors = inputs > p.hidden ? inputs : p.hidden;
+    const int64_t columns = factors + 2 * width;  // each factor ends with a whole panel
     bias = kGradientRows * kDepthChunk<S> * sizeof(Operand<S>);
-    panels = bias + (4 * p.hidden * sizeof(Acc<S>) + 63) / 64 * 64;
+    panels = bias + (rows * sizeof(Acc<S>) + 63) / 64 * 64;
     end = panels + columns * padded_depth<S>(depth) * sizeof(Operand<S>);
   }
 };
@@ -145,6 +148,42 @@ struct GradientScratch {
 template <class S>
 int64_t weight_gradient_bytes(const LstmBackwardParams<S>& p) {
   return GradientScratch<S>(p).end;
+}
+
+// Rows [begin, end) of the gradients of the weights that multiplied `factors`. Returns the sums of the columns of the
+// gradients, which `scratch` holds: the gradient of the bias.
+template <class S, class... F>
+FASTSEQ_INLINE const Acc<S>* multiply_factors(const LstmBackwardParams<S>& p,
+                                              const void* gradients,  // (any, stride) of the products' results
+                                              int64_t stride,
+                                              const ValidRows& valid,
+                                              int64_t begin,
+                                              int64_t end,
+                                              void* scratch,  // weight_gradient_bytes
+                                              const F&... factors) {
+  const GradientScratch<S> at(p);
+  auto* const transposed = static_cast<Operand<S>*>(scratch);
+  auto* const bias = reinterpret_cast<Acc<S>*>(static_cast<char*>(scratch) + at.bias);
+  auto* const panels = reinterpret_cast<Operand<S>*>(static_cast<char*>(scratch) + at.panels);
+  const Operand<S>* rows[kGradientRows];
+  for (int64_t r = 0; r < kGradientRows; ++r) rows[r] = transposed + r * kDepthChunk<S>;
+  for (int64_t gate = begin; gate < end; ++gate) bias[gate] = 0;
+  int64_t k = 0;
+  do {  // runs once even without valid rows, to set the gradients to 0
+    const int64_t K = valid.count - k < kDepthChunk<S> ? valid.count - k : kDepthChunk<S>, depth = padded_depth<S>(K);
+    const bool add = k > 0, last = k + K == valid.count;
+    Operand<S>* packed = panels;
+    ((packed = pack_factor(factors, k, K, packed)), ...);
+    for (int64_t gate = begin; gate < end; gate += kGradientRows) {
+      const int64_t count = end - gate < kGradientRows ? end - gate : kGradientRows;
+      transpose_gates<S>(static_cast<const Operand<S>*>(gradients) + gate, stride, valid.position + k, K, count,
+                         transposed, bias + gate);
+      const Operand<S>* next = panels;
+      ((next = gradient_rows(factors, rows, gate, count, next, depth, add, last)), ...);
+    }
+    k += kDepthChunk<S>;
+  } while (k < valid.count);
+  return bias;
 }
 
 // Rows [begin, end), of 4H, of the gradients of W_ih, W_hh and the bias of one direction.
@@ -159,29 +198,25 @@ void lstm_weight_gradients(const LstmBackwardParams<S>& p,
   const LstmBackwardDirection<S>& d = p.direction[direction];
   const Factor<S, S> inputs{p.input, valid.position, p.input_size, d.grad_ih, d.sums_ih};
   const Factor<S, Operand<S>> states{static_cast<const Operand<S>*>(d.hidden_states), valid.previous[direction],
-                                     p.hidden, d.grad_hh, d.sums_hh};
-  const GradientScratch<S> at(p);
-  auto* const transposed = static_cast<Operand<S>*>(scratch);
-  auto* const bias = reinterpret_cast<Acc<S>*>(static_cast<char*>(scratch) + at.bias);
-  auto* const panels = reinterpret_cast<Operand<S>*>(static_cast<char*>(scratch) + at.panels);
-  const Operand<S>* rows[kGradientRows];
-  for (int64_t r = 0; r < kGradientRows; ++r) rows[r] = transposed + r * kDepthChunk<S>;
-  for (int64_t gate = begin; gate < end; ++gate) bias[gate] = 0;
-  int64_t k = 0;
-  do {  // runs once even without valid rows, to set the gradients to 0
-    const int64_t K = valid.count - k < kDepthChunk<S> ? valid.count - k : kDepthChunk<S>, depth = padded_depth<S>(K);
-    const bool add = k > 0, last = k + K == valid.count;
-    pack_factor(states, k, K, pack_factor(inputs, k, K, panels));
-    for (int64_t gate = begin; gate < end; gate += kGradientRows) {
-      const int64_t count = end - gate < kGradientRows ? end - gate : kGradientRows;
-      transpose_gates<S>(static_cast<const Operand<S>*>(d.grad_gates) + gate, p.gates_stride, valid.position + k, K,
-                         count, transposed, bias + gate);
-      const auto* const next = gradient_rows(inputs, rows, gate, count, panels, depth, add, last);
-      gradient_rows(states, rows, gate, count, next, depth, add, last);
-    }
-    k += kDepthChunk<S>;
-  } while (k < valid.count);
+                                     p.outputs, d.grad_hh, d.sums_hh};
+  const Acc<S>* const bias =
+      multiply_factors(p, d.grad_gates, p.gates_stride, valid, begin, end, scratch, inputs, states);
   for (int64_t gate = begin; gate < end; ++gate) store(bias[gate], d.grad_bias + gate);
+}
+
+// Rows [begin, end), of P, of the gradient of W_hr of one direction.
+template <class S>
+void lstm_projection_gradients(const LstmBackwardParams<S>& p,
+                               int64_t direction,
+                               const ValidRows& valid,
+                               int64_t begin,
+                               int64_t end,
+                               void* scratch) {  // weight_gradient_bytes
+  const FlushDenormals flush;
+  const LstmBackwardDirection<S>& d = p.direction[direction];
+  const Factor<S, Operand<S>> cells{static_cast<const Operand<S>*>(d.unprojected), valid.position, p.hidden, d.grad_hr,
+                                    d.sums_hr};
+  multiply_factors(p, d.grad_hidden, p.hidden_stride, valid, begin, end, scratch, cells);
 }
 
 // Sum of products over depths [0, K).

@@ -110,6 +110,31 @@ FASTSEQ_INLINE Vec<Acc<S>> gather_lanes(const W* w, int64_t stride, int64_t unit
   return load_bytes<Vec<Acc<S>>>(lanes);
 }
 
+// Packs `count` rows of K elements, at most kLanes, into one vector of a panel.
+template <class S, class W>
+FASTSEQ_INLINE void pack_vector(const W* rows, int64_t K, int64_t count, Vec<Acc<S>> factor, Operand<S>* column) {
+  constexpr int64_t kWidth = 4 * kLanes<S> * kPair<S>;
+  int64_t k = 0;
+  if (count == kLanes<S>) {
+    for (; k + kLanes<S> * kPair<S> <= K; k += kLanes<S> * kPair<S>) {
+      Vec<Acc<S>> square[kLanes<S>];
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes<S>; ++l) square[l] = load_operands(rows + l * K + k);
+      transpose<kLanes<S> / 2>(square);
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes<S>; ++l, column += kWidth) {
+        if constexpr (!std::is_same_v<S, W>) square[l] *= factor;
+        std::memcpy(column, &square[l], sizeof square[l]);
+      }
+    }
+  }
+  for (; k < K; k += kPair<S>, column += kWidth) {
+    Vec<Acc<S>> lanes = gather_lanes<S>(rows + k, K, count, K - k < kPair<S> ? K - k : kPair<S>);
+    if constexpr (!std::is_same_v<S, W>) lanes *= factor;
+    std::memcpy(column, &lanes, sizeof lanes);
+  }
+}
+
 // Packs panel `panel` of the gates of a weight (4H, K): vector q holds gate q of kLanes hidden units. scale: factors of
 // the rows (4H,), or null.
 template <class S, class W>
@@ -118,28 +143,20 @@ void pack_gates(const W* weight, const Acc<S>* scale, int64_t H, int64_t K, int6
   const int64_t unit = panel * kLanes<S>, units = H - unit < kLanes<S> ? H - unit : kLanes<S>;
   Operand<S>* const out = static_cast<Operand<S>*>(packed) + panel * 4 * kLanes<S> * padded_depth<S>(K);
   for (int64_t q = 0; q < 4; ++q) {
-    const W* const rows = weight + (q * H + unit) * K;
     const Vec<Acc<S>> factor = scale ? vload(scale + q * H + unit, units) : splat(Acc<S>(1));
-    Operand<S>* column = out + q * (kWidth / 4);
-    int64_t k = 0;
-    if (units == kLanes<S>) {
-      for (; k + kLanes<S> * kPair<S> <= K; k += kLanes<S> * kPair<S>) {
-        Vec<Acc<S>> square[kLanes<S>];
-#pragma GCC unroll 16
-        for (int l = 0; l < kLanes<S>; ++l) square[l] = load_operands(rows + l * K + k);
-        transpose<kLanes<S> / 2>(square);
-#pragma GCC unroll 16
-        for (int l = 0; l < kLanes<S>; ++l, column += kWidth) {
-          if constexpr (!std::is_same_v<S, W>) square[l] *= factor;
-          std::memcpy(column, &square[l], sizeof square[l]);
-        }
-      }
-    }
-    for (; k < K; k += kPair<S>, column += kWidth) {
-      Vec<Acc<S>> lanes = gather_lanes<S>(rows + k, K, units, K - k < kPair<S> ? K - k : kPair<S>);
-      if constexpr (!std::is_same_v<S, W>) lanes *= factor;
-      std::memcpy(column, &lanes, sizeof lanes);
-    }
+    pack_vector<S>(weight + (q * H + unit) * K, K, units, factor, out + q * (kWidth / 4));
+  }
+}
+
+// Packs panel `panel` of the columns of W^T, for a contiguous weight W (N, K): 4 * kLanes neighbouring rows of W.
+template <class S>
+void pack_rows(const S* weight, int64_t N, int64_t K, int64_t panel, void* packed) {
+  constexpr int64_t kWidth = 4 * kLanes<S> * kPair<S>;
+  Operand<S>* const out = static_cast<Operand<S>*>(packed) + panel * 4 * kLanes<S> * padded_depth<S>(K);
+  for (int64_t q = 0; q < 4; ++q) {
+    const int64_t row = (panel * 4 + q) * kLanes<S>, rest = N - row < 0 ? 0 : N - row;
+    pack_vector<S>(weight + (N - rest) * K, K, rest < kLanes<S> ? rest : kLanes<S>, splat(Acc<S>(1)),
+                   out + q * (kWidth / 4));
   }
 }
 

@@ -46,8 +46,8 @@ int64_t chunk_rows(int64_t block_rows, int64_t hidden) {
 template <class S>
 void forward(const LayerArguments& layer, const SequenceTable& table, LstmForwardParams<S>& p) {
   const Kernels<S>& k = kernels<S>();
-  const int64_t H = layer.hidden, I = layer.input_size, D = layer.directions;
-  const int64_t panels = divide_up(H, k.gate_units);
+  const int64_t H = layer.hidden, I = layer.input_size, P = layer.outputs, D = layer.directions;
+  const int64_t panels = divide_up(H, k.gate_units), panels_hr = layer.projected ? divide_up(P, k.panel_columns) : 0;
   const ThreadPlan plan = plan_threads(layer, table, panels);
   p.blocks = plan.blocks;
   p.chunk_rows = chunk_rows(divide_up(layer.batch, plan.blocks), H);
@@ -56,8 +56,9 @@ void forward(const LayerArguments& layer, const SequenceTable& table, LstmForwar
   const bool skinny_input = in_place || table.valid_steps < rows_worth_packing(k.gate_units);
   const bool skinny_batch = skinny_input || layer.batch <= k.skinny_rows;
   const int64_t bytes_ih = skinny_input ? 0 : packed_bytes<S>(panels, 4 * k.gate_units, I);
-  const int64_t bytes_hh = skinny_batch ? 0 : packed_bytes<S>(panels, 4 * k.gate_units, H);
-  const PooledScratch packed(D * (bytes_ih + bytes_hh)), bias(D * 4 * H * sizeof(Acc<S>));
+  const int64_t bytes_hh = skinny_batch ? 0 : packed_bytes<S>(panels, 4 * k.gate_units, P);
+  const int64_t bytes_hr = skinny_batch || !panels_hr ? 0 : packed_bytes<S>(panels_hr, k.panel_columns, H);
+  const PooledScratch packed(D * (bytes_ih + bytes_hh + bytes_hr)), bias(D * 4 * H * sizeof(Acc<S>));
   sum_biases<S>(layer, bias.at<Acc<S>>(0));
   for (int64_t d = 0; d < D; ++d) {
     const auto rows = [&](int64_t index) -> RowWeight<S> {
@@ -66,13 +67,18 @@ void forward(const LayerArguments& layer, const SequenceTable& table, LstmForwar
     };
     p.direction[d].ih = {rows(0), skinny_input ? nullptr : packed.at(d * bytes_ih)};
     p.direction[d].hh = {rows(1), skinny_batch ? nullptr : packed.at(D * bytes_ih + d * bytes_hh)};
+    p.direction[d].packed_hr = bytes_hr ? packed.at(D * (bytes_ih + bytes_hh) + d * bytes_hr) : nullptr;
     p.direction[d].bias = bias.at<Acc<S>>(0) + d * 4 * H;
   }
-  pack_all(skinny_input ? 0 : 2 * D, panels, 4 * k.gate_units * (I + H) / 2, [&](int64_t weight, int64_t panel) {
+  pack_all(skinny_input ? 0 : 2 * D, panels, 4 * k.gate_units * (I + P) / 2, [&](int64_t weight, int64_t panel) {
     const LstmForwardDirection<S>& d = p.direction[weight / 2];
     const GateWeight<S>& w = weight % 2 == 0 ? d.ih : d.hh;
-    const int64_t depth = weight % 2 == 0 ? I : H;
+    const int64_t depth = weight % 2 == 0 ? I : P;
     if (w.packed) k.pack_gates(w.rows, w.type, w.scale, H, depth, panel, const_cast<void*>(w.packed));
+  });
+  pack_all(bytes_hr ? D : 0, panels_hr, k.panel_columns * H, [&](int64_t weight, int64_t panel) {
+    const LstmForwardDirection<S>& d = p.direction[weight];
+    k.pack_rows(d.weight_hr, P, H, panel, const_cast<void*>(d.packed_hr));
   });
 
   const int64_t team_bytes = divide_up(k.forward_shared_bytes(p), 64) * 64;
@@ -91,11 +97,11 @@ ForwardResults run_layer(const LayerArguments& layer,
                          const SequenceTable& table,
                          bool need_activations,
                          bool need_cell_states) {
-  const int64_t B = layer.batch, H = layer.hidden, D = layer.directions;
+  const int64_t B = layer.batch, H = layer.hidden, P = layer.outputs, D = layer.directions;
   const ScalarType dtype = layer.dtype;
-  Tensor output = result_empty(with_columns(table.rows, D * H), dtype);
-  Tensor h_n = result_empty({D, B, H}, dtype), c_n = result_empty({D, B, H}, dtype);
-  Tensor activations = pooled_empty(need_activations ? with_columns(table.rows, D * 4 * H) : Shape{0}, dtype);
+  Tensor output = result_empty(with_columns(table.rows, D * P), dtype);
+  Tensor h_n = result_empty({D, B, P}, dtype), c_n = result_empty({D, B, H}, dtype);
+  Tensor activations = pooled_empty(need_activations ? with_columns(table.rows, D * layer.saved()) : Shape{0}, dtype);
   Tensor cell_states =
       pooled_empty(need_cell_states ? with_columns(table.rows, D * H) : Shape{0}, accumulate_type(dtype));
   with_storage_type("lstm_forward", dtype, [&](auto zero) {
@@ -105,7 +111,7 @@ ForwardResults run_layer(const LayerArguments& layer,
     p.activations = write<S>(activations);
     p.cell_states = write<Acc<S>>(cell_states);
     for (int64_t d = 0; d < D; ++d) {
-      p.direction[d].h_n = write<S>(h_n) + d * B * H;
+      p.direction[d].h_n = write<S>(h_n) + d * B * P;
       p.direction[d].c_n = write<S>(c_n) + d * B * H;
     }
     forward(layer, table, p);

@@ -23,17 +23,22 @@ LayerArguments check_layer(const char* op,
   const ScalarType dtype = input.scalar_type();
   STD_TORCH_CHECK(D == 1 || D == 2, op, ": c0 must be for 1 or 2 directions, got ", D);
   const int64_t count = weights.size();
-  STD_TORCH_CHECK(count == 2 * D || count == 4 * D, op, ": weights must be weight_ih, weight_hh and optionally ",
-                  "bias_ih, bias_hh for each of ", D, " directions, got ", count, " tensors");
-  const LayerArguments layer{input, h0, c0, weights, count == 4 * D, reverse, I, H, B, D, dtype};
-  check_extent(op, "activations", Shape{table.seq.rows, D, 4 * H});
-  check_extent(op, "weight_hh", Shape{4 * H, H});
+  STD_TORCH_CHECK(count % D == 0 && 2 * D <= count && count <= 5 * D, op,
+                  ": weights must be weight_ih, weight_hh and optionally bias_ih, bias_hh and weight_hr for each of ",
+                  D, " directions, got ", count, " tensors");
+  const bool projected = count / D % 2 == 1;
+  if (projected) check_rank(op, "weight_hr", weights.back(), 2, "(P, H)");
+  const int64_t P = projected ? weights.back().size(0) : H;
+  const LayerArguments layer{input, h0, c0, weights, count >= 4 * D, projected, reverse, I, H, P, B, D, dtype};
+  check_extent(op, "activations", Shape{table.seq.rows, D, layer.saved()});
+  check_extent(op, "weight_hh", Shape{4 * H, P});
   check_cpu(op, "input", input, with_columns(table.rows, I), dtype);
-  check_cpu(op, "h0", h0, {D, B, H}, dtype);
+  check_cpu(op, "h0", h0, {D, B, P}, dtype);
   check_cpu(op, "c0", c0, {D, B, H}, dtype);
   for (int64_t d = 0; d < D; ++d) {
     check_cpu(op, "weight_ih", layer.weight(d, 0), {4 * H, I}, weight_type);
-    check_cpu(op, "weight_hh", layer.weight(d, 1), {4 * H, H}, weight_type);
+    check_cpu(op, "weight_hh", layer.weight(d, 1), {4 * H, P}, weight_type);
+    if (projected) check_cpu(op, "weight_hr", layer.weight_hr(d), {P, H}, dtype);
     if (!layer.bias) continue;
     check_cpu(op, "bias_ih", layer.weight(d, 2), {4 * H}, dtype);
     check_cpu(op, "bias_hh", layer.weight(d, 3), {4 * H}, dtype);
@@ -68,6 +73,7 @@ LayerArguments read_narrow_layer(const char* op,
   STD_TORCH_CHECK(type == ScalarType::Char || type == ScalarType::BFloat16, op,
                   ": weight_ih must have the dtype Char or BFloat16, got ", type);
   LayerArguments layer = check_layer(op, input, h0, c0, weights, table, reverse, type);
+  STD_TORCH_CHECK(!layer.projected, op, ": a projection needs weights in the dtype of the input; omit weight_hr");
   const int64_t count = scales.size(), expected = type == ScalarType::Char ? 2 * layer.directions : 0;
   STD_TORCH_CHECK(count == expected, op, ": scales must be two for each direction of int8 weights, else none; got ",
                   count, ", expected ", expected);
@@ -77,10 +83,10 @@ LayerArguments read_narrow_layer(const char* op,
 }
 
 ThreadPlan plan_threads(const LayerArguments& layer, const SequenceTable& table, int64_t panels) {
-  const int64_t B = layer.batch, D = layer.directions, H = layer.hidden;
-  const int64_t work = table.valid_steps * D * 4 * H * (layer.input_size + H);
+  const int64_t B = layer.batch, D = layer.directions;
+  const int64_t work = table.valid_steps * D * (4 * layer.hidden * layer.input_size + layer.step_weights());
   const int64_t threads = std::clamp<int64_t>(work / kGrain, 1, torch::stable::get_num_threads());
-  const bool fits = 4 * H * H * 4 <= kWeightShareBytes;
+  const bool fits = layer.step_weights() * 4 <= kWeightShareBytes;
   const bool together = B > kSkinnyRows || D == 1 || fits;
   const int64_t per_direction = together ? std::max<int64_t>(1, threads / D) : threads;
   // A team reads the weights once a step; threads that divide the batch read them once each, and wait for no other.

@@ -17,15 +17,20 @@ namespace fastseq::cpu {
 
 // The arguments that both operators share. Refers to tensors of the call.
 struct LayerArguments {
-  const Tensor &input, &h0, &c0;       // (rows, I), (D, B, H) each
-  const std::vector<Tensor>& weights;  // per direction W_ih, W_hh and, with bias, b_ih, b_hh
-  bool bias, reverse;
-  int64_t input_size, hidden, batch, directions;
+  const Tensor &input, &h0, &c0;       // (rows, I), (D, B, P), (D, B, H)
+  const std::vector<Tensor>& weights;  // per direction W_ih, W_hh, with bias b_ih, b_hh, if projected W_hr
+  bool bias, projected, reverse;
+  int64_t input_size, hidden, outputs, batch, directions;  // I, H, P, B, D
   ScalarType dtype;
   const std::vector<Tensor>* scales = nullptr;  // of int8 weights: (4H,) of W_ih and of W_hh for each direction
 
-  int64_t per_direction() const { return bias ? 4 : 2; }
+  int64_t per_direction() const { return 2 + 2 * bias + projected; }
   const Tensor& weight(int64_t direction, int64_t index) const { return weights[direction * per_direction() + index]; }
+  const Tensor& weight_hr(int64_t direction) const { return weight(direction, 2 + 2 * bias); }
+  // Columns of `activations` for each direction: the gates, then h if projected.
+  int64_t saved() const { return 4 * hidden + (projected ? outputs : 0); }
+  // Elements of the weights that a step of the recurrence reads, for each direction.
+  int64_t step_weights() const { return 4 * hidden * outputs + (projected ? outputs * hidden : 0); }
 };
 
 // Checks all tensors of a layer against each other and against `table`.
@@ -54,6 +59,9 @@ Params layer_params(const LayerArguments& layer, const SequenceTable& table) {
   p.seq = table.seq;
   p.input_size = layer.input_size;
   p.hidden = layer.hidden;
+  p.outputs = layer.outputs;
+  p.projected = layer.projected;
+  p.saved = layer.saved();
   p.directions = layer.directions;
   p.input = read<S>(layer.input);
   for (int64_t d = 0; d < layer.directions; ++d) {
@@ -61,7 +69,8 @@ Params layer_params(const LayerArguments& layer, const SequenceTable& table) {
     to.reverse = layer.directions == 2 ? d == 1 : layer.reverse;
     to.weight_ih = read<S>(layer.weight(d, 0));  // unused by the forward, whose weights may have another type
     to.weight_hh = read<S>(layer.weight(d, 1));
-    to.h0 = read<S>(layer.h0) + d * layer.batch * layer.hidden;
+    if (layer.projected) to.weight_hr = read<S>(layer.weight_hr(d));
+    to.h0 = read<S>(layer.h0) + d * layer.batch * layer.outputs;
     to.c0 = read<S>(layer.c0) + d * layer.batch * layer.hidden;
   }
   return p;

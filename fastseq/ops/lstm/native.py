@@ -20,7 +20,9 @@ PLAIN_HAS_BACKWARD = False
 
 
 def forward(layer: Layer, want: Want) -> Result:
-    """Saved: activations (..., D * 4H) in the dtype of the input, and cell states (..., D * H) in float32 at least."""
+    """Saved: activations (..., D * 4H), with a projection (..., D * (4H + P)) with h, in the dtype of the input; and
+    cell states (..., D * H) in float32 at least.
+    """
     if _native.device_of(layer.input) == "cuda":
         return native_cuda.forward(layer, want)
     output, h_n, c_n, activations, cell_states = _native.operators.lstm_forward.default(
@@ -80,10 +82,10 @@ def backward(layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: Layer
     input, h0, c0, of_weights = _native.operators.lstm_backward.default(
         *map(contiguous, grads), *_operands(layer), *saved, *_sizes(layer), needs.input, need_weights
     )
-    weights = []
+    weights, count = [], len(of_weights) // len(layer.weights)
     for d, wanted in enumerate(needs.weights):
-        ih, hh, bias = of_weights[3 * d : 3 * d + 3] if need_weights else (None, None, None)
-        grads_of_one = Weights(ih, hh, bias, bias, None)
+        ih, hh, bias, hr = (*of_weights[count * d : count * (d + 1)], *[None] * (4 - count))
+        grads_of_one = Weights(ih, hh, bias, bias, hr)
         weights.append(Weights(*(g if need else None for g, need in zip(grads_of_one, wanted, strict=True))))
     inputs = (g if need else None for g, need in zip((input, h0, c0), needs[:3], strict=True))
     return LayerGrads(*inputs, tuple(weights))
@@ -94,9 +96,9 @@ def unsupported(call) -> str | None:
     sentence = native_objection("lstm", call, native_cuda.DTYPES)
     if sentence is not None:
         return sentence
-    if call.proj_size:
+    if call.proj_size and call.device == "cuda":
         return (
-            f"lstm: the native backend has no projection (proj_size={call.proj_size}); "
+            f"lstm: the native backend has no projection on CUDA (proj_size={call.proj_size}); "
             "use backend='torch' or 'reference', or proj_size=0."
         )
     return native_cuda.unsupported(call) if call.device == "cuda" else None
@@ -114,35 +116,42 @@ def _sizes(layer: Layer) -> tuple:
     return *on_cpu, layer.reverse
 
 
+def _projected(weights, directions: int) -> bool:
+    """Whether each direction ends with W_hr: a list without it has two or four weights for each."""
+    return len(weights) // directions % 2 == 1
+
+
 def _fake_forward(*arguments):
     """As the schema: input, h0, c0, weights, lengths, batch_sizes, reverse, need_activations, need_cell_states."""
-    input, _, c0 = arguments[:3]
+    input, h0, c0, weights = arguments[:4]
     need_activations, need_cell_states = arguments[-2:]
-    rows, (D, B, H) = input.shape[:-1], c0.shape
+    rows, (D, B, H), P = input.shape[:-1], c0.shape, h0.shape[-1]
+    saved = 4 * H + P if _projected(weights, D) else 4 * H
     return (
-        input.new_empty(*rows, D * H),
+        input.new_empty(*rows, D * P),
+        c0.new_empty(D, B, P),
         c0.new_empty(D, B, H),
-        c0.new_empty(D, B, H),
-        input.new_empty((*rows, D * 4 * H) if need_activations else (0,)),
+        input.new_empty((*rows, D * saved) if need_activations else (0,)),
         input.new_empty((*rows, D * H) if need_cell_states else (0,), dtype=accumulate_dtype(input.dtype)),
     )
 
 
 def _fake_forward_narrow(*arguments):
     """As the schema: input, h0, c0, weights, scales, lengths, batch_sizes, reverse, need_cell_states."""
-    *results, _, cell_states = _fake_forward(*arguments[:3], False, arguments[-1])
+    *results, _, cell_states = _fake_forward(*arguments[:4], False, arguments[-1])
     return *results, cell_states
 
 
 def _fake_backward(*arguments):
     """As the schema: 4 gradients, input, h0, c0, weights, 2 saved tensors, 2 sizes, reverse, 2 needs."""
-    input, _, c0 = arguments[4:7]
+    input, h0, c0, given = arguments[4:8]
     need_input, need_weights = arguments[-2:]
-    (D, B, H), I = c0.shape, input.shape[-1]  # noqa: E741
-    shapes = ((4 * H, I), (4 * H, H), (4 * H,)) * D if need_weights else ()
+    (D, B, H), P, I = c0.shape, h0.shape[-1], input.shape[-1]  # noqa: E741
+    projection = ((P, H),) if _projected(given, D) else ()
+    shapes = ((4 * H, I), (4 * H, P), (4 * H,), *projection) * D if need_weights else ()
     return (
         torch.empty_like(input) if need_input else input.new_empty(0),
-        c0.new_empty(D, B, H),
+        c0.new_empty(D, B, P),
         c0.new_empty(D, B, H),
         [input.new_empty(shape) for shape in shapes],
     )
