@@ -6,6 +6,7 @@ rows of the installed Triton: python tests/triton/test_triton_binaries.py
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -27,6 +28,7 @@ from fastseq.ops.common.triton.compile import compiled, compiling_for
 from fastseq.ops.common.triton.runtime import CHIPS
 from fastseq.warmup import warmup
 
+VARIANT = ("recurrent_dropout", "zoneout_cell", "layer_norm")
 TABLE = Path(__file__).with_name("triton_table.json")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -220,10 +222,14 @@ def test_lengths_and_batch_sizes_compile_nothing(H, dtype):
 def warm(tmp_path_factory):
     """Fill a Triton cache by ``fastseq warmup`` for H = 24; return it and the finished process."""
     folder = tmp_path_factory.mktemp("cache")
+    return folder, run_warmup(folder, "--coverage", "--variant", *VARIANT)
+
+
+def run_warmup(folder: Path, *options) -> subprocess.CompletedProcess:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("FASTSEQ_", "PYTEST"))}
     command = [sys.executable, "-m", "fastseq", "warmup", "--hidden-size", "24", "--dtype", "bf16", "--chip", "sm_90"]
     environment = kept | {"TRITON_CACHE_DIR": str(folder)}
-    return folder, subprocess.run(command, env=environment, text=True, capture_output=True)
+    return subprocess.run([*command, *options], env=environment, text=True, capture_output=True)
 
 
 def binaries(folder: Path) -> set[Path]:
@@ -234,26 +240,39 @@ def binaries(folder: Path) -> set[Path]:
 def test_warmup_compiles_into_the_cache(warm):
     folder, process = warm
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("compiled for sm_90, H=24, bf16:")
+    count = len(binaries(folder))
+    assert re.fullmatch(
+        rf"compiled for sm_90, H=24, bf16: [\d.]+ s, {count} kernels; 0 were in the cache\n", process.stdout
+    )
     names = {path.stem for path in binaries(folder)}
     assert {"lstm_cell_forward_kernel", "lstm_sequence_backward_kernel", "attention_grad_scores_kernel"} <= names
+    assert "lstm_variant_backward_kernel" in names
+    again = run_warmup(folder)
+    assert re.search(r" 0 kernels; \d\d were in the cache\n", again.stdout), again.stdout + again.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("H", [24, 264])
 def test_warmup_leaves_nothing_to_compile(H, warm, monkeypatch):
-    """Training and decoding after ``fastseq warmup``: an encoder, a decoder, steps of cells, attention."""
+    """Training and decoding after ``fastseq warmup``: an encoder, a decoder, steps of cells, attention.
+
+    For H = 24, to keep the other case short, also a variant of the LSTM and coverage.
+    """
     folder = warm[0]
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     chip, before = CHIPS["sm_90"], binaries(folder)
-    warmup(H, BF16, chip=chip.name)
+    warmup(H, BF16, variant=VARIANT if H == 24 else (), coverage=H == 24, chip=chip.name)
     assert H != 24 or binaries(folder) == before, "this process must use the cache of the command"
     before = {k.hash for k in compiled(chip)}
     encoder = fastseq.LSTM(H, H, bidirectional=True, dtype=BF16, backend="triton")
     decoder = fastseq.LSTM(H, H, dtype=BF16, backend="triton")
     additive = fastseq.Attention(H, H, score="additive", dtype=BF16, backend="triton")
+    covered = fastseq.Attention(H, H, score="additive", coverage=True, dtype=BF16, backend="triton")
+    options = {"recurrent_dropout": 0.1, "zoneout_cell": 0.1, "layer_norm": True}
+    variant = fastseq.LSTM(H, H, bidirectional=True, **options, dtype=BF16, backend="triton")
     with compiling_for(chip) as launches:
         for train in (True, False):
+            variant.train(train)
             with torch.set_grad_enabled(train):
                 source, target = torch.zeros(7, 20, H, dtype=BF16), torch.zeros(4, 20, H, dtype=BF16)
                 lengths = torch.arange(20) % 8
@@ -263,6 +282,11 @@ def test_warmup_leaves_nothing_to_compile(H, warm, monkeypatch):
                 query, keys = output.transpose(0, 1), memory.transpose(0, 1)
                 context, _ = ops.attention(query, keys, lengths=lengths.int(), backend="triton")
                 context = context + additive(query, keys, mask=torch.ones(20, 7, dtype=torch.bool))[0]
+                if H == 24:
+                    coverage = torch.zeros(20, 4, 7, dtype=BF16, requires_grad=train)
+                    context = context + covered(query, keys, coverage=coverage, lengths=lengths)[0]
+                    normed, _ = variant(source, lengths=lengths)
+                    context = context + normed[:1, :, :H].transpose(0, 1)
                 _, (last, _) = decoder(target)
                 steps = ops.lstm_cell(target[0].repeat(1, 4), target[0].requires_grad_(train), backend="triton")
                 if train:

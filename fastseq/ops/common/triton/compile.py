@@ -4,8 +4,10 @@ The binaries in Triton's cache are those that a call on that chip would compile.
 
 import contextlib
 import importlib
+from collections import Counter
 from collections.abc import Iterator
 
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
@@ -74,6 +76,24 @@ def compiling_for(chip: Chip) -> Iterator[list[str]]:
             yield stub.launches
     finally:
         driver.set_active(active)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Counter[bool]]:
+    """Yield the numbers of kernels that Triton compiles (key False) and reads from its cache on disk (True)."""
+    count: Counter[bool] = Counter()
+    before = knobs.compilation.listener
+
+    def listener(*, cache_hit: bool, **others) -> None:
+        count[cache_hit] += 1
+        if before is not None:
+            before(cache_hit=cache_hit, **others)
+
+    knobs.compilation.listener = listener
+    try:
+        yield count
+    finally:
+        knobs.compilation.listener = before
 
 
 def compiled(chip: Chip) -> list:
