@@ -16,12 +16,16 @@ from typing import NamedTuple
 
 from build_support.compile import Job, compile_all, files_of
 
-ARCHITECTURES = "8.0;9.0+PTX"  # Ampere and Hopper; drivers of newer GPUs compile the PTX when the library is loaded
-SMALLEST_ARCHITECTURE = 8.0
+ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # Ampere, Hopper, Blackwell: where nvcc compiles for them
+# The kernels use instructions of these two: nvcc's front end runs for them, and ptxas for each GPU, from the PTX of the
+# newest that the GPU runs. Drivers of other GPUs compile PTX when the library is loaded: 9.0 serves 11.0 and later.
+VIRTUAL_ARCHITECTURES = (8.0, 9.0)
+SMALLEST_ARCHITECTURE = VIRTUAL_ARCHITECTURES[0]
 SMALLEST_RELEASE = (12, 1)  # PTX ISA 8.1: st.async in csrc/cuda/common/cluster.cuh
 DRIVERS = {12: "525.60.13", 13: "580.65.06"}  # by major release of nvcc: the oldest Linux driver that loads its code
 FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-warn-spills"]
-COMPRESSION = "--compress-mode=size"  # a fifth of the size; drivers before CUDA 13 may not read it
+COMPRESSION = ("--compress-mode=size",)  # of 12.8 and later, but drivers before CUDA 12.4 do not read it
+OLD_COMPRESSION = ("-Xfatbin", "-compress-all")  # for toolkits whose code runs with older drivers
 COMPRESSES_SINCE = (13, 0)
 LINK_FLAGS = ["-lcudart_static", "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL"]
 USUAL_HOME = Path("/usr/local/cuda")
@@ -155,8 +159,14 @@ def first_error(output: str) -> str:
 
 
 def architectures() -> tuple[list[str], list[str]]:
-    """From TORCH_CUDA_ARCH_LIST, such as "7.5;8.0;9.0+PTX" -> (["8.0", "9.0+PTX"], ["7.5"]): to build, to leave out."""
-    names = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,") or ARCHITECTURES)
+    """From TORCH_CUDA_ARCH_LIST, such as "7.5;8.0;9.0+PTX" -> (["8.0", "9.0+PTX"], ["7.5"]): to build, to leave out.
+
+    Unset: default_architectures of the nvcc in use.
+    """
+    requested = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,")
+    if not requested:
+        return default_architectures(run(find_toolkit().nvcc, "--list-gpu-code")), []
+    names = re.split(r"[;, ]+", requested)
     for name in names:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
             raise SystemExit(f"fastseq: TORCH_CUDA_ARCH_LIST names {name!r}; expected versions such as 8.0;9.0+PTX.")
@@ -166,14 +176,33 @@ def architectures() -> tuple[list[str], list[str]]:
     return [name for name in names if name not in old], old
 
 
+def default_architectures(listed: str) -> list[str]:
+    """The output of ``nvcc --list-gpu-code`` -> ARCHITECTURES as far as listed, with PTX of 9.0, or of the newest."""
+    codes = set(listed.split())
+    names = [name for name in ARCHITECTURES if f"sm_{name.replace('.', '')}" in codes]
+    if not names:
+        raise Unusable(f"nvcc compiles for none of {', '.join(ARCHITECTURES)} (nvcc --list-gpu-code)")
+    with_ptx = "9.0" if "9.0" in names else names[-1]
+    return [f"{name}+PTX" if name == with_ptx else name for name in names]
+
+
+def virtual_architecture(name: str) -> str:
+    """The architecture whose PTX becomes code for ``name``: "8.6" -> "80", "12.0" -> "90"; "9.0a" -> "90a", its own."""
+    if name[-1] in "af":
+        return name.replace(".", "")
+    return str(max(virtual for virtual in VIRTUAL_ARCHITECTURES if virtual <= float(name))).replace(".", "")
+
+
 def generate_code(names: list[str]) -> list[str]:
-    """["8.0", "9.0+PTX"] -> the -gencode flags of nvcc."""
-    flags = []
+    """["8.0", "9.0+PTX", "10.0"] -> the -gencode flags of nvcc, one for each virtual architecture."""
+    codes: dict[str, list[str]] = {}
     for name in names:
-        number = name.removesuffix("+PTX").replace(".", "")
-        codes = [f"sm_{number}", *([f"compute_{number}"] if name.endswith("+PTX") else [])]
-        flags.append(f"-gencode=arch=compute_{number},code=[{','.join(codes)}]")
-    return flags
+        plain = name.removesuffix("+PTX")
+        virtual = virtual_architecture(plain)
+        codes.setdefault(virtual, []).append(f"sm_{plain.replace('.', '')}")
+        if plain != name:
+            codes[virtual].append(f"compute_{virtual}")
+    return [f"-gencode=arch=compute_{v},code=[{','.join(dict.fromkeys(several))}]" for v, several in codes.items()]
 
 
 def jobs(root: Path, names: list[str]) -> list[Job]:
@@ -182,7 +211,7 @@ def jobs(root: Path, names: list[str]) -> list[Job]:
     The objects stay in build/cuda, named by the hash of all they are made of: setup.py and the tests share them.
     """
     toolkit = find_toolkit()
-    compression = [COMPRESSION] if toolkit.release >= COMPRESSES_SINCE else []
+    compression = COMPRESSION if toolkit.release >= COMPRESSES_SINCE else OLD_COMPRESSION
     requested = shlex.split(os.environ.get("FASTSEQ_NVCCFLAGS", ""))
     flags = [*FLAGS, *compression, *toolkit.flags, *generate_code(names), *requested]
     common = " ".join(flags) + run(toolkit.nvcc, "--version")

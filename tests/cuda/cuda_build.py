@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build/cuda"
 INCLUDES = (ROOT / "csrc",)
-ARCHITECTURES = (80, 90, 100)  # machine code
+ARCHITECTURES = (80, 90, 100, 120)  # machine code
 PTX_ARCHITECTURES = (80, 90)  # PTX
 REQUESTED = ["8.0+PTX", "9.0+PTX"]  # equals TORCH_CUDA_ARCH_LIST in the Makefile
 

@@ -1,7 +1,7 @@
-"""Every CUDA kernel, compiled for sm_80, sm_90 and sm_100: no spills, fits the chip, stays within its budget.
+"""Every CUDA kernel, compiled for sm_80, sm_90, sm_100 and sm_120: no spills, fits the chip, stays within its budget.
 
-cuda_budget.json holds registers, memory and instruction counts per kernel. After an intended change:
-python tests/cuda/test_cuda_budget.py --write
+cuda_budget.json holds registers, memory and instruction counts per kernel, except for sm_120. After an intended
+change: python tests/cuda/test_cuda_budget.py --write
 """
 
 import functools
@@ -15,7 +15,8 @@ import pytest
 
 TABLE = Path(__file__).with_name("cuda_budget.json")
 RENEW = "if this is intended, renew the table: python tests/cuda/test_cuda_budget.py --write"
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # limit of one block, bytes
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # limit of one block, bytes
+BUDGETED = (80, 90, 100)  # architectures in the table
 PRINTF_STACK = 32  # bytes of stack for the arguments of abort_kernel's printf
 # Kernel name (pattern), first architecture, kinds of instructions that the kernel must contain.
 MUST_HAVE = (
@@ -72,6 +73,8 @@ def problems(name: str, facts: dict[str, int], row: dict[str, int] | None, archi
     for pattern, since, kinds in MUST_HAVE:
         if architecture >= since and re.search(pattern, name):
             faults += [f"{where} has no {kind}" for kind in kinds if not facts[kind]]
+    if architecture not in BUDGETED:
+        return faults
     if row is None:
         return [*faults, f"{where} has no row in {TABLE.name}; {RENEW}"]
     more = [w for w in GROWS if facts[w] > 1.1 * row[w]]
@@ -159,7 +162,7 @@ def write_table() -> None:
     columns = (*GROWS, "threads", *KINDS)
     table = {
         f"sm_{chip}": {name: {c: row[c] for c in columns} for name, row in sorted(compiled_facts(chip).items())}
-        for chip in cuda_build.ARCHITECTURES
+        for chip in BUDGETED
     }
     sections = (
         f'"{chip}": {{\n' + ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()) + "\n}"

@@ -9,6 +9,7 @@ KINDS = [*DTYPES, "tf32"]
 SMALL = {  # limits of devices that are smaller than an A100; L4 and RTX 4060 have capability 8.9
     "L4": {"multiprocessors": 58, "capability": 89, "shared_memory": 99 << 10},
     "RTX 4060": {"multiprocessors": 24, "capability": 89, "shared_memory": 99 << 10},
+    "RTX 5060": {"multiprocessors": 30, "capability": 120, "shared_memory": 99 << 10},  # clusters in less memory
     "a seventh of an H100": {"multiprocessors": 16},
 }
 

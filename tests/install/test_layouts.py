@@ -151,7 +151,7 @@ def test_the_next_nvcc_serves_where_the_first_cannot(real, cuda, tmp_path, monke
 
 @pytest.mark.parametrize(
     ("names", "compiler", "reason"),
-    [(("8.0", "6.1"), "c++", "Unsupported gpu architecture"), (("9.0",), "false", "false fails")],
+    [(("8.0", "99.0"), "c++", "Unsupported gpu architecture"), (("9.0",), "false", "false fails")],
     ids=["architecture", "host compiler"],
 )
 def test_an_nvcc_that_cannot_compile_is_refused(names, compiler, reason, real, cuda):
@@ -166,15 +166,59 @@ def test_machine_code_is_compressed_where_every_driver_of_the_release_reads_it(
     monkeypatch.setattr(cuda, "find_toolkit", functools.cache(lambda: real._replace(release=release)))
     jobs = cuda.jobs(ROOT, ["9.0"])
     assert len(jobs) == len(list(ROOT.glob("csrc/cuda/**/*.cu")))
-    assert all((cuda.COMPRESSION in job.command) is compressed for job in jobs)
+    assert all(("--compress-mode=size" in job.command) is compressed for job in jobs)
+    assert all(("-compress-all" in job.command) is not compressed for job in jobs)  # which any driver reads
 
 
-def test_architectures(cuda, monkeypatch):
-    assert cuda.architectures() == (["8.0", "9.0+PTX"], [])
-    assert cuda.generate_code(["8.0", "9.0+PTX"]) == [
-        "-gencode=arch=compute_80,code=[sm_80]",
-        "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+# `nvcc --list-gpu-code` of 13.0; the same from `ptxas --help` of 12.4, 12.6 and 12.8 (pip's nvidia-cuda-nvcc-cu12).
+OLD = "sm_50 sm_52 sm_53 sm_60 sm_61 sm_62 sm_70 sm_72 sm_75 sm_80 sm_86 sm_87 sm_89 sm_90 sm_90a"
+LISTED = {
+    "12.4": OLD,
+    "12.6": OLD,
+    "12.8": f"{OLD} sm_100 sm_100a sm_101 sm_101a sm_120 sm_120a",
+    "13.0": "sm_75 sm_80 sm_86 sm_87 sm_88 sm_89 sm_90 sm_100 sm_110 sm_103 sm_120 sm_121",
+}
+
+
+@pytest.mark.parametrize(
+    ("listed", "names"),
+    [
+        (LISTED["12.4"], ["8.0", "9.0+PTX"]),
+        (LISTED["12.6"], ["8.0", "9.0+PTX"]),
+        (LISTED["12.8"], ["8.0", "9.0+PTX", "10.0", "12.0"]),
+        (LISTED["13.0"], ["8.0", "9.0+PTX", "10.0", "12.0"]),
+        ("sm_100 sm_120 sm_150", ["10.0", "12.0+PTX"]),
+    ],
+    ids=[*LISTED, "a later one"],
+)
+def test_the_default_architectures_are_those_of_nvcc(listed, names, cuda):
+    assert cuda.default_architectures(listed.replace(" ", "\n") + "\n") == names
+
+
+def test_an_nvcc_for_other_gpus_is_refused(cuda):
+    with pytest.raises(cuda.Unusable, match=r"compiles for none of 8\.0, 9\.0, 10\.0, 12\.0"):
+        cuda.default_architectures("sm_52\nsm_150\n")
+
+
+def test_an_unset_list_means_the_default(real, cuda, monkeypatch):
+    monkeypatch.setattr(cuda, "find_toolkit", functools.cache(lambda: real))
+    names, old = cuda.architectures()
+    assert names[:2] == ["8.0", "9.0+PTX"] and old == []
+
+
+def test_the_front_end_runs_once_for_ampere_and_once_for_all_newer(cuda):
+    """ptxas makes the code of each GPU; the kernels use no instruction of 10.0 and later."""
+    assert cuda.generate_code(["8.0", "8.6", "9.0+PTX", "10.0", "12.0"]) == [
+        "-gencode=arch=compute_80,code=[sm_80,sm_86]",
+        "-gencode=arch=compute_90,code=[sm_90,compute_90,sm_100,sm_120]",
     ]
+    assert cuda.generate_code(["9.0a", "10.0+PTX"]) == [
+        "-gencode=arch=compute_90a,code=[sm_90a]",
+        "-gencode=arch=compute_90,code=[sm_100,compute_90]",
+    ]
+
+
+def test_architectures_by_name(cuda, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.6;9.0a")  # NVIDIA's containers set such a list
     assert cuda.architectures() == (["8.6", "9.0a"], ["7.5"])
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")

@@ -7,13 +7,13 @@
 namespace fastseq::cuda {
 
 template <class T, int N>
-__global__ void __launch_bounds__(256) lstm_cell_forward_kernel(int64_t batch,
-                                                                int64_t hidden,
-                                                                const T* __restrict__ gates,         // (B, 4H)
-                                                                const T* __restrict__ c,             // (B, H)
-                                                                T* __restrict__ h,                   // (B, H)
-                                                                T* __restrict__ c_n,                 // (B, H)
-                                                                Acc<T>* __restrict__ activations) {  // (B, 4H)
+__global__ void __launch_bounds__(256, 3) lstm_cell_forward_kernel(int64_t batch,
+                                                                   int64_t hidden,
+                                                                   const T* __restrict__ gates,         // (B, 4H)
+                                                                   const T* __restrict__ c,             // (B, H)
+                                                                   T* __restrict__ h,                   // (B, H)
+                                                                   T* __restrict__ c_n,                 // (B, H)
+                                                                   Acc<T>* __restrict__ activations) {  // (B, 4H)
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t groups = hidden / N;
   if (index >= batch * groups) return;
