@@ -7,11 +7,13 @@
 # make arm64   cross-compile the wheel for aarch64 and run its tests under qemu
 # make latencies   compile benchmarks/latencies.cu for a machine that has a GPU but no nvcc
 # make cuda-parity  the full parity grid, wider LSTMs and TF32 through the CUDA kernels, without a GPU
-# make gpu-bundle   compile what benchmarks/gpu_check.py needs on such a machine, for one GPU (CHIP=9.0)
+# make gpu-bundle   compile what benchmarks/gpu_check.py needs on such a machine, for one GPU (CHIP=9.0), its Python and
+#                   its Triton (BUNDLE_PYTHON, BUNDLE_TRITON)
 # make triton-versions   the Triton tests on each version of Triton that a supported torch brings
 #
 # Variables: PYTHON, TORCH (a pip requirement; add an index with --index-url), TRITON (the same; empty for none),
-# TRITON_VERSIONS, WHEEL_PYTHONS, WHEEL_TORCHES, CHIP, CUDA, DATA, RUN, PYTEST_ARGS, CUDA_PARITY, FUZZ_ARGS, MUTATE_ARGS (--help lists them).
+# TRITON_VERSIONS, WHEEL_PYTHONS, WHEEL_TORCHES, CHIP, BUNDLE_PYTHON, BUNDLE_TRITON, CUDA, DATA, RUN, PYTEST_ARGS,
+# CUDA_PARITY, FUZZ_ARGS, MUTATE_ARGS (--help lists them).
 # CUDA=1 compiles the CUDA kernels, CUDA=0 does not; unset, they are compiled if a GPU is visible and nvcc is found.
 # make test compiles them for their tests, with either, if nvcc is found.
 
@@ -22,6 +24,8 @@ TRITON_VERSIONS ?= 3.6.0 3.7.1
 WHEEL_PYTHONS ?= $(PYTHON)
 WHEEL_TORCHES ?= 2.13.0
 CHIP ?= 9.0
+BUNDLE_PYTHON ?= 3.12
+BUNDLE_TRITON ?= 3.6.0
 CUDA ?= $(or $(FASTSEQ_CUDA),$(if $(wildcard /dev/nvidia0 /dev/dxg),auto,0))
 DATA ?= data/cmudict
 RUN ?= runs/cmudict
@@ -116,10 +120,21 @@ arm64: $(READY)
 
 latencies: build/latencies
 
-# In a checkout of the same commit, these two files are all that benchmarks/gpu_check.py looks for.
-gpu-bundle: $(READY) latencies
+# In a checkout of the same commit, these are all that benchmarks/gpu_check.py looks for. Triton compiles 24 sizes.
+BUNDLE := fastseq/_C.abi3.so build/latencies build/triton-cache
+gpu-bundle: $(READY) latencies build/triton-$(BUNDLE_TRITON)/.ready build/bundle-triton/.ready
 	FASTSEQ_NATIVE=1 FASTSEQ_CUDA=1 TORCH_CUDA_ARCH_LIST=$(CHIP) $(BIN)/python setup.py --quiet build_ext --inplace
-	@echo "copy into a checkout of this commit:" && du -h fastseq/_C.abi3.so build/latencies
+	rm -rf build/triton-cache
+	PYTHONPATH=build/triton-$(BUNDLE_TRITON) $(BIN)/python benchmarks/triton_cache.py build/triton-cache \
+	  --chip sm_$(subst .,,$(CHIP)) --python $(BUNDLE_PYTHON) --packages build/bundle-triton
+	tar -cJf build/gpu-bundle.tar.xz $(BUNDLE)
+	@echo "unpack in a checkout of this commit:" && du -sh $(BUNDLE) build/gpu-bundle.tar.xz
+
+# The Triton of the GPU's machine: its Python is another, so that it serves to find the names of Triton's cache only.
+build/bundle-triton/.ready: $(READY)
+	rm -rf $(@D)
+	$(PIP) --target $(@D) --no-deps --only-binary :all: --python-version $(BUNDLE_PYTHON) triton==$(BUNDLE_TRITON)
+	touch $@
 
 # The same architectures as in gpu_check.py, which compiles the file itself where it finds nvcc.
 build/latencies: benchmarks/latencies.cu

@@ -6,7 +6,6 @@ bound a recurrent step, then times fastseq against cuDNN, SDPA and eager torch, 
 
 import argparse
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -26,16 +25,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's fastseq, installed or not
 
 import gpu_tasks
+import triton_cache
 from gpu_cases import SIMULATED, parity_case_list
 from gpu_process import Lost, Worker, end_group
 from gpu_report import Report
 from gpu_worker import BACKEND_KEY
 
-from fastseq.bench.cases import HIDDEN_SIZES
 from fastseq.console import Bar
 from fastseq.ops.common.triton.runtime import CHIPS
 
 ROOT = Path(__file__).resolve().parents[1]
+TRITON_CACHE = ROOT / "build" / "triton-cache"
 WORKER = [sys.executable, str(ROOT / "benchmarks" / "gpu_worker.py")]
 START_SECONDS = 300.0  # until a worker's first answer: imports, a CUDA context, compiling the host-side device
 TOO_OFTEN = 2  # hangs or crashes of a backend in one family of tasks after which it gets no further task of it
@@ -182,10 +182,15 @@ def find_toolkit() -> None:
 
 
 def check_environment(check: Check) -> str:
-    """Collect facts for the report; build the CUDA kernels if they are missing and can be built."""
+    """Find a brought Triton cache; collect facts; build the CUDA kernels if they are missing and can be built."""
+    cache = "" if SIMULATED else triton_cache.bring(TRITON_CACHE)  # before the first worker starts
     row = _facts(check)
     if SIMULATED:
         return row["facts"]["simulation"]
+    return f"{_cuda_kernels(check, row)}; {cache}"
+
+
+def _cuda_kernels(check: Check, row: dict) -> str:
     if row["cuda_kernels"]:
         return f"the library has CUDA kernels for {row['facts']['native cuda']}"
     if shutil.which("nvcc") is None:
@@ -221,7 +226,7 @@ def start_compiling(check: Check) -> str:
     chip = "sm_90" if SIMULATED else check.report.data["environment"].get("facts", {}).get("chip", "an unknown chip")
     if chip not in CHIPS or importlib.util.find_spec("triton") is None:
         return f"not done: for {chip}, with triton {'missing' if chip in CHIPS else 'installed or not'}"
-    sizes = [(16, "bf16")] if SIMULATED else list(itertools.product(HIDDEN_SIZES, ("bf16", "fp32", "fp16")))
+    sizes = [(16, "bf16")] if SIMULATED else triton_cache.SIZES
     processes = min(len(sizes), max(1, (os.cpu_count() or 2) // 2 - 1))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     for k in range(processes):
@@ -237,10 +242,12 @@ def start_compiling(check: Check) -> str:
 
 
 def keep_compiled(check: Check) -> None:
-    """Add the seconds that `fastseq warmup` has printed so far to the report."""
+    """Add the seconds and numbers of kernels that `fastseq warmup` has printed so far to the report."""
     for path in sorted(Path(check.outputs.name).glob("compile-*.txt")):
-        for H, dtype, seconds in re.findall(r"compiled for \S+ H=(\d+), (\w+): ([\d.]+) s", path.read_text()):
-            check.report.add("compile", {"H": int(H), "dtype": dtype, "s": float(seconds)})
+        pattern = r"compiled for \S+ H=(\d+), (\w+): ([\d.]+) s, (\d+) kernels; (\d+) were in the cache"
+        for H, dtype, seconds, compiled, found in re.findall(pattern, path.read_text()):
+            row = {"H": int(H), "dtype": dtype, "s": float(seconds), "compiled": int(compiled), "found": int(found)}
+            check.report.add("compile", row)
 
 
 def stage_of(section: str, tasks: Callable[[], list[dict]]) -> Callable[[Check], str]:

@@ -10,6 +10,7 @@ from fastseq.console import markdown_table
 
 WRONG = ("WRONG", "failed", "lost", "FOUND")  # verdicts that end in exit code 1
 SECTIONS = ("kernels", "smoke", "load", "parity", "sanitizer", "bench")  # whose rows have verdicts
+COMPILE = ("H", "dtype", "s", "compiled", "found")  # columns; found: kernels that Triton's cache had
 MOST_PRINTED = 12_000  # characters of the summary
 HEADER_LINES = 4  # of a table: title, blank line, names, rule
 LEGEND = """\
@@ -90,7 +91,7 @@ class Report:
             "Parity": (PARITY, parity_lines(data["parity"])),
             "Sanitizer": (("tool", "verdict", "detail"), _columns(data["sanitizer"], "tool", "verdict", "detail")),
             "Refusals": (("backend", "sentence"), refusals([r for name in SECTIONS for r in data[name]])),
-            "Ahead-of-time compilation": (("H", "dtype", "s"), _columns(data["compile"], "H", "dtype", "s")),
+            "Ahead-of-time compilation": (COMPILE, _columns(data["compile"], *COMPILE)),
         }
         return {title: _section(title, header, lines) for title, (header, lines) in sections.items()}
 

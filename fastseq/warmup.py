@@ -1,7 +1,7 @@
 """``fastseq warmup``: compile the Triton kernels of a hidden size ahead of time, so that no training step waits for it.
 
 Compiles for this machine's GPU, or with ``--chip`` for the GPU of another machine. The kernels go to Triton's cache
-(``TRITON_CACHE_DIR``, else ``~/.triton/cache``), which may be copied to the machine with the GPU.
+(``TRITON_CACHE_DIR``, else ``~/.triton/cache``), which may be copied to the same path of another machine.
 """
 
 import contextlib

@@ -7,6 +7,7 @@ rows of the installed Triton: python tests/triton/test_triton_binaries.py
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -20,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
 import triton
+import triton_cache
 from triton_binaries import facts
 
 import fastseq
@@ -247,7 +249,20 @@ def test_warmup_compiles_into_the_cache(warm):
     names = {path.stem for path in binaries(folder)}
     assert {"lstm_cell_forward_kernel", "lstm_sequence_backward_kernel", "attention_grad_scores_kernel"} <= names
     assert "lstm_variant_backward_kernel" in names
-    again = run_warmup(folder)
+
+
+@pytest.mark.slow
+def test_a_moved_cache_serves_after_its_paths_are_mended(warm, tmp_path):
+    """gpu_check.py brings one to the machine with the GPU. Triton's groups of files have absolute paths."""
+    moved = shutil.copytree(warm[0], tmp_path / "moved")
+    triton_cache.relocate(moved)
+    for group in moved.glob("*/__grp__*.json"):
+        assert str(warm[0]) not in group.read_text()
+    hidden = warm[0].rename(tmp_path / "gone")
+    try:
+        again = run_warmup(moved)
+    finally:
+        hidden.rename(warm[0])
     assert re.search(r" 0 kernels; \d\d were in the cache\n", again.stdout), again.stdout + again.stderr
 
 
