@@ -63,6 +63,7 @@ PROJECTIONS = {
     "several chunks of depths": (120, 9, 5, 17, 9, False),
     "several chains, several panels of P": (3, 6, 20, 300, 140, True),
     "panels of a team of threads": (2, 9, 9, 384, 200, True),
+    "a panel that threads share by rows": (8, 7, 40, 130, 20, True),
 }
 
 

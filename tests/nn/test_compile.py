@@ -13,10 +13,11 @@ needs_native = pytest.mark.skipif(not _native.available(), reason="the compiled 
 class Tagger(nn.Module):
     """An LSTM and attention over its own outputs."""
 
-    def __init__(self, backend: str = "auto", score: str = "additive"):
+    def __init__(self, backend: str = "auto", score: str = "additive", proj_size: int = 0):
         super().__init__()
-        self.lstm = LSTM(4, 6, 2, bidirectional=True, batch_first=True, backend=backend)
-        self.attention = Attention(12, 12, score=score)
+        options = {"bidirectional": True, "batch_first": True, "proj_size": proj_size, "backend": backend}
+        self.lstm, width = LSTM(4, 6, 2, **options), 2 * (proj_size or 6)
+        self.attention = Attention(width, width, score=score)
 
     def forward(self, x, lengths=None):
         output, _ = self.lstm(x, lengths=lengths)
@@ -29,11 +30,11 @@ def batch(B, T, with_lengths):
 
 
 @needs_native
-@pytest.mark.parametrize("with_lengths", [False, True], ids=["full", "lengths"])
-def test_compile_is_one_graph_for_all_sizes(with_lengths):
+@pytest.mark.parametrize(("with_lengths", "proj_size"), [(False, 0), (True, 5)], ids=["full", "lengths and projection"])
+def test_compile_is_one_graph_for_all_sizes(with_lengths, proj_size):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = Tagger()
+    model = Tagger(proj_size=proj_size)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for B, T in ((3, 5), (2, 7), (4, 9)):
         x, lengths = batch(B, T, with_lengths)

@@ -205,8 +205,8 @@ FASTSEQ_NOINLINE void multiply_tile(const Operand<S>* const* a,  // (ROWS) rows
 
 // sums[r] (+)= row r times one panel. Runs chunk by chunk of the depth: a chunk of the panel stays in the L1 cache
 // while all tiles of rows use it. Calls finish(first row, rows) once the sums of a tile are complete: its loads and
-// stores to colder memory then overlap with the products of the next tile.
-template <class S, class Finish>
+// stores to colder memory then overlap with the products of the next tile. CHUNK: terms in one accumulation chunk.
+template <class S, int64_t CHUNK = kAccumulationChunk, class Finish>
 FASTSEQ_INLINE void multiply_block(const Operand<S>* const* a,  // (rows) rows of K elements
                                    int64_t rows,
                                    const Operand<S>* panel,  // (K, 4 vectors)
@@ -215,7 +215,7 @@ FASTSEQ_INLINE void multiply_block(const Operand<S>* const* a,  // (rows) rows o
                                    bool add,
                                    Acc<S>* sums,  // (rows, 4 vectors)
                                    const Finish& finish) {
-  constexpr int64_t kDepth = kAccumulationChunk * kPair<S>, kWidth = 4 * kLanes<S>;
+  constexpr int64_t kDepth = CHUNK * kPair<S>, kWidth = 4 * kLanes<S>;
   if (rows == 0) return;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t distance = K < kPrefetchDistance ? K : kPrefetchDistance;

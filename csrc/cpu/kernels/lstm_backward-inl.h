@@ -13,6 +13,7 @@
 #include "cpu/kernels/gemm-inl.h"
 #include "cpu/kernels/lstm_params.h"
 #include "cpu/kernels/pack-inl.h"
+#include "cpu/kernels/panel_tasks.h"
 #include "cpu/kernels/vector-inl.h"
 #include "cpu/runtime/sequences.h"
 #include "cpu/runtime/team.h"
@@ -24,13 +25,6 @@ namespace fastseq::cpu::FASTSEQ_ISA {
 struct BackwardWeight {
   const void* packed;
   int64_t rows, columns;
-};
-
-// The panels of a weight that one member multiplies.
-struct PanelRange {
-  int64_t first, last;
-  // Alternates the order of panels, as the forward does.
-  int64_t at(int64_t k, int64_t step) const { return step % 2 == 0 ? first + k : last - 1 - k; }
 };
 
 template <class S>
@@ -49,9 +43,9 @@ struct BackwardJob {
   BackwardWeight after_cell() const {
     return p.projected ? BackwardWeight{d.packed_hr, p.outputs, p.hidden} : recurrent();
   }
-  PanelRange own_panels(const BackwardWeight& weight) const {
+  PanelTasks own_tasks(const BackwardWeight& weight, int64_t rows) const {
     const int64_t panels = (weight.columns + 4 * kLanes<S> - 1) / (4 * kLanes<S>);
-    return {panels * share.begin / members, panels * share.end / members};
+    return {panels, rows, members, share};
   }
   Operand<S>* gates(int64_t position) const {
     return static_cast<Operand<S>*>(d.grad_gates) + position * p.gates_stride;
@@ -138,21 +132,23 @@ FASTSEQ_INLINE void multiply_later(const BackwardJob<S>& job,
                                    const Finish& finish_vector) {
   constexpr int64_t kWidth = 4 * kLanes<S>;
   const int64_t depth = padded_depth<S>(weight.rows), N = weight.columns;
-  const PanelRange own = job.own_panels(weight);
+  const PanelTasks own = job.own_tasks(weight, rows);
   alignas(64) Acc<S> sums[kBlockRows * kWidth];
-  for (int64_t k = 0; k < own.last - own.first; ++k) {
-    const int64_t panel = own.at(k, step), next = k + 1 < own.last - own.first ? own.at(k + 1, step) : own.first;
+  for (int64_t k = 0; k < own.count(); ++k) {
+    const PanelTasks::Task task = own.at(k, step), next = own.at(k + 1 < own.count() ? k + 1 : 0, step);
     const auto finish = [&](int64_t first, int64_t count) FASTSEQ_NOINLINE {
       for (int64_t r = first; r < first + count; ++r) {
-        for (int64_t j = 0, column = panel * kWidth; j < kWidth && column < N; j += kLanes<S>, column += kLanes<S>) {
-          finish_vector(r, column, vload(sums + r * kWidth + j));
+        for (int64_t j = 0, column = task.panel * kWidth; j < kWidth && column < N;
+             j += kLanes<S>, column += kLanes<S>) {
+          finish_vector(task.row + r, column, vload(sums + r * kWidth + j));
         }
       }
     };
-    multiply_block<S>(later, multiplied, panel_at<S>(weight.packed, panel, depth), depth,
-                      panel_at<S>(weight.packed, next, depth), false, sums, finish);
-    fill_zero(sums + multiplied * kWidth, (rows - multiplied) * kWidth);
-    finish(multiplied, rows - multiplied);
+    const int64_t given = multiplied - task.row, n = given < 0 ? 0 : given < task.rows ? given : task.rows;
+    multiply_block<S>(later + task.row, n, panel_at<S>(weight.packed, task.panel, depth), depth,
+                      panel_at<S>(weight.packed, next.panel, depth), false, sums, finish);
+    fill_zero(sums + n * kWidth, (task.rows - n) * kWidth);
+    finish(n, task.rows - n);
   }
 }
 
