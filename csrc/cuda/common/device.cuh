@@ -126,12 +126,30 @@ FASTSEQ_DEVICE void store_wide(A* p, const A (&x)[N]) {
 // Packs two 16-bit numbers into one operand register of a matrix instruction, the first in the low half.
 template <class T>
 FASTSEQ_DEVICE uint32_t pack_pair(float low, float high) {
+  uint32_t bits;
+#ifdef FASTSEQ_HOST_DEVICE
   Vector<T, 2> v;
   from_float(low, &v.element[0]);
   from_float(high, &v.element[1]);
-  uint32_t bits;
   memcpy(&bits, &v, sizeof bits);
+#else
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+#endif
   return bits;
+}
+
+// The low halves of two words as one word: `a` in the low half with kFirstSecond, in the high half with kSecondFirst.
+constexpr uint32_t kFirstSecond = 0x5410, kSecondFirst = 0x1054;
+
+FASTSEQ_DEVICE uint32_t low_halves(uint32_t a, uint32_t b, uint32_t order) {
+#ifdef FASTSEQ_HOST_DEVICE
+  return order == kFirstSecond ? (a & 0xffffu) | b << 16 : (b & 0xffffu) | a << 16;
+#else
+  return __byte_perm(a, b, order);
+#endif
 }
 
 // 2^x with an error of 2 ulp (ex2.approx.ftz).
@@ -172,7 +190,7 @@ FASTSEQ_DEVICE Acc<T> sigmoid_for(Acc<T> x) {
 template <class T>
 FASTSEQ_DEVICE Acc<T> tanh_for(Acc<T> x) {
   if constexpr (sizeof(T) == 2)
-    return 1.0f - 2.0f * reciprocal_fast(1.0f + exp2_fast(2.0f * kLog2E * x));
+    return fmaf(-2.0f, reciprocal_fast(1.0f + exp2_fast(2.0f * kLog2E * x)), 1.0f);
   else
     return tanh(x);
 }

@@ -3,8 +3,8 @@
 // mbarrier phase a step and no cluster barrier in the loop. Drawings and proof: docs/kernels/cuda-cluster.md.
 //
 // W is the A operand (gate rows), h the B operand (units, sequences). Two warps share 8 units; each multiplies every
-// other step of K, then sends the partner its sums of one column, through shared memory. Warp `half` finishes column 2
-// q + half, which is sequence 4 half + q.
+// other step of K, then sends the partner its sums of column 2 q + 1, through shared memory, and finishes column 2 q.
+// Warp `half` reads sequence 4 half + q into column 2 q, the partner's into column 2 q + 1: nothing is selected.
 //
 //     lane 4 r + q        column 2 q    column 2 q + 1
 //     tile 0, row r       i of unit r   i of unit r
@@ -16,16 +16,16 @@
 // q multiplies units q P .. q P + P - 1: one piece is its B fragment, the pieces of two gates are an A fragment. Two
 // buffers of h; step s reads buffer s & 1:
 //
-//     h[step of K][tile of 8 sequences][q][sequence ^ (q & 2)]: pieces. A lane reads piece q of sequence 4 (r & 1) + r
-//     / 2, a warp 256 bytes; the XOR spreads each half warp over all banks. A warp sends 4 sequences of a q: 32
-//     adjacent bytes.
+//     h[step of K][tile of 8 sequences][q][sequence ^ (q & 2)]: pieces. A lane reads piece q of sequence 4 ((r & 1)
+//     ^ half) + r / 2, a warp 256 bytes; the XOR spreads each half warp over all banks. A warp sends 4 sequences of a
+//     q: 32 adjacent bytes.
 //
 // Invariant: every warp waits for all of h of step s, reads it, and only then sends h of step s + 1. A buffer is
 // overwritten only after all warps of the cluster have sent, so after all have read. Hence every warp must send: padded
 // units are computed and sent too (weights, gates and states are 0, so h = 0).
 #pragma once
 
-#include "cuda/lstm/cluster_pieces.cuh"
+#include "cuda/lstm/cluster_forward_send.cuh"
 
 namespace fastseq::cuda::cluster {
 
@@ -52,8 +52,8 @@ struct ForwardMemory {
 // Index of a piece of a tile of 8 sequences, within a step of K.
 FASTSEQ_DEVICE int state_place(int q, int sequence) { return q * 8 + (sequence ^ (q & 2)); }
 
-// Index of the piece that lane 4 r + q of a product reads.
-FASTSEQ_DEVICE int read_place(int r, int q) { return state_place(q, 4 * (r & 1) + r / 2); }
+// Index of the piece that lane 4 r + q of a product of warp `half` reads. Even columns are those that it finishes.
+FASTSEQ_DEVICE int read_place(int r, int q, int half) { return state_place(q, 4 * ((r & 1) ^ half) + r / 2); }
 
 // Unit and sequences of a thread.
 struct ForwardPlace {
@@ -166,12 +166,9 @@ FASTSEQ_DEVICE void multiply_states(float (&sums)[Accumulators][N][2][4],
   }
 }
 
-// Splits this warp's sums (gates i f g o): `kept` gets the column that it finishes, `shared_sums` the partner's column.
+// Splits this warp's sums (gates i f g o): `kept` gets column 2 q, which it finishes, `own` column 2 q + 1.
 template <int N, int Accumulators>
-FASTSEQ_DEVICE void share_sums(float (&kept)[N][4],
-                               const float (&sums)[Accumulators][N][2][4],
-                               float4* shared_sums,
-                               const ForwardPlace& at) {
+FASTSEQ_DEVICE void share_sums(float (&kept)[N][4], const float (&sums)[Accumulators][N][2][4], float4* own) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     float sent[4];
@@ -183,26 +180,23 @@ FASTSEQ_DEVICE void share_sums(float (&kept)[N][4],
         first += sums[k][n][gate / 2][gate % 2 * 2];
         second += sums[k][n][gate / 2][gate % 2 * 2 + 1];
       }
-      kept[n][gate] = at.half ? second : first;
-      sent[gate] = at.half ? first : second;
+      kept[n][gate] = first;
+      sent[gate] = second;
     }
-    shared_sums[(at.warp * N + n) * 32 + lane_id()] = float4{sent[0], sent[1], sent[2], sent[3]};
+    own[n * 32] = float4{sent[0], sent[1], sent[2], sent[3]};
   }
 }
 
-// Completes the pre-activations: kept + the partner's sums + `gates`, the input product.
+// Completes the pre-activations: `gates`, the input product, + kept + the partner's sums.
 template <class T, int N>
-FASTSEQ_DEVICE void add_sums(float (&kept)[N][4],
-                             const T (&gates)[N][4],
-                             const float4* shared_sums,
-                             const ForwardPlace& at) {
+FASTSEQ_DEVICE void add_sums(float (&kept)[N][4], const T (&gates)[N][4], const float4* partner) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    const float4 other = shared_sums[((at.warp ^ 1) * N + n) * 32 + lane_id()];
-    kept[n][0] = to_float(gates[n][0]) + (kept[n][0] + other.x);
-    kept[n][1] = to_float(gates[n][1]) + (kept[n][1] + other.y);
-    kept[n][2] = to_float(gates[n][2]) + (kept[n][2] + other.z);
-    kept[n][3] = to_float(gates[n][3]) + (kept[n][3] + other.w);
+    const float4 other = partner[n * 32];
+    kept[n][0] = (to_float(gates[n][0]) + kept[n][0]) + other.x;
+    kept[n][1] = (to_float(gates[n][1]) + kept[n][1]) + other.y;
+    kept[n][2] = (to_float(gates[n][2]) + kept[n][2]) + other.z;
+    kept[n][3] = (to_float(gates[n][3]) + kept[n][3]) + other.w;
   }
 }
 
@@ -243,19 +237,19 @@ FASTSEQ_DEVICE void fetch_gates(
   }
 }
 
-// Returns the piece (P units of one sequence) that contains this lane's unit. All P lanes of the piece get it.
-template <class T>
-FASTSEQ_DEVICE uint64_t gather_piece(T h, int r) {
-  if constexpr (sizeof(T) == 4) {
-    const uint32_t word = to_tf32(h), other = __shfl_xor_sync(kAllLanes, word, 4);
-    return r & 1 ? other | static_cast<uint64_t>(word) << 32 : word | static_cast<uint64_t>(other) << 32;
-  } else {
-    uint16_t bits;
-    memcpy(&bits, &h, sizeof bits);
-    const uint32_t unit = bits, other = __shfl_xor_sync(kAllLanes, unit, 4);
-    const uint32_t pair = r & 1 ? other | unit << 16 : unit | other << 16;
-    const uint32_t others = __shfl_xor_sync(kAllLanes, pair, 8);
-    return r & 2 ? others | static_cast<uint64_t>(pair) << 32 : pair | static_cast<uint64_t>(others) << 32;
+// Takes loaded gates: as float, or as they are if G is a 16-bit type. Loads of two steps are then in flight, of which
+// only the older is waited for: the compiler would merge a mere copy with the next load.
+template <class G, class T, int N>
+FASTSEQ_DEVICE void take_gates(G (&gates)[N][4], const T (&loaded)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) {
+      if constexpr (std::is_same_v<G, T> && sizeof(T) == 2)
+        gates[n][gate] = loaded[n][gate];
+      else
+        gates[n][gate] = to_float(opaque(loaded[n][gate]));
+    }
   }
 }
 
@@ -266,31 +260,11 @@ FASTSEQ_DEVICE int sent_piece(const ForwardPlace& at) {
   return step * N * 32 + state_place(q, 4 * at.half + at.q);
 }
 
-// Sends h of this warp's units to all blocks of the cluster. to: this lane's piece in the next buffer. The P lanes of a
-// piece split the blocks. Unrolled, so that no address depends on a loop.
-template <class T, int N>
-FASTSEQ_DEVICE void send_states(
-    const T (&h)[N], const uint2* to, const uint64_t* arrived, const ForwardTile& tile, const ForwardPlace& at) {
-  constexpr int kMostBlocks = 16;
-  uint64_t pieces[N];
-#pragma unroll
-  for (int n = 0; n < N; ++n) pieces[n] = gather_piece(h[n], at.r);
-#pragma unroll
-  for (int k = 0; k < kMostBlocks; k += kPiece<T>) {
-    const int rank = at.r % kPiece<T> + k;
-    if (rank >= tile.blocks) continue;
-    const uint64_t address = cluster_address(to, rank), mbarrier = cluster_address(arrived, rank);
-#pragma unroll
-    for (int n = 0; n < N; ++n) store_async8(address + n * 32 * sizeof(uint2), mbarrier, pieces[n]);
-  }
-}
-
 // Replaces gates by activations. `alive`: the step is within the sequence's length; else h and c stay unchanged.
 template <class T>
-FASTSEQ_DEVICE void update_unit(float (&gates)[4], float& c, T& h, bool alive) {
+FASTSEQ_DEVICE void update_unit(float (&gates)[4], float& c, uint32_t& h, bool alive) {
   float c_next = c;
-  T h_next;
-  from_float(lstm_cell_for<T>(gates[0], gates[1], gates[2], gates[3], c_next), &h_next);
+  const uint32_t h_next = word_of<T>(lstm_cell_for<T>(gates[0], gates[1], gates[2], gates[3], c_next));
   c = alive ? c_next : c;
   h = alive ? h_next : h;
 }
@@ -309,16 +283,16 @@ FASTSEQ_DEVICE void store_record(
 // Loads this thread's h0, c0 (D, B, H) and lengths into registers.
 template <class T, int N>
 FASTSEQ_DEVICE void load_states(
-    T (&h)[N], float (&c)[N], int (&lengths)[N], const LstmForwardParams& p, const ForwardPlace& at) {
+    uint32_t (&h)[N], float (&c)[N], int (&lengths)[N], const LstmForwardParams& p, const ForwardPlace& at) {
   const LstmShape& s = p.shape;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const int64_t row = at.row + 8 * n, slot = (at.direction * s.batch + row) * s.hidden + at.unit;
-    from_float(0.0f, &h[n]);
+    h[n] = 0;
     c[n] = 0;
     lengths[n] = static_cast<int>(row < s.batch && s.lengths ? s.lengths[row] : s.steps);
     if (row >= s.batch || at.unit >= s.hidden) continue;
-    h[n] = static_cast<const T*>(p.h0)[slot];
+    h[n] = word_of<T>(to_float(static_cast<const T*>(p.h0)[slot]));
     c[n] = to_float(static_cast<const T*>(p.c0)[slot]);
   }
 }
@@ -337,7 +311,7 @@ FASTSEQ_DEVICE void clear_output(const LstmForwardParams& p, const ForwardPlace&
 }
 
 template <class T, int N>
-FASTSEQ_DEVICE void store_states(const T (&h)[N],
+FASTSEQ_DEVICE void store_states(const uint32_t (&h)[N],
                                  const float (&c)[N],
                                  const LstmForwardParams& p,
                                  const ForwardPlace& at) {
@@ -346,7 +320,7 @@ FASTSEQ_DEVICE void store_states(const T (&h)[N],
   for (int n = 0; n < N; ++n) {
     const int64_t row = at.row + 8 * n, slot = (at.direction * s.batch + row) * s.hidden + at.unit;
     if (row >= s.batch || at.unit >= s.hidden) continue;
-    static_cast<T*>(p.h_n)[slot] = h[n];
+    static_cast<T*>(p.h_n)[slot] = number_of<T>(h[n]);
     from_float(c[n], static_cast<T*>(p.c_n) + slot);
   }
 }
@@ -359,7 +333,6 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
   const ForwardMemory parts(tile, R, N);
   uint64_t* arrived = reinterpret_cast<uint64_t*>(memory);  // by buffer
   uint2* h_pieces = reinterpret_cast<uint2*>(memory + parts.h);
-  float4* shared_sums = reinterpret_cast<float4*>(memory + parts.sums);
   const ForwardPlace at = forward_place(p.shape, tile, N);
   uint4* more_weights = reinterpret_cast<uint4*>(memory + parts.weights) + at.warp * (tile.steps - R) * 64;
   const int64_t H = p.shape.hidden;
@@ -372,10 +345,10 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
                    tile.steps);
   const T* h0 = static_cast<const T*>(p.h0) + at.direction * p.shape.batch * H;
   fill_states<T, N>(h_pieces, h0, p.shape, tile, first_row);
-  T h[N];
+  uint32_t h[N];
   float c[N];
   int lengths[N];
-  load_states(h, c, lengths, p, at);
+  load_states<T>(h, c, lengths, p, at);
   if (threadIdx.x == 0) {
     for (int b = 0; b < 2; ++b) {
       mbarrier_init(arrived + b, 1);
@@ -385,37 +358,66 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
   cluster_barrier();
 
   // This lane's pieces in a buffer of h: the first that it reads, the first that it sends.
-  int read = at.half * N * 32 + read_place(at.r, at.q), sent = sent_piece<T, N>(at);
+  int read = at.half * N * 32 + read_place(at.r, at.q, at.half), sent = sent_piece<T, N>(at);
+  // Bytes from `memory` to this lane's sums and to its partner's.
+  int own = static_cast<int>(parts.sums) + (at.warp * N * 32 + lane_id()) * 16;
+  int partner = own + (at.half ? -1 : 1) * N * 512;
+  int blocks = blocks_of_lane<T>(tile.blocks, at.r);
   if constexpr (Threads <= 256) {  // else no registers are left
     read = opaque(read);
     sent = opaque(sent);
+    own = opaque(own);
+  }
+  if constexpr (Threads <= 256 && N < 4) {
+    blocks = opaque(blocks);
+    partner = opaque(partner);
   }
   ForwardCursor cursor(p.shape, at, at.backwards ? last : 0);
-  T gates[N][4];
-  if (last >= 0) fetch_gates(gates, p, at, cursor.index, cursor.tile);
+  constexpr bool kAhead = Threads <= 256 && N == 1;  // else no registers are left
+  std::conditional_t<kAhead, float, T> gates[N][4];  // of this step
+  T later[N][4];                                     // of the next step, if kAhead
+  if (last >= 0) {
+    fetch_gates(later, p, at, cursor.index, cursor.tile);
+    take_gates(gates, later);
+  }
+  if (kAhead && last >= 1) fetch_gates(later, p, at, cursor.index + cursor.step, cursor.tile);
   for (int s = 0; s <= last; ++s) {
     const int t = at.backwards ? last - s : s;
+    // Addresses are computed before the wait.
+    int from = read + s % 2 * buffer, to = sent + (s + 1) % 2 * buffer;
+    if constexpr (kAhead) {
+      from = opaque(from);
+      to = opaque(to);
+    }
     if (s) mbarrier_wait(arrived + s % 2, (s - 1) >> 1 & 1, p.shape.spin_limit);
     constexpr int kAccumulators = N == 1 ? 2 : 1;  // 2: halve the dependency chain
     float sums[kAccumulators][N][2][4] = {}, pre[N][4];
-    multiply_states<T>(sums, weights, more_weights, h_pieces + (read + s % 2 * buffer), tile.steps);
+    multiply_states<T>(sums, weights, more_weights, h_pieces + from, tile.steps);
     if (s && threadIdx.x == 0) mbarrier_arrive_expect(arrived + s % 2, bytes);  // step s + 2
-    share_sums(pre, sums, shared_sums, at);
+    share_sums(pre, sums, reinterpret_cast<float4*>(memory + own));
     __syncthreads();
-    add_sums(pre, gates, shared_sums, at);
+    add_sums(pre, gates, reinterpret_cast<const float4*>(memory + partner));
 #pragma unroll
-    for (int n = 0; n < N; ++n) update_unit(pre[n], c[n], h[n], t < lengths[n]);
-    if (s < last) send_states(h, h_pieces + (sent + (s + 1) % 2 * buffer), arrived + (s + 1) % 2, tile, at);
+    for (int n = 0; n < N; ++n) update_unit<T>(pre[n], c[n], h[n], t < lengths[n]);
+    if (s < last) {
+      uint64_t pieces[N];
+#pragma unroll
+      for (int n = 0; n < N; ++n) pieces[n] = gather_piece<T>(h[n], at.r);
+      send_states<T>(pieces, h_pieces + to, arrived + (s + 1) % 2, blocks, at.r);
+    }
     // The output's stores lie between the send and the loads of gates, lest the compiler load before it sends.
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      T out;
-      from_float(0.0f, &out);
-      if (t < lengths[n]) out = h[n];
-      if (inside(p.shape, at, n)) static_cast<T*>(p.output)[cursor.index + n * cursor.tile] = out;
+      const uint32_t out = t < lengths[n] ? h[n] : 0;
+      if (inside(p.shape, at, n)) static_cast<T*>(p.output)[cursor.index + n * cursor.tile] = number_of<T>(out);
     }
     constexpr bool kEarly = N < 4;  // else no registers are left
-    if (kEarly && s < last) fetch_gates(gates, p, at, cursor.index + cursor.step, cursor.tile);
+    if constexpr (kAhead) {
+      take_gates(gates, later);
+      // Past the end this step's gates are loaded again: with a condition the compiler would copy, and so wait.
+      fetch_gates(later, p, at, cursor.index + (s + 1 < last ? 2 * cursor.step : 0), cursor.tile);
+    }
+    if (!kAhead && kEarly && s < last) fetch_gates(gates, p, at, cursor.index + cursor.step, cursor.tile);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       if (!inside(p.shape, at, n) || t >= lengths[n]) continue;
@@ -424,7 +426,7 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
     cursor.index += cursor.step;
     if (!kEarly && s < last) fetch_gates(gates, p, at, cursor.index, cursor.tile);
   }
-  store_states(h, c, p, at);
+  store_states<T>(h, c, p, at);
   clear_output<T, N>(p, at, last + 1);
   cluster_barrier();
 }

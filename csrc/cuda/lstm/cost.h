@@ -19,17 +19,17 @@ inline constexpr Scale kClusterScale{1, 1}, kGridScale{1, 1}, kStepsScale{1, 1},
 // Cycles of a step by the step clock: tests/cuda/step_clock.json, which tests/cuda/test_step_cost.py compares.
 // 0: there is no such kernel. Half stands for both 16-bit types, Float for TF32.
 inline constexpr int kClusterForwardHalf[4][3] = {// [R = 4, 8, 16; 8 with 512 threads][N = 1, 2, 4]
-                                                  {1129, 1801, 3100},
-                                                  {1258, 2050, 3592},
-                                                  {1462, 2539, 4513},
-                                                  {1991, 0, 0}};
+                                                  {981, 1747, 3078},
+                                                  {1112, 2003, 3537},
+                                                  {1341, 2437, 4382},
+                                                  {1940, 0, 0}};
 inline constexpr int kClusterForwardFloat[4][3] = {
-    {1341, 2060, 3581}, {1448, 2326, 4102}, {1682, 2806, 0}, {2367, 0, 0}};
+    {1173, 1935, 3440}, {1289, 2246, 3872}, {1522, 2674, 0}, {2268, 0, 0}};
 inline constexpr int kClusterBackwardHalf[3][2] = {
-    {1314, 1853}, {1401, 2343}, {1927, 3047}};  // [M = 1, 2, 4][N = 1, 2]
-inline constexpr int kClusterBackwardFloat[3][2] = {{1552, 2315}, {1795, 2979}, {0, 0}};
-inline constexpr int kGridForward[3][2] = {{3601, 4025}, {3686, 4134}, {4883, 0}};      // [half, TF32, float][G = 1, 2]
-inline constexpr int kGridBackward[3][2] = {{2521, 2388}, {2532, 2340}, {2478, 2469}};  // [half, TF32, float][R = 1, 2]
+    {1319, 1853}, {1399, 2343}, {1928, 3041}};  // [M = 1, 2, 4][N = 1, 2]
+inline constexpr int kClusterBackwardFloat[3][2] = {{1553, 2302}, {1787, 2972}, {0, 0}};
+inline constexpr int kGridForward[3][2] = {{3556, 4011}, {3647, 4127}, {4847, 0}};      // [half, TF32, float][G = 1, 2]
+inline constexpr int kGridBackward[3][2] = {{2522, 2389}, {2522, 2340}, {2470, 2461}};  // [half, TF32, float][R = 1, 2]
 
 // The clock holds the first tile of the batch and one chunk of K. Bytes a cycle beyond: a block's shared memory, other
 // blocks' shared memory, L2 (arXiv 2402.13499, H800). Products a cycle and multiprocessor: 60 % of tensor-core peak.

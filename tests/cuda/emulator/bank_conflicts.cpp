@@ -35,7 +35,9 @@ static void count(const char* name, int bytes, const std::function<int(int)>& pl
 
 static void clusters() {
   using namespace cluster;
-  count("cluster forward, B fragments", 8, [](int lane) { return read_place(lane / 4, lane % 4); });
+  for (int half = 0; half < 2; ++half) {
+    count("cluster forward, B fragments", 8, [=](int lane) { return read_place(lane / 4, lane % 4, half); });
+  }
   for (int step = 0; step < 8; ++step) {
     count("cluster backward, B fragments", 8, [=](int lane) { return gradient_place(step, lane % 4, lane / 4); });
   }
