@@ -27,7 +27,9 @@ ARROWS = {
     "ops.OP.triton": "ops.OP.spec ops.common ops.OP.triton_kernels",
     "ops.OP.triton_kernels": "ops.common",
     "ops.OP.directions": "ops.OP.spec",
-    "ops.OP.function": "ops.OP.spec ops.OP.directions ops.OP.reference ops.OP.native ops.common dispatch",
+    "ops.OP.projection": "ops.OP.spec ops.OP.directions ops.common",
+    "ops.OP.function": "ops.OP.spec ops.OP.directions ops.OP.projection ops.OP.reference ops.OP.native ops.common "
+    "dispatch",
     "ops.OP.rules": "ops.OP.spec ops.OP.torch ops.OP.native ops.OP.predicates ops.common _native dispatch",
     "ops.OP.predicates": "ops.OP.spec ops.OP.native ops.OP.native_cuda _native",
     "ops.OP.api": "ops.OP.spec ops.OP.rules ops.OP.function ops.common _native dispatch",

@@ -206,7 +206,7 @@ class LSTM(Variants, Unquantized, nn.RNNBase):
             results = run_plain(input, hx, weights, options, sizes, self.backend)
             if results is not None:
                 return results[0], results[1:]
-        packed = isinstance(input, PackedSequence)
+        packed, zero_h0 = isinstance(input, PackedSequence), hx is None
         if packed:
             data, batch_sizes, sorted_indices, unsorted_indices = input
             hx = self._packed_state(data, batch_sizes, hx, sorted_indices, weights[0])
@@ -221,7 +221,7 @@ class LSTM(Variants, Unquantized, nn.RNNBase):
             steps, batch = (data.size(1), data.size(0)) if self.batch_first else (data.size(0), data.size(1))
             lengths = check_lengths(lengths, steps, batch, data.device)
 
-        stack = self._stack(data, hx, weights, batch_sizes, lengths)
+        stack = self._stack(data, hx, weights, batch_sizes, lengths)._replace(zero_h0=zero_h0)
         output, h_n, c_n, cell_states = self._run(stack, return_cell_states, variant)
 
         if packed:

@@ -89,17 +89,13 @@ def test_what_triton_refuses(op, a_gpu):
         select(op, "triton", call)
 
 
-def test_a_projection_is_refused(a_gpu):
-    with pytest.raises(RuntimeError, match=r"no projection \(proj_size=2\); use backend='torch'"):
-        select("lstm", "triton", CALLS["lstm"]._replace(proj_size=2))
-
-
 def test_auto_on_cuda_without_compiled_kernels(a_gpu, monkeypatch):
     """Triton ranks below cuDNN and above the reference, until measured."""
     monkeypatch.setattr(_native, "why_not_cuda", lambda index=None: "they were not built.")
     lstm, attention = CALLS["lstm"], CALLS["attention"]
     assert select("lstm", "auto", lstm) == "torch"
-    assert select("lstm", "auto", lstm._replace(return_cell_states=True)) == "triton"
+    for changes in ({}, {"proj_size": 2}):
+        assert select("lstm", "auto", lstm._replace(return_cell_states=True, **changes)) == "triton"
     assert select("lstm", "auto", lstm._replace(return_cell_states=True, dtype=torch.float64)) == "reference"
     assert select("lstm_cell", "auto", CALLS["lstm_cell"]) == "triton"
     assert select("lstm_cell", "auto", CALLS["lstm_cell"]._replace(dtype=torch.float64)) == "torch"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton_cases import DTYPES, check, draw
 
-from fastseq import ops
+from fastseq import LSTM, ops
 from fastseq.ops.common.triton.runtime import CHIPS
 from fastseq.ops.lstm import triton as backend
 
@@ -24,7 +24,8 @@ def _fewer_programs(monkeypatch):
     monkeypatch.setattr(backend, "configure", coarse)
 
 
-def lstm(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, *, backend, cells=False, **options):
+def lstm(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, *, backend, cells=False, weight_hr=None, **options):
+    options |= {"weight_hr": weight_hr}
     output, (h_n, c_n), *rest = ops.lstm(
         input, (h0, c0), weight_ih, weight_hh, bias_ih, bias_hh, return_cell_states=cells, backend=backend, **options
     )
@@ -165,3 +166,33 @@ def test_the_cell_state_is_float32_between_steps(H):
     given = (torch.zeros(8, 1, 1), torch.zeros(1, H), torch.ones(1, H), *zeros, bias, torch.zeros(4 * H))
     c_n = lstm(*(t.bfloat16() for t in given), backend="triton")["c_n"]
     torch.testing.assert_close(c_n, torch.full((1, H), 1 + 8 * 2.0**-9).bfloat16(), rtol=0, atol=0)
+
+
+# T, B, H, P, lengths, reverse.
+PROJECTIONS = [
+    (1, 1, 2, 1, None, True),
+    (4, 5, 63, 16, [4, 0, 2, 1, 4], False),
+    (4, 5, 63, 16, [4, 0, 2, 1, 4], True),
+    (3, 3, 129, 40, None, False),
+]
+
+
+@pytest.mark.parametrize(("T", "B", "H", "P", "lengths", "reverse"), PROJECTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_projection(T, B, H, P, lengths, reverse, dtype):
+    leaves = tensors(dtype, T, B, H)
+    projected = draw(dtype, h0=(B, P), weight_hh=(4 * H, P), weight_hr=(P, H))
+    leaves |= projected | {name: (projected[name].float() / H**0.5).to(dtype) for name in ("weight_hh", "weight_hr")}
+    lengths = None if lengths is None else torch.tensor(lengths)
+    check_lstm(leaves, dtype, lengths=lengths, reverse=reverse)
+
+
+def test_a_projection_in_both_directions_without_hx():
+    module, input = LSTM(3, 5, proj_size=2, bidirectional=True, backend="triton"), torch.randn(4, 3, 3)
+    results = []
+    for name in ("triton", "reference"):
+        module.backend = name
+        output, (h_n, c_n) = module(input, lengths=torch.tensor([4, 0, 2]))
+        loss = output.square().sum() + h_n.square().sum() + c_n.square().sum()
+        results.append((output, h_n, c_n, *torch.autograd.grad(loss, list(module.parameters()))))
+    torch.testing.assert_close(*results)

@@ -132,6 +132,7 @@ def run_plain(
         or type(input) is not Tensor
         or not (hx is None or type(hx) is tuple)
         or is_compiling()
+        or not _native.on_cpu(input)
         or autocast_enabled("cpu")
         or forward_mode()
         or peek_transform() is not None
@@ -141,7 +142,7 @@ def run_plain(
     dtype = input.dtype
     needs_grad = torch.is_grad_enabled() and any(map(_requires_grad, (input, *(hx or ()), *weights)))
     plan = _plain_plan(torch.get_num_threads(), requested, dtype, input.shape, options, sizes, needs_grad)
-    if plan is None or dtype is not weights[0].dtype or not _native.on_cpu(input) or not weights[0].is_cpu:
+    if plan is None or dtype is not weights[0].dtype or not weights[0].is_cpu:
         return None
     shapes, kernel = plan
     if hx is None:
@@ -248,7 +249,7 @@ def _layers(
     """
     directions = 2 if stack.bidirectional else 1
     of_layer = [tuple(map(stack.weights_of, range(k, k + directions))) for k in range(0, len(stack.h0), directions)]
-    rest = (stack.lengths, stack.batch_sizes, stack.reverse)
+    rest = (stack.lengths, stack.batch_sizes, stack.reverse, stack.zero_h0)
     if stack.num_layers == 1:
         return layer_forward(0, Layer(input, stack.h0, stack.c0, *of_layer, *rest), cell_states)
     h_n, c_n, states = [], [], None

@@ -3,6 +3,8 @@
 CUDA tensors go to ``native_cuda``.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,16 +93,16 @@ def backward(layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: Layer
     return LayerGrads(*inputs, tuple(weights))
 
 
+def fold_product(layer: Layer) -> Callable[..., Tensor] | None:
+    """The product by which projection.py folds W_hr, which the CUDA kernels lack."""
+    return native_cuda.product if _native.device_of(layer.input) == "cuda" else None
+
+
 def unsupported(call) -> str | None:
     """Why this backend cannot serve the call (an ``LSTMCall``) and the way out, or None."""
     sentence = native_objection("lstm", call, native_cuda.DTYPES)
     if sentence is not None:
         return sentence
-    if call.proj_size and call.device == "cuda":
-        return (
-            f"lstm: the native backend has no projection on CUDA (proj_size={call.proj_size}); "
-            "use backend='torch' or 'reference', or proj_size=0."
-        )
     return native_cuda.unsupported(call) if call.device == "cuda" else None
 
 

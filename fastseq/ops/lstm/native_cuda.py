@@ -161,11 +161,31 @@ def modelled_us(
 
 def modelled_gain(call) -> float:
     """The modelled time of a step by cuDNN over that by the best kernel of an ``LSTMCall``; in training the smaller
-    of forward and backward."""
-    shape = (call.batch or 1, call.hidden_size, call.dtype, call.tf32, call.device_index)
-    cudnn, *kernels = (modelled_us(kernel, *shape) for kernel in ("cudnn", "cluster", "grid"))
-    gains = [theirs / min(ours) for theirs, *ours in zip(cudnn, *kernels, strict=True)]
+    of forward and backward.
+
+    cuDNN with a projection is modelled as a plain LSTM with as many weights in its recurrence, 5 H P of 4 H H, although
+    it launches a kernel more.
+    """
+    batch, hidden, form = call.batch or 1, call.hidden_size, (call.dtype, call.tf32, call.device_index)
+    cudnn = modelled_us("cudnn", batch, round((1.25 * hidden * call.proj_size) ** 0.5) or hidden, *form)
+    kernels = (modelled_us(kernel, batch, hidden, *form) for kernel in ("cluster", "grid"))
+    folds = _modelled_fold(call) if call.proj_size else (0.0, 0.0)
+    gains = [theirs / (min(ours) + fold) for theirs, fold, *ours in zip(cudnn, folds, *kernels, strict=True)]
     return min(gains) if call.requires_grad else gains[0]
+
+
+def _modelled_fold(call) -> tuple[float, float]:
+    """Microseconds a step of the products of ``projection.py``, forward and backward.
+
+    W = W_hh W_hr, once, is as large as a step of P sequences. All rows: P / 4H of a step's product to project, P / H
+    for the columns of a given h_0. The backward has twice as many.
+    """
+    steps, rows, form = call.steps or 1, (call.batch or 1) * (call.steps or 1), (call.dtype, call.tf32)
+    weight, every_step = (
+        modelled_us("cudnn", batch, call.hidden_size, *form, call.device_index)[0] for batch in (call.proj_size, rows)
+    )
+    forward = (weight + 1.25 * every_step * call.proj_size / call.hidden_size) / steps
+    return forward, 2 * forward
 
 
 def _padded(layer: Layer) -> tuple[Tensor, Tensor | None]:

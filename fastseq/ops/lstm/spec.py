@@ -64,6 +64,7 @@ class Layer(NamedTuple):
     lengths: Tensor | None = None  # (B,) int64
     batch_sizes: Tensor | None = None  # (T,) int64 on the CPU, of a packed input
     reverse: bool = False  # of a single direction; of two, the second is reversed
+    zero_h0: bool = False  # h0 holds zeros that need no gradient: nn.LSTM's default
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The differentiable tensors: input, h0, c0, then the five weights of each direction."""
@@ -122,6 +123,7 @@ class Stack(NamedTuple):
     reverse: bool = False  # of a single direction
     dropout: float = 0.0
     training: bool = False
+    zero_h0: bool = False  # the caller gave no hx: h0 holds zeros that need no gradient
 
     def weights_of(self, k: int) -> Weights:
         """The weights of the k-th layer and direction."""

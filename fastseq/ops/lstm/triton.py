@@ -6,6 +6,7 @@ graph can capture it and save the launch overhead. docs/kernels/triton.md
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,12 +22,17 @@ SINGLE_DIRECTION = True  # see directions.py
 
 def unsupported(call) -> str | None:
     """Return the refusal of an ``LSTMCall``, a sentence with the way out, or None."""
-    if call.proj_size:
-        return (
-            f"lstm: the triton backend has no projection (proj_size={call.proj_size}); "
-            "use backend='torch' or 'reference', or proj_size=0."
-        )
     return why_not("lstm", call)
+
+
+def fold_product(layer: Layer) -> Callable[..., Tensor]:
+    """The product by which projection.py folds W_hr, which the kernels lack."""
+    return product
+
+
+def product(a: Tensor, b: Tensor, *, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
+    """op(a) op(b), at torch's precision of a product. a: (M, K) or transposed; b: (K, N) or transposed."""
+    return (a.t() if transpose_a else a) @ (b.t() if transpose_b else b)
 
 
 class Config(NamedTuple):
