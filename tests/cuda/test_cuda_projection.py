@@ -192,7 +192,7 @@ def test_torch_export_keeps_steps_and_batch_dynamic(as_native):
 
 @pytest.mark.parametrize("flags", [(True, False), (False, False)], ids=["torch's default", "full float32"])
 def test_products_have_the_precision_of_cudnn(as_native, monkeypatch, flags):
-    """All seven of the projection and four of the layer, as those of nn.LSTM."""
+    """Four of a plain layer and nine of the projection have the precision of nn.LSTM."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", flags[0])
     seen, x = [], tensors()
 

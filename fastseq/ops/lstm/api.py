@@ -131,8 +131,8 @@ def run_plain(
         requested is None
         or type(input) is not Tensor
         or not (hx is None or type(hx) is tuple)
-        or is_compiling()
         or not _native.on_cpu(input)
+        or is_compiling()
         or autocast_enabled("cpu")
         or forward_mode()
         or peek_transform() is not None
