@@ -17,6 +17,13 @@ CLUSTER_HIDDEN = 512  # the largest hidden size of the cluster kernels
 SMOKE_SIZES = ((256, 1), (512, 16), (512, 64), (512, 128), (1024, 1), (1024, 16), (1024, 64), (1024, 128))  # (H, B)
 SMOKE_PRECISIONS = ("bf16", "tf32", "default")
 SMOKE_STEPS = 128
+STACKS = (
+    (256, 16, "bf16", 2),
+    (512, 16, "bf16", 2),
+    (512, 16, "bf16", 4),
+    (256, 1, "tf32", 4),
+)  # H, B, precision, layers
+STACK_STEPS = 1024
 LOAD_SIZES = (
     (512, 16, "bf16"),
     (1024, 16, "bf16"),
@@ -42,10 +49,18 @@ def bench_case_list(suite: str) -> list[BenchCase]:
 
     Args:
         suite: "smoke": one LSTM layer in each size and precision that decides the rules; "bench": all GPU cases;
-            "load": the cases repeated beside other work. In a simulation a few of them, tiny.
+            "load": the cases repeated beside other work; "stacks": several layers. In a simulation a few of them, tiny.
     """
     if suite == "bench":
         return list(CUDA_CASES) if not SIMULATED else _one_of_each_kind()
+    if suite == "stacks":
+        cases = [
+            BenchCase(
+                suite, "lstm", STACK_STEPS, batch, hidden, hidden, layers=layers, device="cuda", **PRECISIONS[name]
+            )
+            for hidden, batch, name, layers in STACKS
+        ]
+        return [replace(_tiny(cases[0]), steps=20)] if SIMULATED else cases
     if suite == "smoke":
         sizes = [(*size, precision) for precision, size in itertools.product(SMOKE_PRECISIONS, SMOKE_SIZES)]
     else:

@@ -57,7 +57,7 @@ decide whether the native kernels run, are right and are fast; each prints its t
   latencies     grid and cluster barriers, flags, distributed shared memory, how many clusters fit (latencies.cu)
   kernels       every native recurrence once, at a few steps, against float64: all dtypes, TF32, H 64 to 2048
   smoke         cluster and grid kernel against cuDNN: H 256 to 1024, B 1 to 128, bfloat16, TF32, torch's own flags
-  load          the same bits beside other work; two cooperative kernels on two streams
+  load          the same bits beside other work; two cooperative kernels on two streams; layers as a wavefront
   parity        the quick grid of `fastseq parity`, native: float32, bfloat16, float16
   sanitizer     compute-sanitizer memcheck, racecheck, synccheck, initcheck on the smallest cases
   bench         native and auto: LSTMs, decoding steps, attention: inference, training, CUDA graphs

@@ -45,12 +45,12 @@ def smoke() -> list[dict]:
 
 
 def load() -> list[dict]:
-    """Repeated native training steps beside another stream, then two large kernels beside each other."""
-    cases = list(enumerate(bench_case_list("load")))
+    """Repeated training steps beside another stream, two large kernels, and the layers of a stack beside each other."""
+    cases, stacks = (list(enumerate(bench_case_list(suite))) for suite in ("load", "stacks"))
     common = {"op": "lstm", "backends": ["native"]}
     return [
         common | {"task": task, "index": index, "case": case.name, "dtype": precision_of(case), "kernel": task}
-        for task, several in (("repeats", cases), ("streams", cases[1:2]))
+        for task, several in (("repeats", cases), ("streams", cases[1:2]), ("layers", stacks))
         for index, case in several
     ]
 

@@ -30,7 +30,7 @@ from fastseq.console import environment, gpu_facts, quiet_torch
 from fastseq.dispatch import BACKENDS
 from fastseq.info import info
 from fastseq.parity import main as parity
-from fastseq.testing.numerics import Results, float32_products
+from fastseq.testing.numerics import Results, compare, float32_products
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cpu" if SIMULATED else "cuda"
@@ -266,6 +266,55 @@ def two_streams(task: dict, send: Send) -> None:
     send({"row": key | {"verdict": "ok" if same else "WRONG", "detail": f"{len(results)} runs"}})
 
 
+def layers_together(task: dict, send: Send) -> None:
+    """Compare a stack's layers as a wavefront with layer by layer: results, and times with and without a CUDA graph."""
+    case = bench_case_list("stacks")[task["index"]]
+    with float32_products(case.tf32):
+        setup = Setup(case)
+        call = setup.make("native")
+        send({"doing": "native"})
+        ways = {"layer by layer": "0", "together": "8" if SIMULATED else "128"}
+        results, us = {}, {}
+        for name, switch in ways.items():
+            with _wavefront(switch):
+                results[name] = setup.run(call, True)
+        for mode, train in (("inference", False), ("training", True), ("CUDA graph", False)):
+            for name, switch in ways.items():
+                with _wavefront(switch), contextlib.nullcontext() if train else torch.no_grad():
+                    step = setup.step(call, train)
+                    run = captured(step) if mode == "CUDA graph" and not SIMULATED else step
+                    us[f"{mode}, {name}"] = _microseconds(run)
+    # The recurrences give the same bits; cuBLAS may sum a product of fewer rows in another order.
+    wrong = [str(c) for c in compare(results["together"], setup.oracle, setup.baseline_results(True)) if not c.ok]
+    differing = _differing(results["layer by layer"], results["together"])
+    detail = [*wrong, f"other bits in {', '.join(differing)}" if differing else "same bits"]
+    detail += [f"{name} {time:.0f} us" for name, time in us.items()]
+    row = {"case": f"wavefront, {case.name}", "backend": "native", "verdict": "WRONG" if wrong else "ok"}
+    send({"row": row | {"detail": "; ".join(detail)}})
+    check_device()
+
+
+@contextlib.contextmanager
+def _wavefront(switch: str) -> Iterator[None]:
+    os.environ["FASTSEQ_LSTM_WAVEFRONT"] = switch
+    try:
+        yield
+    finally:
+        del os.environ["FASTSEQ_LSTM_WAVEFRONT"]
+
+
+def _microseconds(run: Callable[[], None], repeats: int = 20) -> float:
+    """Median of calls, each with the host's part."""
+    times = []
+    for _ in range(1 if SIMULATED else repeats):
+        check_device()
+        begin = time.perf_counter()
+        run()
+        check_device()
+        times.append(time.perf_counter() - begin)
+    return 1e6 * sorted(times)[len(times) // 2]
+
+
 def check_device() -> None:
     """Raise if a failure left the CUDA context unusable: this process ends, and the next task starts a new one."""
     if not SIMULATED:
@@ -278,12 +327,14 @@ TASKS = {
     "bench": bench,
     "repeats": repeat_under_load,
     "streams": two_streams,
+    "layers": layers_together,
 }
 BACKEND_KEY = {  # task -> the key of its rows that names the backend
     "parity": "backend",
     "bench": "candidate",
     "repeats": "backend",
     "streams": "backend",
+    "layers": "backend",
 }
 
 

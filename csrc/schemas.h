@@ -67,16 +67,20 @@ void define_operators(Library& m) {
   // The recurrence of one layer on CUDA, after the product with W_ih. gates (T, B, D * 4H) = input W_ih^T + bias; h0,
   // c0 (D, B, H); weight_hh (D, 4H, H); lengths (B,) int64 on the device. A single direction may be reversed. tf32:
   // float32 products by tensor cores, 10 bits of mantissa. output (T, B, D * H), zero past the lengths; activations (T,
-  // B, D * 4H); cell_states (T, B, D * H) acc; results not needed have shape (0,).
+  // B, D * 4H); cell_states (T, B, D * H) acc; results not needed have shape (0,). c0 and c_n may be float32 beside 16
+  // bits: a part of a sequence then hands its cell state on without rounding. So may the backward's c0, grad_h_n,
+  // grad_c_n, grad_h0 and grad_c0. beside: other recurrences run beside this one, in the room
+  // that lstm_recurrence_share states; if that kernel is refused, single steps follow, not another kernel.
   m.def(
       "lstm_recurrence_forward(Tensor gates, Tensor h0, Tensor c0, Tensor weight_hh, Tensor? lengths, bool reverse, "
-      "bool tf32, bool need_activations, bool need_cell_states) "
+      "bool tf32, bool need_activations, bool need_cell_states, bool beside=False) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor activations, Tensor cell_states)");
   // grad_output (T, B, D * H), grad_h_n, grad_c_n (D, B, H), grad_cell_states (T, B, D * H).
   // grad_gates (T, B, D * 4H), zero past the lengths.
   m.def(
       "lstm_recurrence_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cell_states, "
-      "Tensor activations, Tensor cell_states, Tensor c0, Tensor weight_hh, Tensor? lengths, bool reverse, bool tf32) "
+      "Tensor activations, Tensor cell_states, Tensor c0, Tensor weight_hh, Tensor? lengths, bool reverse, bool tf32, "
+      "bool beside=False) "
       "-> (Tensor grad_gates, Tensor grad_h0, Tensor grad_c0)");
   // Returns true if the current device can run both operators. itemsize: bytes of the tensors' dtype, 4 or 2.
   m.def("lstm_recurrence_fits(int batch, int directions, int hidden, int itemsize, bool tf32) -> bool");
@@ -85,6 +89,11 @@ void define_operators(Library& m) {
   m.def(
       "lstm_recurrence_cost(int kernel, int batch, int directions, int hidden, int itemsize, bool tf32) "
       "-> (float forward, float backward)");
+  // The kernels that the two operators above take: modelled microseconds of a step, and the part of the device that a
+  // kernel holds while it runs; zeros where none fits.
+  m.def(
+      "lstm_recurrence_share(int batch, int directions, int hidden, int itemsize, bool tf32) "
+      "-> (float forward, float forward_share, float backward, float backward_share)");
   // op(a) op(b) + bias of float32 matrices by TF32 tensor cores, whatever torch's flag for matmul says. a (M, K), b (K,
   // N), or their transposes; bias (N,).
   m.def("tf32_product(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor");

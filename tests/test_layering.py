@@ -30,9 +30,10 @@ ARROWS = {
     "ops.OP.projection": "ops.OP.spec ops.OP.directions ops.common",
     "ops.OP.function": "ops.OP.spec ops.OP.directions ops.OP.projection ops.OP.reference ops.OP.native ops.common "
     "dispatch",
+    "ops.OP.wavefront": "ops.OP.spec ops.OP.directions ops.OP.reference ops.OP.native_cuda ops.common _native dispatch",
     "ops.OP.rules": "ops.OP.spec ops.OP.torch ops.OP.native ops.OP.predicates ops.common _native dispatch",
     "ops.OP.predicates": "ops.OP.spec ops.OP.native ops.OP.native_cuda _native",
-    "ops.OP.api": "ops.OP.spec ops.OP.rules ops.OP.function ops.common _native dispatch",
+    "ops.OP.api": "ops.OP.spec ops.OP.rules ops.OP.function ops.OP.wavefront ops.common _native dispatch",
     "ops.OP": "ops.OP.api ops.OP.rules tune.record dispatch",
     "tune.record": "_native",
     "tune": "tune.record bench nn console dispatch errors",

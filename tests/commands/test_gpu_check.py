@@ -87,7 +87,7 @@ def test_the_simulated_command_walks_everything_where_fastseq_is_not_installed(t
         for name in ("nn.LSTM", "native cluster", "native grid"):
             assert ("lstm (3, 2, 8, 8) bf16", mode, name) in timed
         assert ("lstm (3, 2, 8, 8)", mode, "native cluster") not in timed, "clusters have no full float32 products"
-    assert [row["verdict"] for row in data["load"]] == ["ok"] * 3, "two repeats, two streams"
+    assert [row["verdict"] for row in data["load"]] == ["ok"] * 4, "two repeats, two streams, layers"
     for title in ("## Stages", "## Smoke", "## Kernels against float64", "## Parity", "## Speed"):
         assert title in text
     assert "## Wrong" not in text

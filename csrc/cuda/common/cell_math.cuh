@@ -5,6 +5,21 @@
 
 namespace fastseq::cuda {
 
+// A number of a cell state, or of a gradient of a state: T, or float if `wide` (LstmShape::wide_states).
+template <class T>
+FASTSEQ_DEVICE float load_state(const void* from, int64_t index, bool wide) {
+  return wide ? static_cast<const float*>(from)[index] : to_float(static_cast<const T*>(from)[index]);
+}
+
+template <class T>
+FASTSEQ_DEVICE void store_state(float x, void* to, int64_t index, bool wide) {
+  if (wide) {
+    static_cast<float*>(to)[index] = x;
+  } else {
+    from_float(x, static_cast<T*>(to) + index);
+  }
+}
+
 // Returns x, of which the compiler then knows nothing: it neither computes it anew at each use nor moves a conversion
 // of it ahead of other instructions. For values loaded long before their use: converting one waits for the load.
 FASTSEQ_DEVICE int opaque(int x) {

@@ -278,7 +278,8 @@ FASTSEQ_DEVICE void load_initial(float (&x)[N], const void* from, const LstmShap
   for (int n = 0; n < N; ++n) {
     const int64_t row = at.row + 8 * n;
     const bool inside = from && row < s.batch && at.unit < s.hidden;
-    x[n] = inside ? to_float(static_cast<const T*>(from)[(at.direction * s.batch + row) * s.hidden + at.unit]) : 0.0f;
+    const int64_t slot = (at.direction * s.batch + row) * s.hidden + at.unit;
+    x[n] = inside ? load_state<T>(from, slot, s.wide_states) : 0.0f;
   }
 }
 
@@ -288,7 +289,7 @@ FASTSEQ_DEVICE void store_gradients(void* to, const float (&x)[N], const LstmSha
   for (int n = 0; n < N; ++n) {
     const int64_t row = at.row + 8 * n;
     if (row >= s.batch || at.unit >= s.hidden) continue;
-    from_float(x[n], static_cast<T*>(to) + (at.direction * s.batch + row) * s.hidden + at.unit);
+    store_state<T>(x[n], to, (at.direction * s.batch + row) * s.hidden + at.unit, s.wide_states);
   }
 }
 

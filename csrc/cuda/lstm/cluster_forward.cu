@@ -104,11 +104,13 @@ std::optional<ClusterForwardPlan> choose(const LstmShape& s, Type type) {
 std::optional<LstmPlan<LstmForwardParams>> plan_lstm_cluster_forward(const LstmShape& s, Type type) {
   const std::optional<ClusterForwardPlan> chosen = choose(s, type);
   if (!chosen) return {};
-  return {{0, microseconds_of(s, *chosen, type), [plan = *chosen, type](const LstmForwardParams& p, Stream stream) {
-             Launch l = plan.launch;
-             l.stream = stream;
-             return with_kernel(plan, type, [&](auto* kernel) { return launch_together(l, kernel, p, plan.tile); });
-           }}};
+  const double share = cost::share_of(chosen->tile.tiles * s.directions, resident(*chosen, type));
+  return {
+      {0, microseconds_of(s, *chosen, type), share, [plan = *chosen, type](const LstmForwardParams& p, Stream stream) {
+         Launch l = plan.launch;
+         l.stream = stream;
+         return with_kernel(plan, type, [&](auto* kernel) { return launch_together(l, kernel, p, plan.tile); });
+       }}};
 }
 
 }  // namespace fastseq::cuda

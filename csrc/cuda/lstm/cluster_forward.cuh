@@ -293,7 +293,7 @@ FASTSEQ_DEVICE void load_states(
     lengths[n] = static_cast<int>(row < s.batch && s.lengths ? s.lengths[row] : s.steps);
     if (row >= s.batch || at.unit >= s.hidden) continue;
     h[n] = word_of<T>(to_float(static_cast<const T*>(p.h0)[slot]));
-    c[n] = to_float(static_cast<const T*>(p.c0)[slot]);
+    c[n] = load_state<T>(p.c0, slot, s.wide_states);
   }
 }
 
@@ -321,7 +321,7 @@ FASTSEQ_DEVICE void store_states(const uint32_t (&h)[N],
     const int64_t row = at.row + 8 * n, slot = (at.direction * s.batch + row) * s.hidden + at.unit;
     if (row >= s.batch || at.unit >= s.hidden) continue;
     static_cast<T*>(p.h_n)[slot] = number_of<T>(h[n]);
-    from_float(c[n], static_cast<T*>(p.c_n) + slot);
+    store_state<T>(c[n], p.c_n, slot, s.wide_states);
   }
 }
 

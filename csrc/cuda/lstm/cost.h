@@ -19,17 +19,17 @@ inline constexpr Scale kClusterScale{1, 1}, kGridScale{1, 1}, kStepsScale{1, 1},
 // Cycles of a step by the step clock: tests/cuda/step_clock.json, which tests/cuda/test_step_cost.py compares.
 // 0: there is no such kernel. Half stands for both 16-bit types, Float for TF32.
 inline constexpr int kClusterForwardHalf[4][3] = {// [R = 4, 8, 16; 8 with 512 threads][N = 1, 2, 4]
-                                                  {981, 1747, 3078},
-                                                  {1112, 2003, 3537},
-                                                  {1341, 2437, 4382},
-                                                  {1940, 0, 0}};
+                                                  {1021, 1715, 3138},
+                                                  {1145, 1961, 3654},
+                                                  {1358, 2405, 4492},
+                                                  {1882, 0, 0}};
 inline constexpr int kClusterForwardFloat[4][3] = {
-    {1173, 1935, 3440}, {1289, 2246, 3872}, {1522, 2674, 0}, {2268, 0, 0}};
+    {1193, 1925, 3527}, {1251, 2222, 4063}, {1515, 2692, 0}, {2114, 0, 0}};
 inline constexpr int kClusterBackwardHalf[3][2] = {
-    {1319, 1853}, {1399, 2343}, {1928, 3041}};  // [M = 1, 2, 4][N = 1, 2]
-inline constexpr int kClusterBackwardFloat[3][2] = {{1553, 2302}, {1787, 2972}, {0, 0}};
-inline constexpr int kGridForward[3][2] = {{3556, 4011}, {3647, 4127}, {4847, 0}};      // [half, TF32, float][G = 1, 2]
-inline constexpr int kGridBackward[3][2] = {{2522, 2389}, {2522, 2340}, {2470, 2461}};  // [half, TF32, float][R = 1, 2]
+    {1318, 1853}, {1393, 2352}, {1936, 3014}};  // [M = 1, 2, 4][N = 1, 2]
+inline constexpr int kClusterBackwardFloat[3][2] = {{1548, 2283}, {1784, 2966}, {0, 0}};
+inline constexpr int kGridForward[3][2] = {{3609, 4019}, {3665, 4055}, {4878, 0}};      // [half, TF32, float][G = 1, 2]
+inline constexpr int kGridBackward[3][2] = {{2562, 2475}, {2522, 2340}, {2470, 2461}};  // [half, TF32, float][R = 1, 2]
 
 // The clock holds the first tile of the batch and one chunk of K. Bytes a cycle beyond: a block's shared memory, other
 // blocks' shared memory, L2 (arXiv 2402.13499, H800). Products a cycle and multiprocessor: 60 % of tensor-core peak.
@@ -58,6 +58,11 @@ inline double microseconds(double cycles, double scale) { return cycles / kCycle
 // Rounds of clusters, each of which runs the whole sequence.
 inline double waves(int64_t clusters, int resident) {
   return static_cast<double>(divide_up(clusters, std::max(1, resident - kHeldClusters)));
+}
+
+// The part of the device that these clusters hold.
+inline double share_of(int64_t clusters, int resident) {
+  return static_cast<double>(clusters) / std::max(1, resident - kHeldClusters);
 }
 
 // A step with one product of all rows, on a device of so many multiprocessors: by cuDNN, or by step_loop.h.

@@ -109,7 +109,9 @@ std::optional<LstmPlan<LstmBackwardParams>> runnable(const LstmShape& s) {
   if (!best) return {};
   best->stalled = stall_word();
   const double us = cost::microseconds(cycles_of<Product>(s, *best), cost::kGridScale.backward);
-  return {{workspace_of<Product>(s, *best), us, [plan = *best](const LstmBackwardParams& p, Stream stream) {
+  const double blocks = static_cast<double>(s.directions) * best->slices * best->groups;
+  return {{workspace_of<Product>(s, *best), us, blocks / device_limits().multiprocessors,
+           [plan = *best](const LstmBackwardParams& p, Stream stream) {
              return plan.unit_tiles == 2 ? launch_plan<Product, 2>(p, plan, stream)
                                          : launch_plan<Product, 1>(p, plan, stream);
            }}};

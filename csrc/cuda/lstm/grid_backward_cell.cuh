@@ -8,8 +8,8 @@ namespace fastseq::cuda::grid_backward {
 // Inputs of the cell's backward for one unit of one row, not converted yet: a conversion waits for its load.
 template <class T>
 struct CellInputs {
-  bool valid;  // the step exists and is within the row's length
-  bool first;  // of the sequence: 16-bit types have the cell state before it in c0, not in c_prev
+  bool valid;   // the step exists and is within the row's length
+  bool narrow;  // the cell state before the step is in c0, not converted, and not in c_prev
   T gates[4], c0, dh, dc;
   float c_prev, c;
 };
@@ -27,10 +27,10 @@ FASTSEQ_DEVICE void load_states(const Block<Product, R>& block) {
   for (int item = threadIdx.x; item < block.tiles * kTileRows * kBlockUnits; item += blockDim.x) {
     const int row = item / kBlockUnits, unit = item % kBlockUnits;
     if (!block.exists(row, unit)) continue;
-    const T* grad_h_n = static_cast<const T*>(p.grad_h_n);
-    const T* grad_c_n = static_cast<const T*>(p.grad_c_n);
     const int64_t at = block.state_at(row, unit);
-    block.carry[item] = {grad_h_n ? to_float(grad_h_n[at]) : 0.0f, grad_c_n ? to_float(grad_c_n[at]) : 0.0f};
+    const bool wide = p.shape.wide_states;
+    block.carry[item] = {p.grad_h_n ? load_state<T>(p.grad_h_n, at, wide) : 0.0f,
+                         p.grad_c_n ? load_state<T>(p.grad_c_n, at, wide) : 0.0f};
   }
 }
 
@@ -50,10 +50,11 @@ FASTSEQ_DEVICE CellInputs<typename Product::Element> read_cell(const Block<Produ
 #pragma unroll
   for (int gate = 0; gate < 4; ++gate) x.gates[gate] = activations[gate * H];
   x.c = p.cell_states[at];
-  x.first = time == (block.backwards ? block.lengths[row] - 1 : 0);
-  if (x.first && sizeof(T) == 2) {
+  const bool first = time == (block.backwards ? block.lengths[row] - 1 : 0);
+  x.narrow = first && sizeof(T) == 2 && !p.shape.wide_states;
+  if (x.narrow) {
     x.c0 = static_cast<const T*>(p.c0)[block.state_at(row, unit)];
-  } else if (x.first) {
+  } else if (first) {
     x.c_prev = static_cast<const float*>(p.c0)[block.state_at(row, unit)];
   } else {
     x.c_prev = p.cell_states[block.step_at(time + (block.backwards ? 1 : -1), row, unit)];
@@ -77,7 +78,7 @@ FASTSEQ_DEVICE Vector<typename Product::Element, 4> step_cell(const Block<Produc
   CellGradient<float> grad{};
   dh += kept.x;
   if (x.valid) {
-    const float c_prev = x.first && sizeof(T) == 2 ? to_float(opaque(x.c0)) : opaque(x.c_prev);
+    const float c_prev = x.narrow ? to_float(opaque(x.c0)) : opaque(x.c_prev);
     grad = lstm_cell_backward_for<T>(to_float(opaque(x.gates[0])), to_float(opaque(x.gates[1])),
                                      to_float(opaque(x.gates[2])), to_float(opaque(x.gates[3])), c_prev, opaque(x.c),
                                      dh + to_float(opaque(x.dh)), kept.y + to_float(opaque(x.dc)));
@@ -117,8 +118,9 @@ template <class Product, int R>
 FASTSEQ_DEVICE void write_states(const Block<Product, R>& block, int row, int unit, float dh) {
   using T = typename Product::Element;
   const float2 kept = block.carry[row * Block<Product, R>::kBlockUnits + unit];
-  from_float(kept.x + dh, static_cast<T*>(block.p.grad_h0) + block.state_at(row, unit));
-  from_float(kept.y, static_cast<T*>(block.p.grad_c0) + block.state_at(row, unit));
+  const bool wide = block.p.shape.wide_states;
+  store_state<T>(kept.x + dh, block.p.grad_h0, block.state_at(row, unit), wide);
+  store_state<T>(kept.y, block.p.grad_c0, block.state_at(row, unit), wide);
 }
 
 }  // namespace fastseq::cuda::grid_backward

@@ -97,7 +97,9 @@ std::optional<LstmPlan<LstmForwardParams>> runnable(const LstmShape& s) {
   best->stalled = stall_word();
   const size_t workspace = s.directions * best->splits * best->team_words() * sizeof(uint32_t);
   const double us = cost::microseconds(cycles_of<M>(s, *best), cost::kGridScale.forward);
-  return {{workspace, us, [plan = *best](const LstmForwardParams& p, Stream stream) {
+  const double blocks = static_cast<double>(s.directions) * best->splits * best->blocks;
+  return {{workspace, us, blocks / device_limits().multiprocessors,
+           [plan = *best](const LstmForwardParams& p, Stream stream) {
              if constexpr (!std::is_same_v<M, FmaFloat>) {
                if (plan.groups > 1) return launch_plan<M, 2>(p, plan, stream);
              }

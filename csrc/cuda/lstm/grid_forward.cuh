@@ -97,7 +97,7 @@ struct Cell {
     if (step + 1 < length) return;
     const int64_t last = (task.direction * s.batch + task.first_row + row) * s.hidden + unit;
     from_float(h, static_cast<T*>(p.h_n) + last);
-    from_float(*c, static_cast<T*>(p.c_n) + last);
+    store_state<T>(*c, p.c_n, last, s.wide_states);
   }
 };
 
@@ -127,11 +127,11 @@ FASTSEQ_DEVICE void begin(const LstmForwardParams& p,
     const int row = k / units, unit = k % units, column = task.group * kUnits + unit;
     if (column >= s.hidden) continue;
     const int64_t index = (task.direction * s.batch + task.first_row + row) * s.hidden + column;
-    const float c = to_float(static_cast<const T*>(p.c0)[index]);
+    const float c = load_state<T>(p.c0, index, s.wide_states);
     shared.cells[row * plan.groups * kUnits + unit] = c;
     if (shared.lengths[row]) continue;
     static_cast<T*>(p.h_n)[index] = static_cast<const T*>(p.h0)[index];
-    static_cast<T*>(p.c_n)[index] = static_cast<const T*>(p.c0)[index];
+    store_state<T>(c, p.c_n, index, s.wide_states);
   }
   __syncthreads();
 }

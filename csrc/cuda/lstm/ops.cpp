@@ -53,13 +53,15 @@ LstmShape shape_of(const char* op,
                    int64_t steps,
                    const OptionalTensor& lengths,
                    bool reverse,
-                   bool tf32) {
+                   bool tf32,
+                   bool beside) {
   check_no_stall(op);
   check_rank(op, "c0", c0, 3, "(D, B, H)");
   const int64_t D = c0.size(0), B = c0.size(1), H = c0.size(2);
-  const ScalarType dtype = c0.scalar_type();
+  const ScalarType dtype = weight_hh.scalar_type(), states = c0.scalar_type();
+  const bool wide = dtype != ScalarType::Float && states == ScalarType::Float;
   STD_TORCH_CHECK(D == 1 || (D == 2 && !reverse), op, ": c0 must be of one direction, or two without reverse, got ", D);
-  check_like(op, "c0", c0, {D, B, H}, dtype, c0);
+  check_like(op, "c0", c0, {D, B, H}, wide ? states : dtype, c0);
   check_like(op, "weight_hh", weight_hh, {D, 4 * H, H}, dtype, c0);
   check_like(op, "lengths", lengths, {B}, ScalarType::Long, c0);
   return {.steps = steps,
@@ -69,7 +71,9 @@ LstmShape shape_of(const char* op,
           .lengths = static_cast<const int64_t*>(read(lengths)),
           .reverse = reverse,
           .tf32 = tf32,
-          .spin_limit = spin_limit()};
+          .spin_limit = spin_limit(),
+          .beside = beside,
+          .wide_states = wide};
 }
 
 Tensor zeros(const Tensor& like, size_t bytes) {
@@ -118,6 +122,7 @@ bool run(const char* op, const Kernel<P> (&kernels)[2], P& p, Type type, const T
     Tensor workspace = zeros(like, plan.workspace);
     p.workspace = write(workspace);
     const Outcome outcome = plan.launch(p, stream);
+    if (outcome.refused && p.shape.beside) break;
     if (outcome.refused) continue;
     check_launch(op, outcome.error);
     return true;
@@ -163,13 +168,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence_forward_cuda(
                                                                                 bool reverse,
                                                                                 bool tf32,
                                                                                 bool need_activations,
-                                                                                bool need_cell_states) {
+                                                                                bool need_cell_states,
+                                                                                bool beside) {
   const char* op = "lstm_recurrence_forward";
   check_rank(op, "gates", gates, 3, "(T, B, D * 4H)");
   const int64_t T = gates.size(0);
-  const LstmShape s = shape_of(op, c0, weight_hh, T, lengths, reverse, tf32);
+  const LstmShape s = shape_of(op, c0, weight_hh, T, lengths, reverse, tf32, beside);
   const int64_t D = s.directions, B = s.batch, H = s.hidden;
-  const ScalarType dtype = c0.scalar_type();
+  const ScalarType dtype = weight_hh.scalar_type(), states = c0.scalar_type();
   const Type type = type_of(op, dtype, false);
   weight_hh = with_aligned_rows(weight_hh);
   check_like(op, "gates", gates, {T, B, D * 4 * H}, dtype, c0);
@@ -177,7 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence_forward_cuda(
   h0 = with_aligned_rows(h0);
 
   const OnDeviceOf device(c0);
-  Tensor output = empty(c0, {T, B, D * H}, dtype), h_n = empty(c0, {D, B, H}, dtype), c_n = empty(c0, {D, B, H}, dtype);
+  Tensor output = empty(c0, {T, B, D * H}, dtype), h_n = empty(c0, {D, B, H}, dtype),
+         c_n = empty(c0, {D, B, H}, states);
   Tensor activations = empty(c0, need_activations ? Shape{T, B, D * 4 * H} : Shape{0}, dtype);
   Tensor cell_states = empty(c0, need_cell_states ? Shape{T, B, D * H} : Shape{0}, ScalarType::Float);
   LstmForwardParams p{.shape = s,
@@ -201,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence_forward_cuda(
   for (int64_t d = 0; d < D && D == 2; ++d) {
     const auto [of_output, of_h_n, of_c_n, of_activations, of_cell_states] =
         lstm_recurrence_forward_cuda(columns_of(gates, d), rows_of(h0, d), rows_of(c0, d), rows_of(weight_hh, d),
-                                     lengths, d == 1, tf32, need_activations, need_cell_states);
+                                     lengths, d == 1, tf32, need_activations, need_cell_states, beside);
     put_columns(output, d, of_output);
     put_columns(activations, d, of_activations);
     put_columns(cell_states, d, of_cell_states);
@@ -221,25 +228,26 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward_cuda(OptionalTensor 
                                                                  Tensor weight_hh,
                                                                  OptionalTensor lengths,
                                                                  bool reverse,
-                                                                 bool tf32) {
+                                                                 bool tf32,
+                                                                 bool beside) {
   const char* op = "lstm_recurrence_backward";
   check_rank(op, "activations", activations, 3, "(T, B, D * 4H)");
   const int64_t T = activations.size(0);
-  const LstmShape s = shape_of(op, c0, weight_hh, T, lengths, reverse, tf32);
+  const LstmShape s = shape_of(op, c0, weight_hh, T, lengths, reverse, tf32, beside);
   const int64_t D = s.directions, B = s.batch, H = s.hidden;
-  const ScalarType dtype = c0.scalar_type();
+  const ScalarType dtype = weight_hh.scalar_type(), states = c0.scalar_type();
   const Type type = type_of(op, dtype, false);
   weight_hh = with_aligned_rows(weight_hh);
   check_like(op, "activations", activations, {T, B, D * 4 * H}, dtype, c0);
   check_like(op, "cell_states", cell_states, {T, B, D * H}, ScalarType::Float, c0);
   check_like(op, "grad_output", grad_output, {T, B, D * H}, dtype, c0);
-  check_like(op, "grad_h_n", grad_h_n, {D, B, H}, dtype, c0);
-  check_like(op, "grad_c_n", grad_c_n, {D, B, H}, dtype, c0);
+  check_like(op, "grad_h_n", grad_h_n, {D, B, H}, states, c0);
+  check_like(op, "grad_c_n", grad_c_n, {D, B, H}, states, c0);
   check_like(op, "grad_cell_states", grad_cell_states, {T, B, D * H}, dtype, c0);
 
   const OnDeviceOf device(c0);
   Tensor grad_gates = empty(c0, {T, B, D * 4 * H}, dtype);
-  Tensor grad_h0 = empty(c0, {D, B, H}, dtype), grad_c0 = empty(c0, {D, B, H}, dtype);
+  Tensor grad_h0 = empty(c0, {D, B, H}, states), grad_c0 = empty(c0, {D, B, H}, states);
   LstmBackwardParams p{.shape = s,
                        .grad_output = read(grad_output),
                        .grad_h_n = read(grad_h_n),
@@ -264,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward_cuda(OptionalTensor 
     const auto [of_gates, of_h0, of_c0] = lstm_recurrence_backward_cuda(
         columns_of(grad_output, d), rows_of(grad_h_n, d), rows_of(grad_c_n, d), columns_of(grad_cell_states, d),
         columns_of(activations, d), columns_of(cell_states, d), rows_of(c0, d), rows_of(weight_hh, d), lengths, d == 1,
-        tf32);
+        tf32, beside);
     put_columns(grad_gates, d, of_gates);
     put_rows(grad_h0, d, of_h0);
     put_rows(grad_c0, d, of_c0);
@@ -306,6 +314,23 @@ std::tuple<double, double> lstm_recurrence_cost_cuda(
   return {launches(s, type, false), launches(s, type, true)};
 }
 
+// Microseconds of a step, and the share of the device, of the kernel that the operators would take; share 0: none fits.
+template <class P>
+std::pair<double, double> cheapest(const Kernel<P> (&kernels)[2], const LstmShape& s, Type type) {
+  const std::vector<LstmPlan<P>> plans = plans_of(kernels, s, type);
+  if (plans.empty() || steps_are_cheaper(plans.front(), s, type)) return {0, 0};
+  return {plans.front().microseconds, plans.front().share};
+}
+
+std::tuple<double, double, double, double> lstm_recurrence_share_cuda(
+    int64_t batch, int64_t directions, int64_t hidden, int64_t itemsize, bool tf32) {
+  const LstmShape s = one_step(batch, directions, hidden, tf32);
+  const Type type = type_of_size(itemsize);
+  const auto [forward, of_forward] = cheapest(kForward, s, type);
+  const auto [backward, of_backward] = cheapest(kBackward, s, type);
+  return {forward, of_forward, backward, of_backward};
+}
+
 }  // namespace
 }  // namespace fastseq::cuda
 
@@ -316,5 +341,6 @@ STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_LIBRARY, FASTSEQ_DISPATCH, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("lstm_recurrence_fits", TORCH_BOX(&fastseq::cuda::lstm_recurrence_fits_cuda));
+  m.impl("lstm_recurrence_share", TORCH_BOX(&fastseq::cuda::lstm_recurrence_share_cuda));
   m.impl("lstm_recurrence_cost", TORCH_BOX(&fastseq::cuda::lstm_recurrence_cost_cuda));
 }

@@ -17,6 +17,8 @@ struct LstmShape {
   bool reverse;                              // D = 1: run from the last step to the first
   bool tf32;                                 // float operands of products may be rounded to TF32
   unsigned spin_limit = 0;                   // SpinLimit::units
+  bool beside = false;                       // other recurrences hold the rest of the device
+  bool wide_states = false;                  // c0, c_n and the gradients of the initial and final states are float
   int64_t output_columns() const { return directions * hidden; }
   bool backwards(int64_t direction) const { return directions == 2 ? direction == 1 : reverse; }
 };
@@ -56,6 +58,7 @@ template <class P>
 struct LstmPlan {
   size_t workspace;     // bytes of P::workspace
   double microseconds;  // of a step, modelled: cost.h
+  double share;         // of the device that it holds while it runs: above 1 it runs in rounds
   std::function<Outcome(const P&, Stream)> launch;
 };
 

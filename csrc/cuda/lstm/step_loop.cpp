@@ -44,7 +44,7 @@ void run_lstm_forward_steps(const char* op,
                             Tensor c_n,
                             Stream stream) {
   const LstmShape& s = p.shape;
-  Tensor product = empty(c0, {s.batch, 4 * s.hidden}, c0.scalar_type());
+  Tensor product = empty(h0, {s.batch, 4 * s.hidden}, h0.scalar_type());
   Tensor c = empty(c0, {1, s.batch, s.hidden}, ScalarType::Float);
   torch::stable::copy_(h_n, h0);
   torch::stable::copy_(c_n, c0);

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kCellThreads)
   const float h = lstm_cell_for<T>(gate[0], gate[1], gate[2], gate[3], cell);
   from_float(h, output);
   from_float(h, static_cast<T*>(p.h_n) + at.state);
-  from_float(cell, static_cast<T*>(p.c_n) + at.state);
+  store_state<T>(cell, p.c_n, at.state, p.shape.wide_states);
   c[at.state] = cell;
   if (p.cell_states) p.cell_states[at.step] = cell;
   if (!p.activations) return;
@@ -61,15 +61,15 @@ __global__ void __launch_bounds__(kCellThreads)
   float& kept_c = carry[s.batch * H + at.state];
   const float dh = kept_h + to_float(product[at.state]);
   if (time < 0 || time == s.steps) {
-    from_float(dh, static_cast<T*>(p.grad_h0) + at.state);
-    return from_float(kept_c, static_cast<T*>(p.grad_c0) + at.state);
+    store_state<T>(dh, p.grad_h0, at.state, s.wide_states);
+    return store_state<T>(kept_c, p.grad_c0, at.state, s.wide_states);
   }
   CellGradient<float> grad{};
   if (at.valid) {
     const T* activations = static_cast<const T*>(p.activations) + at.gates;
     const bool first = time == (s.reverse ? at.last - 1 : 0);
     const int64_t before = at.step + (s.reverse ? 1 : -1) * s.batch * H;
-    const float c_prev = first ? to_float(static_cast<const T*>(p.c0)[at.state]) : p.cell_states[before];
+    const float c_prev = first ? load_state<T>(p.c0, at.state, s.wide_states) : p.cell_states[before];
     const float dh_out = p.grad_output ? to_float(static_cast<const T*>(p.grad_output)[at.step]) : 0.0f;
     const float dc_out = p.grad_cell_states ? to_float(static_cast<const T*>(p.grad_cell_states)[at.step]) : 0.0f;
     grad =

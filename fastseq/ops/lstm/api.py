@@ -16,6 +16,7 @@ from fastseq.ops.common.checks import check_lengths
 from fastseq.ops.common.dtypes import tf32_allowed
 from fastseq.ops.common.layout import zero_padding
 from fastseq.ops.common.narrow import Narrow
+from fastseq.ops.lstm import wavefront
 from fastseq.ops.lstm.function import apply
 from fastseq.ops.lstm.spec import Layer, LSTMCall, Stack
 
@@ -230,10 +231,14 @@ def _run(backend: str, call: LSTMCall, stack: Stack, cell_states: bool) -> tuple
     input = stack.input.transpose(0, 1) if transposed else stack.input
     if stack.lengths is not None and not getattr(implementation("lstm", backend), "SKIPS_PADDING", False):
         input = zero_padding(input, stack.lengths)  # NaN in the padding must reach no gradient
+    waves = wavefront.plan(call, stack) if getattr(implementation("lstm", backend), "WAVEFRONT", False) else None
     with without_autocast(input.device.type):
-        output, h_n, c_n, states = _layers(
-            stack, input, cell_states, lambda _, layer, wanted: apply(backend, layer, wanted)
-        )
+        if waves is not None:
+            output, h_n, c_n, states = wavefront.run(stack, input, cell_states, waves)
+        else:
+            output, h_n, c_n, states = _layers(
+                stack, input, cell_states, lambda _, layer, wanted: apply(backend, layer, wanted)
+            )
     if transposed:
         output = output.transpose(0, 1)
         states = None if states is None else states.transpose(0, 1)

@@ -19,6 +19,7 @@ from fastseq.ops.lstm.spec import Grads, Layer, LayerGrads, Result, Want, Weight
 
 SKIPS_PADDING = True  # steps past a sequence's length are not read
 PLAIN_HAS_BACKWARD = False
+WAVEFRONT = True  # layers on CUDA may run beside each other
 
 
 def forward(layer: Layer, want: Want) -> Result:

@@ -159,6 +159,18 @@ def modelled_us(
         return _native.operators.lstm_recurrence_cost(COSTS.index(kernel), batch, 1, hidden_size, dtype.itemsize, tf32)
 
 
+def shares(
+    batch: int, hidden_size: int, dtype: torch.dtype, tf32: bool, index: int | None = None
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """For forward and backward: the modelled microseconds of a step, and the part of the GPU that the kernel holds.
+
+    Of the kernels that the operators take for one direction; zeros where none fits.
+    """
+    with contextlib.nullcontext() if index is None else torch.cuda.device(index):
+        numbers = _native.operators.lstm_recurrence_share(batch, 1, hidden_size, dtype.itemsize, tf32)
+    return numbers[:2], numbers[2:]
+
+
 def modelled_gain(call) -> float:
     """The modelled time of a step by cuDNN over that by the best kernel of an ``LSTMCall``; in training the smaller
     of forward and backward.
@@ -217,13 +229,13 @@ def _lengths(lengths: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def _fake_forward(*arguments):
-    """As the schema: gates, h0, c0, weight_hh, lengths, reverse, tf32, need_activations, need_cell_states."""
+    """As the schema: gates, h0, c0, weight_hh, lengths, reverse, tf32, need_activations, need_cell_states, ..."""
     gates, _, c0 = arguments[:3]
-    need_activations, need_cell_states = arguments[-2:]
+    need_activations, need_cell_states = arguments[7:9]
     (D, B, H), T = c0.shape, gates.shape[0]
     return (
         gates.new_empty(T, B, D * H),
-        c0.new_empty(D, B, H),
+        gates.new_empty(D, B, H),
         c0.new_empty(D, B, H),
         gates.new_empty((T, B, D * 4 * H) if need_activations else (0,)),
         gates.new_empty((T, B, D * H) if need_cell_states else (0,), dtype=torch.float32),

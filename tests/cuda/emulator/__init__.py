@@ -16,8 +16,9 @@ import torch
 
 from .build import compiler, library
 from .programs import run_program, sanitized
+from .streams import shuffled
 
-__all__ = ["as_native", "compiler", "device", "load", "run_program", "sanitized", "schedule"]
+__all__ = ["as_native", "compiler", "device", "load", "run_program", "sanitized", "schedule", "shuffled"]
 
 
 @functools.cache
@@ -70,6 +71,7 @@ def device(
 def as_native() -> Iterator[None]:
     """Let ``backend="native"`` run the CUDA operators on CPU tensors, along the Python path of CUDA tensors."""
     from fastseq import _native
+    from fastseq.ops.common import streams
     from fastseq.ops.common.triton import runtime
 
     no_triton = (
@@ -82,6 +84,7 @@ def as_native() -> Iterator[None]:
         (_native, "why_not_cuda", lambda index=None: ""),
         (_native, "device_of", lambda t: "cuda"),
         (_native, "on_cpu", lambda t: False),
+        (streams, "run", shuffled(0)),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
     for owner, name, value in patches:
