@@ -143,9 +143,10 @@ def test_calls_that_stay_layer_by_layer(waves):
     assert not waves
 
 
-def test_a_switch_that_is_no_chunk(waves, monkeypatch):
-    monkeypatch.setenv("FASTSEQ_LSTM_WAVEFRONT", "12")
-    with pytest.raises(ValueError, match="multiple of 8, got '12'"):
+@pytest.mark.parametrize("switch", ["12", "00", "x"])
+def test_a_switch_that_is_no_chunk(waves, monkeypatch, switch):
+    monkeypatch.setenv("FASTSEQ_LSTM_WAVEFRONT", switch)
+    with pytest.raises(ValueError, match=f"multiple of 8, got '{switch}'"):
         module(num_layers=2)(torch.randn(STEPS, BATCH, INPUT))
 
 

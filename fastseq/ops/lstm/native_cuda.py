@@ -24,8 +24,7 @@ def forward(layer: Layer, want: Want) -> Result:
     """Saved: activations (T, B, D * 4H) in the dtype of the input, cell states (T, B, D * H) in float32."""
     input, lengths = _padded(layer)
     weight_ih = _cat([w.ih for w in layer.weights])  # (D * 4H, I)
-    gates = product(input.flatten(0, 1), weight_ih, _bias(layer.weights), transpose_b=True)
-    gates = gates.unflatten(0, input.shape[:2])  # (T, B, D * 4H)
+    gates = product_of_steps(input, weight_ih, bias_of(layer.weights), transpose_b=True)  # (T, B, D * 4H)
     output, h_n, c_n, activations, cell_states = _native.operators.lstm_recurrence_forward.default(
         gates,
         layer.h0.contiguous(),
@@ -70,8 +69,7 @@ def backward(layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: Layer
     )
     grad_input = None
     if needs.input:
-        grad_input = product(grad_gates.flatten(0, 1), _cat([w.ih for w in layer.weights]))
-        grad_input = grad_input.unflatten(0, grad_gates.shape[:2])
+        grad_input = product_of_steps(grad_gates, _cat([w.ih for w in layer.weights]))
         if layer.batch_sizes is not None:
             grad_input = layout.pack(grad_input, layer.batch_sizes)
     weights, directions = [], len(layer.weights)
@@ -80,11 +78,11 @@ def backward(layer: Layer, saved: tuple[Tensor, ...], grads: Grads, needs: Layer
         if wanted.hh:
             of_direction = (t.chunk(directions, -1)[d] for t in saved)
             before = layout.hidden_before(*of_direction, layer.h0[d], lengths, layer.reverse or d == 1)
-        weights.append(_weight_gradients(rows, input, before, wanted))
+        weights.append(weight_gradients(rows, input, before, wanted))
     return LayerGrads(grad_input, grad_h0 if needs.h0 else None, grad_c0 if needs.c0 else None, tuple(weights))
 
 
-def _weight_gradients(grad_gates: Tensor, input: Tensor, before: Tensor | None, needs: Weights) -> Weights:
+def weight_gradients(grad_gates: Tensor, input: Tensor, before: Tensor | None, needs: Weights) -> Weights:
     """Weight gradients of a direction from grad_gates (T, B, 4H), input (T, B, I), h before each step (T, B, H)."""
     rows = grad_gates.flatten(0, 1)  # (T * B, 4H)
     bias = rows.sum(0) if needs.bias_ih or needs.bias_hh else None
@@ -113,6 +111,11 @@ def product(
         return _native.operators.tf32_product.default(a.contiguous(), b.contiguous(), contiguous(bias), *options)
     b = b if transpose_b else b.t()
     return F.linear(a.t() if transpose_a else a, b, bias)
+
+
+def product_of_steps(a: Tensor, b: Tensor, bias: Tensor | None = None, *, transpose_b: bool = False) -> Tensor:
+    """:func:`product` of a (T, B, K): one product of all rows -> (T, B, N)."""
+    return product(a.flatten(0, 1), b, bias, transpose_b=transpose_b).unflatten(0, a.shape[:2])
 
 
 def _own_tf32_products() -> bool:
@@ -219,7 +222,7 @@ def _recurrent(weights: tuple[Weights, ...]) -> Tensor:
     return torch.stack([w.hh for w in weights])
 
 
-def _bias(weights: tuple[Weights, ...]) -> Tensor | None:
+def bias_of(weights: tuple[Weights, ...]) -> Tensor | None:
     """b_ih + b_hh of all directions, (D * 4H,), or None."""
     return None if weights[0].bias_ih is None else _cat([w.bias_ih + w.bias_hh for w in weights])
 

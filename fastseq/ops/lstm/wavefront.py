@@ -98,7 +98,7 @@ def _plan(shape: tuple, layers: int, steps: int, training: bool, switch: str) ->
 
 
 def _forced(switch: str) -> int:
-    if not switch.isdecimal() or int(switch) % 8:
+    if not switch.isdecimal() or not int(switch) or int(switch) % 8:
         raise ValueError(
             f"FASTSEQ_LSTM_WAVEFRONT must be 0 (off) or the steps of a chunk, a multiple of 8, got {switch!r}"
         )
@@ -110,6 +110,7 @@ def _total(layers: int, steps: int, chunk: int, passes: list[tuple[float, int]])
     return sum(schedule(layers, -(-steps // chunk), width, chunk * us + BEGIN_US)[1] for us, width in passes)
 
 
+@remembered  # both passes of every call ask for it
 def schedule(layers: int, chunks: int, width: int, us: float) -> tuple[list[tuple[int, int]], float]:
     """The order in which the host issues the chunks (layer, chunk), and the modelled end of the last, microseconds.
 
@@ -222,19 +223,16 @@ def _forward(given: Given, plan: Plan, want: Want) -> tuple:
     """-> output, h_n, c_n, cell states or None, saved: inputs of all layers but the first, activations, cell states."""
     parts, L, dtype = _Parts(given, plan), len(given.weights), given.input.dtype
     need_cells = [want.backward or (want.cell_states and layer == L - 1) for layer in range(L)]
-    biases = [native_cuda._bias((w,)) for w in given.weights]
-    first = native_cuda.product(given.input.flatten(0, 1), parts.weight_ih[0], biases[0], transpose_b=True)
-    first = first.unflatten(0, given.input.shape[:2])  # (T, B, 4H)
+    biases = [native_cuda.bias_of((w,)) for w in given.weights]
+    first = native_cuda.product_of_steps(given.input, parts.weight_ih[0], biases[0], transpose_b=True)  # (T, B, 4H)
     h, c = list(parts.h0), list(parts.c0)
     outputs, inputs, activations, cells = ([[] for _ in range(L)] for _ in range(4))
     whole = [{} for _ in range(L)]
 
     def chunk(layer: int, part: int) -> None:
         if layer:
-            x = outputs[layer - 1][part]
-            x = _dropped(x, given, layer - 1, parts.slices[part])
-            gates = native_cuda.product(x.flatten(0, 1), parts.weight_ih[layer], biases[layer], transpose_b=True)
-            gates = gates.unflatten(0, x.shape[:2])
+            x = _dropped(outputs[layer - 1][part], given, layer - 1, parts.slices[part])
+            gates = native_cuda.product_of_steps(x, parts.weight_ih[layer], biases[layer], transpose_b=True)
             inputs[layer].append(x)
         else:
             gates = first[parts.slices[part]]
@@ -279,7 +277,7 @@ def _forward(given: Given, plan: Plan, want: Want) -> tuple:
 
 def _backward(given: Given, plan: Plan, saved: list[Tensor], grads: Grads, needs) -> list[Tensor | None]:
     """The gradient of each tensor of the call, None where unwanted."""
-    parts, L, T = _Parts(given, plan), len(given.weights), given.input.size(0)
+    parts, L = _Parts(given, plan), len(given.weights)
     first = given.input if given.lengths is None else layout.zero_padding(given.input, given.lengths)
     inputs, activations, cells = (first, *saved[: L - 1]), saved[L - 1 : 2 * L - 1], saved[2 * L - 1 :]
     wide = parts.c0[0].dtype
@@ -313,8 +311,7 @@ def _backward(given: Given, plan: Plan, saved: list[Tensor], grads: Grads, needs
             True,
         )
         if layer:
-            x = native_cuda.product(gates[layer][part].flatten(0, 1), parts.weight_ih[layer])
-            x = x.unflatten(0, gates[layer][part].shape[:2])
+            x = native_cuda.product_of_steps(gates[layer][part], parts.weight_ih[layer])
             below[layer - 1][part] = _dropped(x, given, layer - 1, steps)
 
     def finish(layer: int) -> None:
@@ -323,10 +320,9 @@ def _backward(given: Given, plan: Plan, saved: list[Tensor], grads: Grads, needs
         if wanted.hh:
             states = (activations[layer], cells[layer], given.h0[layer])
             before = layout.hidden_before(*states, given.lengths, False)
-        results["weights", layer] = native_cuda._weight_gradients(rows, inputs[layer], before, wanted)
+        results["weights", layer] = native_cuda.weight_gradients(rows, inputs[layer], before, wanted)
         if not layer and needs[0]:
-            x = native_cuda.product(rows.flatten(0, 1), parts.weight_ih[0])
-            results["input"] = x.unflatten(0, (T, -1))
+            results["input"] = native_cuda.product_of_steps(rows, parts.weight_ih[0])
 
     def tensors() -> list[Tensor]:
         made = [results["weights", layer] for layer in range(L)]
