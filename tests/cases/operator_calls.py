@@ -60,14 +60,14 @@ def linear_narrow(B=3, K=5, N=7) -> tuple:
 
 def lstm_recurrence_forward(T=4, B=3, H=8) -> tuple:
     gates, states = torch.randn(T, B, 4 * H), torch.randn(2, 1, B, H).unbind()
-    return gates, *states, torch.randn(1, 4 * H, H), torch.full((B,), T), False, False, True, True
+    return gates, *states, torch.randn(1, 4 * H, H), torch.full((B,), T), False, False, True, True, False
 
 
 def lstm_recurrence_backward(T=4, B=3, H=8) -> tuple:
     per_step, states = torch.randn(3, T, B, H).unbind(), torch.randn(3, 1, B, H).unbind()
     activations, weight_hh, lengths = torch.randn(T, B, 4 * H), torch.randn(1, 4 * H, H), torch.full((B,), T)
     grads = per_step[0], states[0], states[1], per_step[1]
-    return *grads, activations, per_step[2], states[2], weight_hh, lengths, False, False
+    return *grads, activations, per_step[2], states[2], weight_hh, lengths, False, False, False
 
 
 def lstm_variant_forward(T=4, B=3, H=7, norms=True, masks=True) -> tuple:
