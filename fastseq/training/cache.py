@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastseq.errors import UserError
 from fastseq.training.data import Sequences, encode_flat
-from fastseq.training.files import read_text, write_text
+from fastseq.training.files import read_text, rename, write_text
 from fastseq.training.lock import NO_LOCKS
 from fastseq.training.reading import PairFile, arrow_files, missing_package
 from fastseq.training.tagged import Tagged, TaggedSequences, tags_of, texts_of
@@ -196,7 +196,7 @@ def _encode(file: PairFile, tokenizers: Tokenizers, folder: Path, name: str) -> 
             out.flush()
             os.fsync(out.fileno())
         counts = Counts(rows, partial.stat().st_size, tuple(tokens), tuple(unknown))
-        partial.replace(folder / f"{name}.arrow")
+        rename(partial, folder / f"{name}.arrow")
         write_text(folder / f"{name}.json", json.dumps(counts._asdict()) + "\n")
     except BaseException:
         for path in (partial, folder / f"{name}.arrow", folder / f"{name}.json.partial"):

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from fastseq.errors import UserError
 from fastseq.seq2seq.config import Seq2SeqConfig
 from fastseq.training.checkpoint import start_again
+from fastseq.training.files import rename
 from fastseq.training.metrics import higher_is_better
 from fastseq.training.moving_average import MovingAverage
 from fastseq.training.saved import kept_weights, write_weights
@@ -49,7 +50,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
+            rename(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)
             run, kept = path.parent.parent, "the previous one is intact" if path.exists() else "there is no earlier one"
@@ -82,6 +83,15 @@ class BestAndLast(Checkpoint):
         if state.get("monitor") == self.monitor:
             self.best, self.best_epoch = state["best"], state["best_epoch"]
 
+    def beats(self, state: dict[str, Any], other: dict[str, Any] | None) -> bool:
+        """True if the best value of ``state``, by this metric, is better than that of ``other``."""
+        value, known = (s["best"] if s is not None and s["monitor"] == self.monitor else None for s in (state, other))
+        return value is not None and (known is None or self._sign * value < self._sign * known)
+
+    @property
+    def _sign(self) -> float:
+        return -1.0 if higher_is_better(self.monitor) else 1.0
+
     def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         """Save after validation. Raises UserError, without saving, once the loss is not finite."""
         if not math.isfinite(trainer.callback_metrics["valid_loss"]):
@@ -90,8 +100,7 @@ class BestAndLast(Checkpoint):
                 f"--optim.gradient_clip, and {start_again(self.folder.parent)}"
             )
         value = float(trainer.callback_metrics[self.monitor])
-        sign = -1.0 if higher_is_better(self.monitor) else 1.0
-        if math.isfinite(value) and (self.best is None or sign * value < sign * self.best):
+        if math.isfinite(value) and (self.best is None or self._sign * value < self._sign * self.best):
             self.best, self.best_epoch = value, trainer.current_epoch
             trainer.save_checkpoint(self.folder / "best.ckpt")
         if self.keep and trainer.is_global_zero:
@@ -131,6 +140,11 @@ class Patience(EarlyStopping):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the number of epochs without improvement."""
         super().load_state_dict(state_dict | {"patience": self.patience})
+
+    @property
+    def stopped(self) -> bool:
+        """True if this run has used up its patience."""
+        return self.wait_count >= max(self.patience, 1)
 
     def spent(self, checkpoint: dict[str, Any]) -> bool:
         """True if the run of this checkpoint has used up its patience."""

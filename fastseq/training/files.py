@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,7 +45,25 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    rename(partial, path)
+
+
+def rename(partial: Path, path: Path) -> None:
+    """Give a written file its final name, also on the disk: else a power loss may bring back the old file.
+
+    File systems that cannot write a folder (some network and FUSE mounts) refuse with EINVAL or ENOTSUP: no error.
+    """
     partial.replace(path)
+    if os.name == "nt":  # which opens no folders
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(folder)
 
 
 def refuse_links(paths: Iterable[Path]) -> None:

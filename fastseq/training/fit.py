@@ -37,7 +37,7 @@ from fastseq.training.plots import plot_curves, read_metrics
 from fastseq.training.profile import TimeSplit
 from fastseq.training.progress import Bar, EpochLines, UpdateRows, say
 from fastseq.training.reading import as_list
-from fastseq.training.resume import resumable
+from fastseq.training.resume import resumable, with_best
 from fastseq.training.saved import load_folder
 from fastseq.training.task import Seq2SeqTask
 
@@ -240,6 +240,7 @@ def prepare(config: Namespace, folder: RunFolder, *, resume: bool) -> Run | None
     task = Seq2SeqTask(model, optim, len(batches) // options.accumulate, trainer.max_epochs, corpus.decoding)
     if checkpoint is not None:
         checkpoint_io.checkpoint = checkpoint = resumable(checkpoint, task, trainer, begun)
+        with_best(checkpoint, trainer, folder.checkpoints / "best.ckpt")
         if why := finished(checkpoint, task, trainer):
             say(f"{folder.path} is finished: {why}")
             complete(folder)
@@ -311,7 +312,7 @@ def write_folder(config: Namespace, folder: RunFolder, corpus: Corpus, *, resume
 def report(trainer: L.Trainer, folder: RunFolder, every: int | None) -> None:
     """Draw the curves, print the best result and the next command. An epoch is `every` updates, None for a pass."""
     plot_curves(folder.metrics, folder.curves)
-    if any(isinstance(callback, TimeLimit) and callback.over for callback in trainer.callbacks):
+    if ended_by_time(trainer):
         say(f"time is up at update {trainer.global_step}; continue with: fastseq train --resume {folder.path}")
     best = next(callback for callback in trainer.callbacks if isinstance(callback, BestAndLast))
     if best.best is not None:
@@ -320,6 +321,13 @@ def report(trainer: L.Trainer, folder: RunFolder, every: int | None) -> None:
         when = f"{unit} {(best.best_epoch + 1) * size} of {trainer.current_epoch * size}"
         say(f"best {when}: validation {label} {best.best:.4g}")
     say(f"curves: {folder.curves}; next: fastseq evaluate {folder.path} --data test.tsv")
+
+
+def ended_by_time(trainer: L.Trainer) -> bool:
+    """True if --trainer.max_minutes ended a run that has more to train."""
+    over = any(isinstance(callback, TimeLimit) and callback.over for callback in trainer.callbacks)
+    waited = any(isinstance(callback, Patience) and callback.stopped for callback in trainer.callbacks)
+    return over and not waited and trainer.global_step < trainer.lightning_module.total_updates
 
 
 def quiet() -> None:

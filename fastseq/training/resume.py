@@ -12,7 +12,7 @@ import torch
 
 from fastseq.errors import UserError
 from fastseq.training.callbacks import BestAndLast, Patience
-from fastseq.training.checkpoint import start_again
+from fastseq.training.checkpoint import load_checkpoint, start_again
 from fastseq.training.metrics import NAMES, monitors
 from fastseq.training.moving_average import RAW, MovingAverage
 from fastseq.training.progress import EpochLines
@@ -43,6 +43,23 @@ def resumable(checkpoint: dict[str, Any], task: Seq2SeqTask, trainer: L.Trainer,
         raise UserError(
             f"{path} cannot be resumed: {error} is missing or damaged; {start_again(path.parent.parent)}"
         ) from error
+
+
+def with_best(checkpoint: dict[str, Any], trainer: L.Trainer, path: Path) -> None:
+    """Put the best value of best.ckpt, at ``path``, into a checked checkpoint that has a worse one or none.
+
+    A process killed between best.ckpt and last.ckpt left it there alone; a worse epoch would replace best.ckpt.
+    """
+    (callback,) = (c for c in trainer.callbacks if isinstance(c, BestAndLast))
+    if not path.exists():
+        return
+    try:
+        state = _callbacks(load_checkpoint(path).get("callbacks"), trainer).get(callback.state_key)
+    except _Damaged as error:
+        raise UserError(f"{path} is damaged: {error}; delete it, then resume again") from error
+    known = checkpoint["callbacks"].get(callback.state_key)
+    if state is not None and callback.beats(state, known):
+        checkpoint["callbacks"][callback.state_key] = state
 
 
 def _checked(checkpoint: dict[str, Any], task: Seq2SeqTask, trainer: L.Trainer) -> dict[str, Any]:

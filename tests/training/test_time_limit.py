@@ -72,6 +72,39 @@ def test_the_best_may_lie_within_an_epoch(tmp_path, capsys):
     assert "time is up" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("clock")
+def test_a_kill_before_the_best_value_is_in_the_last_checkpoint(tmp_path, monkeypatch):
+    """best.ckpt, written before, keeps its place against the equal value of a later epoch."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.BestAndLast, "_renew_last", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            train(run, "--trainer.max_epochs", "2", "--optim.lr", "0", "--trainer.max_minutes", "2")
+    best = (run / "checkpoints" / "best.ckpt").read_bytes()
+    assert last_best(run) is None
+    main(["train", "--resume", str(run), "--trainer.max_minutes", "null"])
+    assert (run / "checkpoints" / "best.ckpt").read_bytes() == best
+    assert last_best(run) > 0
+
+
+def last_best(run: Path) -> float | None:
+    states = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    return next(state["best"] for name, state in states.items() if "BestAndLast" in name)
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("patience", [None, "1"], ids=["last epoch", "patience"])
+def test_the_natural_end_is_none_by_time(patience, tmp_path, capsys):
+    """Time is up at the very update that ends the run anyway."""
+    if patience is None:
+        train(tmp_path / "run", "--trainer.max_epochs", "1", "--trainer.max_minutes", "4")
+    else:  # the second epoch is no better than the first
+        options = ("--trainer.max_epochs", "3", "--optim.lr", "0", "--trainer.patience", patience)
+        train(tmp_path / "run", *options, "--trainer.max_minutes", "8")
+    printed = capsys.readouterr().out
+    assert "best epoch 1 of" in printed and "time is up" not in printed
+
+
 def test_bad_limits(tmp_path, capsys):
     for value in ("0", "-1", "nan", "soon"):
         assert "max_minutes" in refused(capsys, "train", *SMALL, "--run_dir", tmp_path, "--trainer.max_minutes", value)
