@@ -56,13 +56,14 @@ class Family(NamedTuple):
     wait: str  # mnemonics
     send: str
     exchange: int  # cycles from the send to the moment from which a wait succeeds
+    one_poll: bool = False  # further chunks are polled by predicated loads: the path holds the first chunk's
 
 
 CLUSTER = Family(r"SYNCS\.PHASECHK", r"STAS", 180)
 FAMILIES = {  # kernel name (pattern) -> family
     r"lstm_cluster_(forward|backward)_kernel": CLUSTER,
     r"lstm_grid_forward_kernel": Family(r"LDG\.E\.128\.STRONG", r"STG\.E\.STRONG", 258),
-    r"lstm_grid_backward_kernel": Family(r"LDG\.E\.STRONG", r"STG\.E\.STRONG", 258),
+    r"lstm_grid_backward_kernel": Family(r"LDG\.E\.128\.STRONG", r"STG\.E\.(64|128)\.STRONG", 258, True),
 }
 
 
@@ -133,17 +134,18 @@ def step_loop(code: list[Instruction], family: Family) -> list[Instruction]:
     raise ValueError("no loop waits, meets in a block barrier and sends")
 
 
-def _skipped(loop: list[Instruction], k: int, target: int, wait: int, send: int) -> bool:
+def _skipped(loop: list[Instruction], k: int, target: int, wait: int, barrier: int, send: int) -> bool:
     """True if branch k to ``target`` skips nothing but products with weights from shared memory, or cells whose inputs
-    are loaded between wait and send.
+    are loaded between barrier and send.
     """
     region = [i.op for i in loop[k + 1 : target]]
     if not loop[k].conditional or k < wait < target or any(re.match(r"BAR\.SYNC|STAS", op) for op in region):
         return False
-    products = sum(bool(re.match(r"HMMA|FFMA", op)) for op in region)
-    wide = sum(bool(re.match(r"LDS\.128", op)) for op in region)
+    products = [n for n, op in enumerate(region) if re.match(r"HMMA|FFMA", op)]
+    wide = [n for n, op in enumerate(region) if re.match(r"LDS\.128", op)]
     loads = sum(op.startswith("LDG") and "STRONG" not in op for op in region)
-    return (products >= 2 and wide >= 2) or (loads >= 4 and wait < k and target <= send)
+    from_shared = len(products) >= 2 and len(wide) >= 2 and wide[0] < products[0]
+    return from_shared or (loads >= 4 and barrier < k and target <= send)
 
 
 def path(loop: list[Instruction], family: Family) -> list[Instruction]:
@@ -163,7 +165,7 @@ def path(loop: list[Instruction], family: Family) -> list[Instruction]:
         through = [] if ends and not i.conditional else [k + 1]
         if any(re.search(r"LOP3.*0x3ff,", j.text) for j in loop[max(0, k - 4) : k]) and i.target is not None:
             through, forward = [], -1  # SpinTimeout counts polls in vain
-        elif forward > k and _skipped(loop, k, forward, wait, send):
+        elif forward > k and _skipped(loop, k, forward, wait, barrier, send):
             through = []
         following.append([n for n in (*through, forward) if k < n < len(loop)])
     product = next(k for k in _matches(loop, "HMMA|FFMA") if k > wait)
@@ -173,7 +175,8 @@ def path(loop: list[Instruction], family: Family) -> list[Instruction]:
     stages, chosen = (0, wait, barrier, send, len(loop) - 1), []
     for begin, end in itertools.pairwise(stages):
         chosen += _longest(loop, following, begin, end)[:-1]
-    return [loop[k] for k in (*chosen, len(loop) - 1)]
+    left_out = set(waits) - {wait} if family.one_poll else set()
+    return [loop[k] for k in (*chosen, len(loop) - 1) if k not in left_out]
 
 
 def _longest(loop: list[Instruction], following: list[list[int]], begin: int, end: int) -> list[int]:

@@ -108,7 +108,7 @@ def test_no_steps(place):
 SMALL_DEVICES = [  # multiprocessors, KiB of shared memory, dtype, tf32, T, B, H, D, path of the kernel
     (2, 227, torch.bfloat16, NO_TF32, 3, 77, 20, 1, "three passes over the rows"),
     (3, 48, torch.float32, TF32, 3, 41, 40, 1, "shared memory limits the rows of a pass"),
-    (9, 6, torch.bfloat16, NO_TF32, 2, 16, 144, 1, "one tile a pass, more threads than cells"),
+    (9, 8, torch.bfloat16, NO_TF32, 2, 16, 144, 1, "one tile a pass, more threads than cells"),
     (4, 227, torch.float32, NO_TF32, 3, 70, 60, 2, "blocks of 32 units, two directions, two passes"),
     (18, 227, torch.bfloat16, NO_TF32, 2, 3, 576, 1, "32 units, weights in shared memory"),
     (9, 227, torch.float32, TF32, 2, 3, 288, 1, "32 units, weights in shared memory"),
@@ -148,6 +148,21 @@ def test_any_order_of_threads_gives_the_same_bits(dtype, tf32):
             with emulator.schedule(seed):
                 again = run(host, case)
             torch.testing.assert_close(again, first, rtol=0, atol=0)
+
+
+def test_numbers_that_carry_a_tag_are_rounded_to_nearest():
+    """All 16-bit numbers and points between them; float32 at random. NaN and infinity survive."""
+    run = emulator.sanitized("", "tag_rounding")
+    assert run.stdout == "ok\n" and run.returncode == 0, (run.stdout + run.stderr)[:4000]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_any_parity_of_the_step_gives_the_same_bits(place, dtype):
+    """The reader clears the tag: one more step past all lengths shifts all tags and changes no bit."""
+    case = recurrence(4, 3, 24, dtype=dtype, lengths=LENGTHS)
+    longer = case._replace(gates=torch.cat((case.gates, case.gates[:1])))
+    first, second = run(place, case, ("h_n", "c_n")), run(place, longer, ("h_n", "c_n"))
+    assert torch.equal(first["gates"], second["gates"][:4]) and torch.equal(first["h0"], second["h0"])
 
 
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])

@@ -354,6 +354,38 @@ FASTSEQ_DEVICE void store_relaxed(uint32_t* p, uint32_t x) {
 #endif
 }
 
+// As load_relaxed and store_relaxed, with one tag for 8 bytes: each pair of words is read and written at once. p is
+// aligned to all pairs. (PTX ISA, "Vector Data-types": such an access is one of 64 bits for each element.)
+FASTSEQ_DEVICE void load_relaxed(uint64_t (&pairs)[2], const uint64_t* p, bool wanted) {
+#ifdef FASTSEQ_HOST_DEVICE
+  if (!wanted) return;
+  host::poll();
+  for (int k = 0; k < 2; ++k) pairs[k] = __atomic_load_n(p + k, __ATOMIC_RELAXED);
+#else
+  asm volatile(
+      "{\n.reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %3, 0;\n"
+      "@wanted ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];\n}"
+      : "+l"(pairs[0]), "+l"(pairs[1])
+      : "l"(p), "r"(static_cast<unsigned>(wanted))
+      : "memory");
+#endif
+}
+
+// N: 1 or 2.
+template <int N>
+FASTSEQ_DEVICE void store_relaxed(uint64_t* p, const uint64_t (&pairs)[N]) {
+#ifdef FASTSEQ_HOST_DEVICE
+  for (int k = 0; k < N; ++k) __atomic_store_n(p + k, pairs[k], __ATOMIC_RELAXED);
+  host::note_progress();
+#else
+  if constexpr (N == 1)
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(pairs[0]) : "memory");
+  else
+    asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(p), "l"(pairs[0]), "l"(pairs[1]) : "memory");
+#endif
+}
+
 // Prints a line on the host's standard output, at its next synchronisation.
 FASTSEQ_DEVICE void report(const char* message) {
   printf("fastseq: %s [block %u thread %u]\n", message, blockIdx.x, threadIdx.x);

@@ -20,7 +20,7 @@ bool add_shared_memory(Plan& plan, size_t limit) {
   const size_t in_shared = std::max(0, plan.warp_chunks - Block::kHeld);
   const size_t fixed = plan.warps * in_shared * R * Product::kParts * 32 * sizeof(uint4) +
                        plan.group_tiles * kTileRows * (Block::kBlockUnits * sizeof(float2) + sizeof(int));
-  const size_t of_tile = plan.warps * kTileRows * Block::kStride * sizeof(float);
+  const size_t of_tile = kMaxWarps * Block::kTileSums * sizeof(float);
   constexpr int kMostTiles = 4;
   plan.pass_tiles = std::min(plan.group_tiles, kMostTiles);
   while (plan.pass_tiles > 1 && fixed + plan.pass_tiles * of_tile > limit) --plan.pass_tiles;
@@ -44,6 +44,7 @@ std::optional<Plan> plan_with(const LstmShape& s, const DeviceLimits& device) {
   plan.chunks = plan.slices * kTileUnits * R / Product::kUnits;
   plan.warps = static_cast<int>(std::clamp<int64_t>(divide_up(plan.chunks, 4), 4, kMaxWarps));
   plan.warp_chunks = static_cast<int>(divide_up(plan.chunks, plan.warps));
+  plan.warps = static_cast<int>(divide_up(plan.chunks, plan.warp_chunks));  // so every warp has a chunk
   if (!add_shared_memory<Product, R>(plan, device.shared_memory)) return {};
   return plan;
 }
@@ -52,7 +53,7 @@ std::optional<Plan> plan_with(const LstmShape& s, const DeviceLimits& device) {
 template <class Product>
 double cycles_of(const LstmShape& s, const Plan& plan) {
   constexpr int kKind = std::is_same_v<Product, FmaFloat> ? 2 : std::is_same_v<Product, MmaTf32> ? 1 : 0;
-  const int R = plan.unit_tiles, kept = Product::kHeldParts / Product::kParts / R;
+  const int R = plan.unit_tiles, kept = Product::held_parts(R) / Product::kParts / R;
   const double rows = plan.group_tiles * kTileRows, numbers = plan.chunks * Product::kUnits * 4.0;
   const double exchange = rows * numbers * sizeof(typename Product::Element) / cost::kL2Bytes;
   const double products = rows * kTileUnits * R * 4.0 * static_cast<double>(s.hidden) / cost::kProducts[kKind];
@@ -94,13 +95,13 @@ Outcome launch_plan(const LstmBackwardParams& p, const Plan& plan, Stream stream
   return launch_together(l, lstm_grid_backward_kernel<Product, R>, p, plan);
 }
 
-// Bytes of the workspace: flags, then both buffers of the exchange.
+// Bytes of the workspace: stop words, then both buffers of the exchange.
 template <class Product>
 size_t workspace_of(const LstmShape& s, const Plan& plan) {
-  const size_t flags = s.directions * plan.groups * plan.slices * kFlagStride * sizeof(unsigned);
+  const size_t stops = s.directions * plan.groups * kStopStride * sizeof(unsigned);
   const size_t numbers =
       2 * s.directions * plan.tiles * kTileRows * static_cast<size_t>(plan.chunks) * Product::kUnits * 4;
-  return flags + numbers * sizeof(typename Product::Element);
+  return stops + numbers * sizeof(typename Product::Element);
 }
 
 template <class Product>

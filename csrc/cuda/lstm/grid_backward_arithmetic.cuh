@@ -57,10 +57,22 @@ struct FmaSums {
   }
 };
 
-// Loads a chunk as B of two instructions. Rows past `rows` are zero and not read, so one sequence costs one row of
-// traffic.
-FASTSEQ_DEVICE uint4 load_rows(const void* chunk, int rows) {
-  return lane_id() / 4 < rows ? load_l2(static_cast<const uint4*>(chunk) + lane_id()) : uint4{0, 0, 0, 0};
+FASTSEQ_DEVICE uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+FASTSEQ_DEVICE float number_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Clears the lowest mantissa bit of a float: rounds to 23 bits, to nearest, ties to even. NaN stays NaN.
+FASTSEQ_DEVICE uint32_t without_last_bit(float x) {
+  const uint32_t bits = bits_of(x), up = x == x ? bits >> 1 & 1 : 0;
+  return (bits + up) & ~1u;
 }
 
 // Tensor cores, 16-bit types. Weights of a chunk: A of two instructions.
@@ -68,12 +80,14 @@ template <class T>
 struct MmaHalf {
   using Element = T;
   using Word = uint32_t;
-  using Fragment = uint4;
-  static constexpr int kUnits = 8;       // of a chunk
-  static constexpr int kParts = 2;       // 16-byte parts of a lane's weights of a chunk
-  static constexpr int kHeldParts = 32;  // parts in registers
-  static constexpr int kPrefetch = 8;    // chunks loaded before the first product
+  static constexpr int kUnits = 8;    // of a chunk
+  static constexpr int kParts = 2;    // 16-byte parts of a lane's weights of a chunk
+  static constexpr int kVectors = 1;  // 16-byte vectors of a lane in a chunk of the exchange
+  static constexpr int kStage = 4;    // chunks polled at once
   using Sums = MmaSums;
+
+  // Parts in registers of a block of R tiles of units.
+  static constexpr int held_parts(int) { return 32; }
 
   // weight(unit of the chunk, gate, output unit of the tile)
   template <class Weight>
@@ -86,24 +100,35 @@ struct MmaHalf {
     }
   }
 
-  static FASTSEQ_DEVICE Fragment load(const T* chunk, int rows) { return load_rows(chunk, rows); }
+  // Place of a lane's vector in the chunk of a tile of so many rows. A lane without a row reads the last row: no line
+  // more, and its sums are not read.
+  static FASTSEQ_DEVICE int place(int, int rows) { return min(lane_id() / 4, rows - 1) * 4 + lane_id() % 4; }
+  static FASTSEQ_DEVICE bool exists(int, int) { return true; }
 
-  static FASTSEQ_DEVICE void multiply(Sums& sums, const Vector<Word, 4> (&w)[kParts], const Fragment& f) {
-    multiply_16x8x16<T>(sums.d[0], w[0].element, {f.x, f.y});
-    multiply_16x8x16<T>(sums.d[1], w[1].element, {f.z, f.w});
+  static FASTSEQ_DEVICE void multiply(Sums& sums,
+                                      const Vector<Word, 4> (&w)[kParts],
+                                      const uint32_t (&f)[kVectors][4]) {
+    multiply_16x8x16<T>(sums.d[0], w[0].element, {f[0][0], f[0][1]});
+    multiply_16x8x16<T>(sums.d[1], w[1].element, {f[0][2], f[0][3]});
   }
 
-  // Rounds a dgate to the format of the exchange.
-  static FASTSEQ_DEVICE T exchanged(T x) { return x; }
+  // Packs a unit's dgates with tag 0. di, `exact` before its rounding to T, loses its last bit: T's neighbour with bit
+  // 0 clear is nearest. NaN is not `up` and stays NaN, as its mantissa has other bits.
+  static FASTSEQ_DEVICE void encode(uint32_t (&words)[2], const Vector<T, 4>& dgates, const float (&exact)[4]) {
+    memcpy(words, &dgates, sizeof words);
+    const bool up = fabsf(exact[0]) >= fabsf(to_float(dgates.element[0]));
+    words[0] = up ? words[0] + (words[0] & 1) : words[0] & ~1u;
+  }
 };
 
 // Tensor cores, float rounded to TF32. Weights of a chunk: A of two instructions.
 struct MmaTf32 {
   using Element = float;
   using Word = uint32_t;
-  using Fragment = uint4;
-  static constexpr int kUnits = 4, kParts = 2, kHeldParts = 32, kPrefetch = 8;
+  static constexpr int kUnits = 4, kParts = 2, kVectors = 1, kStage = 4;
   using Sums = MmaSums;
+
+  static constexpr int held_parts(int) { return 32; }
 
   template <class Weight>
   static FASTSEQ_DEVICE void pack(Vector<Word, 4> (&w)[kParts], const Weight& weight) {
@@ -112,17 +137,19 @@ struct MmaTf32 {
     for (int k = 0; k < 4 * kParts; ++k) w[k / 4].element[k % 4] = to_tf32(weight(q, k / 2, r + k % 2 * 8));
   }
 
-  static FASTSEQ_DEVICE Fragment load(const float* chunk, int rows) { return load_rows(chunk, rows); }
+  static FASTSEQ_DEVICE int place(int, int rows) { return min(lane_id() / 4, rows - 1) * 4 + lane_id() % 4; }
+  static FASTSEQ_DEVICE bool exists(int, int) { return true; }
 
-  static FASTSEQ_DEVICE void multiply(Sums& sums, const Vector<Word, 4> (&w)[kParts], const Fragment& f) {
-    multiply_16x8x8_tf32(sums.d[0], w[0].element, {f.x, f.y});
-    multiply_16x8x8_tf32(sums.d[1], w[1].element, {f.z, f.w});
+  static FASTSEQ_DEVICE void multiply(Sums& sums,
+                                      const Vector<Word, 4> (&w)[kParts],
+                                      const uint32_t (&f)[kVectors][4]) {
+    multiply_16x8x8_tf32(sums.d[0], w[0].element, {f[0][0], f[0][1]});
+    multiply_16x8x8_tf32(sums.d[1], w[1].element, {f[0][2], f[0][3]});
   }
 
-  static FASTSEQ_DEVICE float exchanged(float x) {
-    const uint32_t bits = to_tf32(x);
-    memcpy(&x, &bits, sizeof x);
-    return x;
+  static FASTSEQ_DEVICE void encode(uint32_t (&words)[4], const Vector<float, 4>& dgates, const float (&)[4]) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) words[k] = to_tf32(dgates.element[k]) & ~1u;
   }
 };
 
@@ -130,11 +157,10 @@ struct MmaTf32 {
 struct FmaFloat {
   using Element = float;
   using Word = float;
-  static constexpr int kUnits = 8, kParts = 4, kHeldParts = 24, kPrefetch = 1;
-  struct Fragment {
-    float4 row[kTileRows];
-  };
+  static constexpr int kUnits = 8, kParts = 4, kVectors = kTileRows, kStage = 1;
   using Sums = FmaSums;
+
+  static constexpr int held_parts(int R) { return R == 1 ? 24 : 16; }
 
   template <class Weight>
   static FASTSEQ_DEVICE void pack(Vector<Word, 4> (&w)[kParts], const Weight& weight) {
@@ -143,28 +169,29 @@ struct FmaFloat {
     for (int k = 0; k < 4 * kParts; ++k) w[k / 4].element[k % 4] = weight(u, k % 4, 4 * n + k / 4);
   }
 
-  static FASTSEQ_DEVICE Fragment load(const float* chunk, int rows) {
-    Fragment f{};
-#pragma unroll
-    for (int r = 0; r < kTileRows; ++r) {
-      if (r < rows) f.row[r] = load_l2(reinterpret_cast<const float4*>(chunk) + r * kUnits + lane_id() % 8);
-    }
-    return f;
-  }
+  static FASTSEQ_DEVICE int place(int vector, int) { return vector * kUnits + lane_id() % 8; }
+  static FASTSEQ_DEVICE bool exists(int vector, int rows) { return vector < rows; }
 
-  static FASTSEQ_DEVICE void multiply(Sums& sums, const Vector<Word, 4> (&w)[kParts], const Fragment& f) {
+  static FASTSEQ_DEVICE void multiply(Sums& sums,
+                                      const Vector<Word, 4> (&w)[kParts],
+                                      const uint32_t (&f)[kVectors][4]) {
 #pragma unroll
     for (int r = 0; r < kTileRows; ++r) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float (&gate)[4] = w[k].element;
         float& sum = sums.d[r][k];
-        sum = f.row[r].w * gate[3] + (f.row[r].z * gate[2] + (f.row[r].y * gate[1] + (f.row[r].x * gate[0] + sum)));
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) sum = number_of(f[r][gate]) * w[k].element[gate] + sum;
       }
     }
   }
 
-  static FASTSEQ_DEVICE float exchanged(float x) { return x; }
+  static FASTSEQ_DEVICE void encode(uint32_t (&words)[4], const Vector<float, 4>& dgates, const float (&)[4]) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      words[k] = k % 2 ? bits_of(dgates.element[k]) : without_last_bit(dgates.element[k]);
+    }
+  }
 };
 
 }  // namespace fastseq::cuda::grid_backward

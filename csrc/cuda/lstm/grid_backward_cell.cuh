@@ -1,7 +1,7 @@
 // The cell of the backward grid recurrence: reads and writes of one unit of one row in a step.
 #pragma once
 
-#include "cuda/lstm/grid_backward_layout.cuh"
+#include "cuda/lstm/grid_backward_exchange.cuh"
 
 namespace fastseq::cuda::grid_backward {
 
@@ -85,21 +85,11 @@ FASTSEQ_DEVICE Vector<typename Product::Element, 4> step_cell(const Block<Produc
   }
   kept = x.valid ? float2{0.0f, grad.c} : float2{dh, kept.y};
 
-  Vector<T, 4> dgates, sent;
-  const float four[4] = {grad.i, grad.f, grad.g, grad.o};
+  Vector<T, 4> dgates;
+  const float exact[4] = {grad.i, grad.f, grad.g, grad.o};
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    from_float(four[k], &dgates.element[k]);
-    sent.element[k] = Product::exchanged(dgates.element[k]);
-  }
-  using Bits = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
-  const int64_t at = block.first_unit + unit, chunk = row / kTileRows * block.plan.chunks + at / Product::kUnits;
-  const int64_t within = row % kTileRows * Product::kUnits + at % Product::kUnits;
-  Bits bits;
-  memcpy(&bits, &sent, sizeof bits);
-  store_l2(reinterpret_cast<Bits*>(block.exchange + (step & 1) * block.buffer + chunk * Block<Product, R>::kChunk +
-                                   within * 4),
-           bits);
+  for (int k = 0; k < 4; ++k) from_float(exact[k], &dgates.element[k]);
+  send(block, row, unit, step, dgates, exact);
   return dgates;
 }
 

@@ -3,7 +3,7 @@
 // sums of all warps.
 #pragma once
 
-#include "cuda/lstm/grid_backward_layout.cuh"
+#include "cuda/lstm/grid_backward_exchange.cuh"
 
 namespace fastseq::cuda::grid_backward {
 
@@ -49,87 +49,96 @@ FASTSEQ_DEVICE void load_weights(typename Block<Product, R>::Weights (&held)[Blo
   }
 }
 
-// Multiplies `Count` chunks of this warp from `first` on. All loads are issued before the first product.
-template <int Count, class Product, int R, class WeightsOf>
+// Multiplies `Count` chunks of this warp from `first` on. Calls meanwhile() while the polls are in flight.
+template <int Count, class Product, int R, class WeightsOf, class Meanwhile>
 FASTSEQ_DEVICE void multiply_chunks(typename Product::Sums (&d)[R],
-                                    const Block<Product, R>& block,
-                                    const typename Product::Element* from,
-                                    int tile_rows,
+                                    const Source<Product>& from,
                                     int first,
-                                    const WeightsOf& weights_of) {
-  constexpr int kChunk = Block<Product, R>::kChunk;
-  typename Product::Fragment fragment[Count];
+                                    const WeightsOf& weights_of,
+                                    const Meanwhile& meanwhile) {
+  Stage<Product, Count> stage;
+  stage.load(from, first);
+  meanwhile();
+  stage.wait(from, first);
 #pragma unroll
   for (int k = 0; k < Count; ++k) {
-    if (first + k < block.chunks)
-      fragment[k] = Product::load(from + static_cast<int64_t>(first + k) * kChunk, tile_rows);
-  }
+    if (first + k >= from.chunks) break;
+    uint32_t dgates[Product::kVectors][4];
+    stage.get(dgates, k);
 #pragma unroll
-  for (int k = 0; k < Count; ++k) {
-    if (first + k >= block.chunks) break;
-#pragma unroll
-    for (int r = 0; r < R; ++r) Product::multiply(d[r], weights_of(first + k)[r], fragment[k]);
+    for (int r = 0; r < R; ++r) Product::multiply(d[r], weights_of(first + k)[r], dgates);
   }
 }
 
 // Writes the warp's partial product of one tile to shared memory: to (8 rows, kStride).
-template <class Product, int R>
+template <class Product, int R, class Meanwhile>
 FASTSEQ_DEVICE void multiply_tile(const typename Block<Product, R>::Weights (&held)[Block<Product, R>::kHeld],
                                   const Block<Product, R>& block,
-                                  const typename Product::Element* from,
-                                  int tile_rows,
-                                  float* to) {
+                                  const Source<Product>& from,
+                                  float* to,
+                                  const Meanwhile& meanwhile) {
   using Weights = typename Block<Product, R>::Weights;
-  constexpr int kHeld = Block<Product, R>::kHeld;
-  constexpr int kPrefetch = Product::kPrefetch < kHeld ? Product::kPrefetch : kHeld;
-  static_assert(kHeld % kPrefetch == 0);
-  constexpr int kFewer =
-      kPrefetch < R ? kPrefetch : R;  // weights from shared memory also take registers, so prefetch fewer chunks
+  constexpr int kHeld = Block<Product, R>::kHeld, kStage = Block<Product, R>::kStage;
+  static_assert(kHeld % kStage == 0);
+  constexpr int kFewer = kStage < R ? kStage : R;  // weights from shared memory also take registers
   typename Product::Sums d[R]{};
 #pragma unroll
-  for (int k = 0; k < kHeld; k += kPrefetch) {
-    multiply_chunks<kPrefetch>(d, block, from, tile_rows, k, [&](int chunk) -> const Weights& { return held[chunk]; });
+  for (int k = 0; k < kHeld; k += kStage) {
+    if (k >= from.chunks) break;
+    const auto weights_of = [&](int chunk) -> const Weights& { return held[chunk]; };
+    multiply_chunks<kStage>(d, from, k, weights_of, [&] {
+      if (k == 0) meanwhile();
+    });
   }
-  for (int k = kHeld; k < block.chunks; k += kPrefetch / kFewer) {
+  for (int k = kHeld; k < from.chunks; k += kStage / kFewer) {
     Weights w;
-    multiply_chunks<kPrefetch / kFewer>(d, block, from, tile_rows, k, [&](int chunk) -> const Weights& {
+    const auto weights_of = [&](int chunk) -> const Weights& {
 #pragma unroll
       for (int i = 0; i < R * Product::kParts; ++i) {
         w[i / Product::kParts][i % Product::kParts] = shared_weights(block, chunk)[i * 32];
       }
       return w;
-    });
+    };
+    multiply_chunks<kStage / kFewer>(d, from, k, weights_of, [] {});
   }
 #pragma unroll
   for (int r = 0; r < R; ++r) d[r].store(to + r * kTileUnits, Block<Product, R>::kStride);
 }
 
-// Multiplies the dgates of the previous step by W_hh^T: the block's units, tiles first .. first + count - 1.
-template <class Product, int R>
+// Multiplies the dgates of the previous step by W_hh^T: the block's units, tiles first .. first + count - 1. Calls
+// meanwhile() once, while the first polls are in flight.
+template <class Product, int R, class Meanwhile>
 FASTSEQ_DEVICE void multiply(const typename Block<Product, R>::Weights (&held)[Block<Product, R>::kHeld],
                              const Block<Product, R>& block,
                              int step,
                              int first,
-                             int count) {
-  constexpr int kChunk = Block<Product, R>::kChunk, kStride = Block<Product, R>::kStride;
-  const int64_t of_tile = static_cast<int64_t>(block.plan.chunks) * kChunk;
-  const typename Product::Element* from =
-      block.exchange + ((step + 1) & 1) * block.buffer + static_cast<int64_t>(block.first_chunk) * kChunk;
-  float* to = block.sums + threadIdx.x / 32 * block.plan.pass_tiles * kTileRows * kStride;
+                             int count,
+                             const Meanwhile& meanwhile) {
+  float* to = block.sums + threadIdx.x / 32 * Block<Product, R>::kTileSums;
   for (int k = 0; k < count; ++k) {
-    const int tile_rows = block.rows - (first + k) * kTileRows;
-    multiply_tile(held, block, from + (first + k) * of_tile, tile_rows, to + k * kTileRows * kStride);
+    multiply_tile(held, block, source_of(block, step, first + k), to + k * kMaxWarps * Block<Product, R>::kTileSums,
+                  [&] {
+                    if (k == 0) meanwhile();
+                  });
+  }
+}
+
+// Zeroes the sums of the warps that the block lacks.
+template <class Product, int R>
+FASTSEQ_DEVICE void clear_sums(const Block<Product, R>& block) {
+  for (int k = threadIdx.x; k < block.plan.pass_tiles * kMaxWarps * Block<Product, R>::kTileSums; k += blockDim.x) {
+    if (k / Block<Product, R>::kTileSums % kMaxWarps >= block.plan.warps) block.sums[k] = 0.0f;
   }
 }
 
 // Adds the partial sums of all warps, in fixed order. row: index in the pass.
 template <class Product, int R>
-FASTSEQ_DEVICE float sum_of_warps(const Block<Product, R>& block, int row, int unit) {
+FASTSEQ_DEVICE float sum_of_warps(const Block<Product, R>& block, unsigned row, unsigned unit) {
+  using B = Block<Product, R>;
+  const float* from = block.sums + row / kTileRows * kMaxWarps * B::kTileSums + row % kTileRows * B::kStride + unit;
   float sum = 0;
-#pragma unroll 4
-  for (int warp = 0; warp < block.plan.warps; ++warp) {
-    sum += block.sums[(warp * block.plan.pass_tiles * kTileRows + row) * Block<Product, R>::kStride + unit];
-  }
+#pragma unroll
+  for (int warp = 0; warp < kMaxWarps; ++warp) sum += from[warp * B::kTileSums];
   return sum;
 }
 

@@ -19,6 +19,7 @@ PROGRAMS = {
     "race_lstm_grid_backward": ("lstm/grid_backward", "common/stall"),
     "race_lstm_grid_forward": ("lstm/grid_forward", "common/stall"),
     "race_lstm_step": ("lstm_cell/step", "lstm/steps"),
+    "tag_rounding": (),
 }
 STRICT = ("-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
