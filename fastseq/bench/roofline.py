@@ -54,9 +54,13 @@ def _product(case: BenchCase, m: int, n: int, k: int) -> float:
     return max(2 * m * n * k / peak(case.dtype), size / bandwidth(size))
 
 
-@cache
 def peak(dtype: torch.dtype) -> float:
     """Floating-point operations per second of all torch threads, in chains of fused multiply-adds; the best run."""
+    return _peak(dtype, torch.get_num_threads())
+
+
+@cache
+def _peak(dtype: torch.dtype, threads: int) -> float:
     example = torch.ones((), dtype=dtype)
     steps, seconds = 1 << 15, 0.0
     while seconds < 5e-3:
@@ -71,11 +75,11 @@ def bandwidth(size: int) -> float:
 
     The buffer stays in the smallest cache that holds it, as weights of that size do. Measured at powers of two.
     """
-    return _bandwidth(max(16, (max(size, 1) - 1).bit_length()))
+    return _bandwidth(max(16, (max(size, 1) - 1).bit_length()), torch.get_num_threads())
 
 
 @cache
-def _bandwidth(log2_size: int) -> float:
+def _bandwidth(log2_size: int, threads: int) -> float:
     x = torch.ones(2**log2_size // 4)
     half = x.numel() // 2
     repeats = max(20, min(2000, 2**28 >> log2_size))
@@ -99,7 +103,7 @@ def describe(device: str) -> dict[str, str]:
     if not hasattr(torch.ops.fastseq, "cpu_fma_chain"):
         return {"roofline": f"– ({NO_OP})"}
     peaks = ", ".join(f"{str(d).removeprefix('torch.')} {peak(d) / 1e9:.0f}" for d in DTYPES)
-    reads = ", ".join(f"{2**k >> 10} KiB {_bandwidth(k) / 1e9:.0f}" for k in (18, 20, 22, 24))
+    reads = ", ".join(f"{2**k >> 10} KiB {bandwidth(1 << k) / 1e9:.0f}" for k in (18, 20, 22, 24))
     return {
         "peak GFLOP/s (fused multiply-add chains)": peaks,
         "read GB/s (torch sum or dot, in cache)": reads,

@@ -111,8 +111,11 @@ def write(file: Path, entries: tuple[Entry, ...]) -> None:
 
 
 @functools.cache
-def entries() -> tuple[Entry, ...]:
-    """The entries of this machine, read once; empty if there are none. A refused file is a warning."""
+def entries(threads: int) -> tuple[Entry, ...]:
+    """The entries of this machine, read once; empty if there are none. A refused file is a warning.
+
+    threads: torch's number, on which the file depends (``machine``).
+    """
     if os.environ.get("FASTSEQ_TUNING") == "0" or not path().exists():
         return ()
     try:
@@ -144,7 +147,8 @@ def advice(call) -> tuple[str, str] | None:
         return None
     key = (str(call.dtype).removeprefix("torch."), call.requires_grad)
     sizes = (call.steps, call.batch, call.input_size, call.hidden_size)
-    near = [(_distance(entry[2:6], sizes), entry) for entry in entries() if entry[:2] == key]
+    measured = (entry for entry in entries(torch.get_num_threads()) if entry[:2] == key)
+    near = [(_distance(entry[2:6], sizes), entry) for entry in measured]
     distance, entry = min(near, default=(math.inf, None))
     if distance == math.inf:
         return None

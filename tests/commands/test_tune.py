@@ -61,6 +61,23 @@ def test_auto_takes_what_was_measured_faster_and_says_so(cache):
         assert "tuning                1 calls measured on this machine" in fastseq.info()
 
 
+def test_another_number_of_threads_has_its_own_entries(cache):
+    """A process that changes its number of threads reads the file of the new number, and the old one again."""
+    before = torch.get_num_threads()
+    put(cache, entry("torch", 3, 2, 8, 8))
+    assert record.advice(CALL)[0] == "torch"
+    try:
+        torch.set_num_threads(before + 1)
+        assert record.advice(CALL) is None
+        record.write(record.path(), (entry("native", 3, 2, 8, 8),))
+        record.entries.cache_clear()
+        assert (record.advice(CALL)[0], dispatch.select("lstm", "auto", CALL)) == ("native", "native")
+    finally:
+        torch.set_num_threads(before)
+    assert record.advice(CALL)[0] == "torch"
+    assert dispatch.select("lstm", "auto", CALL) == "torch"
+
+
 def test_the_nearest_entry_within_a_factor_of_two_decides(cache):
     put(cache, entry("torch", 3, 2, 8, 8), entry("native", 3, 4, 8, 8), entry("native", 3, 2, 8, 8, training=True))
     for batch, backend in ((2, "torch"), (1, "torch"), (4, "native"), (7, "native")):
@@ -81,7 +98,7 @@ def test_a_tuned_backend_that_cannot_serve_is_passed_over(cache, monkeypatch):
 
 
 def test_no_file_and_an_ignored_file_change_nothing(cache, monkeypatch):
-    assert (record.entries(), record.advice(CALL)) == ((), None)
+    assert (record.entries(torch.get_num_threads()), record.advice(CALL)) == ((), None)
     assert "none; `fastseq tune` measures this machine" in fastseq.info()
     put(cache, entry("torch", 3, 2, 8, 8))
     monkeypatch.setenv("FASTSEQ_TUNING", "0")
