@@ -17,6 +17,7 @@ CLUSTER_HIDDEN = 512  # the largest hidden size of the cluster kernels
 SMOKE_SIZES = ((256, 1), (512, 16), (512, 64), (512, 128), (1024, 1), (1024, 16), (1024, 64), (1024, 128))  # (H, B)
 SMOKE_PRECISIONS = ("bf16", "tf32", "default")
 SMOKE_STEPS = 128
+SMOKE_PROJECTED = ((512, 16, "bf16"), (1024, 16, "bf16"), (1024, 16, "tf32"), (1024, 64, "default"))  # proj_size H / 2
 STACKS = (
     (256, 16, "bf16", 2),
     (512, 16, "bf16", 2),
@@ -69,22 +70,38 @@ def bench_case_list(suite: str) -> list[BenchCase]:
         BenchCase(suite, "lstm", SMOKE_STEPS, batch, hidden, hidden, device="cuda", **PRECISIONS[precision])
         for hidden, batch, precision in sizes
     ]
+    if suite == "smoke":
+        cases += [
+            BenchCase(
+                suite,
+                "lstm",
+                SMOKE_STEPS,
+                batch,
+                hidden,
+                hidden,
+                proj_size=hidden // 2,
+                device="cuda",
+                **PRECISIONS[name],
+            )
+            for hidden, batch, name in SMOKE_PROJECTED
+        ]
     return [_tiny(case) for case in (cases[0], cases[-1])] if SIMULATED else cases
 
 
 def _one_of_each_kind() -> list[BenchCase]:
     kinds: dict[tuple, BenchCase] = {}
     for case in CUDA_CASES:
-        kinds.setdefault((case.kind, case.layers), case)
+        kinds.setdefault((case.kind, case.layers, case.proj_size > 0), case)
     return [_tiny(case) for case in kinds.values()]
 
 
 def _tiny(case: BenchCase) -> BenchCase:
     small = {"device": "cpu", "tf32": False, "batch": 2, "input_size": 8, "hidden_size": 8}  # a CPU has no TF32
+    small["proj_size"] = 4 if case.proj_size else 0
     return replace(case, steps=min(case.steps, 3), keys=min(case.keys, 5), **small)
 
 
-WITHOUT_KERNELS = ("lstm_variant",)  # ops that run in plain torch on a GPU
+WITHOUT_NATIVE = ("lstm_variant",)  # ops whose kernel on a GPU is that of Triton alone
 
 
 def parity_case_list(grid: str) -> list[ParityCase]:
@@ -98,10 +115,10 @@ def parity_case_list(grid: str) -> list[ParityCase]:
         return _kernel_cases((16, 40), (2,)) if SIMULATED else _kernel_cases()
     quick = GRIDS["quick"]()
     cases = quick if grid == "quick" else GRIDS["full"]()[len(quick) :]
-    cases = [case for case in cases if case.op not in WITHOUT_KERNELS]
     if not SIMULATED:
         return cases
     served = (c for c in cases if not (c.slices or "spread" in c.options or c.options.get("proj_size")))
+    served = (c for c in served if c.op not in WITHOUT_NATIVE)
     cheap = (c for c in served if 4 <= max(c.options.get("shape", (99,))) <= 7)
     return list({case.op: case for case in cheap}.values())[: 3 if grid == "quick" else 1]
 
@@ -109,14 +126,19 @@ def parity_case_list(grid: str) -> list[ParityCase]:
 def _kernel_cases(
     hidden_sizes: tuple[int, ...] = (64, 256, 264, 512, 768, 1040, 2048), batches: tuple[int, ...] = (1, 16, 40)
 ) -> list[ParityCase]:
-    """Every hidden size and batch once; lengths in every other case, reverse in half, both directions in a few."""
+    """Every hidden size and batch once; lengths in every other case, reverse in half, both directions in a few.
+
+    The last have a projection, which is folded into the recurrence.
+    """
     cases = []
     for number, (hidden, batch) in enumerate(itertools.product(hidden_sizes, batches)):
         options = {"shape": (3 + 4 * (number % 2), batch, 64, hidden), "form": ("full", "lengths")[number % 2]}
         cases.append(ParityCase("lstm", options | {"reverse": number % 4 > 1}))
     both = {"bidirectional": True, "form": "lengths"}
     wide = [ParityCase("LSTM", {"shape": (5, batch, 32, hidden)} | both) for hidden, batch in ((256, 16), (768, 3))]
-    return cases if SIMULATED else cases + wide
+    shapes = ((3, 2, 8, 16),) if SIMULATED else ((7, 16, 64, 512), (3, 40, 64, 1040))
+    projected = [ParityCase("lstm", {"shape": s, "form": "lengths", "proj_size": s[-1] // 2}) for s in shapes]
+    return [*cases, *([] if SIMULATED else wide), *projected]
 
 
 def dtype_of(precision: str) -> tuple[torch.dtype, bool | None]:

@@ -55,8 +55,8 @@ stages, each with its share of the time; time left over passes to the next stage
 decide whether the native kernels run, are right and are fast; each prints its table at once.
   environment   versions, GPU, packages; builds the CUDA kernels if they are missing and nvcc is installed
   latencies     grid and cluster barriers, flags, distributed shared memory, how many clusters fit (latencies.cu)
-  kernels       every native recurrence once, at a few steps, against float64: all dtypes, TF32, H 64 to 2048
-  smoke         cluster and grid kernel against cuDNN: H 256 to 1024, B 1 to 128, bfloat16, TF32, torch's own flags
+  kernels       every native recurrence once, a few steps, against float64: dtypes, TF32, H 64 to 2048, projections
+  smoke         cluster and grid kernel against cuDNN: H 256 to 1024, B 1 to 128, bfloat16, TF32; projections
   load          the same bits beside other work; two cooperative kernels on two streams; layers as a wavefront
   parity        the quick grid of `fastseq parity`, native: float32, bfloat16, float16
   sanitizer     compute-sanitizer memcheck, racecheck, synccheck, initcheck on the smallest cases

@@ -3,7 +3,7 @@
 import itertools
 import random
 
-from gpu_cases import KERNELS, SIMULATED, STEPS, bench_case_list, kernel_fits, parity_case_list
+from gpu_cases import KERNELS, SIMULATED, STEPS, WITHOUT_NATIVE, bench_case_list, kernel_fits, parity_case_list
 
 from fastseq.bench.cases import PRECISIONS, BenchCase
 
@@ -14,8 +14,9 @@ def parity(grid: str, *backends: str) -> list[dict]:
     random.Random(0).shuffle(cases)
     return [
         {"task": "parity", "grid": grid, "index": index, "op": case.op, "case": case.name, "dtype": dtype}
-        | {"backends": list(backends)}
+        | {"backends": served}
         for index, case in cases
+        if (served := [name for name in backends if name != "native" or case.op not in WITHOUT_NATIVE])
         for dtype in (("float32",) if SIMULATED else ("float32", "bf16", "f16"))
     ]
 

@@ -60,7 +60,9 @@ def _designs(gpu: GPU):
         yield slices, 128 // slices, 2 * round_trip + gpu.multicast_latency, 8 * gpu.l2_bandwidth
 
 
-def step_us(hidden: int, batch: int, precision: str, saved: int = 0, exchanged: int = 1, gpu: GPU = H200) -> float:
+def step_us(
+    hidden: int, batch: int, precision: str, saved: int = 0, exchanged: int = 1, gpu: GPU = H200, depth: int = 0
+) -> float:
     """Microseconds below which no known design runs one recurrent step.
 
     In sequence: the exchange of h between blocks, the cell. Overlapped, so that the longest counts: the products, the
@@ -71,21 +73,23 @@ def step_us(hidden: int, batch: int, precision: str, saved: int = 0, exchanged: 
         precision: a key of ``STEP_FLOPS``.
         saved: values per unit kept for the backward: 6 in training.
         exchanged: values per unit that all blocks need: h, or in the backward the gradients of 4 gates.
+        depth: columns of W_hh, P of a projection, whose own product W_hr is not counted; 0: H.
     """
+    depth = depth or hidden
     size = 4 if precision in ("tf32", "float32") else 2
-    weights, values = 4 * hidden * hidden * size, batch * hidden * size
+    weights, values = 4 * hidden * depth * size, batch * hidden * size
     memory = (4 + saved) * values / gpu.memory_bandwidth
 
     def products(rows: int, multiprocessors: int) -> float:
         columns = rows if precision == "float32" else 8 * math.ceil(rows / 8)  # a tensor-core instruction computes 8
-        return 8 * hidden * hidden * columns / multiprocessors / STEP_FLOPS[precision] / gpu.cycles
+        return 8 * hidden * depth * columns / multiprocessors / STEP_FLOPS[precision] / gpu.cycles
 
     times = []
     for slices, shares, latency, bandwidth in _designs(gpu):
         if weights / slices <= ALL_WEIGHTS:
             rows = math.ceil(batch / shares)
             from_shared = max(0.0, weights / slices - REGISTER_WEIGHTS) / gpu.shared_bandwidth
-            exchange = exchanged * rows * hidden * size / bandwidth
+            exchange = exchanged * rows * depth * size / bandwidth
             work = max(gpu.product_latency / gpu.cycles, products(rows, slices), from_shared, exchange, memory)
             times.append((latency + gpu.cell_latency) / gpu.cycles + work)
     bandwidth = gpu.multiprocessors * gpu.l2_bandwidth if weights < L2_BYTES else gpu.memory_bandwidth
@@ -103,7 +107,7 @@ def limit_us(case: BenchCase, train: bool) -> float:
     precision = "tf32" if case.tf32 is not False else SHORT[case.dtype].strip() or "float32"
     if case.keys:
         return _attention_us(case, train, precision)
-    hidden, size = case.hidden_size, case.dtype.itemsize
+    hidden, size, depth = case.hidden_size, case.dtype.itemsize, case.proj_size or case.hidden_size
     if case.kind == "cell":
         weights = 4 * hidden * (case.input_size + hidden)
         read = weights * size / (H200.multiprocessors * H200.l2_bandwidth)
@@ -112,12 +116,13 @@ def limit_us(case: BenchCase, train: bool) -> float:
     rows = [int((lengths > t).sum()) for t in range(int(lengths.max()))]
     directions, total = 2 if case.bidirectional else 1, 0.0
     for layer in range(case.layers):
-        inputs = case.input_size if layer == 0 else directions * hidden
+        inputs = case.input_size if layer == 0 else directions * depth
         product = 8 * sum(rows) * hidden * directions / GEMM_FLOPS[precision]  # per unit of depth
-        total += inputs * product * (3 if train else 1) + (hidden * product if train else 0)
+        total += inputs * product * (3 if train else 1) + (depth * product if train else 0)
         for batch, steps in Counter(rows).items():
-            total += steps * step_us(hidden, batch, precision, saved=6 if train else 1)
-            total += steps * step_us(hidden, batch, precision, saved=6, exchanged=4) if train else 0
+            total += steps * step_us(hidden, batch, precision, saved=6 if train else 1, depth=depth)
+            if train:
+                total += steps * step_us(hidden, batch, precision, saved=6, exchanged=4, depth=depth)
     return total
 
 

@@ -12,12 +12,13 @@ from fastseq.ops.lstm.native_cuda import COSTS, modelled_us
 def predicted_us(case: BenchCase, kernel: str, train: bool) -> float | None:
     """Microseconds of a step of one layer and direction by csrc/cuda/lstm/cost.h; None where the kernel does not fit.
 
-    Training adds the backward. Products over all steps, launches and failed polls are not counted.
+    Training adds the backward. Products over all steps, launches and failed polls are not counted, so a layer with a
+    projection, whose fold has several, has no prediction.
 
     Args:
         kernel: one of ``fastseq.ops.lstm.native_cuda.COSTS``; None for any other name.
     """
-    if case.layers > 1 or case.bidirectional or case.kind != "lstm" or kernel not in COSTS:
+    if case.layers > 1 or case.bidirectional or case.kind != "lstm" or case.proj_size or kernel not in COSTS:
         return None
     tf32 = case.dtype == torch.float32 and case.tf32 is not False
     total = sum(modelled_us(kernel, case.batch, case.hidden_size, case.dtype, tf32)[: 1 + train])

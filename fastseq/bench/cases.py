@@ -153,6 +153,8 @@ def _cuda_cases() -> tuple[BenchCase, ...]:
 
     for rank, group, batch, hidden, precision in _ranked(LAYERS, (16, 64, 1, 128), HIDDEN_SIZES, CUDA_PRECISIONS):
         add(rank, group, steps=256, batch=batch, hidden=hidden, precision=precision, **LAYERS[group])
+    for rank, batch, hidden, precision in _ranked((16, 64, 1), (1024, 512), ("bf16", "tf32", "float32")):
+        add(rank, "projection", "lstm", 256, batch, hidden, precision, proj_size=hidden // 2)
     for rank, batch, hidden, precision in _ranked((1, 16, 64), (512, 1024, 256), ("bf16", "float32")):
         add(rank, "decode step", "cell", 1, batch, hidden, precision)
     for rank, kind, steps, hidden, precision in _ranked(("additive", "dot"), (1, 100), (512, 256), ("bf16", "float32")):

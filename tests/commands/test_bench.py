@@ -131,8 +131,10 @@ def test_gpu_cases_start_with_the_most_informative():
     assert cases[0].name == "lstm (256, 16, 512, 512) bf16 cuda"
     assert {case.kind for case in cases[:20]} == {"lstm", "packed", "cell", "additive", "dot"}
     assert cases[-1].name == "lstm (256, 128, 192, 192) 2-layer bidirectional cuda"
-    lstm = {(c.kind, c.layers, c.hidden_size, c.batch, c.dtype, c.tf32) for c in cases if c.kind in ("lstm", "packed")}
-    assert len(lstm) == 3 * 8 * 4 * 4
+    lstm = [c for c in cases if c.kind in ("lstm", "packed") and not c.proj_size]
+    assert len({(c.kind, c.layers, c.hidden_size, c.batch, c.dtype, c.tf32) for c in lstm}) == 3 * 8 * 4 * 4
+    assert sum(c.proj_size == c.hidden_size // 2 for c in cases if c.kind == "lstm") == 3 * 2 * 3
+    assert any(c.proj_size for c in cases[:10]) and any(c.proj_size for c in SUITES["cpu"][0])
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])

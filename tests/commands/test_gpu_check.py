@@ -86,7 +86,10 @@ def test_the_simulated_command_walks_everything_where_fastseq_is_not_installed(t
     for mode in ("inference", "training"):
         for name in ("nn.LSTM", "native cluster", "native grid"):
             assert ("lstm (3, 2, 8, 8) bf16", mode, name) in timed
-        assert ("lstm (3, 2, 8, 8)", mode, "native cluster") not in timed, "clusters have no full float32 products"
+        assert ("lstm (3, 2, 8, 8) proj 4", mode, "native grid") in timed
+        assert ("lstm (3, 2, 8, 8) proj 4", mode, "native cluster") not in timed, (
+            "clusters have no full float32 products"
+        )
     assert [row["verdict"] for row in data["load"]] == ["ok"] * 4, "two repeats, two streams, layers"
     for title in ("## Stages", "## Smoke", "## Kernels against float64", "## Parity", "## Speed"):
         assert title in text
@@ -347,6 +350,14 @@ def test_on_a_gpu_the_smoke_reaches_every_kernel(monkeypatch):
         *(("cluster", dtype) for dtype in ("bf16", "f16", "tf32")),
     }
     sizes = {case.options["shape"][-1] for case in gpu_cases.parity_case_list("kernels")}
+    assert sum("proj_size" in case.options for case in gpu_cases.parity_case_list("kernels")) == 2
+    projected = {(task["dtype"], *task["backends"]) for task in gpu_tasks.smoke() if " proj " in task["case"]}
+    assert projected >= {("bf16", "native cluster", "native grid"), ("tf32", "native grid")}
+    variants = [
+        task["backends"] for task in gpu_tasks.parity("quick", "native", "triton") if task["op"] == "lstm_variant"
+    ]
+    assert variants and all(backends == ["triton"] for backends in variants)
+    assert not any(task["op"] == "lstm_variant" for task in gpu_tasks.parity("quick", "native"))
     assert min(sizes) == 64 and max(sizes) == 2048
     timed = {(task["dtype"], name) for task in gpu_tasks.smoke() for name in task["backends"]}
     assert {("default", "native grid"), ("default", "native cluster"), ("bf16", "native cluster")} <= timed
