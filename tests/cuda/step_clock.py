@@ -56,7 +56,7 @@ class Family(NamedTuple):
     wait: str  # mnemonics
     send: str
     exchange: int  # cycles from the send to the moment from which a wait succeeds
-    one_poll: bool = False  # further chunks are polled by predicated loads: the path holds the first chunk's
+    one_poll: bool = False  # the path holds the poll of one chunk: the cost model adds the bytes of the others
 
 
 CLUSTER = Family(r"SYNCS\.PHASECHK", r"STAS", 180)
