@@ -50,7 +50,8 @@ def accelerate(model: nn.Module, backend: str = "auto", *, weight_dtype: torch.d
         backend: the backend of the swapped modules; see :class:`fastseq.LSTM`.
         weight_dtype: for inference in float32 on the CPU: torch.int8 (one scale for each row) or torch.bfloat16. LSTMs,
             LSTMCells and, with it, every ``nn.Linear`` then read rounded copies of their weights, and calls that would
-            record gradients raise a RuntimeError. The float32 Parameters stay; :func:`restore` returns to them.
+            record gradients raise a RuntimeError. LSTMs with a projection keep theirs. The float32 Parameters stay;
+            :func:`restore` returns to them.
 
     Returns:
         A report that prints as a table: module path, swapped or not, why. Subclasses of ``nn.LSTM`` may override
@@ -73,12 +74,16 @@ def accelerate(model: nn.Module, backend: str = "auto", *, weight_dtype: torch.d
             if swapped is not Linear:
                 module.backend = backend
                 options.append(f"backend={backend!r}")
-            if weight_dtype is not None:
+            if weight_dtype is not None and getattr(module, "proj_size", 0):
+                options.append(_no_projection(module))
+            elif weight_dtype is not None:
                 module.weight_dtype = weight_dtype
                 options.append(f"weight_dtype={weight_dtype}")
             report.append(Row(path, name, True, ", ".join([f"now fastseq.{swapped.__name__}", *options])))
         elif weight_dtype is not None and getattr(module, "variant", None):
             report.append(Row(path, _name(module), False, f"weight_dtype has no {module.variant}"))
+        elif weight_dtype is not None and getattr(module, "proj_size", 0) and type(module) in _BACK:
+            report.append(Row(path, _name(module), False, _no_projection(module)))
         elif weight_dtype is not None and type(module) in _BACK:
             module.weight_dtype = weight_dtype
             report.append(
@@ -87,6 +92,10 @@ def accelerate(model: nn.Module, backend: str = "auto", *, weight_dtype: torch.d
         elif why:
             report.append(Row(path, _name(module), False, why))
     return report
+
+
+def _no_projection(module: nn.Module) -> str:
+    return f"weight_dtype has no projection (proj_size={module.proj_size}), so the weights stay as they are"
 
 
 def restore(model: nn.Module) -> Report:

@@ -249,7 +249,10 @@ class LSTM(Variants, Unquantized, nn.RNNBase):
             return run(stack, cell_states, self.backend)
         check_call(self, stack.input, stack.h0, stack.c0, *stack.weights)
         if self.proj_size:
-            raise RuntimeError(f"LSTM: weight_dtype={self.weight_dtype} has no projection (proj_size={self.proj_size})")
+            raise RuntimeError(
+                f"LSTM: weight_dtype={self.weight_dtype} has no projection, got proj_size={self.proj_size}; "
+                "set weight_dtype to None"
+            )
         matrices = tuple(w for w in stack.weights if w.dim() == 2)
         return run_narrow(stack, narrow_weights(self, matrices, self.weight_dtype), cell_states)
 

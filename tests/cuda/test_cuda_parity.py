@@ -9,12 +9,11 @@ import itertools
 import math
 import os
 import re
-import warnings
 
 import emulator
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from tf32_products import tf32_products
 
 from fastseq.parity import main as parity
 from fastseq.parity.cases import GRIDS, ParityCase
@@ -56,31 +55,6 @@ def chosen() -> list[tuple[ParityCase, str]]:
     if not (re.fullmatch(r"\d+/\d+", text) and 1 <= int(part) <= int(parts)):
         raise ValueError(f"FASTSEQ_CUDA_PARITY must be a part such as 2/5, got {text!r}")
     return grid()[int(part) - 1 :: int(parts)]
-
-
-FACTORS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "linear": (0, 1)}  # operator -> operands
-
-
-class TF32Products(TorchDispatchMode):
-    """Round the operands of torch's float32 products to TF32, as a GPU does where both of torch's flags allow it."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        factors = FACTORS.get(func.__name__.partition(".")[0], ())
-        args = [_round(a) if k in factors and a.dtype == torch.float32 else a for k, a in enumerate(args)]
-        return func(*args, **kwargs or {})
-
-
-def _round(x: torch.Tensor) -> torch.Tensor:
-    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
-@contextlib.contextmanager
-def tf32_products():
-    """The mode, without oneDNN, whose LSTM is one operator: no mode sees its products."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "TF32 acceleration on top of oneDNN")
-        with torch.backends.mkldnn.flags(enabled=False), TF32Products():
-            yield
 
 
 @pytest.mark.parametrize(("case", "kind"), chosen(), ids=lambda x: x if isinstance(x, str) else f"{x.op} {x.name}")

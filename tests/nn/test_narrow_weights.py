@@ -208,5 +208,16 @@ def test_refusals():
         model(torch.randn(4, 2, 6))
     projected = fastseq.LSTM(4, 4, proj_size=2)
     projected.weight_dtype = torch.int8
-    with pytest.raises(RuntimeError, match="has no projection"):
+    with pytest.raises(RuntimeError, match=r"has no projection, got proj_size=2; set weight_dtype to None"):
         projected(torch.randn(2, 1, 4))
+
+
+@torch.no_grad()
+def test_accelerate_leaves_the_weights_of_a_projection():
+    """The swapped model computes as before: a projection has no narrow weights."""
+    for lstm, swapped in ((nn.LSTM(4, 4, proj_size=2), True), (fastseq.LSTM(4, 4, proj_size=2), False)):
+        model, x = nn.Sequential(lstm), torch.randn(3, 2, 4)
+        expected = model(x)[0]
+        (row,) = fastseq.accelerate(model, weight_dtype=torch.int8)
+        assert row.swapped is swapped and "weight_dtype has no projection (proj_size=2)" in row.why
+        torch.testing.assert_close(model(x)[0], expected)
