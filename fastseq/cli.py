@@ -211,7 +211,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a character outside the terminal's encoding is no error
     try:
         with _flushed():
-            dispatch(COMMANDS, "fastseq", "Fast LSTM sequence-to-sequence models.", argv)
+            dispatch(
+                COMMANDS,
+                "fastseq",
+                "Fast LSTM sequence-to-sequence models.\n"
+                "train, evaluate, generate, score and average take dashes for underscores: --num-beams is --num_beams.",
+                argv,
+            )
     except BrokenPipeError:
         _discard_stdout()  # the reader has left
         raise SystemExit(128 + signal.SIGPIPE) from None

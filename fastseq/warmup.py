@@ -159,17 +159,20 @@ def _loss(V: int, H: int, dtype, device) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of ``fastseq warmup``."""
-    parser = SuggestingParser(prog="fastseq warmup", description=__doc__.replace("``", ""))
-    parser.add_argument("--hidden-size", type=int, required=True, metavar="H")
+    example = "example: fastseq warmup --hidden-size 512 --dtype bf16 --chip sm_90"
+    parser = SuggestingParser(prog="fastseq warmup", description=__doc__.replace("``", ""), epilog=example)
+    parser.add_argument("--hidden-size", type=int, required=True, metavar="H", help="of the LSTMs (required)")
     parser.add_argument("--attention-size", type=int, metavar="A", help="default: the hidden size")
     parser.add_argument("--classes", type=int, metavar="V", help="vocabulary of the loss; default: leave the loss out")
     parser.add_argument(
         "--variant", nargs="+", choices=VARIANTS, default=[], help="options that the LSTM combines; default: none"
     )
     parser.add_argument("--coverage", action="store_true", help="additive attention with coverage too")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the calls; default: %(default)s")
     parser.add_argument("--tf32", action="store_true", help="for set_float32_matmul_precision('high'): fp32 in TF32")
-    parser.add_argument("--chip", choices=sorted(CHIPS), help="compile for the GPU of another machine")
+    parser.add_argument(
+        "--chip", choices=sorted(CHIPS), help="compile for the GPU of another machine; default: this one's"
+    )
     args = parser.parse_args(argv)
     if min(args.hidden_size, args.attention_size or 1, 1 if args.classes is None else args.classes) < 1:
         parser.error("sizes must be at least 1")

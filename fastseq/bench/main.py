@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         type=parse_projected,
         metavar="T,B,I,H[,P]",
-        help="an LSTM of these sizes, with P with a projection, in place of a suite",
+        help="an LSTM in place of a suite: steps, sequences, input and hidden size, and proj_size; may be repeated",
     )
     parser.add_argument("--layers", type=int, default=1, help="of --shape (default: %(default)s)")
     parser.add_argument("--bidirectional", action="store_true", help="both directions, of --shape")

@@ -82,8 +82,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--shape", action="append", type=parse_shape, metavar="T,B,I,H", help="may be repeated")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    shape = "steps, sequences, input and hidden size of an LSTM; may be repeated; default: usual sizes"
+    parser.add_argument("--shape", action="append", type=parse_shape, metavar="T,B,I,H", help=shape)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the sizes (default: %(default)s)")
     parser.add_argument("--model", metavar="MODULE:FUNCTION", help="measure the calls of this model")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=0.5, help="time per call and mode (default: %(default)s)")

@@ -133,6 +133,19 @@ def test_built_in_config_by_name(capsys, monkeypatch, tmp_path):
     assert Path("cmudict").exists() is False
 
 
+@pytest.mark.parametrize("command", ["bench", "parity", "tune", "warmup", "convert", "export"])
+def test_every_option_is_explained(command, capsys):
+    """An option without help is a line that neither goes on after two spaces nor on the next, deeper one."""
+    code, out, _ = stopped(capsys, command, "--help")
+    lines = out.splitlines()
+    bare = [
+        line
+        for line, below in zip(lines, [*lines[1:], ""], strict=True)
+        if line.startswith("  -") and "  " not in line.strip() and not below.startswith(" " * 20)
+    ]
+    assert (code, bare) == (0, [])
+
+
 def test_dashes_and_underscores():
     assert underscored(["run-1", "--n-best=a-b", "--run-dir", "x-y", "-", "--"]) == [
         *("run-1", "--n_best=a-b", "--run_dir", "x-y", "-", "--")
