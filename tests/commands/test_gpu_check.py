@@ -1,28 +1,22 @@
 """``benchmarks/gpu_check.py`` without a GPU: the whole command, and its behaviour on failures."""
 
-import hashlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
 import venv
 from pathlib import Path
-from types import SimpleNamespace
 
 import emulator
 import gpu_cases
 import gpu_check
-import gpu_report
 import gpu_tasks
 import gpu_worker
 import pytest
-import step_prediction
 import torch
-import triton_cache
 
 from fastseq.parity.cases import GRIDS
 
@@ -96,112 +90,6 @@ def test_the_simulated_command_walks_everything_where_fastseq_is_not_installed(t
     assert "## Wrong" not in text
     for title in ("## Smoke", "## Kernels against float64", "## Beside other work"):
         assert printed.count(title) == 2, "at once and at the end"
-
-
-def brought(folder: Path, **others) -> Path:
-    """A cache of the Triton and the Python in use, or of others, that was made in another place."""
-    facts = {"triton": "9.9.9", "python": triton_cache.python_version(), "chip": "sm_90"}
-    (folder / "KEY").mkdir(parents=True)
-    group = json.dumps({"child_paths": {"k.cubin": "/elsewhere/KEY/k.cubin"}})
-    (folder / "KEY" / "__grp__k.json").write_text(group)
-    (folder / "cache.json").write_text(json.dumps(facts | others))
-    return folder
-
-
-@pytest.fixture
-def no_cache(monkeypatch):
-    """Triton 9.9.9, and no TRITON_CACHE_DIR, before and after the test."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", "restored at the end")
-    monkeypatch.delenv("TRITON_CACHE_DIR")
-    monkeypatch.setattr(triton_cache.importlib.metadata, "version", lambda name: "9.9.9")
-    return monkeypatch
-
-
-def test_a_brought_triton_cache_is_used_where_it_fits(tmp_path, no_cache):
-    folder = brought(tmp_path / "cache")
-    assert re.fullmatch(r"Triton cache brought for Triton 9\.9\.9 and Python 3\.\d+, sm_90", triton_cache.bring(folder))
-    assert os.environ["TRITON_CACHE_DIR"] == str(folder)
-    paths = json.loads((folder / "KEY" / "__grp__k.json").read_text())["child_paths"]
-    assert paths == {"k.cubin": str(folder / "KEY" / "k.cubin")}
-
-
-@pytest.mark.parametrize(
-    ("others", "sentence"),
-    [
-        ({"triton": "3.6.0"}, r"not used: it is for Triton 3\.6\.0 and Python .*, this is Triton 9\.9\.9 and Python"),
-        ({"python": "2.7"}, r"not used: it is for Triton 9\.9\.9 and Python 2\.7, this is"),
-    ],
-    ids=["Triton", "Python"],
-)
-def test_a_brought_triton_cache_that_does_not_fit_is_left_alone(others, sentence, tmp_path, no_cache):
-    assert re.search(sentence, triton_cache.bring(brought(tmp_path / "cache", **others)))
-    assert "TRITON_CACHE_DIR" not in os.environ
-    assert triton_cache.bring(tmp_path) == "no Triton cache was brought"
-    no_cache.setenv("TRITON_CACHE_DIR", "/mine")
-    assert triton_cache.bring(tmp_path / "cache").endswith("not used: TRITON_CACHE_DIR is set")
-
-
-@needs_triton
-def test_the_keys_of_another_python_have_its_library_and_no_other_change(tmp_path):
-    import triton
-    from triton.runtime.cache import triton_key
-
-    own, other = Path(triton.__file__).parent, tmp_path / "triton"
-    (other / "_C").mkdir(parents=True)
-    for path in own.iterdir():
-        if path.name not in ("_C", "compiler"):
-            (other / path.name).symlink_to(path)
-    (other / "_C/libtriton.so").write_bytes(b"of another Python")
-    shutil.copytree(own / "compiler", other / "compiler")
-    library, key = (hashlib.sha256(b"of another Python").hexdigest(), triton_cache.key_with(tmp_path))
-    assert key.count(library) == 1
-    ours = triton_key()
-    assert [a for a, b in zip(key.split("-"), ours.split("-"), strict=True) if a != b] == [library]
-    with (other / "compiler/compiler.py").open("a") as file:
-        file.write("# another Triton")
-    with pytest.raises(SystemExit, match=r"is not Triton .*: compiler/compiler\.py differs"):
-        triton_cache.key_with(tmp_path)
-
-
-def test_the_report_counts_kernels_that_the_cache_had(tmp_path):
-    line = "compiled for sm_90, H=512, bf16: 3.2 s, 2 kernels; 40 were in the cache\n"
-    check = SimpleNamespace(outputs=SimpleNamespace(name=tmp_path), report=gpu_report.Report(tmp_path / "out", ""))
-    (tmp_path / "compile-0.txt").write_text(line)
-    gpu_check.keep_compiled(check)
-    assert check.report.data["compile"] == [{"H": 512, "dtype": "bf16", "s": 3.2, "compiled": 2, "found": 40}]
-    assert "found" in check.report.tables()["Ahead-of-time compilation"]
-
-
-@needs_emulator
-def test_predictions_stand_beside_what_the_smoke_measures():
-    """By csrc/cuda/lstm/cost.h on the host-side device; a step of nn.LSTM is that of cuDNN."""
-    cases = {case.name: case for case in gpu_cases.bench_case_list("smoke")}
-    small, large = cases["lstm (128, 16, 512, 512) bf16 cuda"], cases["lstm (128, 128, 512, 512) bf16 cuda"]
-    with emulator.as_native():
-        for kernel in ("cluster", "grid", "cudnn"):
-            us, both = (step_prediction.predicted_us(small, kernel, train) for train in (False, True))
-            assert 0 < us < both and us <= step_prediction.predicted_us(large, kernel, False)
-        assert step_prediction.predicted_us(cases["lstm (128, 16, 1024, 1024) bf16 cuda"], "cluster", False) is None
-        assert step_prediction.predicted_us(small, "", False) is None, "not one kernel"
-        float_case = cases["lstm (128, 16, 512, 512) tf32 cuda"]
-        assert step_prediction.predicted_us(float_case, "cluster", False) > 0
-        assert step_prediction.predicted_us(float_case, "cluster", True) is None, "no backward in clusters of 16"
-    row = {"case": "c", "mode": "inference", "candidate": "native cluster", "us_per_step": 1.5, "ratio": 2.0}
-    lines = gpu_report.smoke_lines([row | {"predicted_us_per_step": 1.04}])
-    assert lines[0][3:5] == ("1.5 (1)", "2.00")
-
-
-def test_the_scales_of_the_cost_model_are_medians_of_measured_over_modelled():
-    """The backward's time is training less inference, each without its products over all steps."""
-
-    def row(case, mode, us, products, predicted):
-        figures = {"us_per_step": us, "products_us_per_step": products, "predicted_us_per_step": predicted}
-        return {"case": case, "mode": mode, "kernel": "grid", **figures}
-
-    rows = [row("a", "inference", 2.5, 0.5, 1.0), row("a", "training", 9.5, 1.5, 3.0)]  # 2 / 1, (9.5 - 2.5 - 1) / 2
-    rows += [row("b", "inference", 4.0, 1.0, 1.0), row("c", "inference", 5.0, 1.0, 1.0)]  # 3 / 1, 4 / 1
-    rows += [row("d", "training", 5.0, 1.0, 1.0), {"case": "a", "mode": "inference", "us_per_step": 1.0}]
-    assert step_prediction.scales(rows) == [("grid", "backward", 1, 3.0), ("grid", "forward", 3, 3.0)]
 
 
 def test_a_cut_run_leaves_whole_files(tmp_path):
@@ -497,29 +385,3 @@ def test_latencies_become_rows(tmp_path, monkeypatch, stub):
     check = gpu_check.Check(gpu_check.parse(["--out", str(tmp_path / "out")]), "")
     assert gpu_check.measure_latencies(check) == "exit code 1: st.async: trapped"
     assert check.report.data["latencies"] == [row], "rows before the failure are kept"
-
-
-def test_the_summary_fits_a_terminal(tmp_path):
-    """The printed tables are cut by whole rows, and the most informative ones stay."""
-    report = gpu_report.Report(tmp_path, "gpu_check.py")
-    for number in range(300):
-        key = {"case": f"lstm {number}", "mode": "inference", "group": "g"}
-        report.data["bench"].append(key | {"candidate": "native", "verdict": "WRONG", "detail": "x" * 400})
-    smoke = {"case": "lstm", "mode": "training", "candidate": "native grid", "us_per_step": 1.5, "ratio": 2.0}
-    report.data["smoke"].append(smoke | {"baseline": "nn.LSTM", "verdict": "ok"})
-    report.stage("smoke", 1.0, "done")
-    text = report.summary()
-    assert 4000 < len(text) <= gpu_report.MOST_PRINTED
-    assert "## Stages" in text and "## Smoke" in text and text.endswith("(cut: Wrong)\n")
-    assert all(line.startswith(("|", "#", "(")) for line in text.splitlines() if line)
-
-
-def test_the_report_survives_odd_text(tmp_path):
-    report = gpu_report.Report(tmp_path, "gpu_check.py")
-    detail = "a | pipe\nand a new line"
-    report.add(
-        "parity", {"op": "lstm", "case": "c", "dtype": "d", "backend": "b", "verdict": "failed", "detail": detail}
-    )
-    (line,) = [line for line in (tmp_path / "report.md").read_text().splitlines() if "pipe" in line]
-    assert line.count("|") == 5
-    assert report.wrong()[0]["detail"] == detail
