@@ -152,13 +152,16 @@ def path(loop: list[Instruction], family: Family) -> list[Instruction]:
     """Return the instructions of one step: the longest way through the loop that waits, meets and sends.
 
     Inner loops run once. Left out: failed polls, weights in shared memory, the loads of h after the first product,
-    cells whose inputs are not loaded ahead.
+    cells whose inputs are not loaded ahead, stores to other blocks of a cluster in an inner loop (of a tile that is
+    not full).
     """
     at = {instruction.address: k for k, instruction in enumerate(loop)}
     waits, barriers = _matches(loop, family.wait), _matches(loop, r"BAR\.SYNC")
     wait, following = waits[0], []
     barrier = next(k for k in barriers if k > wait)
-    send = next(k for k in _matches(loop, family.send) if k > barrier)
+    inner = [range(at[i.target], k + 1) for k, i in enumerate(loop[:-1]) if barrier < at.get(i.target, -1) <= k]
+    partial = {k for places in inner if any(loop[k].op.startswith("STAS") for k in places) for k in places}
+    send = next(k for k in _matches(loop, family.send) if k > barrier and k not in partial)
     for k, i in enumerate(loop):
         forward = at.get(i.target, -1) if i.target is not None else -1
         ends = i.op == "EXIT" or (i.op.startswith("BRA") and not i.op.startswith("BRA.DIV"))
@@ -169,9 +172,8 @@ def path(loop: list[Instruction], family: Family) -> list[Instruction]:
             through = []
         following.append([n for n in (*through, forward) if k < n < len(loop)])
     product = next(k for k in _matches(loop, "HMMA|FFMA") if k > wait)
-    for k in waits:
-        if k > product:
-            following[k] = []
+    for k in (*partial, *(k for k in waits if k > product)):
+        following[k] = []
     stages, chosen = (0, wait, barrier, send, len(loop) - 1), []
     for begin, end in itertools.pairwise(stages):
         chosen += _longest(loop, following, begin, end)[:-1]

@@ -187,7 +187,7 @@ def test_the_page_states_the_modelled_gain():
             shape = (int(batch), int(hidden), *kinds[kind], None)
             stated = [_stated(shape, layers, training) for layers in (2, 4) for training in (False, True)]
             assert cells.split(" | ") == stated, (hidden, batch, kind)
-    assert len(rows) == 6
+    assert len(rows) == 8
 
 
 def _stated(shape, layers, training, steps=1024):

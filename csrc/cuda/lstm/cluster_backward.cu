@@ -45,7 +45,7 @@ std::optional<ClusterBackwardPlan> plan_of(const LstmShape& s, Type type, int bl
   const int64_t tiles = divide_up(s.batch, 8 * row_tiles), clusters = tiles * s.directions;
   if (units > kUnits || clusters * blocks > std::numeric_limits<int32_t>::max()) return {};
   const int steps = type == Type::kFloat ? kGateSteps<float> : kGateSteps<bf16>;
-  plan.tile = {blocks, units, static_cast<int>(tiles), (1 << 16) / (units / 8) + 1};
+  plan.tile = {blocks, units, static_cast<int>(tiles), 8 * row_tiles, (1 << 16) / (units / 8) + 1};
   plan.unit_tiles = std::max(1, blocks / 4);  // layer: 2 tiles of 16 units a block; 8 warps share them
   plan.launch = {.grid = dim3(static_cast<unsigned>(clusters * blocks)),
                  .block = dim3(kThreads),
@@ -60,11 +60,12 @@ int resident(const ClusterBackwardPlan& plan, Type type) {
   return with_kernel(plan, type, [&](auto* kernel) { return kernel ? resident_clusters(plan.launch, kernel) : 0; });
 }
 
-// Cycles of the step clock, and the partial sums (float) of the tile from the other blocks.
+// Cycles of the step clock, and the partial sums (float) of the tile's pairs of sequences from the other blocks.
 double microseconds_of(const LstmShape& s, const ClusterBackwardPlan& plan, Type type) {
   const auto& clock = type == Type::kFloat ? cost::kClusterBackwardFloat : cost::kClusterBackwardHalf;
   const double units = static_cast<double>(plan.tile.units) * plan.tile.blocks;
-  const double received = 8.0 * plan.row_tiles * units * sizeof(float) / cost::kRemoteBytes;
+  const double pairs = static_cast<double>(divide_up(std::min<int64_t>(plan.tile.rows, s.batch), 2));
+  const double received = pairs * units * sizeof(float) * 2 / cost::kRemoteBytes;
   const double waves = cost::waves(plan.tile.tiles * s.directions, resident(plan, type));
   const double cycles = waves * (clock[plan.unit_tiles / 2][plan.row_tiles - 1] + received);
   return cost::microseconds(cycles, cost::kClusterScale.backward);

@@ -17,7 +17,7 @@
 //
 // Both have two buffers. Invariant: a block sends the parts of step s + 1 after a __syncthreads that follows its reads
 // of the parts of step s; it needs the parts of all blocks before it continues. So no buffer is overwritten while it is
-// read.
+// read. Only pairs of sequences that exist are sent and expected; columns of the others are zero.
 #pragma once
 
 #include "cuda/lstm/cluster_pieces.cuh"
@@ -36,6 +36,7 @@ struct BackwardTile {
   int blocks;  // of a cluster
   int units;   // of a block, a multiple of 8
   int tiles;   // of the batch
+  int rows;    // sequences of a tile: at most 8 if N = 1, else 8 N; the last tile may have fewer
   int eighth;  // 2^16 / (units / 8), rounded up: the block of 8 units by a product instead of a division
 
   __host__ __device__ int block_of(int unit) const { return unit / 8 * eighth >> 16; }
@@ -58,12 +59,12 @@ struct BackwardMemory {
 
 // Unit and sequences of a thread.
 struct BackwardPlace {
-  int direction, unit, row;  // unit in the layer (H: none); first sequence (the others follow 8 apart)
+  int direction, unit, row;  // unit in the layer (H: none); first sequence (the others follow 8 apart; B or more: none)
   int local, warp, r, q;     // local: unit in the block
   bool backwards;
 };
 
-FASTSEQ_DEVICE BackwardPlace backward_place(const LstmShape& s, const BackwardTile& tile, int row_tiles) {
+FASTSEQ_DEVICE BackwardPlace backward_place(const LstmShape& s, const BackwardTile& tile) {
   BackwardPlace at;
   const int cluster = static_cast<int>(cluster_index());
   at.local = lane_id();
@@ -73,7 +74,7 @@ FASTSEQ_DEVICE BackwardPlace backward_place(const LstmShape& s, const BackwardTi
   at.direction = cluster / tile.tiles;
   at.unit = static_cast<int>(cluster_rank()) * tile.units + at.local;
   if (at.local >= tile.units || at.unit >= s.hidden) at.unit = static_cast<int>(s.hidden);
-  at.row = cluster % tile.tiles * row_tiles * 8 + at.warp;
+  at.row = at.warp < tile.rows ? cluster % tile.tiles * tile.rows + at.warp : static_cast<int>(s.batch);
   at.backwards = s.directions == 2 ? at.direction == 1 : s.reverse;
   return at;
 }
@@ -232,14 +233,43 @@ FASTSEQ_DEVICE void store_gate_gradients(const LstmBackwardParams& p,
   for (int gate = 0; gate < 4; ++gate) from_float(x[gate], to + gate * p.shape.hidden);
 }
 
-// Computes this block's parts of dh of all units and sends each to `parts` in the block of the unit.
+// Sends the parts of dh of the first Sent tiles of sequences. slots: of this block. blocks: of the cluster; 0: none.
+template <int M, int Sent, int N>
+FASTSEQ_DEVICE void send_sums(const float (&sums)[M][N][4],
+                              const float2* slots,
+                              const uint64_t* arrived,
+                              const BackwardTile& tile,
+                              const BackwardPlace& at,
+                              int blocks) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int unit = (at.warp * M + m) * 16 + 8 * half + at.r, rank = tile.block_of(unit);
+      if (rank >= blocks) continue;
+      const uint64_t address = cluster_address(slots + (at.q - rank) * tile.units + unit, rank);
+      const uint64_t mbarrier = cluster_address(arrived, rank);
+#pragma unroll
+      for (int n = 0; n < Sent; ++n) {
+        const float2 pair{sums[m][n][2 * half], sums[m][n][2 * half + 1]};
+        uint64_t bits;
+        memcpy(&bits, &pair, sizeof bits);
+        store_async8(address + n * 4 * tile.units * sizeof(float2), mbarrier, bits);
+      }
+    }
+  }
+}
+
+// Computes this block's parts of dh of all units and sends each to `parts` in the block of the unit. pairs: of
+// sequences that exist.
 template <class T, int M, int N>
 FASTSEQ_DEVICE void send_parts(const uint32_t (&weights)[M][kGateSteps<T>][4],
                                const uint2* gradients,
                                const float2* parts,
                                const uint64_t* arrived,
                                const BackwardTile& tile,
-                               const BackwardPlace& at) {
+                               const BackwardPlace& at,
+                               int pairs) {
   float sums[M][N][4] = {};
 #pragma unroll
   for (int s = 0; s < kGateSteps<T>; ++s) {
@@ -252,21 +282,13 @@ FASTSEQ_DEVICE void send_parts(const uint32_t (&weights)[M][kGateSteps<T>][4],
     }
   }
   const float2* slots = parts + static_cast<int>(cluster_rank()) * N * 4 * tile.units;
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int unit = (at.warp * M + m) * 16 + 8 * half + at.r, rank = tile.block_of(unit);
-      if (rank >= tile.blocks) continue;
-      const uint64_t address = cluster_address(slots + (at.q - rank) * tile.units + unit, rank);
-      const uint64_t mbarrier = cluster_address(arrived, rank);
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-        const float2 pair{sums[m][n][2 * half], sums[m][n][2 * half + 1]};
-        uint64_t bits;
-        memcpy(&bits, &pair, sizeof bits);
-        store_async8(address + n * 4 * tile.units * sizeof(float2), mbarrier, bits);
-      }
+  const int blocks = at.q < pairs ? tile.blocks : 0;
+  if (N == 1 || 4 * (N - 1) + at.q < pairs) return send_sums<M, N>(sums, slots, arrived, tile, at, blocks);
+  if constexpr (N > 1) {  // conditions around the stores of full tiles would lengthen their way
+    static_assert(N == 2, "here only sequences of the first tile exist");
+#pragma unroll 1
+    for (int n = 0; 4 * n + at.q < pairs; ++n) {
+      send_sums<M, 1>(sums, slots + n * 4 * tile.units, arrived, tile, at, blocks);
     }
   }
 }
@@ -317,11 +339,12 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(Lstm
   uint64_t* arrived = reinterpret_cast<uint64_t*>(memory);  // by buffer
   uint2* gradients = reinterpret_cast<uint2*>(memory + offsets.gradients);
   float2* parts = reinterpret_cast<float2*>(memory + offsets.parts);
-  const BackwardPlace at = backward_place(p.shape, tile, N);
+  const BackwardPlace at = backward_place(p.shape, tile);
+  const RowRange rows = rows_of(p.shape, tile.tiles, tile.rows);
   const int64_t H = p.shape.hidden;
-  const int steps = longest_of<N>(p.shape, at.row - at.warp);
+  const int steps = longest_of<N>(p.shape, rows), pairs = (rows.end - rows.first + 1) / 2;
   const int gradients_buffer = kGateSteps<T> * N * 32, parts_buffer = tile.blocks * N * 4 * tile.units;
-  const unsigned bytes = parts_buffer * sizeof(float2);
+  const unsigned bytes = tile.blocks * tile.units * pairs * sizeof(float2);
 
   uint32_t weights[M][kGateSteps<T>][4];
   load_columns<T, M>(weights, reinterpret_cast<uint4*>(parts),
@@ -334,8 +357,9 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(Lstm
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const int64_t row = at.row + 8 * n;
-    const int64_t length = row < p.shape.batch && p.shape.lengths ? p.shape.lengths[row] : p.shape.steps;
-    lengths[n] = static_cast<int>(length < p.shape.steps ? length : p.shape.steps);
+    int64_t length = row < p.shape.batch ? p.shape.steps : 0;
+    if (row < p.shape.batch && p.shape.lengths) length = min(length, p.shape.lengths[row]);
+    lengths[n] = static_cast<int>(length);
   }
   if (threadIdx.x == 0) {
     for (int b = 0; b < 2; ++b) {
@@ -352,8 +376,8 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(Lstm
     const int64_t index = cursor.index + n * cursor.tile;
     fetch_inputs(in[n], p, at, at.row + 8 * n, lengths[n], at.backwards ? 0 : steps - 1, index, cursor.step, c0[n]);
   }
-  for (int s = 0; s <= steps; ++s) {  // round `steps` only completes dh
-    const int t = at.backwards ? s : steps - 1 - s;
+  int t = at.backwards ? 0 : steps - 1;
+  for (int s = 0; s <= steps; ++s, t += at.backwards ? 1 : -1) {  // round `steps` only completes dh
     if (s) {
       mbarrier_wait(arrived + s % 2, (s - 1) >> 1 & 1, p.shape.spin_limit);
       if (threadIdx.x == 0) mbarrier_arrive_expect(arrived + s % 2, bytes);  // step s + 2
@@ -369,7 +393,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_cluster_backward_kernel(Lstm
     }
     __syncthreads();
     send_parts<T, M, N>(weights, gradients + s % 2 * gradients_buffer, parts + (s + 1) % 2 * parts_buffer,
-                        arrived + (s + 1) % 2, tile, at);
+                        arrived + (s + 1) % 2, tile, at, pairs);
     // Stores and loads of global memory follow the send, off the way between the blocks.
 #pragma unroll
     for (int n = 0; n < N; ++n) {

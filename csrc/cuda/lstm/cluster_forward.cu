@@ -55,7 +55,7 @@ std::optional<ClusterForwardPlan> plan_of(const LstmShape& s, Type type, int blo
   const int64_t tiles = divide_up(s.batch, 8 * row_tiles), clusters = tiles * s.directions;
   if (threads > 512 || clusters * blocks > std::numeric_limits<int32_t>::max()) return {};
   plan.registers = threads > 256 || (steps > 4 && steps <= 8) ? 8 : steps <= 4 ? 4 : 16;
-  plan.tile = {blocks, units, std::max(steps, plan.registers), static_cast<int>(tiles)};
+  plan.tile = {blocks, units, std::max(steps, plan.registers), static_cast<int>(tiles), 8 * row_tiles};
   plan.launch = {.grid = dim3(static_cast<unsigned>(clusters * blocks)),
                  .block = dim3(threads),
                  .shared_memory = ForwardMemory(plan.tile, plan.registers, row_tiles).bytes,
@@ -69,13 +69,14 @@ int resident(const ClusterForwardPlan& plan, Type type) {
   return with_kernel(plan, type, [&](auto* kernel) { return kernel ? resident_clusters(plan.launch, kernel) : 0; });
 }
 
-// Cycles of the step clock, weights that are read from shared memory, h of the tile from the other blocks.
+// Cycles of the step clock, weights that are read from shared memory, h of the tile's sequences from the other blocks.
 double microseconds_of(const LstmShape& s, const ClusterForwardPlan& plan, Type type) {
   const auto& clock = type == Type::kFloat ? cost::kClusterForwardFloat : cost::kClusterForwardHalf;
   const int row = plan.launch.block.x > 256 ? 3 : plan.registers / 8, column = plan.row_tiles / 2;
   const double size = type == Type::kFloat ? 4 : 2, warps = plan.launch.block.x / 32;
   const double shared = std::max(0, plan.tile.steps - plan.registers) * warps * 1024 / cost::kSharedBytes;
-  const double received = 8.0 * plan.row_tiles * static_cast<double>(s.hidden) * size / cost::kRemoteBytes;
+  const double rows = static_cast<double>(std::min<int64_t>(plan.tile.rows, s.batch));
+  const double received = rows * static_cast<double>(s.hidden) * size / cost::kRemoteBytes;
   const double waves = cost::waves(plan.tile.tiles * s.directions, resident(plan, type));
   return cost::microseconds(waves * (clock[row][column] + shared + received), cost::kClusterScale.forward);
 }

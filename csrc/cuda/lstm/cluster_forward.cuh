@@ -20,9 +20,10 @@
 //     ^ half) + r / 2, a warp 256 bytes; the XOR spreads each half warp over all banks. A warp sends 4 sequences of a
 //     q: 32 adjacent bytes.
 //
-// Invariant: every warp waits for all of h of step s, reads it, and only then sends h of step s + 1. A buffer is
-// overwritten only after all warps of the cluster have sent, so after all have read. Hence every warp must send: padded
-// units are computed and sent too (weights, gates and states are 0, so h = 0).
+// Only sequences that exist are sent and expected; the columns of the others stay zero in both buffers. Invariant: a
+// block sends h of step s + 1 after a __syncthreads that follows its reads of h of step s, and it sends in every step:
+// the warps of sequence 0 do, padded units too (weights, gates and states are 0, so h = 0). A buffer is overwritten
+// only after all blocks of the cluster have sent, so after all have read.
 #pragma once
 
 #include "cuda/lstm/cluster_forward_send.cuh"
@@ -35,6 +36,7 @@ struct ForwardTile {
   int units;   // of a block, a multiple of 8
   int steps;   // steps of K of a warp; weights that exceed its registers are in shared memory
   int tiles;   // of the batch
+  int rows;    // sequences of a tile: at most 8 if N = 1, else 8 N; the last tile may have fewer
 };
 
 // Shared memory: byte offset of each part, total bytes. registers: steps of K whose weights are in registers.
@@ -57,21 +59,22 @@ FASTSEQ_DEVICE int read_place(int r, int q, int half) { return state_place(q, 4 
 
 // Unit and sequences of a thread.
 struct ForwardPlace {
-  int direction, unit, row;  // unit in the layer; first sequence (the others follow 8 apart)
+  int direction, unit, row;  // unit in the layer; first sequence (the others follow 8 apart; B or more: none)
   int warp, half, r, q;      // half: of K, and of the columns
   bool backwards;
 };
 
-FASTSEQ_DEVICE ForwardPlace forward_place(const LstmShape& s, const ForwardTile& tile, int row_tiles) {
+FASTSEQ_DEVICE ForwardPlace forward_place(const LstmShape& s, const ForwardTile& tile) {
   ForwardPlace at;
   const int cluster = static_cast<int>(cluster_index()), lane = lane_id();
   at.warp = threadIdx.x / 32;
-  at.half = at.warp % 2;
+  at.half = at.warp >= tile.units / 8;
   at.r = lane / 4;
   at.q = lane % 4;
   at.direction = cluster / tile.tiles;
-  at.unit = static_cast<int>(cluster_rank()) * tile.units + at.warp / 2 * 8 + at.r;
-  at.row = cluster % tile.tiles * row_tiles * 8 + 4 * at.half + at.q;
+  at.unit = static_cast<int>(cluster_rank()) * tile.units + (at.warp - at.half * (tile.units / 8)) * 8 + at.r;
+  const int place = 4 * at.half + at.q, first = cluster % tile.tiles * tile.rows;
+  at.row = place < tile.rows ? first + place : static_cast<int>(s.batch);
   at.backwards = s.directions == 2 ? at.direction == 1 : s.reverse;
   return at;
 }
@@ -124,13 +127,14 @@ FASTSEQ_DEVICE void load_all_weights(uint32_t (&weights)[R][2][4],
 
 // Initialises both buffers of h: h0 (B, H) and zero. Pieces that no warp sends stay zero in both.
 template <class T, int N>
-FASTSEQ_DEVICE void fill_states(uint2* h, const T* h0, const LstmShape& s, const ForwardTile& tile, int64_t first_row) {
+FASTSEQ_DEVICE void fill_states(
+    uint2* h, const T* h0, const LstmShape& s, const ForwardTile& tile, const RowRange& rows) {
   const int pieces = 2 * tile.steps * N * 32;
   for (int k = threadIdx.x; k < pieces; k += blockDim.x) {
     const int q = k % 32 / 8, sequence = k % 8, place = k / 32 * 32 + state_place(q, sequence);
-    const int64_t row = first_row + k / 32 % N * 8 + sequence;
+    const int64_t row = rows.first + k / 32 % N * 8 + sequence;
     const int64_t unit = k / (32 * N) * kStep<T> + q * kPiece<T>;
-    h[place] = load_piece(row < s.batch ? h0 + row * s.hidden : nullptr, unit, s.hidden);
+    h[place] = load_piece(row < rows.end ? h0 + row * s.hidden : nullptr, unit, s.hidden);
     h[pieces + place] = uint2{0, 0};
   }
 }
@@ -187,16 +191,19 @@ FASTSEQ_DEVICE void share_sums(float (&kept)[N][4], const float (&sums)[Accumula
   }
 }
 
-// Completes the pre-activations: `gates`, the input product, + kept + the partner's sums.
+// Completes the pre-activations: `gates`, the input product, + (kept + the partner's sums): the same bits in both
+// columns. rows: from the first sequence to the end of the batch. Nothing is read for sequences that do not exist: a
+// warp without any does not send, so its partner may already write the next step's sums.
 template <class T, int N>
-FASTSEQ_DEVICE void add_sums(float (&kept)[N][4], const T (&gates)[N][4], const float4* partner) {
+FASTSEQ_DEVICE void add_sums(float (&kept)[N][4], const T (&gates)[N][4], const float4* partner, int rows) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    const float4 other = partner[n * 32];
-    kept[n][0] = (to_float(gates[n][0]) + kept[n][0]) + other.x;
-    kept[n][1] = (to_float(gates[n][1]) + kept[n][1]) + other.y;
-    kept[n][2] = (to_float(gates[n][2]) + kept[n][2]) + other.z;
-    kept[n][3] = (to_float(gates[n][3]) + kept[n][3]) + other.w;
+    float4 other{0, 0, 0, 0};
+    if (rows > 8 * n) other = partner[n * 32];
+    kept[n][0] = to_float(gates[n][0]) + (kept[n][0] + other.x);
+    kept[n][1] = to_float(gates[n][1]) + (kept[n][1] + other.y);
+    kept[n][2] = to_float(gates[n][2]) + (kept[n][2] + other.z);
+    kept[n][3] = to_float(gates[n][3]) + (kept[n][3] + other.w);
   }
 }
 
@@ -333,18 +340,19 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
   const ForwardMemory parts(tile, R, N);
   uint64_t* arrived = reinterpret_cast<uint64_t*>(memory);  // by buffer
   uint2* h_pieces = reinterpret_cast<uint2*>(memory + parts.h);
-  const ForwardPlace at = forward_place(p.shape, tile, N);
+  const ForwardPlace at = forward_place(p.shape, tile);
+  const RowRange rows = rows_of(p.shape, tile.tiles, tile.rows);
   uint4* more_weights = reinterpret_cast<uint4*>(memory + parts.weights) + at.warp * (tile.steps - R) * 64;
   const int64_t H = p.shape.hidden;
-  const int first_row = at.row - 4 * at.half - at.q, last = longest_of<N>(p.shape, first_row) - 1;
+  const int last = longest_of<N>(p.shape, rows) - 1;
   const int buffer = 2 * tile.steps * N * 32;  // pieces
-  const unsigned bytes = tile.blocks * tile.units * N * 8 * sizeof(T);
+  const unsigned bytes = tile.blocks * tile.units * (rows.end - rows.first) * sizeof(T);
 
   uint32_t weights[R][2][4];
   load_all_weights(weights, more_weights, static_cast<const T*>(p.weight_hh) + at.direction * 4 * H * H, H, at,
                    tile.steps);
   const T* h0 = static_cast<const T*>(p.h0) + at.direction * p.shape.batch * H;
-  fill_states<T, N>(h_pieces, h0, p.shape, tile, first_row);
+  fill_states<T, N>(h_pieces, h0, p.shape, tile, rows);
   uint32_t h[N];
   float c[N];
   int lengths[N];
@@ -361,8 +369,8 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
   int read = at.half * N * 32 + read_place(at.r, at.q, at.half), sent = sent_piece<T, N>(at);
   // Bytes from `memory` to this lane's sums and to its partner's.
   int own = static_cast<int>(parts.sums) + (at.warp * N * 32 + lane_id()) * 16;
-  int partner = own + (at.half ? -1 : 1) * N * 512;
-  int blocks = blocks_of_lane<T>(tile.blocks, at.r);
+  int partner = own + (at.half ? -1 : 1) * (tile.units / 8) * N * 512;
+  int blocks = at.row < p.shape.batch ? blocks_of_lane<T>(tile.blocks, at.r) : 0;
   if constexpr (Threads <= 256) {  // else no registers are left
     read = opaque(read);
     sent = opaque(sent);
@@ -372,6 +380,8 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
     blocks = opaque(blocks);
     partner = opaque(partner);
   }
+  constexpr bool kSkips = Threads <= 256 && N == 1;  // a warp without sequences only multiplies
+  const bool finishes = !kSkips || __any_sync(kAllLanes, at.row < p.shape.batch);
   ForwardCursor cursor(p.shape, at, at.backwards ? last : 0);
   constexpr bool kAhead = Threads <= 256 && N == 1;  // else no registers are left
   std::conditional_t<kAhead, float, T> gates[N][4];  // of this step
@@ -381,8 +391,11 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
     take_gates(gates, later);
   }
   if (kAhead && last >= 1) fetch_gates(later, p, at, cursor.index + cursor.step, cursor.tile);
+  int t = at.backwards ? last : 0;
   for (int s = 0; s <= last; ++s) {
-    const int t = at.backwards ? last - s : s;
+    bool alive[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) alive[n] = t < lengths[n];
     // Addresses are computed before the wait.
     int from = read + s % 2 * buffer, to = sent + (s + 1) % 2 * buffer;
     if constexpr (kAhead) {
@@ -396,19 +409,23 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
     if (s && threadIdx.x == 0) mbarrier_arrive_expect(arrived + s % 2, bytes);  // step s + 2
     share_sums(pre, sums, reinterpret_cast<float4*>(memory + own));
     __syncthreads();
-    add_sums(pre, gates, reinterpret_cast<const float4*>(memory + partner));
+    if (finishes) {
+      add_sums(pre, gates, reinterpret_cast<const float4*>(memory + partner),
+               kSkips ? 1 : static_cast<int>(p.shape.batch) - at.row);
 #pragma unroll
-    for (int n = 0; n < N; ++n) update_unit<T>(pre[n], c[n], h[n], t < lengths[n]);
-    if (s < last) {
-      uint64_t pieces[N];
+      for (int n = 0; n < N; ++n) update_unit<T>(pre[n], c[n], h[n], alive[n]);
+      if (s < last) {
+        uint64_t pieces[N];
 #pragma unroll
-      for (int n = 0; n < N; ++n) pieces[n] = gather_piece<T>(h[n], at.r);
-      send_states<T>(pieces, h_pieces + to, arrived + (s + 1) % 2, blocks, at.r);
+        for (int n = 0; n < N; ++n) pieces[n] = gather_piece<T>(h[n], at.r);
+        send_states<T>(pieces, h_pieces + to, arrived + (s + 1) % 2, blocks, at.r,
+                       static_cast<int>(p.shape.batch) - at.row);
+      }
     }
     // The output's stores lie between the send and the loads of gates, lest the compiler load before it sends.
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const uint32_t out = t < lengths[n] ? h[n] : 0;
+      const uint32_t out = alive[n] ? h[n] : 0;
       if (inside(p.shape, at, n)) static_cast<T*>(p.output)[cursor.index + n * cursor.tile] = number_of<T>(out);
     }
     constexpr bool kEarly = N < 4;  // else no registers are left
@@ -420,10 +437,11 @@ __global__ void __launch_bounds__(Threads, 1) lstm_cluster_forward_kernel(LstmFo
     if (!kAhead && kEarly && s < last) fetch_gates(gates, p, at, cursor.index + cursor.step, cursor.tile);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      if (!inside(p.shape, at, n) || t >= lengths[n]) continue;
+      if (!inside(p.shape, at, n) || !alive[n]) continue;
       store_record<T>(p, at, cursor.index + n * cursor.tile, pre[n], c[n]);
     }
     cursor.index += cursor.step;
+    t += at.backwards ? -1 : 1;
     if (!kEarly && s < last) fetch_gates(gates, p, at, cursor.index, cursor.tile);
   }
   store_states<T>(h, c, p, at);

@@ -47,10 +47,9 @@ FASTSEQ_DEVICE int blocks_of_lane(int blocks, int r) {
   return r % kPiece<T> < blocks ? blocks : 0;
 }
 
-// Sends h of this warp's units to all blocks of the cluster. to: this lane's piece in the next buffer. blocks:
-// blocks_of_lane(). Unrolled, so that no address depends on a loop.
+// Sends pieces of N sequences, 8 apart, to all blocks of the cluster. Unrolled, so that no address depends on a loop.
 template <class T, int N>
-FASTSEQ_DEVICE void send_states(
+FASTSEQ_DEVICE void send_pieces(
     const uint64_t (&pieces)[N], const uint2* to, const uint64_t* arrived, int blocks, int r) {
   constexpr int kMostBlocks = 16;
 #pragma unroll
@@ -60,6 +59,23 @@ FASTSEQ_DEVICE void send_states(
     const uint64_t address = cluster_address(to, rank), mbarrier = cluster_address(arrived, rank);
 #pragma unroll
     for (int n = 0; n < N; ++n) store_async8(address + n * 32 * sizeof(uint2), mbarrier, pieces[n]);
+  }
+}
+
+// Sends h of this lane's sequences. to: this lane's piece in the next buffer. blocks: blocks_of_lane(), 0 if there is
+// no sequence. rows: from the first sequence to the end of the batch.
+template <class T, int N>
+FASTSEQ_DEVICE void send_states(
+    const uint64_t (&pieces)[N], const uint2* to, const uint64_t* arrived, int blocks, int r, int rows) {
+  if (N == 1 || rows > 8 * (N - 1)) return send_pieces<T>(pieces, to, arrived, blocks, r);
+  if constexpr (N > 1) {  // conditions around the stores of full tiles would lengthen their way
+#pragma unroll 1
+    for (int n = 0; 8 * n < rows; ++n) {
+      uint64_t piece = pieces[0];
+#pragma unroll
+      for (int k = 1; k + 1 < N; ++k) piece = n == k ? pieces[k] : piece;
+      send_pieces<T, 1>({piece}, to + n * 32, arrived, blocks, r);
+    }
   }
 }
 

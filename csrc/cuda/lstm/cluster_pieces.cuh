@@ -32,13 +32,25 @@ FASTSEQ_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32
     multiply_16x8x8_tf32(d, a, b);
 }
 
-// Largest length in a tile of N * 8 sequences; the same in all threads of the cluster.
+// Sequences of a cluster's tile: from `first` to before `end`, at least one.
+struct RowRange {
+  int first, end;
+};
+
+// tiles: of the batch. rows: sequences of a tile; the last may have fewer.
+FASTSEQ_DEVICE RowRange rows_of(const LstmShape& s, int tiles, int rows) {
+  const int cluster = static_cast<int>(cluster_index()), batch = static_cast<int>(s.batch);
+  const int first = (cluster < tiles ? cluster : cluster - tiles) * rows;  // at most two directions
+  return {first, min(first + rows, batch)};
+}
+
+// Largest length of a tile of at most N * 8 sequences; the same in all threads of the cluster.
 template <int N>
-FASTSEQ_DEVICE int longest_of(const LstmShape& s, int64_t first_row) {
+FASTSEQ_DEVICE int longest_of(const LstmShape& s, const RowRange& rows) {
   static_assert(N * 8 <= 32, "a lane for each sequence");
   if (!s.lengths) return static_cast<int>(s.steps);
-  const int64_t row = first_row + lane_id() % (N * 8);
-  int longest = row < s.batch ? max(static_cast<int>(s.lengths[row]), 0) : 0;
+  const int row = rows.first + lane_id() % (N * 8);
+  int longest = row < rows.end ? max(static_cast<int>(s.lengths[row]), 0) : 0;
 #pragma unroll
   for (int offset = 16; offset; offset /= 2) longest = max(longest, __shfl_xor_sync(kAllLanes, longest, offset));
   return min(longest, static_cast<int>(s.steps));

@@ -19,15 +19,15 @@ inline constexpr Scale kClusterScale{1, 1}, kGridScale{1, 1}, kStepsScale{1, 1},
 // Cycles of a step by the step clock: tests/cuda/step_clock.json, which tests/cuda/test_step_cost.py compares.
 // 0: there is no such kernel. Half stands for both 16-bit types, Float for TF32.
 inline constexpr int kClusterForwardHalf[4][3] = {// [R = 4, 8, 16; 8 with 512 threads][N = 1, 2, 4]
-                                                  {1021, 1715, 3138},
-                                                  {1145, 1961, 3654},
-                                                  {1358, 2405, 4492},
-                                                  {1882, 0, 0}};
+                                                  {1024, 1742, 3118},
+                                                  {1125, 1952, 3574},
+                                                  {1346, 2428, 4454},
+                                                  {1888, 0, 0}};
 inline constexpr int kClusterForwardFloat[4][3] = {
-    {1193, 1925, 3527}, {1251, 2222, 4063}, {1515, 2692, 0}, {2114, 0, 0}};
+    {1168, 1921, 3806}, {1278, 2259, 4150}, {1506, 2706, 0}, {2198, 0, 0}};
 inline constexpr int kClusterBackwardHalf[3][2] = {
-    {1318, 1853}, {1393, 2352}, {1936, 3014}};  // [M = 1, 2, 4][N = 1, 2]
-inline constexpr int kClusterBackwardFloat[3][2] = {{1548, 2283}, {1784, 2966}, {0, 0}};
+    {1318, 1756}, {1374, 2254}, {1962, 2888}};  // [M = 1, 2, 4][N = 1, 2]
+inline constexpr int kClusterBackwardFloat[3][2] = {{1564, 2378}, {1799, 2913}, {0, 0}};
 inline constexpr int kGridForward[3][2] = {{3609, 4019}, {3665, 4055}, {4878, 0}};      // [half, TF32, float][G = 1, 2]
 inline constexpr int kGridBackward[3][2] = {{2359, 2472}, {2325, 2431}, {3088, 3622}};  // [half, TF32, float][R = 1, 2]
 

@@ -69,7 +69,7 @@ HOST_RAW inline void* cluster_address(const void* p, unsigned rank) {
 struct Mbarrier {
   uint16_t arrivals;    // per phase
   uint16_t missing;     // arrivals still missing in the current phase
-  int32_t bytes : 31;   // still expected in the current phase; negative if bytes arrive before they are announced
+  int32_t bytes : 31;   // still expected in the current phase; here, unlike on a GPU, they must be announced first
   uint32_t parity : 1;  // of the current phase
 };
 static_assert(sizeof(Mbarrier) == sizeof(uint64_t));
@@ -83,6 +83,7 @@ HOST_RAW inline void mbarrier_init(uint64_t* mbarrier, unsigned arrivals) {
 
 HOST_RAW inline void mbarrier_update(uint64_t* mbarrier, int arrivals, int bytes) {
   Mbarrier* m = reinterpret_cast<Mbarrier*>(mbarrier);
+  if (m->bytes + bytes < 0) fail("mbarrier: more bytes than the phase expects");
   if (m->missing < arrivals) fail("mbarrier: more arrivals than the phase has");
   m->missing -= arrivals;
   m->bytes += bytes;
@@ -110,6 +111,10 @@ HOST_RAW inline void store_async(void* to, uint64_t* mbarrier, uint64_t value, i
   __tsan_release(mbarrier);
   const Unseen unseen;
   World& w = world();
+  for (const Block* block : w.blocks) {
+    if (!block || to < block->shared || to >= block->shared + block->capacity) continue;
+    if (block->live != block->size) fail("store_async: that block has ended");
+  }
   if (options().shuffle && w.random() % 2)
     deliver({to, value, bytes, mbarrier});
   else

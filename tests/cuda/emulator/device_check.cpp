@@ -115,6 +115,7 @@ __global__ void cluster_kernel(float* out, unsigned cluster, bool wait) {
   float sum = 0;
   for (unsigned round = 0; round < 2; ++round) {
     if (threadIdx.x == 0) mbarrier_arrive_expect(arrived, 8 * cluster);
+    cluster_barrier();  // all have announced the bytes
     if (threadIdx.x < cluster) {
       const unsigned rank = threadIdx.x;
       store_async8(cluster_address(mailbox + cluster_rank(), rank), cluster_address(arrived, rank),

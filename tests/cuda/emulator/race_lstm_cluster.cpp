@@ -56,7 +56,7 @@ int main() {
   host::options().shuffle = true;
   for (uint64_t seed = 0; seed < 3; ++seed) {
     host::options().seed = seed;
-    fine = fine && both(4, 3, 21);
+    fine = fine && both(4, 3, 21) && both(4, 7, 21);
   }
   host::options().multiprocessors = 2;  // forces a tile of 16 sequences
   fine = fine && both(2, 9, 8);

@@ -342,6 +342,7 @@ inline std::string launch(dim3 grid,
       w.blocks[ids[first + k]] = &blocks[k];
     }
     Scheduler(blocks).run();
+    if (w.error.empty() && !w.deliveries.empty()) w.error = "store_async: stores in flight to blocks that have ended";
   }
   return w.error;
 }
