@@ -153,15 +153,17 @@ def path(loop: list[Instruction], family: Family) -> list[Instruction]:
 
     Inner loops run once. Left out: failed polls, weights in shared memory, the loads of h after the first product,
     cells whose inputs are not loaded ahead, stores to other blocks of a cluster in an inner loop (of a tile that is
-    not full).
+    not full). A loop that loads h ahead, after the send, begins there.
     """
     at = {instruction.address: k for k, instruction in enumerate(loop)}
     waits, barriers = _matches(loop, family.wait), _matches(loop, r"BAR\.SYNC")
-    wait, following = waits[0], []
-    barrier = next(k for k in barriers if k > wait)
+    following = []
+    barrier = next(k for k in barriers if k > waits[0])
     inner = [range(at[i.target], k + 1) for k, i in enumerate(loop[:-1]) if barrier < at.get(i.target, -1) <= k]
     partial = {k for places in inner if any(loop[k].op.startswith("STAS") for k in places) for k in places}
     send = next(k for k in _matches(loop, family.send) if k > barrier and k not in partial)
+    ahead = [k for k in waits if k > send]
+    wait = ahead[0] if ahead else waits[0]
     for k, i in enumerate(loop):
         forward = at.get(i.target, -1) if i.target is not None else -1
         ends = i.op == "EXIT" or (i.op.startswith("BRA") and not i.op.startswith("BRA.DIV"))
@@ -171,14 +173,17 @@ def path(loop: list[Instruction], family: Family) -> list[Instruction]:
         elif forward > k and _skipped(loop, k, forward, wait, barrier, send):
             through = []
         following.append([n for n in (*through, forward) if k < n < len(loop)])
-    product = next(k for k in _matches(loop, "HMMA|FFMA") if k > wait)
-    for k in (*partial, *(k for k in waits if k > product)):
+    product = next(k for k in _matches(loop, "HMMA|FFMA") if k > waits[0])
+    late = [k for k in waits if (k not in ahead if ahead else k > product)]
+    for k in (*partial, *late):
         following[k] = []
-    stages, chosen = (0, wait, barrier, send, len(loop) - 1), []
+    stages, chosen = sorted((0, wait, barrier, send, len(loop) - 1)), []
     for begin, end in itertools.pairwise(stages):
         chosen += _longest(loop, following, begin, end)[:-1]
+    chosen.append(len(loop) - 1)
+    start = chosen.index(send) + 1 if ahead else 0
     left_out = set(waits) - {wait} if family.one_poll else set()
-    return [loop[k] for k in (*chosen, len(loop) - 1) if k not in left_out]
+    return [loop[k] for k in chosen[start:] + chosen[:start] if k not in left_out]
 
 
 def _longest(loop: list[Instruction], following: list[list[int]], begin: int, end: int) -> list[int]:

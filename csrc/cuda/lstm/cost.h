@@ -28,7 +28,7 @@ inline constexpr int kClusterForwardFloat[4][3] = {
 inline constexpr int kClusterBackwardHalf[3][2] = {
     {1318, 1756}, {1374, 2254}, {1962, 2888}};  // [M = 1, 2, 4][N = 1, 2]
 inline constexpr int kClusterBackwardFloat[3][2] = {{1564, 2378}, {1799, 2913}, {0, 0}};
-inline constexpr int kGridForward[3][2] = {{3609, 4019}, {3665, 4055}, {4878, 0}};      // [half, TF32, float][G = 1, 2]
+inline constexpr int kGridForward[3][2] = {{3430, 3825}, {3523, 4027}, {4509, 0}};      // [half, TF32, float][G = 1, 2]
 inline constexpr int kGridBackward[3][2] = {{2359, 2472}, {2325, 2431}, {3088, 3622}};  // [half, TF32, float][R = 1, 2]
 
 // The clock holds the first tile of the batch and one chunk of K. Bytes a cycle beyond: a block's shared memory, other

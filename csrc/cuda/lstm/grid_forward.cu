@@ -47,8 +47,7 @@ std::optional<Plan> plan_of(const LstmShape& s, const DeviceLimits& device, int6
   plan.splits = static_cast<int>(divide_up(tiles, plan.tiles));
   plan.chunks = static_cast<int>(divide_up(s.hidden, 4 * M::kVector));
   plan.warp_chunks = static_cast<int>(divide_up(plan.chunks, kWarps));
-  plan.warps = static_cast<int>(divide_up(plan.chunks, plan.warp_chunks));
-  plan.buffer_words = static_cast<size_t>(plan.tiles) * plan.chunks * kTile * kChunkWords;
+  plan.buffer_words = static_cast<unsigned>(plan.tiles) * plan.chunks * kTile * kChunkWords;
   const int kept = std::min(M::kKeptSlices / at_once, plan.warp_chunks);
   plan.shared_slices = (passes * plan.warp_chunks - kept) * at_once;
   plan.shared_memory = at_once == 1 ? Shared<1>::bytes(plan) : Shared<2>::bytes(plan);

@@ -28,26 +28,25 @@ struct Cell {
   bool owned, exists, active;
   float* c;
 
-  FASTSEQ_DEVICE Cell(
-      const BlockTask& task, const Plan& plan, const Shared<G>& shared, int hidden, int step, int pair, int pass) {
-    const int thread = thread_now();
+  FASTSEQ_DEVICE Cell(const BlockTask& task, const Plan& plan, const Shared<G>& shared, int hidden, const Place& at) {
+    const unsigned thread = thread_now();
     pass_row = thread / (G * kUnits);
     pass_unit = thread % (G * kUnits);
-    const int block_unit = pass * G * kUnits + pass_unit;
-    row = pair * kPair + pass_row;
+    const int block_unit = at.pass * G * kUnits + pass_unit;
+    row = at.pair * kPair + pass_row;
     unit = task.group * kUnits + block_unit;
     owned = pass_row < kPair && row < task.rows && block_unit < task.groups * kUnits;
     exists = owned && unit < hidden;
     length = exists ? shared.lengths[row] : 0;
-    active = step < length;
+    active = at.step < length;
     c = shared.cells + row * plan.groups * kUnits + block_unit;
   }
 
   // Index in (T, B, D) of this step. Past the length t = step, where the output is zero.
   FASTSEQ_DEVICE int64_t place(const LstmShape& s, const BlockTask& task, int step) const {
-    const bool backwards = s.directions == 2 ? task.direction : s.reverse;
-    const int64_t t = active && backwards ? length - 1 - step : step;
-    return (t * s.batch + task.first_row + row) * s.directions + task.direction;
+    const unsigned t = active && task.backwards ? length - 1 - step : step;
+    const unsigned rows = static_cast<unsigned>(s.batch * s.directions);  // of a step
+    return static_cast<int64_t>(t) * rows + ((task.first_row + row) * static_cast<int>(s.directions) + task.direction);
   }
 
   // Loads the input product x W_ih^T + b, which depends on no other block, before the wait for h. It is converted after
@@ -59,12 +58,15 @@ struct Cell {
     for (int gate = 0; gate < 4; ++gate) gates[gate] = from[gate * p.shape.hidden];
   }
 
-  FASTSEQ_DEVICE void add(float (&gates)[4], const float* partial, int warps) const {
-    if (!active) return;
-#pragma unroll 4
-    for (int warp = 0; warp < warps; ++warp) {
+  // Adds the sums of the warps. Not only where `active`: the length need not be there yet.
+  FASTSEQ_DEVICE void add(float (&gates)[4], const float* partial) const {
+    if (!owned) return;
+    const unsigned unit_now = pass_unit;
+    const float* from = partial + Shared<G>::at(0, unit_now / kUnits, pass_row, unit_now % kUnits);
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
       float part[4];
-      load_wide(part, partial + Shared<G>::at(warp, pass_unit / kUnits, pass_row, pass_unit % kUnits));
+      load_wide(part, from + warp * Shared<G>::kPartial);
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) gates[gate] += part[gate];
     }
@@ -159,36 +161,47 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_forward_kernel(const Ls
     for (size_t k = 0; k < plan.buffer_words; ++k) store_relaxed(buffers + k, kNaNWord);
   }
 
-  Hidden<M> h{.buffer = buffers, .step = 0, .rows = task.rows, .hidden = hidden_size, .limit = limit};
+  const Hidden<M> hidden{.buffers = buffers, .rows = task.rows, .hidden = hidden_size, .limit = limit};
+  typename Hidden<M>::Words h;
+  T loaded[4] = {};
+  const int passes = passes_of<G>(task);
+  Place at{0, 0, 0};
+  const auto request = [&](const Place& place, int longest) {
+    if (place.step >= longest) return;  // at most s.steps
+    hidden.request(h, plan, place, static_cast<int>(thread_now() / 32u) * plan.warp_chunks);
+  };
+  Cell<M, G>(task, plan, shared, hidden_size, at).load(loaded, p, task, at.step);
+  int longest = shared.longest[0];  // of the rows of at.pair
+  request(at, longest);
   unsigned round = 0;
-  for (int step = 0; step < s.steps; ++step) {
-    h.step = step;
-    h.buffer = buffers + buffer_of(step) * plan.buffer_words;
-    for (int pair = 0; pair * kPair < task.rows; ++pair) {
-      const int longest = shared.longest[pair];
-      for (int pass = 0; pass < passes_of<G>(task); ++pass) {
-        T loaded[4] = {};
-        Cell<M, G>(task, plan, shared, hidden_size, step, pair, pass).load(loaded, p, task, step);
-        // Double buffer: a fast warp writes the sums of the next round while slower warps still read this round's.
-        float* partial = shared.partial + round % 2 * kWarps * Shared<G>::kPartial;
-        if (step < longest) {
-          multiply_pair(partial, weights, shared, plan, h, pair, pass);
-          __syncthreads();
-          ++round;
-        }
-        const Cell<M, G> cell(task, plan, shared, hidden_size, step, pair, pass);
-        float gates[4];
-#pragma unroll
-        for (int gate = 0; gate < 4; ++gate) gates[gate] = to_float(opaque(loaded[gate]));
-        cell.add(gates, partial, plan.warps);
-        const float out = cell.update(gates);
-        if (step + 1 < longest) {
-          uint32_t* next = buffers + buffer_of(step + 1) * plan.buffer_words;
-          cell.send(next, Hidden<M>::tag_of(step + 1), plan, out);
-        }
-        cell.store(p, task, step, gates, out);
-      }
+  while (at.step < s.steps) {
+    Place next{at.step, at.pair, at.pass + 1};
+    if (next.pass == passes) {
+      next.pass = 0;
+      if (++next.pair * kPair >= task.rows) next = {at.step + 1, 0, 0};
     }
+    // Double buffer: a fast warp writes the sums of the next round while slower warps still read this round's.
+    float* partial = shared.partial + round % 2 * kWarps * Shared<G>::kPartial;
+    const bool live = at.step < longest;
+    if (live) {
+      multiply_pair(partial, weights, shared, plan, hidden, h, at);
+      __syncthreads();
+      ++round;
+    }
+    const Cell<M, G> cell(task, plan, shared, hidden_size, at);
+    float gates[4];
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) gates[gate] = to_float(opaque(loaded[gate]));
+    if (live) cell.add(gates, partial);
+    const float out = cell.update(gates);
+    if (at.step + 1 < longest) {
+      cell.send(hidden.buffer(plan, at.step + 1), Hidden<M>::tag_of(at.step + 1), plan, out);
+    }
+    longest = shared.longest[next.pair];
+    request(next, longest);
+    Cell<M, G>(task, plan, shared, hidden_size, next).load(loaded, p, task, next.step);
+    cell.store(p, task, at.step, gates, out);
+    at = next;
   }
   if (threadIdx.x == 0 && plan.stalled && load_acquire(limit.stop)) store_release(plan.stalled, 1);
 }

@@ -77,7 +77,7 @@ struct MmaHalf {
     const bool bad = next != next;
     return pack_pair<T>(bad ? next : h, bad ? 0.0f : next);
   }
-  static FASTSEQ_DEVICE uint32_t decode(uint32_t word) { return word; }
+  static FASTSEQ_DEVICE uint32_t decode(uint32_t word, bool) { return word; }
   static FASTSEQ_DEVICE void multiply(Sum& sum, const Slice& w, const uint32_t (&h)[4]) {
     sum.add(w, h, [](auto& d, const auto& a, const auto& b) { multiply_16x8x16<T>(d, a, b); });
   }
@@ -93,7 +93,7 @@ struct MmaTf32 {
 
   static FASTSEQ_DEVICE uint32_t operand(uint32_t word) { return to_tf32(as_float(word)); }
   static FASTSEQ_DEVICE uint32_t encode(float h, float) { return to_tf32(h) & ~kTag; }
-  static FASTSEQ_DEVICE uint32_t decode(uint32_t word) { return word; }
+  static FASTSEQ_DEVICE uint32_t decode(uint32_t word, bool) { return word; }
   static FASTSEQ_DEVICE void multiply(Sum& sum, const Slice& w, const uint32_t (&h)[4]) {
     sum.add(w, h, [](auto& d, const auto& a, const auto& b) { multiply_16x8x8_tf32(d, a, b); });
   }
@@ -134,7 +134,9 @@ struct FmaFloat {
 
   static FASTSEQ_DEVICE uint32_t operand(uint32_t word) { return word; }
   static FASTSEQ_DEVICE uint32_t encode(float h, float) { return h == h ? as_bits(h) : kNaN; }
-  static FASTSEQ_DEVICE uint32_t decode(uint32_t word) { return word == kNaN ? kNaNWord : word; }
+  static FASTSEQ_DEVICE uint32_t decode(uint32_t word, bool encoded) {
+    return encoded && word == kNaN ? kNaNWord : word;
+  }
   static FASTSEQ_DEVICE void multiply(Sum& sum, const Slice& w, const uint32_t (&h)[4]) {
     const int q = lane_id() % 4;
 #pragma unroll

@@ -16,27 +16,27 @@ constexpr size_t kSliceBytes = 64 * kThreads;  // one slice (64 bytes) of every 
 
 // Chosen by the launcher. A team is the set of blocks that compute the same rows of one direction.
 struct Plan {
-  int blocks;           // of a team
-  int groups;           // of a block; the last block may have fewer
-  int splits;           // teams of a direction, one per part of the batch
-  int tiles;            // of a team; the last team may have fewer
-  int chunks;           // of K
-  int warp_chunks;      // of a warp; the last warps may have fewer, or none
-  int warps;            // with at least one chunk
-  int shared_slices;    // slices of a lane in shared memory; the rest are in registers
-  size_t buffer_words;  // words of one buffer of h: (tiles, chunks, 8 rows, 16)
+  int blocks;             // of a team
+  int groups;             // of a block; the last block may have fewer
+  int splits;             // teams of a direction, one per part of the batch
+  int tiles;              // of a team; the last team may have fewer
+  int chunks;             // of K
+  int warp_chunks;        // of a warp; the last warps may have fewer, or none
+  int shared_slices;      // slices of a lane in shared memory; the rest are in registers
+  unsigned buffer_words;  // words of one buffer of h: (tiles, chunks, 8 rows, 16)
   size_t shared_memory;
   unsigned* stalled;  // stall_word(), set where a wait ended in vain; or null
 
   FASTSEQ_INLINE int pairs() const { return (tiles + 1) / 2; }
   // Workspace of a team: a 128-byte line, word 0 the barrier's counter, word 1 SpinLimit::stop; then buffers of h for
   // h0, odd steps and even steps.
-  FASTSEQ_INLINE size_t team_words() const { return kHeaderWords + 3 * buffer_words; }
+  FASTSEQ_INLINE size_t team_words() const { return kHeaderWords + size_t{3} * buffer_words; }
 };
 
 // Work of one block: the rows of its team, and groups of units that no other block of the team computes.
 struct BlockTask {
   int direction;
+  bool backwards;       // from the last time step to the first
   int first_row, rows;  // of the batch
   int group, groups;    // first group of this block, number of groups
 };
@@ -47,6 +47,7 @@ FASTSEQ_DEVICE BlockTask task_of(const LstmShape& s, const Plan& plan) {
   const int all = (static_cast<int>(s.hidden) + kUnits - 1) / kUnits, group = member * plan.groups;
   BlockTask t;
   t.direction = team / plan.splits;
+  t.backwards = s.directions == 2 ? t.direction : s.reverse;
   t.first_row = first;
   t.rows = min(plan.tiles * kTile, static_cast<int>(s.batch) - first);
   t.group = group;
@@ -85,9 +86,11 @@ struct Shared {
   }
   // Offset in `partial` of one unit of one row of a pair. The XOR avoids bank conflicts of 8 lanes that differ in rows
   // (put_sums) and of 8 lanes that differ in units (Cell::add).
-  static FASTSEQ_DEVICE size_t at(int warp, int group, int row, int unit) {
-    return ((static_cast<size_t>(warp * G + group) * kPair + row) * kUnits + (unit ^ (row & 6))) * 4;
+  static FASTSEQ_DEVICE unsigned at(unsigned warp, unsigned group, unsigned row, unsigned unit) {
+    return (((warp * G + group) * kPair + row) * kUnits + (unit ^ (row & 6))) * 4;
   }
+  // at(warp, group, row + more, unit) - at(warp, 0, row, unit), for an even row of the first tile; more: 0, 1, 8, 9.
+  static FASTSEQ_DEVICE unsigned further(unsigned group, unsigned more) { return (group * kPair + more) * kUnits * 4; }
 };
 
 }  // namespace fastseq::cuda::grid_forward

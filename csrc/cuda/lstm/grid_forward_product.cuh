@@ -68,70 +68,81 @@ struct Weights {
 
 template <int G, class Sum>
 FASTSEQ_DEVICE void put_sums(float* partial, const Sum& sum, int warp, int group, int tile) {
-  const int lane = thread_now() % 32;
+  const unsigned lane = thread_now() % 32u;
   float gates[2][4];
   sum.finish(gates);
+  float* to = partial + Shared<G>::at(warp, 0, 2 * (lane % 4), lane / 4);
 #pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    store_wide(partial + Shared<G>::at(warp, group, tile * kTile + 2 * (lane % 4) + e, lane / 4), gates[e]);
-  }
+  for (int e = 0; e < 2; ++e) store_wide(to + Shared<G>::further(group, tile * kTile + e), gates[e]);
 }
 
 // Multiplies slices in registers by the first kTiles tiles of a stage. count: chunks of the warp from `first` on.
 template <int kTiles, class M, int G>
 FASTSEQ_DEVICE void multiply_kept(typename M::Sum (&sums)[G][2],
                                   const Weights<M, G>& weights,
-                                  const uint32_t (&h)[M::kStage][2][4],
+                                  const typename Hidden<M>::Words& h,
+                                  int step,
                                   int first,
                                   int count) {
 #pragma unroll
   for (int c = 0; c < M::kStage; ++c) {
     if (c >= count) continue;
 #pragma unroll
-    for (int g = 0; g < G; ++g) {
+    for (int tile = 0; tile < kTiles; ++tile) {
+      uint32_t operands[4];
+      Hidden<M>::decode(operands, h[c][tile], step);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) M::multiply(sums[g][tile], weights.kept[first + c][g], h[c][tile]);
+      for (int g = 0; g < G; ++g) M::multiply(sums[g][tile], weights.kept[first + c][g], operands);
     }
   }
 }
 
-// Writes this warp's partial sums of W h, for one pass and one pair of tiles, to `partial`.
+// Writes this warp's partial sums of W h, for one pass and one pair of tiles, to `partial`. h: requested, of the first
+// stage.
 template <class M, int G>
 FASTSEQ_DEVICE void multiply_pair(float* partial,
                                   const Weights<M, G>& weights,
                                   const Shared<G>& shared,
                                   const Plan& plan,
                                   const Hidden<M>& hidden,
-                                  int pair,
-                                  int pass) {
+                                  typename Hidden<M>::Words& h,
+                                  const Place& at) {
   constexpr int kKept = Weights<M, G>::kKept;
-  const int warp = thread_now() / 32, first = warp * plan.warp_chunks;
+  const int warp = thread_now() / 32u, first = warp * plan.warp_chunks;
   const int count = min(plan.warp_chunks, plan.chunks - first);
-  if (count <= 0) return;
-  const bool second = pair * kPair + kTile < hidden.rows;
+  const bool second = at.pair * kPair + kTile < hidden.rows;
   typename M::Sum sums[G][2];
-  uint32_t h[M::kStage][2][4];
+  hidden.complete(h, plan, at, first);
 #pragma unroll
   for (int stage = 0; stage < kKept; stage += M::kStage) {
-    if (pass || stage >= count) continue;
-    hidden.read(h, plan, pair, first + stage);
+    if (at.pass || stage >= count) continue;
+    if (stage) {
+      hidden.request(h, plan, at, first + stage);
+      hidden.complete(h, plan, at, first + stage);
+    }
     if (second) {
-      multiply_kept<2>(sums, weights, h, stage, count - stage);
+      multiply_kept<2>(sums, weights, h, at.step, stage, count - stage);
     } else {
-      multiply_kept<1>(sums, weights, h, stage, count - stage);
+      multiply_kept<1>(sums, weights, h, at.step, stage, count - stage);
     }
   }
-  for (int stage = pass ? 0 : kKept; stage < count; stage += M::kStage) {
-    hidden.read(h, plan, pair, first + stage);
+  for (int stage = at.pass ? 0 : kKept; stage < count; stage += M::kStage) {
+    if (stage) {
+      hidden.request(h, plan, at, first + stage);
+      hidden.complete(h, plan, at, first + stage);
+    }
 #pragma unroll
     for (int c = 0; c < M::kStage; ++c) {
       if (stage + c >= count) continue;
+      uint32_t operands[2][4];
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) Hidden<M>::decode(operands[tile], h[c][tile], at.step);
 #pragma unroll
       for (int g = 0; g < G; ++g) {
         Slice w;
-        Weights<M, G>::get_slice(w, Weights<M, G>::slice(plan, shared, pass, stage + c, g));
+        Weights<M, G>::get_slice(w, Weights<M, G>::slice(plan, shared, at.pass, stage + c, g));
 #pragma unroll
-        for (int tile = 0; tile < 2; ++tile) M::multiply(sums[g][tile], w, h[c][tile]);
+        for (int tile = 0; tile < 2; ++tile) M::multiply(sums[g][tile], w, operands[tile]);
       }
     }
   }
