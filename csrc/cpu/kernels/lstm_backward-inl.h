@@ -10,22 +10,15 @@
 
 #include "cpu/isa/region.h"
 #include "cpu/kernels/cell-inl.h"
-#include "cpu/kernels/gemm-inl.h"
 #include "cpu/kernels/lstm_params.h"
 #include "cpu/kernels/pack-inl.h"
-#include "cpu/kernels/panel_tasks.h"
+#include "cpu/kernels/panel_product-inl.h"
 #include "cpu/kernels/vector-inl.h"
 #include "cpu/runtime/sequences.h"
 #include "cpu/runtime/team.h"
 
 FASTSEQ_REGION_BEGIN
 namespace fastseq::cpu::FASTSEQ_ISA {
-
-// A weight packed by columns, whose product with gradients gives the gradients of its inputs.
-struct BackwardWeight {
-  const void* packed;
-  int64_t rows, columns;
-};
 
 template <class S>
 struct BackwardJob {
@@ -38,15 +31,9 @@ struct BackwardJob {
   int64_t members;
   Acc<S>* dc;  // (block rows, H), shared by the team
 
-  BackwardWeight recurrent() const { return {d.packed_hh, 4 * p.hidden, p.outputs}; }
+  PackedWeight recurrent() const { return {d.packed_hh, 4 * p.hidden, p.outputs}; }
   // The weight between the cell's output and the next gradients: W_hr, or W_hh without a projection.
-  BackwardWeight after_cell() const {
-    return p.projected ? BackwardWeight{d.packed_hr, p.outputs, p.hidden} : recurrent();
-  }
-  PanelTasks own_tasks(const BackwardWeight& weight, int64_t rows) const {
-    const int64_t panels = (weight.columns + 4 * kLanes<S> - 1) / (4 * kLanes<S>);
-    return {panels, rows, members, share};
-  }
+  PackedWeight after_cell() const { return p.projected ? PackedWeight{d.packed_hr, p.outputs, p.hidden} : recurrent(); }
   Operand<S>* gates(int64_t position) const {
     return static_cast<Operand<S>*>(d.grad_gates) + position * p.gates_stride;
   }
@@ -120,38 +107,6 @@ FASTSEQ_INLINE BackwardRow<S> describe_row(const BackwardJob<S>& job, int64_t r,
   return row;
 }
 
-// Calls finish(row, column, sum) with vectors of the first `multiplied` of `rows` rows times a weight, and with 0 for
-// the others, for this member's columns.
-template <class S, class Finish>
-FASTSEQ_INLINE void multiply_later(const BackwardJob<S>& job,
-                                   const BackwardWeight& weight,
-                                   const Operand<S>* const* later,  // (multiplied) rows of weight.rows elements
-                                   int64_t multiplied,
-                                   int64_t rows,
-                                   int64_t step,  // alternates the order of panels
-                                   const Finish& finish_vector) {
-  constexpr int64_t kWidth = 4 * kLanes<S>;
-  const int64_t depth = padded_depth<S>(weight.rows), N = weight.columns;
-  const PanelTasks own = job.own_tasks(weight, rows);
-  alignas(64) Acc<S> sums[kBlockRows * kWidth];
-  for (int64_t k = 0; k < own.count(); ++k) {
-    const PanelTasks::Task task = own.at(k, step), next = own.at(k + 1 < own.count() ? k + 1 : 0, step);
-    const auto finish = [&](int64_t first, int64_t count) FASTSEQ_NOINLINE {
-      for (int64_t r = first; r < first + count; ++r) {
-        for (int64_t j = 0, column = task.panel * kWidth; j < kWidth && column < N;
-             j += kLanes<S>, column += kLanes<S>) {
-          finish_vector(task.row + r, column, vload(sums + r * kWidth + j));
-        }
-      }
-    };
-    const int64_t given = multiplied - task.row, n = given < 0 ? 0 : given < task.rows ? given : task.rows;
-    multiply_block<S>(later + task.row, n, panel_at<S>(weight.packed, task.panel, depth), depth,
-                      panel_at<S>(weight.packed, next.panel, depth), false, sums, finish);
-    fill_zero(sums + n * kWidth, (task.rows - n) * kWidth);
-    finish(n, task.rows - n);
-  }
-}
-
 // With a projection: stores dh_t of all running rows, and h as operands for the gradient of W_hh.
 template <class S>
 void backward_projection(const BackwardJob<S>& job, int64_t step) {
@@ -170,7 +125,7 @@ void backward_projection(const BackwardJob<S>& job, int64_t step) {
     for (int64_t j = P; n <= kLanes<S> && j < padded_depth<S>(P); ++j) grad[j] = Operand<S>{};
     vstore(vload(p.activations + at * p.saved + 4 * p.hidden + column, n), job.hidden(position) + column, n);
   };
-  multiply_later(job, job.recurrent(), later, continuing, running, step, finish);
+  multiply_panels<S>(job, job.recurrent(), later, continuing, running, step, finish);
 }
 
 // Backward of the cells of one step. Without a projection, rows past the first `continuing` have no step t + 1.
@@ -186,7 +141,7 @@ void backward_step(const BackwardJob<S>& job, int64_t step) {
   }
   const auto finish = [&](int64_t r, int64_t unit, Vec<Acc<S>> dh)
                           FASTSEQ_LAMBDA_INLINE { backward_units<S>(rows[r], H, unit, H - unit, dh); };
-  multiply_later(job, job.after_cell(), later, continuing, running, step, finish);
+  multiply_panels<S>(job, job.after_cell(), later, continuing, running, step, finish);
 }
 
 // Stores the gradients of the initial states.
@@ -198,7 +153,7 @@ void backward_start(const BackwardJob<S>& job) {
   const auto finish = [&](int64_t r, int64_t column, Vec<Acc<S>> dh) FASTSEQ_LAMBDA_INLINE {
     vstore(dh, job.d.grad_h0 + job.block.sequence(r) * P + column, P - column);
   };
-  multiply_later(job, job.recurrent(), first_gates, running, running, 0, finish);
+  multiply_panels<S>(job, job.recurrent(), first_gates, running, running, 0, finish);
   if (job.share.begin > 0) return;
   for (int64_t r = 0; r < job.block.rows(); ++r) {
     const int64_t b = job.block.sequence(r);

@@ -16,7 +16,7 @@
 #include "cpu/kernels/gemm-inl.h"
 #include "cpu/kernels/lstm_params.h"
 #include "cpu/kernels/pack-inl.h"
-#include "cpu/kernels/panel_tasks.h"
+#include "cpu/kernels/panel_product-inl.h"
 #include "cpu/kernels/vector-inl.h"
 #include "cpu/runtime/sequences.h"
 #include "cpu/runtime/team.h"
@@ -204,26 +204,10 @@ FASTSEQ_INLINE void multiply_projection(const ForwardJob<S>& job,
                                         int64_t rows,
                                         int64_t step,  // alternates the order of panels
                                         const Finish& finish) {
-  constexpr int64_t kWidth = 4 * kLanes<S>;
-  const int64_t H = job.p.hidden, P = job.p.outputs, depth = padded_depth<S>(H);
-  const void* const packed = job.d.packed_hr;
-  if (packed) {
-    const PanelTasks own{(P + kWidth - 1) / kWidth, rows, job.members, job.share};
-    alignas(64) Acc<S> sums[kBlockRows * kWidth];
-    for (int64_t k = 0; k < own.count(); ++k) {
-      const PanelTasks::Task task = own.at(k, step), next = own.at(k + 1 < own.count() ? k + 1 : 0, step);
-      const auto finish_tile = [&](int64_t first, int64_t count) FASTSEQ_NOINLINE {
-        for (int64_t r = first; r < first + count; ++r) {
-          for (int64_t j = 0, column = task.panel * kWidth; j < kWidth && column < P;
-               j += kLanes<S>, column += kLanes<S>) {
-            finish(task.row + r, column, vload(sums + r * kWidth + j));
-          }
-        }
-      };
-      multiply_block<S, kProjectionChunk>(m + task.row, task.rows, panel_at<S>(packed, task.panel, depth), depth,
-                                          panel_at<S>(packed, next.panel, depth), false, sums, finish_tile);
-    }
-    return;
+  const int64_t H = job.p.hidden, P = job.p.outputs;
+  if (job.d.packed_hr) {
+    const PackedWeight weight{job.d.packed_hr, H, P};
+    return multiply_panels<S, kProjectionChunk>(job, weight, m, rows, rows, step, finish);
   }
   const auto [begin, end] = job.columns(P);
   for (int64_t column = begin; column < end; column += kLanes<S>) {
