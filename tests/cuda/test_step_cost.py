@@ -108,12 +108,16 @@ def test_the_launcher_takes_the_cheapest_kernel(H, B, multiprocessors, monkeypat
                 assert not _same(chosen, forward(host, case)), "the kernels differ in no bit: choose other shapes"
 
 
+def grid_gain() -> float:
+    return float(re.search(r"kGridGain = ([\d.]+)", COST.read_text())[1])
+
+
 def line_of(line: str) -> str:
     """A row of the page's table, computed anew: H, B, products, first estimate, then the model and auto's choice."""
     H, B, kind, first = [cell.strip() for cell in line.strip("| \n").split("|")][:4]
     cluster, grid, _, cudnn = (cost(kernel, int(H), int(B), kind) for kernel in range(4))
     pairs = list(zip(cluster, grid, strict=True))
-    names = " / ".join("cluster" if ours[0] <= ours[1] else "grid" for ours in pairs)
+    names = " / ".join("grid" if ours[1] < grid_gain() * ours[0] else "cluster" for ours in pairs)
     call = LSTMCall("cuda", torch.bfloat16 if kind == "bf16" else torch.float32, 512, int(H), batch=int(B), steps=100)
     taken = []
     for name, training in (("inference", False), ("training", True)):
@@ -138,6 +142,16 @@ def test_the_page_shows_the_model():
     rows = [line for line in PAGE.read_text().splitlines() if "| **" in line]
     assert len(rows) == 12 and all(line.endswith("| – |") for line in rows), "auto takes a row beyond break-even"
     assert page() == PAGE.read_text(), "renew the page: python tests/cuda/test_step_cost.py --write"
+
+
+def test_auto_takes_no_row_that_the_first_estimate_leaves_to_cudnn():
+    rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().rpartition("|---|\n")[2].splitlines()]
+    for *_, first, _, _, cudnn, taken in rows:
+        estimates = [float(us) for us in first.strip("*").split(" / ")]
+        limits = [float(us) for us in cudnn.split(" / ")]
+        for choice, pairs in (("inference", 1), ("training", 2)):
+            faster = all(ours < theirs for ours, theirs in list(zip(estimates, limits, strict=True))[:pairs])
+            assert choice not in taken or (faster and "*" not in first), (first, cudnn, taken)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,14 @@ inline constexpr int kGridBackward[3][2] = {{2359, 2472}, {2325, 2431}, {3088, 3
 // The clock holds the first tile of the batch and one chunk of K. Bytes a cycle beyond: a block's shared memory, other
 // blocks' shared memory, L2 (arXiv 2402.13499, H800). Products a cycle and multiprocessor: 60 % of tensor-core peak.
 inline constexpr double kSharedBytes = 128, kRemoteBytes = 12.6, kL2Bytes = 35;
-inline constexpr double kProducts[3] = {1200, 600, 100};   // [half, TF32, float]
-inline constexpr double kNextPair = 350, kNextTile = 175;  // cycles of a grid's further tiles, alone
-inline constexpr double kCycles = 1980;                    // a microsecond (H200)
-inline constexpr int kHeldClusters = 1;                    // dies of one model differ by it; other work may hold it
-inline constexpr double kSecondTile = 0.9;                 // the cost of R = 2 below which R = 1 gives way
-inline constexpr double kMultiprocessors = 132;            // of the device to which the next line belongs
+inline constexpr double kForwardBytes[3] = {32768, 32768, 16384};  // of h, in the clock of the forward grid
+inline constexpr double kProducts[3] = {1200, 600, 100};           // [half, TF32, float]
+inline constexpr double kNextPair = 350, kNextTile = 175;          // cycles of a grid's further tiles, alone
+inline constexpr double kGridGain = 0.95;        // the cost of a grid, in clusters', below which it precedes them
+inline constexpr double kCycles = 1980;          // a microsecond (H200)
+inline constexpr int kHeldClusters = 1;          // dies of one model differ by it; other work may hold it
+inline constexpr double kSecondTile = 0.9;       // the cost of R = 2 below which R = 1 gives way
+inline constexpr double kMultiprocessors = 132;  // of the device to which the next line belongs
 inline constexpr double kProductRate[3] = {320e6, 165e6, 35e6};  // operations a microsecond of one small product
 inline constexpr double kWeightBytes = 4.2e6;                    // a microsecond, from L2
 

@@ -61,7 +61,8 @@ double cycles_of(const LstmShape& s, const Plan& plan) {
   constexpr int kKind = std::is_same_v<M, FmaFloat> ? 2 : std::is_same_v<M, MmaTf32> ? 1 : 0;
   const int at_once = groups_at_once<M>(plan.groups);
   const double passes = static_cast<double>(divide_up(plan.groups, at_once)), rows = plan.tiles * kTile;
-  const double exchange = rows * plan.chunks * 64 * passes / cost::kL2Bytes;
+  const double bytes = rows * plan.chunks * 64 * passes - cost::kForwardBytes[kKind];  // besides the clock's
+  const double exchange = std::max(0.0, bytes) / cost::kL2Bytes;
   const double products = rows * 32.0 * plan.groups * static_cast<double>(s.hidden) / cost::kProducts[kKind];
   const double weights = plan.pairs() * plan.shared_slices * static_cast<double>(kSliceBytes) / cost::kSharedBytes;
   const double further = (plan.pairs() * passes - 1) * cost::kNextPair;

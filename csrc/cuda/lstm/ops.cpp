@@ -12,6 +12,7 @@
 
 #include "cuda/common/operators.h"
 #include "cuda/common/stall.h"
+#include "cuda/lstm/cost.h"
 #include "cuda/lstm/step_loop.h"
 #include "cuda/lstm/steps.h"
 
@@ -93,7 +94,8 @@ constexpr Kernel<LstmForwardParams> kForward[] = {{"cluster", plan_lstm_cluster_
 constexpr Kernel<LstmBackwardParams> kBackward[] = {{"cluster", plan_lstm_cluster_backward},
                                                     {"grid", plan_lstm_grid_backward}};
 
-// The allowed kernels that fit, with their plans, the cheapest first (cost.h).
+// The allowed kernels that fit, with their plans, the cheapest first (cost.h). A cluster precedes a grid that is hardly
+// cheaper: it leaves multiprocessors to other layers.
 template <class P>
 std::vector<LstmPlan<P>> plans_of(const Kernel<P> (&kernels)[2], const LstmShape& s, Type type) {
   std::vector<LstmPlan<P>> plans;
@@ -101,8 +103,9 @@ std::vector<LstmPlan<P>> plans_of(const Kernel<P> (&kernels)[2], const LstmShape
     if (!allowed(kernel.name)) continue;
     if (auto plan = kernel.plan(s, type)) plans.push_back(std::move(*plan));
   }
-  const auto cheaper = [](const auto& a, const auto& b) { return a.microseconds < b.microseconds; };
-  std::stable_sort(plans.begin(), plans.end(), cheaper);
+  if (plans.size() == 2 && plans[1].microseconds < cost::kGridGain * plans[0].microseconds) {
+    std::swap(plans[0], plans[1]);
+  }
   return plans;
 }
 

@@ -154,11 +154,11 @@ def hidden_size_193_to_1024(call) -> bool:
 
 
 def modelled_as_faster_on_gpu(call) -> bool:
-    """A step is modelled to take at most 80 % of cuDNN's, in training forward and backward each (H200, +-40 %).
+    """A step is modelled to take at most 75 % of cuDNN's, in training forward and backward each (H200, +-40 %).
 
     The model bounds the batch: the more rows, the more a step is a product, which one GEMM computes as fast.
     """
-    return native.unsupported(call) is None and native_cuda.modelled_gain(call) >= 1.25
+    return native.unsupported(call) is None and native_cuda.modelled_gain(call) >= 4 / 3
 
 
 def _instruction_set() -> str:
