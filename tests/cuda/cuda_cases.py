@@ -143,23 +143,23 @@ def on(place: Place, *tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else t.to(place.device) for t in tensors]
 
 
-def forward(place: Place, case: Recurrence, activations=True, cell_states=True) -> list[Tensor]:
+def forward(place: Place, case: Recurrence, activations=True, cell_states=True, beside=False) -> list[Tensor]:
     """Call lstm_recurrence_forward -> output, h_n, c_n, activations, cell_states, on the CPU."""
     call = case._replace(**dict(zip(case._fields[:5], on(place, *case[:5]), strict=True)))
-    outputs = place.operators.lstm_recurrence_forward(*call, activations, cell_states)
+    outputs = place.operators.lstm_recurrence_forward(*call, activations, cell_states, beside)
     return [t.cpu() for t in outputs]
 
 
-def check_forward(place: Place, case: Recurrence) -> None:
+def check_forward(place: Place, case: Recurrence, beside=False) -> None:
     """Check every result of the forward by the float64 rule."""
-    output, h_n, c_n, _, cell_states = forward(place, case)
+    output, h_n, c_n, _, cell_states = forward(place, case, beside=beside)
     check(Results({"output": output, "h_n": h_n, "c_n": c_n, "cell_states": cell_states}, {}), case, gradients=False)
 
 
-def check_gradients(place: Place, case: Recurrence, given=GIVEN) -> list[Tensor]:
+def check_gradients(place: Place, case: Recurrence, given=GIVEN, beside=False) -> list[Tensor]:
     """Check forward and backward; fastseq.testing.evaluate draws the gradients of the results ``given``."""
     call = case._replace(**dict(zip(case._fields[:5], on(place, *case[:5]), strict=True)))
-    output, h_n, c_n, activations, cells = place.operators.lstm_recurrence_forward(*call, True, True)
+    output, h_n, c_n, activations, cells = place.operators.lstm_recurrence_forward(*call, True, True, beside)
     results = {"output": output, "h_n": h_n, "c_n": c_n, "cell_states": cells}
     generator, grads = torch.Generator().manual_seed(3), {}
     for name in given:
@@ -167,7 +167,7 @@ def check_gradients(place: Place, case: Recurrence, given=GIVEN) -> list[Tensor]
         grads[name] = factors.to(place.device, case.gates.dtype)
     saved = (activations, cells, call.c0, call.weight_hh, call.lengths)
     outputs = place.operators.lstm_recurrence_backward(
-        *(grads.get(name) for name in GIVEN), *saved, case.reverse, case.tf32
+        *(grads.get(name) for name in GIVEN), *saved, case.reverse, case.tf32, beside
     )
     named = dict(zip(("gates", "h0", "c0"), (t.cpu() for t in outputs), strict=True))
     oracle, baseline = (_gradients(case, given, dtype) for dtype in (torch.float64, case.gates.dtype))

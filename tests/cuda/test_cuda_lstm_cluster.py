@@ -31,15 +31,30 @@ FEW = [*((B, 132) for B in (1, 2, 3, 4, 7, 9, 17)), (7, 2), (9, 4), (18, 2)]  # 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("B", "multiprocessors"), FEW)
 def test_few_rows(B, multiprocessors, dtype):
-    """Only sequences that exist are sent: tiles of 8, 16 and 32 that are not full. Any order gives the same bits."""
-    case, results = _case(3, B, 20, dtype, D=2), []
+    """Tiles of 2 and 4, and of 8, 16 and 32 that are not full. Every tile and any order give the same bits."""
+    host, case, results = place_of("host"), _case(3, B, 20, dtype, D=2, lengths="mixed" if B > 8 else None), []
     with emulator.device(multiprocessors=multiprocessors):
-        results.append(check_gradients(place_of("host"), case))
-        check_forward(place_of("host"), case)
-        for seed in range(3):
-            with emulator.schedule(seed):
-                results.append(check_gradients(place_of("host"), case))
+        for beside in (False, True):
+            check_forward(host, case, beside)
+            results.append(check_gradients(host, case, beside=beside))
+            for seed in range(2):
+                with emulator.schedule(seed):
+                    results.append(check_gradients(host, case, beside=beside))
     assert all(torch.equal(a, b) for again in results[1:] for a, b in zip(results[0], again, strict=True))
+
+
+@pytest.mark.parametrize("B", range(1, 21))
+def test_the_choice_of_tiles(B):
+    """12 multiprocessors: 6 clusters of 2 blocks, of which 5 are free. A wavefront keeps tiles of 8 or more."""
+    kernel, results = emulator.load(), []
+    with emulator.device(multiprocessors=12):
+        of_one, of_all = (kernel.lstm_recurrence_cost(0, n, 1, 20, 2, False) for n in (2, B))
+        _, share, _, share_back = kernel.lstm_recurrence_share(B, 1, 20, 2, False)
+        for case in (_case(2, B, 20, torch.bfloat16), _case(2, B, 20, torch.bfloat16, lengths="mixed", reverse=True)):
+            results = [check_gradients(place_of("host"), case, beside=beside) for beside in (False, True)]
+            assert all(map(torch.equal, *results))
+    assert share == share_back == -(-B // 8) / 5
+    assert (B > 1 and of_all == of_one) == (1 < B <= 10)
 
 
 # float32 only up to H = 256: larger weights do not fit.
@@ -173,7 +188,7 @@ def test_any_order_of_threads_gives_the_same_bits(dtype):
     valid = (torch.arange(5).unsqueeze(1) < case.lengths).unsqueeze(-1)
     for seed in range(20):
         with emulator.schedule(seed):
-            again = forward(host, case)
+            again = forward(host, case, beside=seed % 2 == 1)
         for a, b in zip(first, again, strict=True):
             a, b = (torch.where(valid, t, 0) if t.dim() == 3 and len(t) == 5 else t for t in (a, b))
             assert torch.equal(a, b), seed
@@ -185,7 +200,7 @@ def test_any_order_of_threads_gives_the_same_gradients(dtype):
     first = check_gradients(host, case)
     for seed in range(20):
         with emulator.schedule(seed):
-            again = check_gradients(host, case)
+            again = check_gradients(host, case, beside=seed % 2 == 1)
         for a, b in zip(first, again, strict=True):
             assert torch.equal(a, b), seed
 

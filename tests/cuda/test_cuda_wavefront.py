@@ -161,6 +161,7 @@ def test_plans_follow_the_model():
     assert planned(16, 512, 4, 1000).forward == 3  # 29 % of the device each
     assert planned(16, 512, 2, 1000, training=True) is not None
     assert planned(16, 512, 2, 20) is None  # shorter than two chunks
+    assert planned(16, 256, 2, 256) is None  # layer by layer, each spreads its rows over more clusters
     assert planned(1, 256, 2, 64) is None  # the host would need longer than the device
     assert planned(64, 1024, 2, 1000) is planned(64, 1024, 2, 1000, switch="16") is None  # no room, whatever is asked
 
@@ -195,9 +196,10 @@ def _stated(shape, layers, training, steps=1024):
         dispatch.forget()
         plan = wavefront._plan(shape, layers, steps, training, "")
         (us, _), (us_back, _) = native_cuda.shares(*shape)
+        alone = native_cuda.best_us(*shape)
     if plan is None:
         return "no room"
     passes = [(us, plan.forward)] + [(us_back, plan.backward)] * training
-    serial = wavefront._total(layers, steps, steps, [(us, 1) for us, _ in passes])
+    serial = wavefront._total(layers, steps, steps, [(us, 1) for us in alone[: len(passes)]])
     gain = serial / wavefront._total(layers, steps, plan.chunk, passes)
     return f"{gain:.2f} ({plan.chunk}; {plan.forward}, {plan.backward})"

@@ -71,16 +71,19 @@ double microseconds_of(const LstmShape& s, const ClusterBackwardPlan& plan, Type
   return cost::microseconds(cycles, cost::kClusterScale.backward);
 }
 
-// Chooses the smallest cluster that holds H units, then the tiles of the batch by best_tiles.
+// Chooses the smallest cluster that holds H units, then the tiles of the batch by best_tiles and
+// spread.
 std::optional<ClusterBackwardPlan> choose(const LstmShape& s, Type type) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (device_limits().capability < 90 || (type == Type::kFloat && !s.tf32)) return {};
   if (s.steps >= kMost || s.batch > kMost - 32) return {};
   for (const int blocks : {2, 4, 8, 16}) {
     if (s.hidden > static_cast<int64_t>(kUnits) * blocks) continue;
-    return best_tiles(
+    const auto plan = best_tiles(
         {1, 2}, s.directions, [&](int row_tiles) { return plan_of(s, type, blocks, row_tiles); },
         [&](const ClusterBackwardPlan& plan) { return resident(plan, type); });
+    if (!plan) return {};
+    return spread(*plan, s, resident(*plan, type) - cost::kHeldClusters);
   }
   return {};
 }

@@ -82,7 +82,7 @@ double microseconds_of(const LstmShape& s, const ClusterForwardPlan& plan, Type 
 }
 
 // Chooses the smallest cluster with at most 32 units a block (256 threads, 255 registers each), else the smallest with
-// at most 64. Then chooses the tiles of the batch by best_tiles.
+// at most 64. Then chooses the tiles of the batch by best_tiles and spread.
 std::optional<ClusterForwardPlan> choose(const LstmShape& s, Type type) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (device_limits().capability < 90 || (type == Type::kFloat && !s.tf32)) return {};
@@ -94,7 +94,7 @@ std::optional<ClusterForwardPlan> choose(const LstmShape& s, Type type) {
       const auto plan = best_tiles(
           {1, 2, 4}, s.directions, [&](int row_tiles) { return plan_of(s, type, blocks, row_tiles); },
           [&](const ClusterForwardPlan& plan) { return resident(plan, type); });
-      if (plan) return plan;
+      if (plan) return spread(*plan, s, resident(*plan, type) - cost::kHeldClusters);
     }
   }
   return {};

@@ -71,4 +71,20 @@ auto best_tiles(std::initializer_list<int> sizes, int64_t directions, const Plan
   return best;
 }
 
+// Returns the plan with tiles of 2 or 4 sequences instead of 8, if `clusters` hold them all at once. Other layers of a
+// wavefront need the room.
+template <class Plan>
+Plan spread(Plan plan, const LstmShape& s, int clusters) {
+  if (s.beside || plan.row_tiles > 1) return plan;
+  for (const int rows : {2, 4}) {
+    const int64_t tiles = divide_up(s.batch, rows);
+    if (tiles * s.directions > clusters) continue;
+    plan.tile.rows = rows;
+    plan.tile.tiles = static_cast<int>(tiles);
+    plan.launch.grid = dim3(static_cast<unsigned>(tiles * s.directions * plan.tile.blocks));
+    break;
+  }
+  return plan;
+}
+
 }  // namespace fastseq::cuda::cluster

@@ -317,7 +317,8 @@ std::tuple<double, double> lstm_recurrence_cost_cuda(
   return {launches(s, type, false), launches(s, type, true)};
 }
 
-// Microseconds of a step, and the share of the device, of the kernel that the operators would take; share 0: none fits.
+// Microseconds of a step, and the share of the device, of the kernel that the operators would take beside others; share
+// 0: none fits.
 template <class P>
 std::pair<double, double> cheapest(const Kernel<P> (&kernels)[2], const LstmShape& s, Type type) {
   const std::vector<LstmPlan<P>> plans = plans_of(kernels, s, type);
@@ -327,7 +328,8 @@ std::pair<double, double> cheapest(const Kernel<P> (&kernels)[2], const LstmShap
 
 std::tuple<double, double, double, double> lstm_recurrence_share_cuda(
     int64_t batch, int64_t directions, int64_t hidden, int64_t itemsize, bool tf32) {
-  const LstmShape s = one_step(batch, directions, hidden, tf32);
+  LstmShape s = one_step(batch, directions, hidden, tf32);
+  s.beside = true;
   const Type type = type_of_size(itemsize);
   const auto [forward, of_forward] = cheapest(kForward, s, type);
   const auto [backward, of_backward] = cheapest(kBackward, s, type);

@@ -162,12 +162,18 @@ def modelled_us(
         return _native.operators.lstm_recurrence_cost(COSTS.index(kernel), batch, 1, hidden_size, dtype.itemsize, tf32)
 
 
+def best_us(*shape) -> tuple[float, float]:
+    """The smaller ``modelled_us`` of cluster and grid, forward and backward. shape: what follows the kernel there."""
+    cluster, grid = (modelled_us(kernel, *shape) for kernel in ("cluster", "grid"))
+    return min(cluster[0], grid[0]), min(cluster[1], grid[1])
+
+
 def shares(
     batch: int, hidden_size: int, dtype: torch.dtype, tf32: bool, index: int | None = None
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """For forward and backward: the modelled microseconds of a step, and the part of the GPU that the kernel holds.
 
-    Of the kernels that the operators take for one direction; zeros where none fits.
+    Of the kernels that the operators take for one direction beside others (``beside``); zeros where none fits.
     """
     with contextlib.nullcontext() if index is None else torch.cuda.device(index):
         numbers = _native.operators.lstm_recurrence_share(batch, 1, hidden_size, dtype.itemsize, tf32)
@@ -183,9 +189,9 @@ def modelled_gain(call) -> float:
     """
     batch, hidden, form = call.batch or 1, call.hidden_size, (call.dtype, call.tf32, call.device_index)
     cudnn = modelled_us("cudnn", batch, round((1.25 * hidden * call.proj_size) ** 0.5) or hidden, *form)
-    kernels = (modelled_us(kernel, batch, hidden, *form) for kernel in ("cluster", "grid"))
+    ours = best_us(batch, hidden, *form)
     folds = _modelled_fold(call) if call.proj_size else (0.0, 0.0)
-    gains = [theirs / (min(ours) + fold) for theirs, fold, *ours in zip(cudnn, folds, *kernels, strict=True)]
+    gains = [theirs / (us + fold) for theirs, fold, us in zip(cudnn, folds, ours, strict=True)]
     return min(gains) if call.requires_grad else gains[0]
 
 
