@@ -138,6 +138,13 @@ def test_stores_before_the_send_lengthen_it():
     assert after.barrier_to_send - before.barrier_to_send == 3
 
 
+def test_a_loop_that_loads_ahead_begins_after_the_send():
+    """A poll after the send, repeated at the loop's head where it came too early; the stores behind it are hidden."""
+    again = ("@P0 BRA 0x30 | 5 7 7 0", SMALL[0], "@!P0 BRA 0x10 | 5 7 7 0")
+    ahead = (*again, *SMALL[2:7], SMALL[0], "STG.E [R7], R8 | 4 7 7", *SMALL[7:])
+    assert step_clock.clock(listing(*ahead), CLUSTER, 128) == step_clock.clock(listing(*SMALL), CLUSTER, 128)
+
+
 def test_a_wait_for_gates_is_counted():
     """A load of the input product, converted before the barrier."""
     gates = ("LDG.E.U16 R9, [R7] | 1 2 7", "IMAD.U32 R9, R9, 0x10000, RZ | 4 7 7 2")
