@@ -13,6 +13,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -325,11 +326,13 @@ inline std::string launch(dim3 grid,
   w.error.clear();
   w.deliveries.clear();
   w.random.seed(options().seed + 2);
-  std::vector<int> ids(count);
-  for (int i = 0; i < count; ++i) ids[i] = i;
+  // Clusters run in any order. The blocks of one keep theirs: they must be resident together.
+  const int size = static_cast<int>(cluster_size);
+  std::vector<int> clusters(count / size), ids(count);
+  std::iota(clusters.begin(), clusters.end(), 0);
   std::mt19937_64 random(options().seed + 1);
-  // Blocks of a cluster keep their order: they must be resident together.
-  if (options().shuffle && cluster_size == 1) std::shuffle(ids.begin(), ids.end(), random);
+  if (options().shuffle) std::shuffle(clusters.begin(), clusters.end(), random);
+  for (int i = 0; i < count; ++i) ids[i] = clusters[i / size] * size + i % size;
   const int placed = options().placed_blocks ? std::min(options().placed_blocks, count) : count;
   const size_t most = together ? (cluster_size > 1 ? cluster_size : placed) : 1;
   for (size_t first = 0, at_once; first < ids.size() && w.error.empty(); first += at_once) {
