@@ -57,21 +57,9 @@ struct FmaSums {
   }
 };
 
-FASTSEQ_DEVICE uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-FASTSEQ_DEVICE float number_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 // Clears the lowest mantissa bit of a float: rounds to 23 bits, to nearest, ties to even. NaN stays NaN.
 FASTSEQ_DEVICE uint32_t without_last_bit(float x) {
-  const uint32_t bits = bits_of(x), up = x == x ? bits >> 1 & 1 : 0;
+  const uint32_t bits = as_bits(x), up = x == x ? bits >> 1 & 1 : 0;
   return (bits + up) & ~1u;
 }
 
@@ -181,7 +169,7 @@ struct FmaFloat {
       for (int k = 0; k < 4; ++k) {
         float& sum = sums.d[r][k];
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate) sum = number_of(f[r][gate]) * w[k].element[gate] + sum;
+        for (int gate = 0; gate < 4; ++gate) sum = as_float(f[r][gate]) * w[k].element[gate] + sum;
       }
     }
   }
@@ -189,7 +177,7 @@ struct FmaFloat {
   static FASTSEQ_DEVICE void encode(uint32_t (&words)[4], const Vector<float, 4>& dgates, const float (&)[4]) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      words[k] = k % 2 ? bits_of(dgates.element[k]) : without_last_bit(dgates.element[k]);
+      words[k] = k % 2 ? as_bits(dgates.element[k]) : without_last_bit(dgates.element[k]);
     }
   }
 };

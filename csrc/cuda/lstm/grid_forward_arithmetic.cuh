@@ -17,18 +17,6 @@ namespace fastseq::cuda::grid_forward {
 
 constexpr uint32_t kNaNWord = 0x7fffffffu;  // as a float and as two 16-bit numbers
 
-FASTSEQ_DEVICE float as_float(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-FASTSEQ_DEVICE uint32_t as_bits(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
 // 64 bytes of weights as A operands: a[2 tile + step].
 struct Slice {
   uint32_t a[4][4];
